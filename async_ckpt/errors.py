@@ -1,0 +1,161 @@
+"""Every exception that async_ckpt raises, in one place.
+
+::
+
+    AsyncCheckpointError (Exception)
+    ├── OptionError (ValueError)             an option has a value that cannot work
+    ├── UnpicklableStateError (TypeError)    the state holds an object that pickle refuses
+    ├── StoreError (OSError)                 a store could not do what was asked of it
+    │   └── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
+    ├── MissingDependencyError (ImportError) the file system's package is not installed
+    ├── BackPressureError                    overflow="raise" and there is no room
+    │   ├── QueueFullError
+    │   └── MemoryLimitError
+    ├── NotDurableError                      an accepted request ended other than durable or failed
+    │   ├── SupersededError
+    │   ├── CancelledSaveError
+    │   ├── AbandonedError                       its deadline or its process ended first
+    │   └── RemovalDroppedError                  a deletion was not safe to carry out
+    ├── ServiceClosedError (RuntimeError)
+    ├── FlushTimeoutError (TimeoutError)     a wait ended before the saves did; they go on
+    └── FlushError (ExceptionGroup)          several saves failed
+
+Foreign errors are translated where they enter, with ``from``, and keep their ``errno``. Errors of a
+user's own ``CheckpointIO`` are not translated: they are raised as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    _ExceptionGroup = ExceptionGroup
+else:  # anyio depends on the backport there
+    from exceptiongroup import ExceptionGroup as _ExceptionGroup
+
+__all__ = [
+    "AbandonedError",
+    "AsyncCheckpointError",
+    "BackPressureError",
+    "CancelledSaveError",
+    "FlushError",
+    "FlushTimeoutError",
+    "MemoryLimitError",
+    "MissingDependencyError",
+    "NotDurableError",
+    "OptionError",
+    "QueueFullError",
+    "RemovalDroppedError",
+    "ServiceClosedError",
+    "StoreError",
+    "SupersededError",
+    "UnknownProtocolError",
+    "UnpicklableStateError",
+]
+
+
+class AsyncCheckpointError(Exception):
+    """The base of every error that async_ckpt raises of its own."""
+
+
+class OptionError(AsyncCheckpointError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class UnpicklableStateError(AsyncCheckpointError, TypeError):
+    """The state holds an object that pickle refuses; the message says where in the state.
+
+    Attributes:
+        where: the way to the object, such as ``state['callbacks']['timer']``.
+    """
+
+    def __init__(self, message: str, *, where: str = "state") -> None:
+        super().__init__(message)
+        self.where = where
+
+
+class StoreError(AsyncCheckpointError, OSError):
+    """A store could not do what was asked of it.
+
+    Attributes:
+        location: the URL or path concerned.
+        stage: what was being done: ``"begin"``, ``"write"``, ``"commit"``, ``"delete"``, ``"read"``, …
+        errno: the operating system's number, where there is one.
+    """
+
+    def __init__(self, message: str, *, location: str = "", stage: str = "") -> None:
+        super().__init__(message)
+        self.location = location
+        self.stage = stage
+
+    @classmethod
+    def during(cls, stage: str, location: str, cause: BaseException, advice: str = "") -> StoreError:
+        """Translate *cause*, keeping its errno; raise the result ``from`` it."""
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        message = f"cannot {stage} {location!r}: {reason}"
+        error = cls(f"{message}. {advice}" if advice else message, location=location, stage=stage)
+        number = getattr(cause, "errno", None)
+        if isinstance(number, int):
+            error.errno = number
+        return error
+
+
+class UnknownProtocolError(StoreError, ValueError):
+    """No file system that fsspec knows answers to the URL's protocol."""
+
+
+class MissingDependencyError(AsyncCheckpointError, ImportError):
+    """The package that serves the URL's protocol is not installed; the message names it."""
+
+
+class BackPressureError(AsyncCheckpointError):
+    """There is no room for another save and ``overflow="raise"``; nothing was accepted."""
+
+
+class QueueFullError(BackPressureError):
+    """``queue_depth`` saves are under way already."""
+
+
+class MemoryLimitError(BackPressureError):
+    """The snapshot would not fit beside those that are held, within ``memory_limit``."""
+
+
+class NotDurableError(AsyncCheckpointError):
+    """An accepted request ended without taking effect, and not through a failure of its own."""
+
+
+class SupersededError(NotDurableError):
+    """A newer save of the same location took its place before it had started."""
+
+
+class CancelledSaveError(NotDurableError):
+    """A ``remove`` of the same location came before it had started."""
+
+
+class AbandonedError(NotDurableError):
+    """The service was closed, or the process ended, before it could finish."""
+
+
+class RemovalDroppedError(NotDurableError):
+    """A save that the deletion had to wait for did not become durable, so nothing was deleted."""
+
+
+class ServiceClosedError(AsyncCheckpointError, RuntimeError):
+    """The service has been closed."""
+
+
+class FlushTimeoutError(AsyncCheckpointError, TimeoutError):
+    """A wait ended before the saves did. They go on, and their outcome is still reported."""
+
+
+class FlushError(AsyncCheckpointError, _ExceptionGroup[Exception]):
+    """Several saves failed since errors were last collected.
+
+    Attributes:
+        exceptions: the failures, oldest first, each with the traceback of its worker.
+    """
+
+    def derive(self, excs: Any) -> FlushError:  # type: ignore[override]  # a group of Exceptions only
+        """Return a group of *excs* with the same message; ``except*`` needs it."""
+        return FlushError(self.message, excs)

@@ -1,0 +1,15 @@
+"""The file: what ``torch.save`` would write, by reference.
+
+``lay_out`` turns a snapshot into a `Layout`, the exact bytes of the file as a scatter list;
+``plan_parts`` cuts it; ``read_checkpoint`` reads it back.
+
+What does not belong here: where the bytes go, memory, order of saves.
+"""
+
+from __future__ import annotations
+
+from async_ckpt.format.layout import Layout, lay_out
+from async_ckpt.format.parts import plan_parts
+from async_ckpt.format.reader import read_checkpoint
+
+__all__ = ["Layout", "lay_out", "plan_parts", "read_checkpoint"]

@@ -1,0 +1,32 @@
+"""CRC-32 as zip files want it, by ISA-L where it is installed and by zlib where it is not.
+
+Both release the GIL for more than a few KiB. Nothing else belongs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["combine", "crc32"]
+
+crc32: Callable[[Any, int], int]
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this platform: right all the same, at a sixth of the speed
+    from zlib import crc32
+
+_MASK = (1 << 64) - 1
+
+
+def combine(seed: int, value: int) -> int:
+    """Mix *value* into *seed* as c10's ``hash_combine`` does; torch fingerprints files with it.
+
+    Args:
+        seed: what was combined so far, 0 at first.
+        value: the next checksum.
+
+    Returns:
+        The new seed, of 64 bits.
+    """
+    return (seed ^ (value + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & _MASK

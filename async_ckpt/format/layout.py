@@ -1,0 +1,201 @@
+"""The exact bytes of a checkpoint, as a scatter list, before a byte has moved.
+
+Guarantees: what is read equals what ``torch.save`` would have written, checksums included, in
+whatever pieces and order and by however many threads it is read. Storages are read through the
+snapshot only when they are asked for, and nothing here keeps a view of them.
+
+torch's own writer decides the bytes; only the checksums are ours. They are computed when the part
+that holds them is read, off the training thread.
+
+What does not belong here: how zip archives are built (`archive`), what is done with the bytes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from async_ckpt.format.archive import Record, find_records
+from async_ckpt.format.checksum import combine, crc32
+from async_ckpt.format.recorder import Recorder, Reference, StandIns
+from async_ckpt.snapshot import Snapshot
+
+__all__ = ["Layout", "lay_out"]
+
+_FINGERPRINT = ".data/serialization_id"
+_DIGITS = 20  # of each half of the fingerprint: names, checksums
+
+
+def lay_out(snapshot: Snapshot) -> Layout:
+    """Lay out the file of *snapshot*. Blocks for 50 to 100 µs a tensor: call it in a worker.
+
+    Args:
+        snapshot: must stay open as long as the layout is read.
+
+    Returns:
+        The file.
+
+    Raises:
+        AsyncCheckpointError: torch writes archives in a way that is not known here.
+    """
+    stand_ins = StandIns(snapshot.storages)
+    recorder = Recorder(stand_ins, snapshot.view)
+    _emit(snapshot.rebuild(stand_ins.storage), recorder)
+    return Layout(snapshot, recorder)
+
+
+def _emit(picture: Any, recorder: Recorder) -> None:
+    """Have torch write *picture*, without checksums where its version allows that.
+
+    The option that ``torch.save`` has for it is global and would change the user's own saves, so its
+    parts are called; where a version lacks them, ``torch.save`` reads the stand-ins, which costs time
+    but not correctness.
+    """
+    writer = _open_writer(recorder)
+    save = getattr(torch.serialization, "_save", None)
+    if writer is None or save is None:
+        torch.save(picture, recorder)  # type: ignore[arg-type]
+        return
+    save(picture, writer, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
+    writer.write_end_of_file()
+
+
+def _open_writer(recorder: Recorder) -> Any:
+    open_writer: Any = torch._C.PyTorchFileWriter
+    alignment = getattr(torch.serialization, "_get_storage_alignment", lambda: 64)()
+    for arguments in ((False, alignment), (False,), ()):  # torch 2.7 on, 2.6, before
+        try:
+            return open_writer(recorder, *arguments)
+        except TypeError:
+            continue
+    return None
+
+
+class Layout:
+    """A file by reference; satisfies ``stores.base.Content``. Made by `lay_out`.
+
+    Args:
+        snapshot: where the bytes of storages are.
+        recorder: what torch wrote.
+    """
+
+    def __init__(self, snapshot: Snapshot, recorder: Recorder) -> None:
+        self._snapshot = snapshot
+        self._segments = recorder.segments
+        self._starts: list[int] = []
+        self._nbytes = 0
+        for segment in self._segments:
+            self._starts.append(self._nbytes)
+            self._nbytes += len(segment)
+        self._records, self._tail = find_records(self._nbytes, self._read_header)
+        self._near = [record.near for record in self._records]
+        self._checksums: dict[str, int] = {}
+        self._fingerprint = self._find_fingerprint()
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self._nbytes
+
+    def read(self, start: int, stop: int) -> list[memoryview]:
+        """Return the bytes *start* to *stop*. Computes the checksums among them: call it in a worker.
+
+        Args:
+            start: the first byte.
+            stop: behind the last byte.
+
+        Returns:
+            Read-only views, to be let go of before the snapshot is closed.
+
+        Raises:
+            ValueError: the range is not within the file, or the snapshot has been closed.
+        """
+        if not 0 <= start <= stop <= self._nbytes:
+            raise ValueError(f"no bytes {start} to {stop} in a file of {self._nbytes}")
+        self._seal(start, stop)
+        return self._views(start, stop)
+
+    def _views(self, start: int, stop: int) -> list[memoryview]:
+        views = []
+        index = bisect_right(self._starts, start) - 1
+        while start < stop:
+            segment, begin = self._segments[index], self._starts[index]
+            end = min(stop, begin + len(segment))
+            views.append(self._slice(segment, start - begin, end - begin))
+            start = end
+            index += 1
+        return views
+
+    def _slice(self, segment: bytearray | Reference, start: int, stop: int) -> memoryview:
+        if isinstance(segment, Reference):
+            return self._snapshot.view(segment.storage)[segment.start + start : segment.start + stop]
+        return memoryview(segment).toreadonly()[start:stop]
+
+    def _read_header(self, start: int, nbytes: int) -> bytes:
+        return b"".join(self._views(start, start + nbytes)) if start >= 0 else b""
+
+    def _seal(self, start: int, stop: int) -> None:
+        """Put in place the checksums that lie at least partly in a range.
+
+        Several threads may do so at once: all write the same values.
+        """
+        first, last = bisect_left(self._near, start - 3), bisect_left(self._near, stop)
+        for record in self._records[first:last]:
+            if record is not self._fingerprint:
+                self._patch(record.near, self._checksum(record))
+        if stop > self._tail:
+            self._seal_tail()
+
+    def _seal_tail(self) -> None:
+        if self._fingerprint is not None:
+            digits = _digits(self._records[:-1], self._checksum)
+            self._overwrite(self._fingerprint.start + _DIGITS, digits)
+            self._patch(self._fingerprint.near, self._checksum(self._fingerprint))
+        for record in self._records:
+            self._patch(record.central, self._checksum(record))
+
+    def _checksum(self, record: Record) -> int:
+        checksum = self._checksums.get(record.name)
+        if checksum is None:
+            checksum = 0
+            for view in self._views(record.start, record.stop):
+                checksum = crc32(view, checksum)
+            self._checksums[record.name] = checksum
+        return checksum
+
+    def _find_fingerprint(self) -> Record | None:
+        """Find the record that depends on all other checksums, if torch made it in the way known here.
+
+        The fingerprint is a best effort of torch's that loading does not look at.
+        """
+        for position, record in enumerate(self._records):
+            if record.name.endswith(_FINGERPRINT) and record.stop - record.start == 2 * _DIGITS:
+                written = self._read_header(record.start + _DIGITS, _DIGITS)
+                known = _digits(self._records[:position], lambda earlier: earlier.checksum)
+                if written == known and position == len(self._records) - 1:
+                    self._tail = record.start
+                    return record
+        return None
+
+    def _patch(self, where: int, checksum: int) -> None:
+        self._overwrite(where, checksum.to_bytes(4, "little"))
+
+    def _overwrite(self, where: int, value: bytes) -> None:
+        index = bisect_right(self._starts, where) - 1
+        gap = self._segments[index]
+        assert isinstance(gap, bytearray), "checksums stand in headers"
+        at = where - self._starts[index]
+        gap[at : at + len(value)] = value
+
+
+def _digits(records: Sequence[Record], checksum: Callable[[Record], int]) -> bytes:
+    """Return the half of the fingerprint that is made from checksums; torch leaves out empty records."""
+    seed = 0
+    for record in records:
+        if record.start < record.stop:
+            seed = combine(seed, checksum(record))
+    return f"{seed:0{_DIGITS}d}".encode()

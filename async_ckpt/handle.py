@@ -1,0 +1,277 @@
+"""The caller's view of one request, and the record it ends in.
+
+Guarantees: a handle ends exactly once (D4); whoever waits gets either a report of what is durable or the
+error, with the worker's traceback (E1). What does not belong here: anything that decides or does the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar, cast
+
+import anyio
+
+from async_ckpt.errors import FlushTimeoutError
+
+__all__ = ["Failure", "Handle", "Outcome", "Report", "State", "await_outcome"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Outcome(Generic[T]):
+    """A value or an error that the loop thread sets once, and that any thread may wait for.
+
+    Unlike a ``Future`` it has no lock of its own: a signal handler may hold up its thread at any line, and
+    the loop, for which that handler waits, must never wait for that thread (L1).
+    """
+
+    __slots__ = ("_callbacks", "_done", "_error", "_value")
+
+    def __init__(self) -> None:
+        self._callbacks: deque[Callable[[], object]] = deque()
+        self._done = False
+        self._error: BaseException | None = None
+        self._value: T | None = None
+
+    def done(self) -> bool:
+        """Tell whether it is set."""
+        return self._done
+
+    def set_result(self, value: T) -> None:
+        """Set the value."""
+        self._value = value
+        self._settle()
+
+    def set_exception(self, error: BaseException) -> None:
+        """Set the error."""
+        self._error = error
+        self._settle()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait, and return the value or raise the error; TimeoutError after *timeout* seconds."""
+        error = self.exception(timeout)
+        if error is None:
+            return cast(T, self._value)
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame now
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return the error if there is one; TimeoutError after *timeout* seconds."""
+        if not self._done:
+            bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to use from handlers that interrupt it
+
+            def ring() -> None:
+                bell.put(None)
+
+            self.add_done_callback(ring)
+            try:
+                bell.get(timeout=None if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+            except queue.Empty:
+                raise TimeoutError from None
+            finally:
+                with suppress(ValueError):  # it has rung
+                    self._callbacks.remove(ring)
+        return self._error
+
+    def add_done_callback(self, callback: Callable[[], object]) -> None:
+        """Call *callback* once it is set, on the loop thread; at once, on this one, if it is."""
+        self._callbacks.append(callback)
+        if self._done:
+            self._run_callbacks()
+
+    def _settle(self) -> None:
+        assert not self._done, "it ends once"
+        self._done = True
+        self._run_callbacks()
+
+    def _run_callbacks(self) -> None:
+        # Whoever takes a callback out calls it, so that it is called once, whichever thread comes first.
+        while True:
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:
+                return
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback failed")
+
+
+class State(str, Enum):
+    """Where a request stands. The last six are final."""
+
+    ACCEPTED = "accepted"  #: it has its place; its snapshot is being taken
+    STAGED = "staged"  #: the snapshot is complete, the state may be mutated
+    WRITING = "writing"
+    DURABLE = "durable"
+    REMOVED = "removed"
+    FAILED = "failed"
+    SUPERSEDED = "superseded"
+    CANCELLED = "cancelled"
+    DROPPED = "dropped"  #: a removal that was not safe, or a request the service had to give up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one request came to.
+
+    Attributes:
+        url: the location, as the caller wrote it.
+        state: the final state.
+        nbytes: length of the file in bytes; 0 where a base CheckpointIO wrote it.
+        stall_seconds: how long ``save`` held its caller.
+        seconds: from the call until the end.
+    """
+
+    url: str
+    state: State
+    nbytes: int = 0
+    stall_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Failure:
+    """An error on its way to whoever collects it first: the handle's waiter, or the service's next call (E1)."""
+
+    def __init__(self, handle: Handle, error: Exception) -> None:
+        self.handle = handle
+        self.error = error
+        self._collected = threading.Lock()  # never waited for: only a flag that one thread can win
+
+    def collect(self) -> bool:
+        """Mark the error as told; only the first call, on whichever thread, returns ``True``."""
+        return self._collected.acquire(blocking=False)
+
+
+class Handle:
+    """One accepted save or removal. Waiting returns its report, or raises why it did not take effect.
+
+    Asking a handle again gives the same answer again; the error then counts as collected, and no other
+    call of the service raises it.
+    """
+
+    def __init__(self, url: str, outcome: Outcome[Report]) -> None:
+        self._url = url
+        self._outcome = outcome
+        self._pid = os.getpid()
+        self._state = State.ACCEPTED
+        self._failure: Failure | None = None
+        self._waiters: set[object] = set()
+        self._loop_thread = 0
+
+    @property
+    def url(self) -> str:
+        """The location, as the caller wrote it."""
+        return self._url
+
+    @property
+    def state(self) -> State:
+        """Where the request stands now."""
+        return self._state
+
+    def done(self) -> bool:
+        """Tell whether the request has ended, whichever way."""
+        return self._outcome.done()
+
+    def wait(self, timeout: float | None = None) -> Report:
+        """Block until the request has ended.
+
+        Args:
+            timeout: seconds to wait at the most; ``None`` waits for as long as it takes.
+
+        Returns:
+            The report: the checkpoint is durable, or the file removed.
+
+        Raises:
+            FlushTimeoutError: *timeout* passed first; the request goes on.
+            NotDurableError: it was superseded, cancelled or dropped.
+            Exception: it failed; this is the worker's own error.
+            RuntimeError: called where waiting would last for ever: in another process, or in an observer.
+        """
+        self._check_process()
+        if threading.get_ident() == self._loop_thread and not self.done():
+            raise RuntimeError("an observer or a callback must not wait for the service that calls it")
+        with self._waiting():
+            try:
+                self._outcome.exception(timeout)
+            except TimeoutError:
+                raise FlushTimeoutError(f"{self._url!r} is {self._state.value} after {timeout} s") from None
+            return self._result()
+
+    def __await__(self) -> Generator[Any, Any, Report]:
+        return self._wait_async().__await__()
+
+    async def _wait_async(self) -> Report:
+        self._check_process()
+        with self._waiting():
+            await await_outcome(self._outcome)
+            return self._result()
+
+    def add_done_callback(self, callback: Callable[[Handle], object]) -> None:
+        """Call *callback* with this handle when the request has ended, on the service's loop thread, or at once."""
+        self._outcome.add_done_callback(lambda: callback(self))
+
+    def __repr__(self) -> str:
+        return f"<Handle {self._url!r} {self._state.value}>"
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Tell whether somebody waits on this handle now."""
+        return bool(self._waiters)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        waiter = object()
+        self._waiters.add(waiter)
+        try:
+            yield
+        finally:
+            self._waiters.discard(waiter)
+
+    def _result(self) -> Report:
+        if self._failure is not None:
+            self._failure.collect()
+        return self._outcome.result()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"the save of {self._url!r} belongs to another process; wait for it there")
+
+
+async def await_outcome(outcome: Outcome[Any]) -> None:
+    """Wait until *outcome* is set, under asyncio or trio, without a thread and without taking its result."""
+    event = anyio.Event()
+    outcome.add_done_callback(_threadsafe_set(event))
+    await event.wait()
+
+
+def _threadsafe_set(event: anyio.Event) -> Callable[[], None]:
+    """Return a function that sets *event* from any thread; it never blocks, and does nothing once the loop is gone."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+    else:
+        import asyncio
+
+        schedule = asyncio.get_running_loop().call_soon_threadsafe
+
+    def wake() -> None:
+        try:
+            schedule(event.set)
+        except RuntimeError:  # the waiter's loop has ended, so nobody waits any more
+            return
+
+    return wake

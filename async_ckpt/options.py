@@ -1,0 +1,169 @@
+"""What a user may set: every option, its default, its validation. Nothing else decides a default.
+
+An options object is valid once it exists; it is frozen, and it holds no runtime, so it can be pickled
+and copied.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from async_ckpt.errors import OptionError
+from async_ckpt.events import Observer
+from async_ckpt.retry import RetryPolicy
+
+__all__ = ["Durability", "OnError", "Overflow", "ServiceOptions", "SnapshotStrategy", "parse_bytes"]
+
+Overflow = Literal["block", "raise", "supersede"]
+OnError = Literal["raise", "warn"]
+Durability = Literal["fsync", "process"]
+SnapshotStrategy = Literal["auto", "copy", "cow"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS[f"{_prefix}IB"] = 1024**_power
+    _UNITS[f"{_prefix}B"] = 1000**_power
+
+MINIMUM_PART_BYTES = 64 * 1024
+
+
+def parse_bytes(text: int | str, *, option: str) -> int:
+    """Return a number of bytes from an int or from text such as ``"8GiB"``, ``"500 MB"``.
+
+    Raises:
+        OptionError: *text* is neither, or is not positive; the message names *option*.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        nbytes = text
+    elif isinstance(text, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)):
+        unit = match[2].upper()
+        if unit not in _UNITS:
+            raise OptionError(
+                f"{option}={text!r}: unknown unit {match[2]!r}; use KiB, MiB, GiB, TiB or KB … TB"
+            )
+        nbytes = int(float(match[1]) * _UNITS[unit])
+    else:
+        raise OptionError(f"{option}={text!r}: give bytes as an int, or text such as '8GiB'")
+    if nbytes <= 0:
+        raise OptionError(f"{option}={text!r}: must be more than zero bytes")
+    return nbytes
+
+
+def default_memory_limit() -> int:
+    """Return half of the memory this process may use, in bytes: the machine's, or its control group's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return min(limits) // 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceOptions:
+    """Everything that can be set on a service or a plugin; the names are the same everywhere.
+
+    Attributes:
+        queue_depth: saves that may be accepted and not yet ended, the running ones included (B1).
+        memory_limit: host bytes that snapshots may hold together, as an int or ``"8GiB"``; ``None`` is
+            half of what the process may use. A larger single save runs alone.
+        overflow: what ``save`` does when there is no room: ``"block"`` waits, ``"raise"`` raises a
+            ``BackPressureError``, ``"supersede"`` gives the place of a queued, unstarted save of the same
+            location to the new one, and waits where there is none.
+        snapshot: how the picture of the state is taken; ``"auto"`` takes the best there is, ``"copy"``
+            copies into reused host buffers.
+        max_concurrent_saves: saves that are written at the same time.
+        part_size: bytes that one storage request carries, as an int or ``"32MiB"``.
+        max_concurrent_parts: storage requests of one save that are under way at the same time.
+        retry: when a failed storage request is tried again.
+        durability: ``"fsync"`` survives the loss of power, ``"process"`` only that of the process, which
+            is faster on local disks; object stores make no difference.
+        on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
+        flush_timeout: seconds that ``wait``, ``flush``, ``close``, teardown and the exit of the
+            interpreter wait for pending saves at the most.
+        storage_options: passed to the fsspec file system.
+        observer: called with every event; see ``async_ckpt.events``.
+
+    Raises:
+        OptionError: a value cannot work; the message says what would.
+    """
+
+    queue_depth: int = 2
+    memory_limit: int | str | None = None
+    overflow: Overflow = "block"
+    snapshot: SnapshotStrategy = "auto"
+    max_concurrent_saves: int = 1
+    part_size: int | str = "32MiB"
+    max_concurrent_parts: int = 4
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    durability: Durability = "fsync"
+    on_error: OnError = "raise"
+    flush_timeout: float = 1800.0
+    storage_options: Mapping[str, Any] | None = None
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queue_depth", "max_concurrent_saves", "max_concurrent_parts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(f"{name}={value!r}: must be an int of at least 1")
+        _one_of(self, "overflow", ("block", "raise", "supersede"))
+        _one_of(self, "snapshot", ("auto", "copy", "cow"))
+        _one_of(self, "durability", ("fsync", "process"))
+        _one_of(self, "on_error", ("raise", "warn"))
+        if self.snapshot == "cow":
+            raise OptionError(
+                "snapshot='cow': copy-on-write snapshots are not available yet; use 'auto' or 'copy'"
+            )
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit, option="memory_limit")
+        if self.part_size_bytes < MINIMUM_PART_BYTES:
+            raise OptionError(f"part_size={self.part_size!r}: must be at least 64KiB")
+        timeout = self.flush_timeout
+        if (
+            not isinstance(timeout, (int, float))
+            or isinstance(timeout, bool)
+            or not 0 < timeout < float("inf")
+        ):
+            raise OptionError(
+                f"flush_timeout={timeout!r}: must be a finite number of seconds, more than zero"
+            )
+        if not isinstance(self.retry, RetryPolicy):
+            raise OptionError(f"retry={self.retry!r}: must be a RetryPolicy")
+        if self.storage_options is not None and not isinstance(self.storage_options, Mapping):
+            raise OptionError(f"storage_options={self.storage_options!r}: must be a mapping")
+        if self.observer is not None and not callable(self.observer):
+            raise OptionError(f"observer={self.observer!r}: must be callable with one event")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ServiceOptions:
+        """Build from keyword arguments; an unknown name is an error that lists the known ones."""
+        known = [item.name for item in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise OptionError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """``memory_limit`` in bytes, the default worked out."""
+        if self.memory_limit is None:
+            return default_memory_limit()
+        return parse_bytes(self.memory_limit, option="memory_limit")
+
+    @property
+    def part_size_bytes(self) -> int:
+        """``part_size`` in bytes."""
+        return parse_bytes(self.part_size, option="part_size")
+
+
+def _one_of(options: ServiceOptions, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(options, name)
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")

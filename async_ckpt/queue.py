@@ -1,0 +1,353 @@
+"""The write-behind queue: who may come in, who may start, who is not needed any more.
+
+It decides and does nothing else: no thread, no clock, no storage, no awaiting. ``decide`` looks at plain
+records and returns one action; the service carries it out and tells the queue what came of it.
+
+Rules:
+
+1. Saves are admitted first come, first served, while fewer than ``queue_depth`` are accepted and their
+   memory fits (B1).
+2. Operations on one location take effect in the order in which they came, whichever service they came
+   through; different locations do not wait for each other (O1, O2).
+3. A removal cancels a queued save of its location (O3). It runs once every save accepted before it in its
+   service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
+   checkpoint, but the one to be removed, has become durable since.
+4. Where a queued save is cancelled or superseded, removals that waited for it wait for what its replacer
+   waits for. So the last good checkpoint outlives any sequence of the above.
+5. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
+   interrupted ``save`` may save, wait and load (L1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, TypeAlias
+
+from async_ckpt.options import Overflow
+
+__all__ = [
+    "Action",
+    "Admit",
+    "Cancel",
+    "Drop",
+    "Kind",
+    "Lane",
+    "Op",
+    "Phase",
+    "Queue",
+    "Refuse",
+    "Start",
+    "Supersede",
+]
+
+
+class Kind(Enum):
+    """What is asked for."""
+
+    SAVE = "save"
+    REMOVE = "remove"
+    LOAD = "load"
+
+
+class Phase(Enum):
+    """How far a live operation is. One that has ended is no longer in the queue."""
+
+    WAITING = "waiting"  # a save that is not admitted; its caller is blocked
+    STAGING = "staging"  # admitted; its caller is taking the snapshot
+    QUEUED = "queued"
+    RUNNING = "running"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Lane:
+    """One service's share of the queue.
+
+    Attributes:
+        lost: per location, the save that failed there last, until one is durable or the location removed.
+        newest: id and location of the newest save that is durable and not removed.
+    """
+
+    queue_depth: int
+    max_concurrent_saves: int
+    overflow: Overflow
+    lost: dict[str, int] = field(default_factory=dict)
+    newest: tuple[int, str] | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Op:
+    """One operation.
+
+    Attributes:
+        id: rises in order of arrival; given by whoever adds the operation, as it does so.
+        key: of the location.
+        group: operations with the same group never run at the same time; ``None`` has no such bound.
+        nbytes: host bytes that a save's snapshot needs.
+        thread: the caller's thread.
+        urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
+            whose memory and place cannot come free before the caller returns.
+        is_replacement: a save that superseded another, for which it stands from then on.
+        after: for a removal, the saves that must be durable first.
+        failed_save: for a removal, one of those that did not become durable.
+    """
+
+    id: int
+    lane: Lane
+    kind: Kind
+    key: str
+    phase: Phase
+    thread: int
+    group: str | None = None
+    nbytes: int = 0
+    urgent: bool = False
+    is_replacement: bool = False
+    after: set[int] = field(default_factory=set)
+    failed_save: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give the save its place and its memory."""
+
+    op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """There is no room of the kind named, and the lane does not wait."""
+
+    op: Op
+    lacking: Literal["queue", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Supersede:
+    """End the queued save *op*; *by* takes its place."""
+
+    op: Op
+    by: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the queued save *op*; the removal *by* makes it pointless."""
+
+    op: Op
+    by: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """End the removal *op* without deleting: the save *failed_save* failed."""
+
+    op: Op
+    failed_save: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Let the operation run."""
+
+    op: Op
+
+
+Action: TypeAlias = Admit | Refuse | Supersede | Cancel | Drop | Start
+
+
+class Queue:
+    """The live operations of all services of the process, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._ops: dict[int, Op] = {}
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def live(self, lane: Lane) -> Iterator[Op]:
+        """Yield the operations of *lane* that have not ended, oldest first."""
+        return (op for op in self._ops.values() if op.lane is lane)
+
+    def add(self, op: Op) -> None:
+        """Take in a new operation. A removal learns here which saves it has to wait for (D3)."""
+        if op.kind is Kind.REMOVE:
+            op.after = {
+                other.id
+                for other in self.live(op.lane)
+                if _is_accepted_save(other) and not _suspended_beneath(other, op)
+            }
+            op.failed_save = _missing(op)
+            op.lane.lost.pop(op.key, None)  # the program counts on that one no longer
+        self._ops[op.id] = op
+
+    def durable(self, op: Op) -> None:
+        """The operation has taken effect."""
+        self._end(op)
+        lane = op.lane
+        if op.kind is Kind.SAVE:
+            if lane.lost.get(op.key, op.id) < op.id:
+                del lane.lost[op.key]
+            lane.newest = max(lane.newest or (0, ""), (op.id, op.key))
+        elif op.kind is Kind.REMOVE and lane.newest is not None and lane.newest[1] == op.key:
+            lane.newest = None
+        for removal in self._waiting_for(op):
+            removal.after.discard(op.id)
+
+    def failed(self, op: Op) -> None:
+        """The operation has failed: removals that wait for it, or come later, must not run (D3)."""
+        self._end(op)
+        if op.kind is Kind.SAVE:
+            op.lane.lost[op.key] = op.id
+        for removal in self._waiting_for(op):
+            removal.failed_save = op.id
+
+    def withdraw(self, op: Op) -> None:
+        """The operation came to nothing: refused, dropped, or its caller was interrupted.
+
+        Where it was accepted, or superseded a save that was, what waits for it fares as after a failure.
+        """
+        if op.phase is Phase.WAITING and not op.is_replacement:
+            self._end(op)
+        else:
+            self.failed(op)
+
+    def replaced(self, op: Op, by: Op) -> None:
+        """The queued save *op* ended in favour of *by*: what waited for it waits for what *by* stands for (rule 4)."""
+        self._end(op)
+        by.is_replacement = by.kind is Kind.SAVE
+        heirs = _stands_for(by) - {op.id}
+        for removal in self._waiting_for(op):
+            removal.after = (removal.after | heirs) - {op.id}
+
+    def decide(self, fits: Callable[[Op], bool]) -> Action | None:
+        """Return the next thing to do, or ``None`` if nothing can be done now.
+
+        Args:
+            fits: tells whether the memory for a waiting save can be had now.
+
+        The action is not carried out here; ask again once it has been.
+        """
+        return self._next_ending() or self._next_start() or self._next_admission(fits)
+
+    def _next_ending(self) -> Action | None:
+        for op in self._ops.values():
+            if op.kind is Kind.REMOVE and op.phase is Phase.QUEUED:
+                if op.failed_save is not None:
+                    return Drop(op, op.failed_save)
+                victim = self._replaceable_save(op)
+                if victim is not None:
+                    return Cancel(victim, op)
+        return None
+
+    def _next_start(self) -> Action | None:
+        for op in self._ops.values():
+            if op.phase is Phase.QUEUED and self._may_start(op):
+                return Start(op)
+        return None
+
+    def _next_admission(self, fits: Callable[[Op], bool]) -> Action | None:
+        blocked: list[Lane] = []
+        for op in self._ops.values():
+            if op.phase is not Phase.WAITING or (op.lane in blocked and not op.urgent):
+                continue
+            accepted = sum(1 for other in self.live(op.lane) if _is_accepted_save(other))
+            room = accepted < op.lane.queue_depth
+            if op.urgent or (room and fits(op)):
+                return Admit(op)
+            if op.lane.overflow == "raise":
+                return Refuse(op, "memory" if room else "queue")
+            victim = self._replaceable_save(op) if op.lane.overflow == "supersede" else None
+            if victim is not None:
+                return Supersede(victim, op)
+            blocked.append(op.lane)
+        return None
+
+    def _may_start(self, op: Op) -> bool:
+        if self._predecessors(op) or self._location_is_busy(op) or self._group_is_busy(op):
+            return False
+        if op.kind is Kind.REMOVE:
+            return not any(save in self._ops for save in op.after)
+        if op.kind is Kind.SAVE:
+            running = sum(
+                1 for other in self.live(op.lane) if other.kind is Kind.SAVE and other.phase is Phase.RUNNING
+            )
+            return running < op.lane.max_concurrent_saves
+        return True
+
+    def _location_is_busy(self, op: Op) -> bool:
+        """Tell whether a *later* operation of the location runs: one that had to pass *op* by (rule 5)."""
+        return any(
+            other.phase is Phase.RUNNING and other.key == op.key and not _suspended_beneath(other, op)
+            for other in self._ops.values()
+        )
+
+    def _group_is_busy(self, op: Op) -> bool:
+        return op.group is not None and any(
+            other.phase is Phase.RUNNING and other.group == op.group for other in self._ops.values()
+        )
+
+    def _predecessors(self, op: Op) -> list[Op]:
+        """Return the earlier operations of the same location that *op* has to let go first (O1)."""
+        return [
+            other
+            for other in self._ops.values()
+            if other.id < op.id and other.key == op.key and not _suspended_beneath(other, op)
+        ]
+
+    def _replaceable_save(self, by: Op) -> Op | None:
+        """Return a save that has not started and that *by* makes needless, if ending it harms nobody."""
+        for op in self._ops.values():
+            if op.kind is Kind.SAVE and op.phase is Phase.QUEUED and op.key == by.key and op.id < by.id:
+                if any(op.id < other.id < by.id for other in self._predecessors(by)):
+                    continue  # somebody between the two counts on it: a load, a removal
+                if not self._would_deadlock(op, by):
+                    return op
+        return None
+
+    def _would_deadlock(self, op: Op, by: Op) -> bool:
+        """Tell whether a removal that inherits from *op* would wait for a save that itself waits for the removal."""
+        heirs = [self._ops[i] for i in _stands_for(by) if i in self._ops]
+        return any(self._depends(heir, removal) for removal in self._waiting_for(op) for heir in heirs)
+
+    def _depends(self, op: Op, on: Op) -> bool:
+        seen: set[int] = set()
+        stack = [op]
+        while stack:
+            current = stack.pop()
+            if current.id in seen:
+                continue
+            seen.add(current.id)
+            if current is on:
+                return True
+            stack += self._predecessors(current)
+            stack += [self._ops[i] for i in current.after if i in self._ops]
+        return False
+
+    def _waiting_for(self, save: Op) -> list[Op]:
+        return [op for op in self._ops.values() if save.id in op.after]
+
+    def _end(self, op: Op) -> None:
+        del self._ops[op.id]
+
+
+def _is_accepted_save(op: Op) -> bool:
+    return op.kind is Kind.SAVE and op.phase is not Phase.WAITING
+
+
+def _stands_for(by: Op) -> set[int]:
+    return by.after if by.kind is Kind.REMOVE else {by.id}
+
+
+def _suspended_beneath(other: Op, op: Op) -> bool:
+    """Tell whether *other*'s caller cannot go on before *op*'s caller has returned (rule 5)."""
+    return other.thread == op.thread and (
+        other.phase in (Phase.WAITING, Phase.STAGING) or (other.kind is Kind.LOAD and other is not op)
+    )
+
+
+def _missing(removal: Op) -> int | None:
+    """Return a save that failed before *removal* came, if no other checkpoint has made up for it since (D3)."""
+    newest_id, newest_key = removal.lane.newest or (0, "")
+    made_up_to = newest_id if newest_key != removal.key else 0
+    return next((save for save in removal.lane.lost.values() if save > made_up_to), None)

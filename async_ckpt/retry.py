@@ -1,0 +1,175 @@
+"""Whether a failed storage request is tried again, and when. Time, sleep and chance can be given.
+
+Guarantees: at most ``attempts`` calls; no new call once ``deadline_seconds`` have passed since the
+first; permanent errors are raised at once (E3).
+
+What does not belong here: what a request is, and whether repeating it is safe. The stores know.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import anyio
+
+from async_ckpt.errors import OptionError, StoreError
+
+__all__ = ["RetryPolicy", "Retrying", "call_with_retry", "is_transient"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_log = logging.getLogger("async_ckpt.retry")
+
+_TRANSIENT = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.EPIPE,
+        errno.ETIMEDOUT,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How often, and how patiently, a storage request that failed is tried again.
+
+    Attributes:
+        attempts: calls in total; 1 never retries.
+        initial_seconds: the longest first wait; each further one may be twice as long.
+        maximum_seconds: no single wait is longer.
+        deadline_seconds: no wait ends later than this after the first call began.
+
+    Raises:
+        OptionError: a value that cannot work.
+    """
+
+    attempts: int = 5
+    initial_seconds: float = 0.1
+    maximum_seconds: float = 10.0
+    deadline_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
+            raise OptionError(f"retry attempts must be a whole number of at least 1, not {self.attempts!r}")
+        for name in ("initial_seconds", "maximum_seconds", "deadline_seconds"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise OptionError(f"retry {name} must be a finite number of at least 0, not {value!r}")
+
+    def delay(self, attempt: int, random: Callable[[], float]) -> float:
+        """Return how long to wait after the failure of *attempt*: "full jitter".
+
+        A wait drawn evenly from zero to the exponential bound spreads clients that failed together
+        best (AWS architecture blog, "Exponential backoff and jitter").
+
+        Args:
+            attempt: number of the call that failed, from 1.
+            random: returns a number in [0, 1).
+
+        Returns:
+            Seconds.
+        """
+        # min() inside: 2.0 ** 1024 would overflow, and no bound needs more doublings than this.
+        bound = min(self.maximum_seconds, self.initial_seconds * 2.0 ** min(attempt - 1, 60))
+        return bound * random()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the same request may well succeed a moment later.
+
+    Args:
+        error: what the request raised; a translated error is judged by its cause as well.
+
+    Returns:
+        True for lost connections, timeouts and a busy system; False for everything else: missing
+        permission, nothing there, a full or read-only disk, a wrong argument.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    cause = error.__cause__
+    return isinstance(error, StoreError) and cause is not None and is_transient(cause)
+
+
+async def call_with_retry(
+    policy: RetryPolicy,
+    function: Callable[P, Awaitable[T]],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """Await ``function(*args, **kwargs)``, again after transient errors, as *policy* allows.
+
+    Args:
+        policy: how often and how long.
+        function: an operation that may safely be repeated.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        What *function* returned.
+
+    Raises:
+        BaseException: what the last call raised.
+    """
+    return await Retrying(policy).call(function, *args, **kwargs)
+
+
+class Retrying:
+    """A policy put to work with a clock, a sleep and a source of chance.
+
+    Args:
+        policy: how often and how long.
+        sleep: awaits so many seconds.
+        clock: returns a monotonic time in seconds.
+        random: returns a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        *,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        self._policy = policy
+        self._sleep = sleep
+        self._clock = clock
+        self._random = random
+
+    async def call(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await ``function(*args, **kwargs)``, again after transient errors, as the policy allows."""
+        began = self._clock()
+        attempt = 1
+        while True:
+            try:
+                return await function(*args, **kwargs)
+            except Exception as error:
+                if attempt >= self._policy.attempts or not is_transient(error):
+                    raise
+                pause = self._policy.delay(attempt, self._random)
+                if self._clock() - began + pause > self._policy.deadline_seconds:
+                    raise
+                _log.info("attempt %d failed, trying again in %.2f s: %s", attempt, pause, error)
+            await self._sleep(pause)
+            attempt += 1

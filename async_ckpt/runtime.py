@@ -1,0 +1,255 @@
+"""The one loop thread of the process, shared by every service, and what happens when the process ends.
+
+Guarantees:
+
+* One dispatcher for all services, so that order per location holds across them (O1). It is touched on the
+  loop thread only; other threads send calls and wait for a future of their own, never for a shared lock, so
+  a signal handler may call a service that it interrupted (L1).
+* The thread lives while a service holds it and is joined when the last one lets go (B2).
+* A forked child starts without it; what the parent has under way stays the parent's.
+* When the interpreter exits, every open service is drained first, within its own deadline (D4).
+
+What does not belong here: anything about checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import ParamSpec, Protocol, TypeVar
+
+import anyio
+from anyio.from_thread import start_blocking_portal
+
+from async_ckpt.dispatch import Dispatcher
+from async_ckpt.errors import AbandonedError, ServiceClosedError
+from async_ckpt.handle import Outcome
+
+__all__ = ["Drainable", "PoolWorkers", "Runtime", "acquire", "current", "release"]
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Drainable(Protocol):
+    """What holds the runtime."""
+
+    def drain_at_exit(self) -> bool:
+        """End everything within a deadline; tell whether all errors had been collected. Must not raise."""
+
+
+class Runtime:
+    """The loop thread and what runs on it. Made by ``acquire`` alone."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.holders: dict[int, Drainable] = {}
+        self.stuck = False
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._resources = ExitStack()
+        self._portal = self._resources.enter_context(start_blocking_portal("asyncio"))
+        ready: Future[None] = Future()
+        self._main = self._portal.start_task_soon(self._run, ready)
+        ready.result()
+
+    async def _run(self, ready: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        threading.current_thread().name = "async_ckpt-loop"
+        self._wake = asyncio.Event()
+        async with anyio.create_task_group() as tasks:
+            self.dispatcher = Dispatcher(tasks)
+            ready.set_result(None)
+            while not self._stopping:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._inbox:
+                    self._inbox.popleft()()
+
+    def post(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Have *function* called on the loop thread, soon and in order; return at once."""
+
+        def call() -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception:
+                logger.exception("internal error in %r; please report it", function)
+
+        self._schedule(call)
+
+    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have *function* called on the loop thread and wait for what it returns or raises.
+
+        Raises:
+            RuntimeError: called on the loop thread itself, as by an observer.
+        """
+        self.refuse_loop_thread()
+        answer: Outcome[T] = Outcome()
+
+        def call() -> None:
+            try:
+                answer.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._schedule(call)
+        return answer.result()
+
+    def refuse_loop_thread(self) -> None:
+        """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("an observer or a callback must not call the service that calls it")
+
+    def _schedule(self, call: Callable[[], None]) -> None:
+        self._inbox.append(call)
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:  # the loop is gone
+            raise ServiceClosedError("the service was closed meanwhile") from None
+
+    def call_async(
+        self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Run the coroutine *function* on the loop thread; return a future of what it returns or raises."""
+        return self._portal.start_task_soon(partial(function, *args, **kwargs))
+
+    def stop(self) -> None:
+        """End the loop thread and join it. Everything on it must have ended."""
+        self.post(self._end)
+        self._main.result()
+        self._resources.close()
+
+    def _end(self) -> None:
+        self._stopping = True
+
+
+class PoolWorkers:
+    """A bounded pool of threads for what blocks; see ``stores.base.Workers``."""
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="async_ckpt-worker")
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call *function* in a worker. Cancellation waits until the call has returned."""
+        future = asyncio.wrap_future(self._executor.submit(_contain, function, *args, **kwargs))
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([future])
+        return future.result()
+
+    def close(self, *, wait: bool) -> None:
+        """Let the threads end; *wait* joins them."""
+        self._executor.shutdown(wait=wait, cancel_futures=True)
+
+
+def _contain(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Keep SystemExit and the like from ending the loop thread instead of one save."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise AbandonedError(f"the worker was ended by {type(error).__name__}: {error}") from error
+
+
+_lock = threading.RLock()
+_current: Runtime | None = None
+_exit_hooked = False
+_stuck = False
+
+
+def current() -> Runtime | None:
+    """Return this process's runtime, if one is running."""
+    return _current
+
+
+def acquire(holder: Drainable) -> Runtime:
+    """Return the process's runtime, started if need be, and keep it running for *holder*."""
+    global _current
+    with _lock:
+        if _current is None:
+            runtime = Runtime()
+            if _current is None:
+                _current = runtime
+            else:  # a signal handler came between and made its own
+                runtime.stop()
+            _hook_exit()
+        _current.holders[id(holder)] = holder
+        return _current
+
+
+def release(holder: Drainable, *, stuck: bool = False) -> None:
+    """Give the runtime back; the last one stops it. Does nothing for who does not hold it.
+
+    Args:
+        holder: what ``acquire`` was called with.
+        stuck: the holder leaves a thread behind that does not come back; the next holder gets a fresh runtime.
+    """
+    global _current, _stuck
+    with _lock:
+        runtime = _current
+        if runtime is None or runtime.holders.pop(id(holder), None) is None:
+            return
+        _stuck = _stuck or stuck
+        runtime.stuck = runtime.stuck or stuck
+        if runtime.holders:
+            return
+        _current = None
+    if not runtime.stuck:
+        runtime.stop()
+
+
+def _forget_in_child() -> None:
+    """The parent's loop thread does not exist in a forked child (L1)."""
+    global _lock, _current
+    _lock = threading.RLock()
+    _current = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _hook_exit() -> None:
+    """Drain before the interpreter joins threads and refuses new ones: atexit itself would be too late."""
+    global _exit_hooked
+    if not _exit_hooked:
+        _exit_hooked = True
+        register = getattr(threading, "_register_atexit", atexit.register)
+        register(_drain_at_exit)
+
+
+def _drain_at_exit() -> None:
+    runtime = _current
+    clean = True
+    for holder in list(runtime.holders.values()) if runtime is not None else ():
+        clean = holder.drain_at_exit() and clean
+    if _stuck or (multiprocessing.parent_process() is not None and not clean):
+        _exit_with_failure()  # a stuck thread would be joined for ever; a child process runs no exit handlers
+    if clean:
+        return
+    atexit.register(_exit_with_failure)  # registered last, so it runs first
+
+
+def _exit_with_failure() -> None:
+    """Tell by the exit code that a checkpoint was lost (E1).
+
+    Python offers no way to change its exit code from an exit handler, so the handlers that are left are
+    run here, and then the process is ended.
+    """
+    atexit.unregister(_exit_with_failure)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)

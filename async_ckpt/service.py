@@ -1,0 +1,564 @@
+"""The service: what a program holds to save, remove and load checkpoints without waiting for storage.
+
+Everything here runs on the caller's thread. It takes the snapshot, sends requests to the dispatcher on the
+loop thread, waits for nothing but a place, memory or a result, and tells the caller what failed: once, and
+never in place of an error that is in flight (E1, E2).
+
+What does not belong here: which operation may run (queue), what becomes of it (dispatch), how bytes are
+written (writers, stores).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from time import monotonic
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import anyio
+
+from async_ckpt import runtime as runtimes
+from async_ckpt.budget import Budget
+from async_ckpt.dispatch import Account, Request
+from async_ckpt.errors import FlushError, FlushTimeoutError, ServiceClosedError
+from async_ckpt.format.reader import read_checkpoint
+from async_ckpt.handle import Failure, Handle, Outcome, await_outcome
+from async_ckpt.options import ServiceOptions
+from async_ckpt.queue import Kind, Lane, Op, Phase
+from async_ckpt.runtime import PoolWorkers, Runtime
+from async_ckpt.snapshot import HostPool, capture
+from async_ckpt.stores import check_target, locate, open_store
+from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.writers import StreamingWriter, Writer
+
+__all__ = ["CheckpointService", "StoreFactory", "load"]
+
+logger = logging.getLogger(__name__)
+
+ABANDON_GRACE_SECONDS = 10.0
+"""How long work that was told to stop, and stores that are closed, may take before they are left behind."""
+
+SILENT_EXIT_SECONDS = 1.0
+"""How long the interpreter's exit waits for pending saves before it says so."""
+
+_this_thread = threading.local()
+
+
+StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
+"""Makes the store that serves a location; it is asked once for each ``location.group``."""
+
+
+class CheckpointService:
+    """Saves checkpoints without making the training loop wait for storage.
+
+    Threads of a program may share a service. Used as a context manager, plain or ``async``, it is closed
+    at the end; otherwise the interpreter's exit drains it.
+
+    Args:
+        store_factory: makes the stores, for tests and for storage that fsspec does not know.
+        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
+        **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
+            ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
+            ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
+
+    Raises:
+        OptionError: an option cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        store_factory: StoreFactory | None = None,
+        abandon_grace_seconds: float = ABANDON_GRACE_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._options = ServiceOptions.of(options)
+        self._store_factory = store_factory
+        self._abandon_grace_seconds = abandon_grace_seconds
+        self._reset()
+
+    def _reset(self) -> None:
+        options = self._options
+        self._pid = os.getpid()
+        self._closed = False
+        self._runtime: Runtime | None = None
+        self._ambient_error = 0
+        self._stores: dict[str, Store] = {}
+        self._account = Account(
+            lane=Lane(
+                queue_depth=options.queue_depth,
+                max_concurrent_saves=options.max_concurrent_saves,
+                overflow=options.overflow,
+            ),
+            pool=HostPool(Budget(options.memory_limit_bytes)),
+            observer=options.observer,
+        )
+        # No thread starts before it is needed. Made here, so that threads which come first together share them.
+        self._workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
+
+    @property
+    def options(self) -> ServiceOptions:
+        """The options, validated, with every default filled in."""
+        return self._options
+
+    # -- caller's thread: the public surface
+
+    def save(self, state: Any, url: str | os.PathLike[str]) -> Handle:
+        """Take a snapshot of *state* and have it written to *url*.
+
+        Returns once *state* may be mutated. That takes the time of one copy in memory, and waits longer
+        only for a place in the queue or for memory, as ``overflow`` says (B1). The file will equal what
+        ``torch.save(state, url)`` would have written now (S1).
+
+        Args:
+            state: anything that ``torch.save`` takes.
+            url: a local path, or any URL that fsspec knows.
+
+        Returns:
+            A handle to wait for.
+
+        Raises:
+            UnpicklableStateError: *state* holds what pickle refuses; nothing was accepted.
+            StoreError: *url* cannot be a checkpoint's; nothing was accepted.
+            BackPressureError: there is no room and ``overflow="raise"``; nothing was accepted.
+            ServiceClosedError: the service is closed.
+            Exception: an *earlier* save failed and nobody has been told yet; this one is accepted all the
+                same (E1, E2).
+        """
+        location = locate(url, storage_options=self._options.storage_options)
+        check_target(location)
+        return self.submit(state, location, self._streaming_writer(location))
+
+    def remove(self, url: str | os.PathLike[str]) -> Handle:
+        """Have what is at *url* deleted, once every save accepted before is durable (D3).
+
+        A save of *url* that has not started is cancelled (O3). If one of the saves before fails, nothing is
+        deleted, and the handle says so.
+
+        Args:
+            url: a local path, or any URL that fsspec knows. Nothing there is not an error.
+
+        Returns:
+            A handle to wait for.
+
+        Raises:
+            ServiceClosedError: the service is closed.
+            Exception: an earlier request failed and nobody has been told yet; this one is accepted all the same.
+        """
+        location = locate(url, storage_options=self._options.storage_options)
+        return self.submit_removal(location, self._streaming_writer(location))
+
+    def load(
+        self, url: str | os.PathLike[str], *, map_location: Any = None, weights_only: bool | None = True
+    ) -> Any:
+        """Load a checkpoint with ``torch.load``, after the pending saves of *url*, not of others (O2).
+
+        Args:
+            url: a local path, or any URL that fsspec knows.
+            map_location: as for ``torch.load``.
+            weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the
+                file names.
+
+        Returns:
+            The state.
+
+        Raises:
+            FileNotFoundError: there is nothing at *url*.
+            Exception: an earlier request failed and nobody has been told yet, or the reading failed.
+        """
+        self._raise_failures()
+        location = locate(url, storage_options=self._options.storage_options)
+        with self.turn(location), self._store(location).open(location) as file:
+            return read_checkpoint(file, map_location=map_location, weights_only=weights_only)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until everything accepted so far has ended.
+
+        Args:
+            timeout: seconds; ``None`` takes ``flush_timeout``.
+
+        Raises:
+            FlushTimeoutError: the time passed first. Nothing is given up; wait again.
+            Exception: a save failed; several come as one ``FlushError``.
+        """
+        drained = self._drained()
+        limit = self._options.flush_timeout if timeout is None else timeout
+        try:
+            drained.result(limit)
+        except TimeoutError:
+            raise self._too_late(limit) from None
+        self._raise_failures()
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
+        drained = self._drained()
+        limit = self._options.flush_timeout if timeout is None else timeout
+        with anyio.move_on_after(limit):
+            await await_outcome(drained)
+        if not drained.done():
+            raise self._too_late(limit)
+        self._raise_failures()
+
+    @property
+    def pending(self) -> tuple[Handle, ...]:
+        """The handles of all saves and removals that have not ended, oldest first."""
+        return tuple(handle for handle in self._handles() if not handle.done())
+
+    def close(self, timeout: float | None = None) -> None:
+        """Accept no more, see everything to its end, and free threads, memory and connections.
+
+        What is not done after *timeout* is abandoned: it fails, its unfinished file is cleaned away, and
+        earlier checkpoints stay. Closing again does nothing.
+
+        Args:
+            timeout: seconds; ``None`` takes ``flush_timeout``.
+
+        Raises:
+            Exception: a save failed and nobody has been told yet; several come as one ``FlushError``. An error
+                that is in flight already is not replaced: ours is logged and added to its notes (E2).
+        """
+        self._drain_and_free(self._options.flush_timeout if timeout is None else timeout)
+        self._raise_failures(last_chance=True)
+
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
+
+        Cancelled, it returns at once and the closing goes on in a thread.
+        """
+        limit = self._options.flush_timeout if timeout is None else timeout
+        await anyio.to_thread.run_sync(self._drain_and_free, limit, abandon_on_cancel=True)
+        self._raise_failures(last_chance=True)
+
+    def __enter__(self) -> CheckpointService:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> CheckpointService:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {
+            "options": self._options,
+            "store_factory": self._store_factory,
+            "abandon_grace_seconds": self._abandon_grace_seconds,
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._options = state["options"]
+        self._store_factory = state["store_factory"]
+        self._abandon_grace_seconds = state["abandon_grace_seconds"]
+        self._reset()
+
+    # -- for plugins
+
+    def submit(
+        self, state: Any, location: Location, writer: Writer, *, share_unpicklable: bool = False
+    ) -> Handle:
+        """Do what ``save`` does, with any writer.
+
+        Args:
+            state: what to write.
+            location: from ``locate``.
+            writer: what writes it.
+            share_unpicklable: pass what pickle refuses by reference, for writers that do not pickle.
+        """
+        runtime = self._running()
+        started_seconds = monotonic()
+        captured = capture(state, share_unpicklable=share_unpicklable)
+        nested = getattr(_this_thread, "in_save", False)
+        op = self._op(Kind.SAVE, location, writer, nbytes=captured.nbytes, urgent=nested)
+        request = Request(op, self._account, location, writer)
+        request.started_seconds = started_seconds
+        dispatcher = runtime.dispatcher
+        _this_thread.in_save = True
+        try:
+            runtime.post(dispatcher.take_in, request)
+            request.admitted.result()
+            buffer = request.buffer
+            if buffer is None:
+                raise ServiceClosedError("the service was closed meanwhile")
+            snapshot = captured.stage(buffer)
+            request.stall_seconds = monotonic() - started_seconds
+            runtime.post(dispatcher.staged, request, snapshot)
+        except BaseException as error:
+            with suppress(ServiceClosedError):
+                runtime.post(dispatcher.withdraw, request)
+            if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
+                raise ServiceClosedError("the service was closed meanwhile") from error
+            raise
+        finally:
+            _this_thread.in_save = nested
+        self._raise_failures(keep_in_flight=True)
+        return request.handle
+
+    def submit_removal(self, location: Location, writer: Writer) -> Handle:
+        """Do what ``remove`` does, with any writer."""
+        runtime = self._running()
+        request = Request(self._op(Kind.REMOVE, location, writer), self._account, location, writer)
+        runtime.post(runtime.dispatcher.take_in, request)
+        self._raise_failures(keep_in_flight=True)
+        return request.handle
+
+    @contextmanager
+    def turn(self, location: Location) -> Iterator[None]:
+        """Hold *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
+
+        Raises:
+            FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
+        """
+        if runtimes.current() is None:  # nothing is under way in this process
+            yield
+            return
+        runtime = self._running()
+        request = Request(self._op(Kind.LOAD, location, None), self._account, location, None)
+        runtime.post(runtime.dispatcher.take_in, request)
+        try:
+            try:
+                request.admitted.result(self._options.flush_timeout)
+            except TimeoutError:
+                raise self._too_late(self._options.flush_timeout) from None
+            yield
+        finally:
+            with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
+                runtime.post(runtime.dispatcher.withdraw, request)
+
+    def workers(self) -> Workers:
+        """Return the service's threads for what blocks."""
+        self._running()
+        return self._workers
+
+    # -- the runtime
+
+    def _running(self) -> Runtime:
+        if os.getpid() != self._pid:  # what the parent process has under way stays its own (L1)
+            self._reset()
+        if self._closed:
+            raise ServiceClosedError("the service has been closed; make a new one")
+        if self._runtime is None:
+            self._ambient_error = id(sys.exc_info()[1])
+            self._runtime = runtimes.acquire(self)
+        self._runtime.refuse_loop_thread()
+        return self._runtime
+
+    def _held(self) -> Runtime | None:
+        return self._runtime if os.getpid() == self._pid else None
+
+    def _drained(self) -> Outcome[None]:
+        runtime = self._held()
+        if runtime is not None:
+            return runtime.call(runtime.dispatcher.expect_drained, self._account)
+        nothing: Outcome[None] = Outcome()
+        nothing.set_result(None)
+        return nothing
+
+    def _handles(self) -> list[Handle]:
+        runtime = self._held()
+        return [] if runtime is None else runtime.call(runtime.dispatcher.handles, self._account)
+
+    def _drain_and_free(self, limit: float) -> None:
+        runtime, self._closed = self._held(), True
+        if runtime is None:
+            return
+        drained = runtime.call(runtime.dispatcher.close, self._account, thread=threading.get_ident())
+        stuck = False
+        try:
+            drained.result(limit)
+        except TimeoutError:
+            stuck = self._abandon(runtime, f"not done {limit:g} s after its service was told to close")
+        self._free(runtime, stuck=stuck)
+
+    def _abandon(self, runtime: Runtime, reason: str) -> bool:
+        """Give up what is not done; tell whether a thread is stuck in storage and had to be left behind."""
+        stopped = runtime.call(runtime.dispatcher.cancel_all, self._account, reason)
+        try:
+            stopped.result(self._abandon_grace_seconds)
+        except TimeoutError:
+            runtime.call(runtime.dispatcher.leave_behind, self._account)
+            return True
+        return False
+
+    def _free(self, runtime: Runtime, *, stuck: bool) -> None:
+        if self._runtime is None:  # another thread closed it as well
+            return
+        self._runtime = None
+        stores, self._stores = self._stores, {}
+        try:
+            if not stuck:
+                runtime.call_async(_close_all, list(stores.values())).result()
+            runtime.call(self._account.pool.close)
+        finally:
+            self._workers.close(wait=not stuck)
+            runtimes.release(self, stuck=stuck)
+
+    def _op(
+        self, kind: Kind, location: Location, writer: Writer | None, *, nbytes: int = 0, urgent: bool = False
+    ) -> Op:
+        return Op(
+            id=0,  # it gets one where it comes in
+            lane=self._account.lane,
+            kind=kind,
+            key=location.key,
+            phase=Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED,
+            thread=threading.get_ident(),
+            group=None if writer is None else writer.group,
+            nbytes=nbytes,
+            urgent=urgent,
+        )
+
+    def _streaming_writer(self, location: Location) -> StreamingWriter:
+        self._running()
+        return StreamingWriter(self._store(location), self._workers, self._options)
+
+    def _store(self, location: Location) -> Store:
+        if location.group not in self._stores:
+            self._running()
+            make = self._store_factory or self._open_store
+            self._stores.setdefault(location.group, make(location, self._workers))
+        return self._stores[location.group]
+
+    def _open_store(self, location: Location, workers: Workers) -> Store:
+        options = self._options
+        return open_store(
+            location,
+            workers=workers,
+            storage_options=options.storage_options,
+            durability=options.durability,
+            retry=options.retry,
+        )
+
+    # -- errors
+
+    def _too_late(self, limit: float) -> FlushTimeoutError:
+        return FlushTimeoutError(f"after {limit:g} s still pending, and going on: {self._pending_urls()}")
+
+    def _pending_urls(self) -> str:
+        return ", ".join(repr(handle.url) for handle in self.pending)
+
+    def _raise_failures(self, *, keep_in_flight: bool = False, last_chance: bool = False) -> None:
+        """Raise what failed and was not collected: once (E1), and not in place of an error in flight (E2).
+
+        Args:
+            keep_in_flight: where an error is in flight, leave ours for the next call.
+            last_chance: where an error is in flight, log ours and add it to the notes of that error.
+        """
+        in_flight = sys.exc_info()[1] if keep_in_flight or last_chance else None
+        if id(in_flight) == self._ambient_error:
+            in_flight = None  # it was being handled before the service had anything to do
+        if in_flight is not None and not last_chance:
+            return
+        failures = self._collect_failures()
+        if not failures:
+            return
+        error = _as_one([failure.error for failure in failures])
+        if self._options.on_error == "warn":
+            logger.warning("%s", _described(failures), exc_info=error)
+            warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=3)
+        elif in_flight is None:
+            raise error
+        else:
+            logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
+            if sys.version_info >= (3, 11):
+                in_flight.add_note(f"{_described(failures)}: {error!r}")
+
+    def _collect_failures(self) -> list[Failure]:
+        """Take what nobody has collected and no handle's waiter is about to."""
+        failures, waited_for = self._account.failures, []
+        collected = []
+        for _ in range(len(failures)):
+            try:
+                failure = failures.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if failure.handle.is_waited_for:
+                waited_for.append(failure)
+            elif failure.collect():
+                collected.append(failure)
+        failures.extend(waited_for)
+        return collected
+
+    def drain_at_exit(self) -> bool:
+        """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
+        limit = self._options.flush_timeout
+        try:
+            try:
+                try:
+                    self._drained().result(min(limit, SILENT_EXIT_SECONDS))
+                except TimeoutError:
+                    _tell(f"waiting up to {limit:g} s until {self._pending_urls()} are done; Ctrl-C gives up")
+                self._drain_and_free(limit)
+            except KeyboardInterrupt:
+                _tell("interrupted: pending checkpoints are given up")
+                self._drain_and_free(0.0)
+        except Exception:
+            _tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
+            return False
+        failures = [failure for failure in self._account.failures if failure.collect()]
+        for failure in failures:
+            lines = traceback.format_exception(
+                type(failure.error), failure.error, failure.error.__traceback__
+            )
+            _tell(f"{failure.handle.url!r} failed, and nobody has been told:\n{''.join(lines)}")
+        return not failures or self._options.on_error == "warn"
+
+
+def load(
+    url: str | os.PathLike[str],
+    *,
+    map_location: Any = None,
+    weights_only: bool | None = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
+
+    Args:
+        url: a local path, or any URL that fsspec knows.
+        map_location: as for ``torch.load``.
+        weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the file names.
+        storage_options: passed to the fsspec file system.
+
+    Returns:
+        The state.
+
+    Raises:
+        FileNotFoundError: there is nothing at *url*.
+    """
+    with CheckpointService(storage_options=storage_options) as service:
+        return service.load(url, map_location=map_location, weights_only=weights_only)
+
+
+async def _close_all(stores: list[Store]) -> None:
+    for store in stores:
+        try:
+            with anyio.move_on_after(ABANDON_GRACE_SECONDS):
+                await store.aclose()
+        except Exception:
+            logger.exception("a store could not be closed")
+
+
+def _as_one(errors: list[Exception]) -> Exception:
+    return errors[0] if len(errors) == 1 else FlushError("several checkpoint requests failed", errors)
+
+
+def _described(failures: list[Failure]) -> str:
+    return f"async_ckpt: failed: {', '.join(repr(failure.handle.url) for failure in failures)}"
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"async_ckpt: {message}\n")
+    sys.stderr.flush()

@@ -1,0 +1,15 @@
+"""Snapshots: a picture of a state at one instant, in host memory that is reused (S1).
+
+``capture`` walks a state once, on the training thread; ``Capture.stage`` copies its bulk data into a
+leased ``HostBuffer``; the ``Snapshot`` that results shares nothing with the state any more.
+
+What does not belong here: the bytes of the file, the queue, waiting for memory.
+"""
+
+from __future__ import annotations
+
+from async_ckpt.snapshot.copying import HostBuffer, HostPool
+from async_ckpt.snapshot.picture import Snapshot, SnapshotStorage
+from async_ckpt.snapshot.tree import Capture, capture
+
+__all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "SnapshotStorage", "capture"]

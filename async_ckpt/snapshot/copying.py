@@ -1,0 +1,255 @@
+"""Host memory that is kept from save to save, and the copies into it.
+
+Guarantees: two leases never share memory, not even with what an earlier holder left behind; idle
+buffers count against the budget (B1); a source is only ever read through const access, so that a
+copy-on-write source keeps sharing; when a copy returns, its source may be changed.
+
+What does not belong here: what is copied and why (`tree`), waiting for room. The pool is for one
+thread, the loop's.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from async_ckpt.budget import Budget
+
+__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned", "copy_storages"]
+
+logger = logging.getLogger("async_ckpt.snapshot")
+
+ALIGNMENT = 64
+_PAGE = mmap.PAGESIZE
+_HUGE_PAGE = 2 << 20
+_WASTE_FLOOR_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 10
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+_PADDING = tuple(
+    torch.zeros(ALIGNMENT, dtype=torch.uint8, device="cpu")[:length] for length in range(ALIGNMENT)
+)
+
+
+def aligned(nbytes: int) -> int:
+    """Round *nbytes* up to the alignment of regions in a buffer."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class HostBuffer:
+    """Page-aligned anonymous memory; no page of it exists before it is written.
+
+    Args:
+        nbytes: how much of it, at least; rounded up to whole pages.
+    """
+
+    __slots__ = ("_map", "_pinned", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = capacity_for(nbytes)
+        self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pinned: bool | None = None
+        if self.nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError as error:  # a kernel without transparent huge pages
+                logger.debug("no huge pages: %s", error)
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The mapping itself.
+
+        Raises:
+            ValueError: the buffer is closed.
+        """
+        if self._map is None:
+            raise ValueError("the host buffer is closed")
+        return self._map
+
+    @property
+    def is_aliased(self) -> bool:
+        """Whether anything outside still refers to the memory: a view, a tensor, an array."""
+        return self._map is not None and sys.getrefcount(self._map) > 2  # ours and the call's
+
+    def as_tensor(self) -> torch.Tensor:
+        """Return the whole memory as one tensor of bytes."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8)
+
+    def pin(self) -> bool:
+        """Page-lock the memory for CUDA, once.
+
+        Returns:
+            Whether it is page-locked; where CUDA refuses, the reason is logged and copies still work.
+        """
+        if self._pinned is None:
+            status = int(torch.cuda.cudart().cudaHostRegister(self.as_tensor().data_ptr(), self.nbytes, 0))
+            self._pinned = status == 0
+            if not self._pinned:
+                logger.warning(
+                    "cannot page-lock %d bytes of host memory (CUDA error %d): copies from the GPU will be "
+                    "slower; raise the limit on locked memory (ulimit -l)",
+                    self.nbytes,
+                    status,
+                )
+        return self._pinned
+
+    def close(self) -> None:
+        """Let go of the memory; it is unmapped once nothing refers to it any more. Idempotent."""
+        if self._map is not None and self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.as_tensor().data_ptr())
+        self._map = None
+
+
+def capacity_for(nbytes: int) -> int:
+    """Return the size of the buffer that a request of *nbytes* gets."""
+    return max(1, -(-nbytes // _PAGE)) * _PAGE
+
+
+class HostPool:
+    """Buffers kept from save to save, within a budget.
+
+    Args:
+        budget: counts every buffer, leased or idle.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._idle: list[HostBuffer] = []  # the longest idle first
+        self._leased: set[int] = set()
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of the buffers that are kept for reuse."""
+        return sum(buffer.nbytes for buffer in self._idle)
+
+    def lease(self, nbytes: int, *, force: bool = False) -> HostBuffer | None:
+        """Hand out a buffer of at least *nbytes*.
+
+        The smallest idle buffer that fits without wasting more than a quarter is reused; else idle
+        ones are dropped, oldest first, until a new one fits the budget.
+
+        Args:
+            nbytes: what the snapshot needs.
+            force: go past the limit rather than refuse.
+
+        Returns:
+            The buffer, to be given to `release` once; ``None`` where it does not fit now.
+        """
+        capacity = capacity_for(nbytes)
+        most = capacity + max(capacity // 4, _WASTE_FLOOR_BYTES)
+        fitting = [buffer for buffer in self._idle if capacity <= buffer.nbytes <= most]
+        if fitting:
+            buffer = min(fitting, key=lambda idle: idle.nbytes)
+            self._idle.remove(buffer)
+        else:
+            leased_bytes = self._budget.held_bytes - self.idle_bytes
+            if not force and not self._budget.fits(capacity, beside=leased_bytes):
+                return None  # dropping the idle ones would not help either
+            while self._idle and not self._budget.fits(capacity):
+                self._drop(self._idle.pop(0))
+            self._budget.force_reserve(capacity)
+            try:
+                buffer = HostBuffer(nbytes)
+            except BaseException:
+                self._budget.release(capacity)
+                raise
+        self._leased.add(id(buffer))
+        return buffer
+
+    def release(self, buffer: HostBuffer) -> None:
+        """Take back a leased buffer and keep it for the next save.
+
+        Args:
+            buffer: what `lease` returned.
+
+        Raises:
+            ValueError: it is not on lease from this pool.
+        """
+        if id(buffer) not in self._leased:
+            raise ValueError("the buffer is not on lease from this pool")
+        self._leased.remove(id(buffer))
+        if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
+            logger.debug("a holder kept views of a %d byte buffer: not reused", buffer.nbytes)
+            self._drop(buffer)
+        else:
+            self._idle.append(buffer)
+
+    def trim(self) -> None:
+        """Free every idle buffer."""
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def close(self) -> None:
+        """Free every idle buffer; those on lease are freed by whoever holds them. Idempotent."""
+        self.trim()
+
+    def _drop(self, buffer: HostBuffer) -> None:
+        buffer.close()
+        self._budget.release(buffer.nbytes)
+
+
+def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int], buffer: HostBuffer) -> None:
+    """Copy *sources* one after the other, each at the next aligned place, into *buffer*.
+
+    Args:
+        sources: storages on any device.
+        sizes: their sizes in bytes.
+        buffer: large enough for the sum of the aligned sizes.
+    """
+    if not any(sizes):
+        return
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    with torch.no_grad():
+        views = [_bytes_of(source) for source in sources]
+        runs = list(_runs(views, sizes))
+        lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
+        whole = buffer.as_tensor()
+        targets = whole[: sum(lengths)].split(lengths)
+        try:
+            for run, target in zip(runs, targets, strict=True):
+                if len(run) > 1:
+                    torch.cat([piece for index in run for piece in _padded(views[index])], out=target)
+                    continue
+                view, target = views[run.start], target[: sizes[run.start]]
+                if view.is_cuda:
+                    with torch.cuda.stream(_side_stream(view.device, streams)):
+                        target.copy_(view, non_blocking=buffer.pin())
+                else:
+                    target.copy_(view)
+        finally:
+            for stream in streams.values():
+                stream.synchronize()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    if storage.device.type == "cpu":
+        return _NOTHING.detach().set_(storage)  # cheaper than a new tensor, and thousands are needed
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _runs(views: Sequence[torch.Tensor], sizes: Sequence[int]) -> Iterator[range]:
+    """Group neighbours that are small and on the CPU: together they cost a tenth of one copy each."""
+    first = 0
+    for index, (view, nbytes) in enumerate(zip(views, sizes, strict=True)):
+        if nbytes > _SMALL_BYTES or not view.is_cpu:
+            if first < index:
+                yield range(first, index)
+            yield range(index, index + 1)
+            first = index + 1
+    if first < len(sizes):
+        yield range(first, len(sizes))
+
+
+def _padded(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return view, _PADDING[-view.numel() % ALIGNMENT]
+
+
+def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.Stream]) -> torch.cuda.Stream:
+    """Return a stream of our own that waits for what the current stream has been given so far."""
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+        streams[device].wait_stream(torch.cuda.current_stream(device))
+    return streams[device]

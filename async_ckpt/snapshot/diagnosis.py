@@ -1,0 +1,111 @@
+"""Where in a state the object is that pickle refuses.
+
+Runs only after a failure, so it may be slow: it pickles child after child, always into the smallest
+one that still fails. It follows what pickle would follow, not what an object happens to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from async_ckpt.snapshot.reduced import PROTOCOL
+
+__all__ = ["Offence", "find_offences"]
+
+_Children: TypeAlias = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offence:
+    """One smallest thing that cannot be pickled.
+
+    Attributes:
+        where: the way to it, such as ``state['callbacks'][0].lock``.
+        value: the thing.
+        error: what pickle said.
+    """
+
+    where: str
+    value: Any
+    error: Exception
+
+
+def find_offences(
+    state: Any, error: Exception, probe: Callable[[Any], Exception | None], *, into_objects: bool = True
+) -> list[Offence]:
+    """Find what made pickling *state* fail.
+
+    Args:
+        state: what was pickled.
+        error: how it failed.
+        probe: pickles a thing and returns the error, ``None`` where it works.
+        into_objects: look into objects too, not only into builtin containers.
+
+    Returns:
+        The smallest failing things, in the order of the state; at least one.
+    """
+    if isinstance(error, RecursionError):
+        return [Offence(where="state", value=state, error=error)]
+    found: list[Offence] = []
+    seen = {id(state)}
+    open_ = [Offence(where="state", value=state, error=error)]
+    while open_:
+        parent = open_.pop()
+        failing: list[Offence] = []
+        for where, child in _children(parent, into_objects):
+            if id(child) not in seen:
+                reason = probe(child)
+                if reason is not None:
+                    seen.add(id(child))
+                    failing.append(Offence(where=where, value=child, error=reason))
+        if failing:
+            open_.extend(reversed(failing))
+        else:
+            found.append(parent)
+    return found
+
+
+def _children(parent: Offence, into_objects: bool) -> _Children:
+    where, value = parent.where, parent.value
+    kind = type(value)
+    if kind is dict:
+        yield from _of_pairs(where, value.items())
+    elif kind in (list, tuple):
+        yield from _of_items(where, value)
+    elif kind in (set, frozenset):
+        yield from ((f"{where} (element {item!r:.80})", item) for item in value)
+    elif into_objects and not isinstance(value, type):
+        yield from _of_reduced(where, value)
+
+
+def _of_pairs(where: str, pairs: Any) -> _Children:
+    for key, value in pairs:
+        yield f"{where} (key {key!r:.80})", key
+        yield f"{where}[{key!r:.80}]", value
+
+
+def _of_items(where: str, items: Any) -> _Children:
+    return ((f"{where}[{index}]", item) for index, item in enumerate(items))
+
+
+def _of_reduced(where: str, value: Any) -> _Children:
+    try:
+        parts = value.__reduce_ex__(PROTOCOL)
+    except Exception:  # this very failure is the reason, and the probe has it already
+        return
+    if not isinstance(parts, tuple):
+        return
+    _, arguments, state, items, pairs, *_ = (*parts, None, None, None, None)
+    for index, argument in enumerate(arguments):
+        yield f"{where} (argument {index} of its __reduce__)", argument
+    for attributes in state if isinstance(state, tuple) else (state,):
+        if isinstance(attributes, dict):
+            yield from ((f"{where}.{name}", attribute) for name, attribute in attributes.items())
+        elif attributes is not None:
+            yield f"{where} (its __getstate__)", attributes
+    if items is not None:
+        yield from _of_items(where, items)
+    if pairs is not None:
+        yield from _of_pairs(where, pairs)

@@ -1,0 +1,165 @@
+"""A state as it was at one instant, in host memory that nothing else writes to (S1).
+
+Guarantees: a snapshot holds no reference to the live state; storages are given up one by one, and the
+memory is given back once, with the last of them. ``rebuild`` runs no code of the state.
+
+What does not belong here: how the bytes came here (`copying`), what is done with them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from async_ckpt.snapshot.copying import HostBuffer
+from async_ckpt.snapshot.entries import Entry
+from async_ckpt.snapshot.locations import mark
+from async_ckpt.snapshot.rebuild import INERT, LIVE, Rebuilder
+
+__all__ = ["Snapshot", "SnapshotStorage"]
+
+
+class SnapshotStorage(NamedTuple):
+    """One storage of the state; its number is its place among the snapshot's storages.
+
+    Attributes:
+        nbytes: its size.
+        location: where the original is, as ``torch.save`` writes it: ``"cpu"``, ``"cuda:0"``, …
+        start: where its bytes begin in the host buffer.
+    """
+
+    nbytes: int
+    location: str
+    start: int
+
+
+class Snapshot:
+    """The picture of a state; made by ``Capture.stage``.
+
+    Args:
+        skeleton: the pickled state, bulk data lifted out.
+        entries: what the skeleton refers to.
+        storages: where each storage's bytes are.
+        buffer: the leased memory.
+        nbytes: what the snapshot needs of host memory.
+        on_release: is given the buffer once, when the last storage was released, in whatever thread
+            that happens.
+    """
+
+    def __init__(
+        self,
+        *,
+        skeleton: bytes,
+        entries: Sequence[Entry],
+        storages: Sequence[SnapshotStorage],
+        buffer: HostBuffer,
+        nbytes: int,
+        on_release: Callable[[HostBuffer], None] | None = None,
+    ) -> None:
+        self.nbytes = nbytes
+        self.storages = tuple(storages)
+        self._skeleton = skeleton
+        self._entries = tuple(entries)
+        self._buffer: HostBuffer | None = buffer
+        self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
+        self._held = set(range(len(self.storages)))
+        self._on_release = on_release
+        self._lock = threading.Lock()
+
+    def view(self, index: int) -> memoryview:
+        """Return the bytes of a storage, read-only.
+
+        Args:
+            index: the storage's number.
+
+        Returns:
+            A view that must be let go of before the snapshot is closed, for its buffer to be reused.
+
+        Raises:
+            ValueError: the storage has been released.
+        """
+        view = self._view
+        if view is None or index not in self._held:
+            raise ValueError(f"storage {index} of the snapshot has been released")
+        storage = self.storages[index]
+        return view[storage.start : storage.start + storage.nbytes]
+
+    def release(self, index: int) -> None:
+        """Give up one storage's bytes. Idempotent; the last one closes the snapshot."""
+        with self._lock:
+            self._held.discard(index)
+            last = not self._held
+        if last:
+            self.close()
+
+    def close(self) -> None:
+        """Give up everything. Idempotent."""
+        with self._lock:
+            buffer, self._buffer = self._buffer, None
+            on_release, self._on_release = self._on_release, None
+            self._view = None
+            self._held.clear()
+            self._entries = ()
+            self._skeleton = b""
+        if buffer is not None and on_release is not None:
+            on_release(buffer)
+
+    def rebuild(self, storage_for: Callable[[int], torch.UntypedStorage]) -> Any:
+        """Return an inert picture of the state, over storages of the caller's choice.
+
+        ``torch.save`` of the picture writes what ``torch.save`` of the state would have written. Plain
+        tensors, arrays and builtin containers are themselves; any other object is a
+        `async_ckpt.snapshot.reduced.Reduced`. Two things may differ in the bytes, neither in what is
+        loaded: the order of a set, and whether an attribute's name and an equal string elsewhere are
+        written once or twice.
+
+        Args:
+            storage_for: gives the storage with a number, of the right size; called once for each
+                number that is needed.
+
+        Returns:
+            The picture.
+
+        Raises:
+            ValueError: the snapshot has been closed.
+        """
+        return self._unpickle(storage_for, INERT)
+
+    def state(self) -> Any:
+        """Return the state itself, rebuilt over the snapshot's memory.
+
+        Its tensors lie on the CPU, but ``torch.save`` of it writes the locations of the originals. A
+        buffer to which anything refers when the snapshot is closed is not reused.
+
+        Returns:
+            A state equal to the captured one.
+
+        Raises:
+            ValueError: the snapshot has been closed.
+        """
+        return self._unpickle(self._over_memory, LIVE)
+
+    def _unpickle(
+        self, storage_for: Callable[[int], torch.UntypedStorage], globals_: dict[tuple[str, str], Any]
+    ) -> Any:
+        def marked(index: int) -> torch.UntypedStorage:
+            return mark(storage_for(index), self.storages[index].location)
+
+        memory = self._open_buffer().memory
+        with torch.no_grad():
+            return Rebuilder(self._skeleton, self._entries, globals_, marked, memory).load()
+
+    def _over_memory(self, index: int) -> torch.UntypedStorage:
+        storage = self.storages[index]
+        if storage.nbytes == 0:
+            return torch.UntypedStorage(0, device="cpu")
+        memory, count, start = self._open_buffer().memory, storage.nbytes, storage.start
+        return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start).untyped_storage()
+
+    def _open_buffer(self) -> HostBuffer:
+        if self._buffer is None:
+            raise ValueError("the snapshot has been closed")
+        return self._buffer

@@ -1,0 +1,160 @@
+"""The walk over a state: pickle itself, with the bulk data lifted out.
+
+Guarantees: what pickle or torch refuses is refused here, on the caller's thread, and the error says
+where in the state it is; storages are met once each, so ties and views stay tied; nothing is copied
+before `Capture.stage`, and after it nothing here refers to the state.
+
+What does not belong here: memory (`copying`), rebuilding (`rebuild`).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from async_ckpt.errors import UnpicklableStateError
+from async_ckpt.snapshot.copying import HostBuffer, aligned, copy_storages
+from async_ckpt.snapshot.diagnosis import Offence, find_offences
+from async_ckpt.snapshot.entries import ArrayEntry
+from async_ckpt.snapshot.pickler import Lifted, LiftingPickler
+from async_ckpt.snapshot.picture import Snapshot, SnapshotStorage
+
+__all__ = ["Capture", "capture"]
+
+logger = logging.getLogger("async_ckpt.snapshot")
+
+
+def capture(state: Any, *, share_unpicklable: bool = False) -> Capture:
+    """Take stock of *state* without copying its bulk data.
+
+    Args:
+        state: anything that ``torch.save`` takes.
+        share_unpicklable: pass objects that pickle refuses by reference, for a writer that may not
+            pickle at all, instead of refusing them.
+
+    Returns:
+        The capture, to be staged before *state* changes.
+
+    Raises:
+        UnpicklableStateError: pickle or torch refuses something in *state*.
+    """
+    try:
+        return _walk(state)
+    except Exception as error:  # whatever a __reduce__ in the state raises
+        failure = error
+    offences = find_offences(state, failure, _probe)
+    if not share_unpicklable:
+        raise _refusal(offences[0]) from offences[0].error
+    for into_objects in (True, False):
+        if not into_objects:
+            offences = find_offences(state, failure, _probe, into_objects=False)
+        try:
+            made = _walk(state, shared=[offence.value for offence in offences])
+        except Exception as error:  # what was found does not exist twice: try the objects around it
+            failure = error
+        else:
+            names = ", ".join(offence.where for offence in offences)
+            logger.info("not picklable, so passed on as they are, not as they were: %s", names)
+            return made
+    raise _refusal(offences[0]) from offences[0].error
+
+
+class Capture:
+    """What a state consists of; made by `capture`, used once.
+
+    Attributes:
+        nbytes: the host memory that staging needs.
+    """
+
+    __slots__ = ("_lifted", "_skeleton", "_storages", "nbytes")
+
+    def __init__(self, skeleton: bytes, lifted: Lifted) -> None:
+        start = 0
+        storages: list[SnapshotStorage] = []
+        for nbytes, location in zip(lifted.sizes, lifted.locations, strict=True):
+            storages.append(SnapshotStorage(nbytes, location, start))
+            start += aligned(nbytes)
+        for position, array in lifted.arrays:
+            entry = lifted.entries[position]
+            assert isinstance(entry, ArrayEntry)
+            lifted.entries[position] = entry._replace(region=start)
+            start += aligned(array.nbytes)
+        self._skeleton = skeleton
+        self._lifted: Lifted | None = lifted
+        self._storages = tuple(storages)
+        self.nbytes = start + len(skeleton)
+
+    @property
+    def storages(self) -> tuple[SnapshotStorage, ...]:
+        """The state's storages, once each."""
+        return self._storages
+
+    def stage(
+        self, buffer: HostBuffer, *, on_release: Callable[[HostBuffer], None] | None = None
+    ) -> Snapshot:
+        """Copy the bulk data into *buffer*; when this returns, the state may be changed.
+
+        Args:
+            buffer: at least `nbytes` of leased memory.
+            on_release: is given the buffer once the snapshot needs it no more.
+
+        Returns:
+            The snapshot, which refers to nothing of the state.
+
+        Raises:
+            ValueError: the buffer is too small.
+            RuntimeError: the capture was staged before.
+        """
+        lifted = self._lifted
+        if lifted is None:
+            raise RuntimeError("a capture can be staged once")
+        if buffer.nbytes < self.nbytes:
+            raise ValueError(f"a buffer of {buffer.nbytes} bytes cannot hold {self.nbytes}")
+        copy_storages(lifted.storages, lifted.sizes, buffer)
+        for position, array in lifted.arrays:
+            entry = lifted.entries[position]
+            assert isinstance(entry, ArrayEntry)
+            _copy_array(array, entry, buffer)
+        self._lifted = None
+        return Snapshot(
+            skeleton=self._skeleton,
+            entries=lifted.entries,
+            storages=self._storages,
+            buffer=buffer,
+            nbytes=self.nbytes,
+            on_release=on_release,
+        )
+
+
+def _copy_array(array: Any, entry: ArrayEntry, buffer: HostBuffer) -> None:
+    if array.nbytes:
+        import numpy
+
+        target = numpy.ndarray(array.shape, array.dtype, buffer.memory, entry.region, order=entry.order)
+        numpy.copyto(target, array)
+
+
+def _walk(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
+    sink = io.BytesIO()
+    pickler = LiftingPickler(sink, shared)
+    pickler.dump(state)
+    return Capture(sink.getvalue(), pickler.lifted)
+
+
+def _probe(value: Any) -> Exception | None:
+    try:
+        LiftingPickler(io.BytesIO(), ()).dump(value)
+    except Exception as error:  # whatever a __reduce__ raises
+        return error
+    return None
+
+
+def _refusal(offence: Offence) -> UnpicklableStateError:
+    if isinstance(offence.error, RecursionError):
+        reason = "it is nested too deeply for pickle; raise sys.setrecursionlimit or flatten it"
+    else:
+        reason = str(offence.error) or type(offence.error).__name__
+    kind = f"{type(offence.value).__module__}.{type(offence.value).__qualname__}"
+    return UnpicklableStateError(f"cannot save {offence.where} ({kind}): {reason}", where=offence.where)

@@ -1,0 +1,197 @@
+"""The choice of a store by URL, made at the call: everything that is wrong with a URL is told at once.
+
+Guarantees: ``locate`` and ``check_target`` touch no network; two spellings of one place have one key
+(O1). What does not belong here: anything that a store does once it is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from async_ckpt.errors import MissingDependencyError, OptionError, UnknownProtocolError
+from async_ckpt.stores.base import Location, Store, Workers
+
+if TYPE_CHECKING:
+    from async_ckpt.options import Durability
+    from async_ckpt.retry import RetryPolicy
+
+__all__ = ["LOCAL_GROUP", "check_target", "is_local", "locate", "open_store"]
+
+LOCAL_GROUP = "file"
+
+_LOCAL_PROTOCOLS = frozenset({"file", "local"})
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
+# What pathlib makes of "s3://bucket/…".
+_EATEN_SLASH = re.compile(rf"({'|'.join(_EXTRAS)}|file|local|memory|https?):/(?!/)")
+
+
+def locate(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    follow: bool = True,
+) -> Location:
+    """Name the place that *url* means; cheap enough for a training thread.
+
+    Args:
+        url: a local path, or a URL that fsspec knows.
+        storage_options: what the file system is made with.
+        follow: whether a symlink stands for the file it leads to, as for saving and loading, or for
+            itself, as for deleting.
+
+    Returns:
+        The location; its ``key`` is the same for every spelling of the same file.
+
+    Raises:
+        TypeError: *url* is neither text nor a path.
+        OptionError: *url* is empty, chained, or a URL that went through ``pathlib``.
+        UnknownProtocolError: fsspec knows no file system for the URL's protocol.
+        MissingDependencyError: the package of that file system is not installed.
+    """
+    text = _text(url)
+    scheme = _SCHEME.match(text)
+    if scheme is None or scheme[1] in _LOCAL_PROTOCOLS:
+        return _locate_local(text, text if scheme is None else text[scheme.end() :], follow)
+    file_system = _file_system_class(scheme[1], text)
+    options = _file_system_options(file_system, text, storage_options)
+    path = str(file_system._strip_protocol(text))
+    if not path.strip("/"):
+        raise OptionError(f"{text!r} names no file")
+    protocols = file_system.protocol
+    name = protocols if isinstance(protocols, str) else protocols[0]
+    group = f"{name}:{_token(options)}"
+    return Location(url=text, path=path, key=f"{group}:{path}", group=group)
+
+
+def is_local(location: Location) -> bool:
+    """Tell whether *location* is a path of the local store."""
+    return location.group == LOCAL_GROUP
+
+
+def check_target(location: Location) -> None:
+    """Refuse at once a local path that no save could end in: a few system calls, no change.
+
+    Args:
+        location: where a save is to go; a remote one is not looked at.
+
+    Raises:
+        StoreError: a directory is there, or no regular file, or this user may not write there.
+    """
+    if is_local(location):
+        from async_ckpt.stores.disk import Disk
+        from async_ckpt.stores.target import check_local_target
+
+        check_local_target(location, os.path.realpath(location.path), Disk())
+
+
+def open_store(
+    location: Location,
+    *,
+    workers: Workers,
+    storage_options: Mapping[str, Any] | None = None,
+    durability: Durability = "fsync",
+    retry: RetryPolicy | None = None,
+) -> Store:
+    """Make the store for *location* and all others of its group.
+
+    Args:
+        location: what ``locate`` returned for the same *storage_options*.
+        workers: where blocking calls run.
+        storage_options: what the file system is made with.
+        durability: of local files.
+        retry: how often a request to a remote file system is tried again.
+
+    Returns:
+        A store; close it with ``aclose``.
+
+    Raises:
+        StoreError: the file system refuses its options.
+    """
+    if is_local(location):
+        from async_ckpt.stores.local import LocalStore
+
+        return LocalStore(workers=workers, durability=durability)
+    from async_ckpt.stores.generic import GenericStore
+
+    scheme = _SCHEME.match(location.url)
+    assert scheme is not None, location
+    file_system = _file_system_class(scheme[1], location.url)
+    options = _file_system_options(file_system, location.url, storage_options)
+    return GenericStore.connect(file_system, options, location, workers=workers, retry=retry)
+
+
+def _text(url: str | os.PathLike[str]) -> str:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if not isinstance(text, str):
+        raise TypeError(f"a checkpoint's place must be a str or a path, not {type(url).__name__}")
+    if not text.strip():
+        raise OptionError("a checkpoint's place must not be empty")
+    if "\0" in text:
+        raise OptionError(f"{text!r} contains a null character")
+    if "::" in text and "://" in text:
+        raise OptionError(f"{text!r}: chained URLs cannot be written to safely; give the storage's own URL")
+    if eaten := _EATEN_SLASH.match(text):
+        raise OptionError(
+            f"{text!r} lost a slash, as in pathlib.Path('{eaten[1]}://…'); pass the URL as a str"
+        )
+    return text
+
+
+def _locate_local(url: str, path: str, follow: bool) -> Location:
+    if not path.strip("/") or "\0" in path:
+        raise OptionError(f"{url!r} names no file")
+    parent, name = os.path.split(path.rstrip("/"))
+    if name in ("", ".", ".."):
+        own = os.path.realpath(path)
+    else:
+        own = os.path.join(os.path.realpath(parent), name)
+    # A save goes through a symlink, as open() does, so both are one file; a deletion takes the link itself.
+    key = os.path.realpath(own) if follow and os.path.islink(own) else own
+    return Location(url=url, path=own, key=f"{LOCAL_GROUP}:{key}", group=LOCAL_GROUP)
+
+
+def _file_system_class(protocol: str, url: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.get_filesystem_class(protocol)
+    except ValueError as error:
+        raise UnknownProtocolError(
+            f"no file system is known for {protocol}:// in {url!r}; "
+            "install the package that brings it to fsspec, or give a local path",
+            location=url,
+            stage="begin",
+        ) from error
+    except (ImportError, AttributeError) as error:
+        extra = _EXTRAS.get(protocol)
+        advice = f'pip install "async-ckpt[{extra}]"' if extra else str(error)
+        raise MissingDependencyError(
+            f"{protocol}:// in {url!r} needs a package that is not installed: {advice}"
+        ) from error
+
+
+def _file_system_options(
+    file_system: Any, url: str, storage_options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what the file system is made with: parts of the URL (a host, a user), then the options."""
+    return {**file_system._get_kwargs_from_urls(url), **(storage_options or {})}
+
+
+def _token(options: dict[str, Any]) -> str:
+    if not options:
+        return ""
+    import fsspec.utils
+
+    return str(fsspec.utils.tokenize(sorted(options.items(), key=lambda item: item[0])))

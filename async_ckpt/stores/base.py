@@ -1,0 +1,130 @@
+"""What a store is: the one protocol between the stream and wherever the bytes go.
+
+Guarantees that every store gives:
+
+* Nothing is visible under the final name before ``commit`` has begun, and afterwards the whole
+  checkpoint is (D2). An earlier file of that name stays whole until then.
+* ``commit`` returns only once the checkpoint would survive the loss of this process (D1).
+* ``abort`` leaves neither file nor open upload behind. It may be called at any moment, more than
+  once, and after a failed ``commit``.
+* Parts may be put in any order and at the same time, as far as ``max_concurrent_parts`` allows.
+* ``commit`` refuses a file of which not every byte was put.
+
+What does not belong here: ordering, retries of whole saves, memory accounting, events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import BinaryIO, ParamSpec, Protocol, TypeVar
+
+__all__ = ["Content", "Location", "Part", "Receipt", "Store", "Upload", "Workers"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """Where a checkpoint lives.
+
+    Attributes:
+        url: as the user wrote it; for messages.
+        path: what the store itself works with.
+        key: equal for two locations if and only if they name the same file; for ordering (O1).
+        group: names the file system; base CheckpointIOs run one at a time in a group.
+    """
+
+    url: str
+    path: str
+    key: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One storage request: the bytes ``start`` to ``stop`` of the file."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the part in bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What storage returned for one part; ``token`` is the store's own."""
+
+    index: int
+    token: str = ""
+
+
+class Content(Protocol):
+    """The bytes of a file, by reference."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file in bytes."""
+
+    def read(self, start: int, stop: int) -> Sequence[memoryview]:
+        """Return the bytes *start* to *stop* as a scatter list. Blocks for checksums: call it in a worker."""
+
+
+class Workers(Protocol):
+    """A bounded set of threads for what blocks."""
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call *function* in a worker. Cancellation waits until the call has returned."""
+
+
+class Upload(Protocol):
+    """One file on its way."""
+
+    @property
+    def part_size(self) -> int | None:
+        """Bytes a part should have here, the last one excepted; ``None`` leaves it to the options."""
+
+    @property
+    def max_concurrent_parts(self) -> int | None:
+        """Parts that may be put at a time; 1 means in the order of the file, ``None`` sets no bound."""
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """Names of the leftovers of dead processes that ``begin`` removed; mostly empty."""
+
+    async def put(self, part: Part, content: Content) -> Receipt:
+        """Send one part. Safe to call again for the same part after an error (E3).
+
+        An upload that takes parts in order may be unable to: it then raises a permanent error.
+        """
+
+    async def commit(self, receipts: Sequence[Receipt]) -> None:
+        """Make the file visible under its final name, whole and durable. Call once, after every put."""
+
+    async def abort(self) -> None:
+        """Undo everything; errors of the cleaning itself are logged, not raised."""
+
+
+class Store(Protocol):
+    """One kind of storage with one set of storage options."""
+
+    async def begin(self, location: Location, nbytes: int) -> Upload:
+        """Start a file of *nbytes* bytes. Sweeps, once a place, what processes that have died left there."""
+
+    async def delete(self, location: Location) -> None:
+        """Delete the file, or the directory tree, at *location*; nothing there is not an error."""
+
+    async def exists(self, location: Location) -> bool:
+        """Tell whether anything is at *location*."""
+
+    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
+        """Open the file for reading: blocking, seekable. Raises FileNotFoundError where there is none."""
+
+    async def aclose(self) -> None:
+        """Free connections and the like."""

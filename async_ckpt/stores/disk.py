@@ -1,0 +1,186 @@
+"""The system calls that the local store makes, as one object, so that tests can let any of them fail.
+
+Guarantees: each method is one step that either happened or raised ``OSError``; ``write`` alone goes
+on after a partial write. No policy: who calls what, and in which order, is ``local.py``'s matter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+__all__ = ["Disk"]
+
+_IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
+_SYNC_FILE_RANGE_WRITE = 2
+_OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
+# What these mean, preallocation can tell before the first byte is written; any other number only says
+# that this file system or sandbox cannot preallocate.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
+class Disk:
+    """The real disk."""
+
+    def create(self, path: str) -> int:
+        """Create a file that is not there yet; the umask and default ACLs apply as for ``open``."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+    def open_existing(self, path: str) -> int:
+        """Open a file for a lock."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    def duplicate(self, fd: int) -> int:
+        """Return a second descriptor of the same open file."""
+        return os.dup(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def lock(self, fd: int) -> None:
+        """Take the file's exclusive lock, or raise BlockingIOError at once."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def is_of_one_host(self, fd: int) -> bool:
+        """Tell whether no other host can have the file's file system mounted; False where unknown."""
+        device = os.fstat(fd).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        # "36 35 98:0 /root /mount options… - type source …", see proc(5)
+        for fields in map(str.split, mounts.splitlines()):
+            if fields[2] == number:
+                return fields[fields.index("-") + 1] in _OF_ONE_HOST
+        return False
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """Describe an open file."""
+        return os.fstat(fd)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Describe what *path* leads to."""
+        return os.stat(path)
+
+    def lstat(self, path: str) -> os.stat_result:
+        """Describe *path* itself."""
+        return os.lstat(path)
+
+    def writable(self, path: str) -> bool:
+        """Tell whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
+        mode = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
+        return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+    def take_after(self, fd: int, model: os.stat_result) -> None:
+        """Give the file the mode of *model*, and its owner where that is permitted."""
+        own = os.fstat(fd)
+        if (own.st_uid, own.st_gid) != (model.st_uid, model.st_gid):
+            try:
+                os.fchown(fd, model.st_uid, model.st_gid)
+            except PermissionError:
+                pass
+        os.fchmod(fd, model.st_mode & 0o7777)  # last: a change of owner clears set-id bits
+
+    def preallocate(self, fd: int, nbytes: int) -> None:
+        """Reserve room, where the kernel can; raise only if there surely is none."""
+        fallocate = _libc_function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        # fallocate(2) itself: posix_fallocate would write zeros where the file system cannot.
+        if fallocate is None or nbytes == 0:
+            return
+        number = fallocate(fd, 0, 0, nbytes)
+        if number in _NO_ROOM:
+            raise OSError(number, os.strerror(number))
+
+    def write(self, fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+        """Write *pieces* one after the other from *offset* on; return the bytes written."""
+        waiting = [piece for piece in pieces if piece.nbytes]
+        waiting.reverse()
+        position = offset
+        while waiting:
+            batch = waiting[: -_IOV_MAX - 1 : -1]
+            written = os.pwritev(fd, batch, position)
+            if written == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            position += written
+            while written:
+                piece = waiting.pop()
+                if written < piece.nbytes:
+                    waiting.append(piece.cast("B")[written:])
+                    break
+                written -= piece.nbytes
+        return position - offset
+
+    def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
+        """Let the kernel begin to write these pages out, so that fsync finds less to do."""
+        sync = _libc_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        if sync is not None and sync(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE) == errno.EIO:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fsync(self, fd: int) -> None:
+        """Wait until the file is on the medium."""
+        os.fsync(fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Wait until the directory's entries are on the medium; not every file system has that."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        finally:
+            os.close(fd)
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename *source* over *target*."""
+        os.replace(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove a name."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Make one directory."""
+        os.mkdir(path)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory."""
+        os.rmdir(path)
+
+    def rmtree(self, path: str) -> None:
+        """Remove a directory and all that is in it."""
+        shutil.rmtree(path)
+
+    def names(self, path: str) -> list[str]:
+        """List a directory."""
+        return os.listdir(path)
+
+
+@functools.cache
+def _libc_function(name: str, *argument_types: type) -> Callable[..., int] | None:
+    """Return the C library's *name* as a function that returns an errno, or 0; None where there is none."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is None:
+        return None
+    function.argtypes = argument_types
+    function.restype = ctypes.c_int
+
+    def errno_of(*arguments: int) -> int:
+        while function(*arguments) != 0:
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                return number
+        return 0
+
+    return errno_of

@@ -1,0 +1,72 @@
+"""Whether a local path can be saved to, and what to tell where it cannot.
+
+Guarantees: nothing is changed, and nothing but names and permissions is looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.disk import Disk
+
+__all__ = ["check_local_target", "translated"]
+
+_ADVICE = {
+    errno.ENOSPC: "Free space there, or save elsewhere. What was there before is untouched.",
+    errno.EDQUOT: "Free space within the quota, or save elsewhere. What was there before is untouched.",
+    errno.EACCES: "Save where this user may write.",
+    errno.EROFS: "The file system is mounted read-only; save elsewhere.",
+    errno.EISDIR: "Give the path of a file.",
+}
+
+
+def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_result | None:
+    """Refuse a target that a save could not end in; blocking, but a few system calls only.
+
+    Args:
+        location: for messages.
+        target: the path itself, symlinks resolved.
+        disk: the system calls.
+
+    Returns:
+        The description of the file that is there now, if one is.
+
+    Raises:
+        StoreError: it is a directory or no regular file, or this user may not write there.
+    """
+    try:
+        earlier = disk.stat(target)
+    except FileNotFoundError:
+        earlier = None
+    except OSError as error:
+        raise translated("begin", location, error) from error
+    if earlier is not None:
+        if stat.S_ISDIR(earlier.st_mode) or location.url.endswith("/"):
+            raise _refusal(location, errno.EISDIR)
+        if not stat.S_ISREG(earlier.st_mode):
+            raise _refusal(location, errno.EINVAL, "Only a regular file can be replaced.")
+        if not disk.writable(target):
+            raise _refusal(location, errno.EACCES)
+    elif location.url.endswith("/"):
+        raise _refusal(location, errno.EISDIR)
+    directory = os.path.dirname(target)
+    while not os.path.lexists(directory):
+        directory = os.path.dirname(directory)
+    if not os.path.isdir(directory):
+        raise _refusal(location, errno.ENOTDIR, f"{directory!r} is no directory.")
+    if not disk.writable(directory):
+        raise _refusal(location, errno.EACCES, f"The directory {directory!r} does not let this user write.")
+    return earlier
+
+
+def _refusal(location: Location, number: int, advice: str = "") -> StoreError:
+    return translated("begin", location, OSError(number, os.strerror(number)), advice)
+
+
+def translated(stage: str, location: Location, error: OSError, advice: str = "") -> StoreError:
+    """Return *error* as a StoreError that names the stage, the location and what can be done."""
+    return StoreError.during(stage, location.url, error, advice or _ADVICE.get(error.errno or 0, ""))

@@ -1,0 +1,258 @@
+"""Stores and disks that fail, wait or die where a test wants them to.
+
+Guarantees: a fault strikes exactly the calls that its numbers name, counted per operation from 1, over
+all threads; everything else goes to the real thing unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, NoReturn, ParamSpec, TypeVar
+
+import anyio
+
+from async_ckpt.stores.base import Content, Location, Part, Receipt, Store, Upload
+from async_ckpt.stores.disk import Disk
+
+__all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "open"]
+
+
+def crash() -> NoReturn:
+    """Kill this process on the spot, as power loss or the kernel would; give it as a fault's ``error``."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+class Gate:
+    """Holds whoever comes to it until a test, on any thread, opens it.
+
+    Attributes:
+        reached: set once someone waits, or has passed.
+    """
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._lock = threading.Lock()
+        self._is_open = False
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def open(self) -> None:
+        """Let everyone pass, now and later."""
+        with self._lock:
+            self._is_open = True
+            waiting, self._waiting = self._waiting, []
+        for loop, event in waiting:
+            loop.call_soon_threadsafe(event.set)
+
+    async def passage(self) -> None:
+        """Wait until the gate is open."""
+        event = asyncio.Event()
+        with self._lock:
+            if not self._is_open:
+                self._waiting.append((asyncio.get_running_loop(), event))
+            else:
+                event.set()
+        self.reached.set()
+        await event.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What befalls some calls of one operation of a store, in this order: gate, delay, error.
+
+    Attributes:
+        operation: which.
+        calls: the numbers of the calls it befalls, counted from 1; ``None`` is every call.
+        error: makes the exception that is raised; an exception class will do.
+        delay_seconds: how long the call waits.
+        gate: holds the call until a test opens it; not for ``open``, which blocks.
+        after: it befalls the call when the real one is done: the answer is lost, not the deed.
+    """
+
+    operation: Operation
+    calls: Collection[int] | None = None
+    error: Callable[[], BaseException] | None = None
+    delay_seconds: float = 0.0
+    gate: Gate | None = None
+    after: bool = False
+
+
+class FaultyStore:
+    """A store around another, with faults.
+
+    Args:
+        inner: the real store.
+        faults: what befalls which calls; ``add`` adds more.
+        sleep: awaits a fault's delay.
+
+    Attributes:
+        calls: how often each operation was called.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        faults: Iterable[Fault] = (),
+        *,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+    ) -> None:
+        self.calls: Counter[str] = Counter()
+        self._inner = inner
+        self._faults = list(faults)
+        self._sleep = sleep
+        self._lock = threading.Lock()
+
+    def add(self, fault: Fault) -> None:
+        """Add a fault; its numbers count from the store's first call on."""
+        with self._lock:
+            self._faults.append(fault)
+
+    async def begin(self, location: Location, nbytes: int) -> Upload:
+        """Start a file."""
+        struck = self._strike("begin")
+        await self._suffer(struck, after=False)
+        upload = await self._inner.begin(location, nbytes)
+        try:
+            await self._suffer(struck, after=True)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await upload.abort()
+            raise
+        return _FaultyUpload(upload, self)
+
+    async def delete(self, location: Location) -> None:
+        """Delete what is there."""
+        await self.through("delete", self._inner.delete, location)
+
+    async def exists(self, location: Location) -> bool:
+        """Tell whether anything is there."""
+        return await self.through("exists", self._inner.exists, location)
+
+    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
+        """Open the file for reading; of a fault, only the error applies."""
+        for fault in self._strike("open"):
+            if fault.error is not None:
+                raise fault.error()
+        return self._inner.open(location)
+
+    async def aclose(self) -> None:
+        """Close the real store."""
+        await self._inner.aclose()
+
+    async def through(
+        self, operation: Operation, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call *function* with the faults of *operation* around it."""
+        struck = self._strike(operation)
+        await self._suffer(struck, after=False)
+        result = await function(*args, **kwargs)
+        await self._suffer(struck, after=True)
+        return result
+
+    def _strike(self, operation: Operation) -> list[Fault]:
+        with self._lock:
+            self.calls[operation] += 1
+            number = self.calls[operation]
+            return [
+                fault
+                for fault in self._faults
+                if fault.operation == operation and (fault.calls is None or number in fault.calls)
+            ]
+
+    async def _suffer(self, faults: list[Fault], *, after: bool) -> None:
+        for fault in faults:
+            if fault.after is not after:
+                continue
+            if fault.gate is not None:
+                await fault.gate.passage()
+            if fault.delay_seconds:
+                await self._sleep(fault.delay_seconds)
+            if fault.error is not None:
+                raise fault.error()
+
+
+class _FaultyUpload:
+    """An upload around another; the faults and the counting are the store's."""
+
+    def __init__(self, inner: Upload, store: FaultyStore) -> None:
+        self._inner = inner
+        self._store = store
+
+    @property
+    def part_size(self) -> int | None:
+        return self._inner.part_size
+
+    @property
+    def max_concurrent_parts(self) -> int | None:
+        return self._inner.max_concurrent_parts
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        return self._inner.swept
+
+    async def put(self, part: Part, content: Content) -> Receipt:
+        return await self._store.through("put", self._inner.put, part, content)
+
+    async def commit(self, receipts: Sequence[Receipt]) -> None:
+        await self._store.through("commit", self._inner.commit, receipts)
+
+    async def abort(self) -> None:
+        await self._store.through("abort", self._inner.abort)
+
+
+class FaultyDisk(Disk):
+    """A disk on which chosen system calls fail.
+
+    Args:
+        faults: per method of ``Disk``, the numbers of the calls that fail and the errno; the number 0
+            stands for every call.
+        after: the call does its deed before it fails, as when only the answer is lost.
+
+    Attributes:
+        calls: the methods called, in order.
+        open_descriptors: how many of the descriptors it gave out are still open.
+    """
+
+    def __init__(self, faults: dict[str, tuple[int, int]] | None = None, *, after: bool = False) -> None:
+        self.calls: list[str] = []
+        self.open_descriptors = 0
+        self._faults = faults or {}
+        self._after = after
+        self._count_lock = threading.Lock()
+
+    def __getattribute__(self, name: str) -> Any:
+        attribute = super().__getattribute__(name)
+        if name.startswith("_") or name not in vars(Disk):
+            return attribute
+
+        def call(*args: Any) -> Any:
+            number = self._failure(name)
+            if number and not self._after:
+                raise OSError(number, os.strerror(number))
+            result = attribute(*args)
+            with self._count_lock:
+                self.open_descriptors += name in ("create", "open_existing", "duplicate")
+                self.open_descriptors -= name == "close"
+            if number:
+                raise OSError(number, os.strerror(number))
+            return result
+
+        return call
+
+    def _failure(self, name: str) -> int:
+        with self._count_lock:
+            self.calls.append(name)
+            which, number = self._faults.get(name, (-1, 0))
+            return number if which in (0, self.calls.count(name)) else 0

@@ -1,0 +1,146 @@
+"""The two ways in which a snapshot becomes a checkpoint; one protocol, so the service knows no difference.
+
+* ``StreamingWriter`` lays the file out, streams its parts to a store and commits.
+* ``DelegatingWriter`` gives the snapshot, as an ordinary state, to any base CheckpointIO in a worker.
+
+Both run on the loop thread and return only when the checkpoint is durable (D1). They start no save of
+their own accord and know nothing of the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import anyio
+
+from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Swept
+from async_ckpt.format.layout import Layout, lay_out
+from async_ckpt.format.parts import plan_parts
+from async_ckpt.options import Durability, ServiceOptions
+from async_ckpt.retry import call_with_retry
+from async_ckpt.snapshot import Snapshot
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location, Part, Receipt, Store, Upload, Workers
+from async_ckpt.stores.local import sync_path
+
+__all__ = ["DelegatingWriter", "Emit", "StreamingWriter", "Writer"]
+
+
+class Emit(Protocol):
+    """Tells observers of one stage of one save."""
+
+    def __call__(self, event: type[Event], **values: Any) -> None:
+        """Tell of one *event*, made with *values*."""
+
+
+class Writer(Protocol):
+    """What turns a snapshot into a durable checkpoint, and deletes checkpoints."""
+
+    @property
+    def group(self) -> str | None:
+        """Saves and removals of the same group run one at a time; ``None`` sets no such bound."""
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Write *snapshot* to *location*, durably; return the length of the file, 0 if unknown."""
+
+    async def delete(self, location: Location) -> None:
+        """Delete what is at *location*; nothing there is not an error."""
+
+
+class StreamingWriter:
+    """Our own writer: layout, parts, commit."""
+
+    group = None
+
+    def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
+        self._store = store
+        self._workers = workers
+        self._part_size = options.part_size_bytes
+        self._max_concurrent_parts = options.max_concurrent_parts
+        self._retry = options.retry
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
+        layout = await self._workers.run(lay_out, snapshot)
+        upload = await self._store.begin(location, layout.nbytes)
+        try:
+            if upload.swept:
+                emit(Swept, names=upload.swept)
+            parts = plan_parts(layout.nbytes, upload.part_size or self._part_size)
+            emit(LaidOut, nbytes=layout.nbytes, parts=len(parts))
+            emit(Begun)
+            receipts = await self._put_all(upload, parts, layout, emit)
+            emit(Committing)
+            await upload.commit(receipts)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await upload.abort()
+            raise
+        return layout.nbytes
+
+    async def delete(self, location: Location) -> None:
+        """Delete what is at *location*."""
+        await self._store.delete(location)
+
+    async def _put_all(
+        self, upload: Upload, parts: tuple[Part, ...], layout: Layout, emit: Emit
+    ) -> list[Receipt]:
+        """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
+        receipts: list[Receipt] = []
+        errors: list[Exception] = []
+        remaining: Iterator[Part] = iter(parts)
+
+        async def send() -> None:
+            for part in remaining:
+                try:
+                    receipts.append(await call_with_retry(self._retry, upload.put, part, layout))
+                except Exception as error:
+                    errors.append(error)
+                    senders.cancel_scope.cancel()
+                    return
+                emit(PartWritten, index=part.index, nbytes=part.nbytes)
+
+        async with anyio.create_task_group() as senders:
+            for _ in range(min(len(parts), upload.max_concurrent_parts or self._max_concurrent_parts)):
+                senders.start_soon(send)
+        if errors:
+            raise errors[0]
+        return sorted(receipts, key=lambda receipt: receipt.index)
+
+
+class DelegatingWriter:
+    """Any base CheckpointIO, run in a worker with the snapshot as its state.
+
+    Its errors are raised as they are. Where it wrote to a local disk, the bytes are synced after it (D1);
+    whether a file of its is ever partly visible is the base's own affair.
+    """
+
+    def __init__(
+        self,
+        *,
+        save: Callable[[Any], object],
+        delete: Callable[[], object],
+        group: str,
+        workers: Workers,
+        durability: Durability,
+    ) -> None:
+        self.group = group
+        self._save = save
+        self._delete = delete
+        self._workers = workers
+        self._durability = durability
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Give the snapshot to the base and wait until it has returned."""
+        await self._workers.run(self._write, snapshot, location)
+        return 0
+
+    async def delete(self, location: Location) -> None:
+        """Have the base delete."""
+        await self._workers.run(self._delete)
+
+    def _write(self, snapshot: Snapshot, location: Location) -> None:
+        self._save(snapshot.state())
+        if self._durability == "fsync" and is_local(location):
+            sync_path(location.path)

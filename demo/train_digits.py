@@ -1,0 +1,478 @@
+"""Train on real digits with asynchronous checkpoints, lose a run to SIGKILL in mid-save, and get it back.
+
+Six short acts, each of which proves something or makes the script exit with 1:
+
+1. train, with ``Trainer(plugins=[AsyncCheckpointIO(queue_depth=2)])``
+2. resume from ``last.ckpt``, and train on
+3. start a second run in a process of its own, and kill it in the middle of a save
+4. resume that one too
+5. open what was written with plain ``torch.load``
+6. the same training with this plugin, with Lightning's own, and with none: what does a save cost?
+
+``python demo/train_digits.py --help`` lists the options. No network, no GPU, about a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO as LightningAsyncCheckpointIO
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from sklearn.datasets import load_digits
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from async_ckpt import AsyncCheckpointIO
+from async_ckpt.events import Durable, Event, PartWritten, Swept
+
+HIDDEN_UNITS = 1792  # with Adam's two moments a checkpoint has some 40 MB: enough for its cost to show
+MARK = "killed here:"
+
+# ------------------------------------------------------------------------------------- the model and its data
+
+
+class Digits(L.LightningModule):
+    """A plain classifier of 8 × 8 pictures of digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(64, HIDDEN_UNITS),
+            torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN_UNITS, HIDDEN_UNITS),
+            torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN_UNITS, 10),
+        )
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
+        """Return the loss of one batch."""
+        pixels, digits = batch
+        return functional.cross_entropy(self.layers(pixels), digits)
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> None:
+        """Log loss and accuracy on digits that training has not seen."""
+        pixels, digits = batch
+        guesses = self.layers(pixels)
+        self.log("val_loss", functional.cross_entropy(guesses, digits))
+        self.log("val_accuracy", (guesses.argmax(1) == digits).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, whose state is twice the size of the weights."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def digits_data() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return the 1797 digits that scikit-learn ships, in two loaders: for training, and held out."""
+    pixels, digits = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits))
+    training, held_out = torch.utils.data.random_split(
+        data, [1437, 360], generator=torch.Generator().manual_seed(0)
+    )
+    return DataLoader(training, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=360)
+
+
+# ------------------------------------------------------------------------------------------------- the training
+
+
+def train(
+    directory: Path, epochs: int, *, plugins: Sequence[Any], resume: bool = False, **more: Any
+) -> L.Trainer:
+    """Train until *epochs* epochs are done, with the two best checkpoints and the last one in *directory*."""
+    L.seed_everything(0, verbose=False)
+    callbacks = [
+        ModelCheckpoint(directory, monitor="val_loss", save_top_k=2, save_last=True),
+        *more.pop("callbacks", []),
+    ]
+    trainer = L.Trainer(
+        plugins=list(plugins),
+        callbacks=callbacks,
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=directory,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **more,
+    )
+    trainer.fit(Digits(), *digits_data(), ckpt_path=directory / "last.ckpt" if resume else None)
+    return trainer
+
+
+class ProgressLine(Callback):
+    """Prints one line an epoch, after its saves were asked for: how well it learns, what is being written."""
+
+    def __init__(self, plugin: AsyncCheckpointIO) -> None:
+        self.plugin = plugin
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line of the epoch before, if there was one in this run."""
+        if "val_loss" in trainer.callback_metrics:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line of the last epoch."""
+        metrics = trainer.callback_metrics
+        say(
+            f"epoch {trainer.current_epoch}/{trainer.max_epochs}  step {trainer.global_step:3}  "
+            f"loss {metrics['val_loss']:.3f}  accuracy {metrics['val_accuracy']:6.1%}  "
+            f"pending: {len(self.plugin.service.pending)}"
+        )
+
+
+class FirstWeights(Callback):
+    """Remembers with which weights the training began."""
+
+    weights: dict[str, torch.Tensor]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy them."""
+        self.weights = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------- the run that is killed
+
+
+class StopsInMidSave:
+    """An observer of saves: at the first part of the n-th one it says so, and waits there to be killed."""
+
+    def __init__(self, nth_save: int) -> None:
+        self.nth_save = nth_save
+        self.seen: set[int] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Look at one event, on the thread that writes."""
+        if not isinstance(event, PartWritten):
+            return
+        self.seen.add(event.request_id)
+        if len(self.seen) == self.nth_save:
+            say(f"{MARK} part {event.index} of {Path(event.url).name} is written, others are not")
+            threading.Event().wait()
+
+
+def run_that_dies(directory: Path, epochs: int) -> None:
+    """Train, and never return: each epoch saves twice, and the third epoch's ``last.ckpt`` is never finished."""
+    plugin = AsyncCheckpointIO(queue_depth=2, part_size="4MiB", observer=StopsInMidSave(nth_save=6))
+    train(directory, epochs, plugins=[plugin], callbacks=[ProgressLine(plugin)])
+
+
+def kill_in_mid_save(directory: Path, epochs: int) -> int:
+    """Run ``run_that_dies`` in a process of its own and kill it where it waits; return how it ended."""
+    command = [sys.executable, __file__, "--epochs", str(epochs), "--directory", str(directory), "--die"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if MARK in line:
+                    break
+        finally:
+            process.kill()
+    return process.returncode
+
+
+# -------------------------------------------------------------------------------------------- what a save costs
+
+
+class Stopwatch:
+    """The times of every save of one run, taken at the same two places whatever the plugin."""
+
+    def __init__(self) -> None:
+        self.started: list[float] = []
+        self.stalls: list[float] = []
+        self.ended: list[float] = []
+        self.nbytes: list[int] = []
+
+    def end(self, nbytes: int) -> None:
+        """One save has been written. All contestants write in the order in which they were told to."""
+        self.ended.append(perf_counter())
+        self.nbytes.append(nbytes)
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds from the call until each save was written."""
+        return [end - start for start, end in zip(self.started, self.ended, strict=True)]
+
+
+class TimedStrategy(SingleDeviceStrategy):
+    """Measures how long ``save_checkpoint`` holds the training loop."""
+
+    stopwatch: Stopwatch
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, with the watch running."""
+        start = perf_counter()
+        self.stopwatch.started.append(start)
+        super().save_checkpoint(*args, **kwargs)
+        self.stopwatch.stalls.append(perf_counter() - start)
+
+
+class TimedTorchCheckpointIO(TorchCheckpointIO):
+    """Lightning's ordinary writer; tells when it has written."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        """Save, and say that it is done."""
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.stopwatch.end(os.path.getsize(path))
+
+
+def contestants(watch: Stopwatch) -> dict[str, Any]:
+    """Return the three ways to save, by name, each telling *watch* when a file is written."""
+
+    def observer(event: Event) -> None:
+        if isinstance(event, Durable):
+            watch.end(event.nbytes)
+
+    return {
+        "async_ckpt": AsyncCheckpointIO(queue_depth=2, observer=observer),
+        "Lightning's AsyncCheckpointIO": LightningAsyncCheckpointIO(TimedTorchCheckpointIO(watch)),
+        "no plugin": TimedTorchCheckpointIO(watch),
+    }
+
+
+@dataclass
+class Cost:
+    """What one contestant's saves cost, over all rounds."""
+
+    stalls: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    fit_seconds: list[float] = field(default_factory=list)
+
+
+def measure(directory: Path, epochs: int, rounds: int = 3) -> dict[str, Cost]:
+    """Train with each contestant in turn, *rounds* times over, always from the same seed."""
+    names = list(contestants(Stopwatch()))
+    costs = {name: Cost() for name in names}
+    for number in range(rounds):
+        for name in names[number:] + names[:number]:  # each goes first once
+            watch = Stopwatch()
+            strategy = TimedStrategy("cpu")
+            strategy.stopwatch = watch
+            begin = perf_counter()
+            with temporary_directory(directory) as folder:
+                train(folder, epochs, plugins=[contestants(watch)[name]], strategy=strategy)
+            cost = costs[name]
+            cost.fit_seconds.append(perf_counter() - begin)
+            cost.stalls += watch.stalls
+            cost.durations += watch.durations
+            cost.nbytes += watch.nbytes
+            say(f"round {number + 1}/{rounds}  {name}: {cost.fit_seconds[-1]:.1f} s")
+    return costs
+
+
+def table(costs: dict[str, Cost]) -> list[str]:
+    """Return the lines of the table: one a contestant, medians, numbers under their heads."""
+    heads = ["", "saves", "MiB each", "stall a save", "worst", "until written", "training"]
+    rows = [
+        [
+            name,
+            f"{len(cost.stalls)}",
+            f"{statistics.median(cost.nbytes) / 2**20:.1f}",
+            f"{statistics.median(cost.stalls) * 1000:.1f} ms",
+            f"{max(cost.stalls) * 1000:.0f} ms",
+            f"{statistics.median(cost.durations) * 1000:.0f} ms",
+            f"{statistics.median(cost.fit_seconds):.1f} s",
+        ]
+        for name, cost in costs.items()
+    ]
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    return [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in cells)
+        for cells in (enumerate(zip(row, widths, strict=True)) for row in [heads, *rows])
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- the six acts
+
+
+class Proofs:
+    """What was to be shown, and whether it was."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def show(self, claim: str, holds: bool) -> None:
+        """Print *claim* with the outcome, and keep it if it does not hold."""
+        say(f"{'proven' if holds else 'FAILED'}: {claim}")
+        if not holds:
+            self.failed.append(claim)
+
+
+def play(directory: Path, epochs: int) -> list[str]:
+    """Run the six acts in *directory*; return the claims that did not hold."""
+    proofs = Proofs()
+    first, second = directory / "first", directory / "second"
+
+    title("1. Train")
+    plugin = AsyncCheckpointIO(queue_depth=2)
+    train(first, epochs, plugins=[plugin], callbacks=[ProgressLine(plugin)])
+    proofs.show("the two best checkpoints and last.ckpt are there, nothing else", len(files(first)) == 3)
+
+    title("2. Resume from last.ckpt and train on")
+    saved = torch.load(first / "last.ckpt")
+    began = FirstWeights()
+    plugin = AsyncCheckpointIO(queue_depth=2)
+    trainer = train(first, epochs + 2, plugins=[plugin], resume=True, callbacks=[began, ProgressLine(plugin)])
+    proofs.show(
+        "it began with the weights of the file, bit for bit", same(began.weights, saved["state_dict"])
+    )
+    proofs.show(
+        f"it went on at step {saved['global_step']}, to {trainer.global_step}",
+        trainer.global_step == saved["global_step"] // epochs * (epochs + 2),
+    )
+
+    title("3. Kill a second run in the middle of a save")
+    code = kill_in_mid_save(second, epochs)
+    proofs.show("the run was ended by SIGKILL", code == -signal.SIGKILL)
+    if proofs.failed:
+        return proofs.failed  # there is nothing to look at
+    left = sorted(second.glob(".async_ckpt.*"))
+    proofs.show(
+        f"its unfinished file lies beside the others, under a name of its own: {len(left)}", bool(left)
+    )
+    proofs.show("every checkpoint has all its bytes", all(intact(file) for file in files(second)))
+    saved = torch.load(second / "last.ckpt")
+    proofs.show(f"last.ckpt is the one before, of epoch {saved['epoch'] + 1}", saved["epoch"] == 1)
+
+    title("4. Resume the killed run")
+    swept: list[str] = []
+    plugin = AsyncCheckpointIO(
+        queue_depth=2,
+        observer=lambda event: swept.extend(event.names) if isinstance(event, Swept) else None,
+    )
+    began = FirstWeights()
+    trainer = train(second, epochs, plugins=[plugin], resume=True, callbacks=[began, ProgressLine(plugin)])
+    proofs.show(
+        "it began with the weights of the file, bit for bit", same(began.weights, saved["state_dict"])
+    )
+    proofs.show("it trained to the end", trainer.current_epoch == epochs)
+    proofs.show(
+        "its first save swept away what the killed run had left",
+        sorted(swept) == [file.name for file in left] and not list(second.glob(".async_ckpt.*")),
+    )
+
+    title("5. Open the file with plain torch.load")
+    checkpoint = torch.load(first / "last.ckpt", weights_only=True, mmap=True)
+    say(f"torch.load(…, weights_only=True, mmap=True) → {', '.join(checkpoint)}")
+    proofs.show("it is an ordinary checkpoint, and its checksums are right", intact(first / "last.ckpt"))
+
+    title("6. What does a save cost?")
+    costs = measure(directory, epochs)
+    print()
+    for line in table(costs):
+        say(line)
+    print()
+    say(
+        "stall: time inside save_checkpoint, as the training loop sees it. Times are medians, but for the worst."
+    )
+    say(
+        "until written: from the call on. async_ckpt has the file on disk by then (fsync), so it would survive"
+    )
+    say("a loss of power; Lightning's two have handed it to the operating system, which writes it later.")
+    stalls = {name: statistics.median(cost.stalls) for name, cost in costs.items()}
+    proofs.show(
+        f"a save stalls training {stalls['no plugin'] / stalls['async_ckpt']:.0f} times less than with no plugin",
+        stalls["async_ckpt"] < stalls["no plugin"],
+    )
+    return proofs.failed
+
+
+def files(directory: Path) -> list[Path]:
+    """Return what lies in *directory* under a name that anyone would look for."""
+    return sorted(file for file in directory.iterdir() if not file.name.startswith("."))
+
+
+def intact(file: Path) -> bool:
+    """Tell whether *file* is whole, by the checksums inside."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip() is None
+
+
+def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two sets of weights are equal, bit for bit."""
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights
+    )
+
+
+def title(text: str) -> None:
+    """Print the heading of an act."""
+    print(f"\n{text}\n{'─' * len(text)}", flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line of an act."""
+    print(f"  {text}", flush=True)
+
+
+@contextmanager
+def temporary_directory(parent: Path | None) -> Iterator[Path]:
+    """Yield a fresh directory, gone afterwards."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix="digits-") as name:
+        yield Path(name)
+
+
+def main() -> int:
+    """Play the six acts; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="epochs of each training, 3 or more (default 5)"
+    )
+    parser.add_argument("--directory", type=Path, help="where the checkpoints go (default: a temporary one)")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--die", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.epochs < 3:
+        parser.error("--epochs must be 3 or more: the run that is killed dies in its third")
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    if arguments.die:
+        run_that_dies(arguments.directory, arguments.epochs)
+        return 1  # not reached
+    if arguments.directory is not None:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
+    begin = perf_counter()
+    if arguments.keep:
+        directory = Path(tempfile.mkdtemp(dir=arguments.directory, prefix="digits-"))
+        failed = play(directory, arguments.epochs)
+        print(f"\nThe checkpoints are in {directory}")
+    else:
+        with temporary_directory(arguments.directory) as directory:
+            failed = play(directory, arguments.epochs)
+    seconds = perf_counter() - begin
+    print(
+        f"\n{'Everything was proven' if not failed else f'{len(failed)} claims FAILED'}, in {seconds:.0f} s."
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

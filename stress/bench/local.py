@@ -1,0 +1,264 @@
+"""Saving to local disk: what it costs the training loop, and when the checkpoint is durable.
+
+``python -m stress.bench.local --size-gib 1 --rounds 5`` measures two states: 64 fp32 tensors that make up
+the size, and 10,000 tensors of 256 floats. Each contestant gets a fresh process in each round: a first
+save, warm saves with nothing else going on, and one save beside a training-like loop.
+
+It prints medians, ratios and the goals they are held against. It asserts nothing: machines differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from stress.bench.contestants import CONTESTANTS, Contestant, State, remove_tree, sync_tree
+from stress.bench.harness import (
+    MIB,
+    Goal,
+    Sample,
+    StepLoop,
+    cpu_seconds,
+    peak_memory,
+    rounds,
+    run_apart,
+    table,
+)
+from stress.bench.phases import capture_and_copy_seconds
+
+_TENSORS = 64
+_SMALL_TENSORS = 10_000
+_SMALL_FLOATS = 256
+_WARM_SAVES = {"large": 2, "small": 5}
+_SMALL_CONTESTANTS = ("memcpy", "torch.save", "Lightning", "async_ckpt")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or as a child process measure one contestant once, and print."""
+    options = _parser().parse_args(arguments)
+    if options.contestant:
+        print(json.dumps(_measure(options.contestant, options.state, options.size_gib, Path(options.directory))))
+        return
+    names = [name for name in CONTESTANTS if options.dcp or name != "dcp.async_save"]
+    with tempfile.TemporaryDirectory(prefix="async_ckpt-bench-", dir=options.directory) as directory:
+        samples = {
+            "large": _compete(names, "large", options, directory),
+            "small": _compete(_SMALL_CONTESTANTS, "small", options, directory),
+        }
+    if options.json:
+        Path(options.json).write_text(json.dumps(samples, indent=1) + "\n")
+    print(report(samples, state_bytes=int(options.size_gib * 1024 * MIB)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gib", type=float, default=1.0, help="size of the large state")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
+    parser.add_argument("--json", help="a file to write every sample to")
+    parser.add_argument("--dcp", action="store_true", help="measure torch.distributed.checkpoint, too")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--state", choices=("large", "small"), default="large", help=argparse.SUPPRESS)
+    return parser
+
+
+# -- one contestant, once
+
+
+def _compete(
+    names: Sequence[str], kind: str, options: argparse.Namespace, directory: str
+) -> dict[str, list[Sample]]:
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    for number, name in rounds(names, options.rounds, seed=options.seed):
+        what = ("--contestant", name, "--state", kind, "--size-gib", str(options.size_gib))
+        sample = run_apart("stress.bench.local", *what, "--directory", directory)
+        samples[name].append(sample)
+        stall_ms = sample["warm_stall_seconds"] * 1e3
+        print(f"round {number + 1}/{options.rounds} {kind} {name}: {stall_ms:.1f} ms", flush=True)
+    return samples
+
+
+def _measure(name: str, kind: str, size_gib: float, directory: Path) -> Sample:
+    state = _state(kind, size_gib)
+    contestant = CONTESTANTS[name]()
+    loop = StepLoop()
+    memory = peak_memory()
+    first, *warm = (_timed_save(contestant, state, directory) for _ in range(1 + _WARM_SAVES[kind]))
+    sample: Sample = {
+        "first_stall_seconds": first["stall"],
+        "extra_bytes": memory.extra_bytes(),
+        **{f"warm_{what}_seconds": median(each[what] for each in warm) for what in warm[0]},
+        "step_ratio": None,
+        "longest_step_seconds": None,
+    }
+    if contestant.is_background:
+        sample.update(_save_beside(loop, contestant, state, directory))
+    contestant.close()
+    if name == "async_ckpt" and kind == "small":
+        sample["capture_seconds"], sample["copy_seconds"] = capture_and_copy_seconds(state)
+    return sample
+
+
+def _state(kind: str, size_gib: float) -> State:
+    count, floats = _SMALL_TENSORS, _SMALL_FLOATS
+    if kind == "large":
+        count, floats = _TENSORS, int(size_gib * 1024 * MIB / _TENSORS / 4)
+    return {f"layer.{index}.weight": torch.full((floats,), float(index)) for index in range(count)}
+
+
+def _timed_save(contestant: Contestant, state: State, directory: Path) -> dict[str, float]:
+    path = directory / "checkpoint"
+    os.sync()  # nobody starts with another's dirty pages
+    cpu, start = cpu_seconds(), perf_counter()
+    contestant.save(state, path)
+    safe = perf_counter()
+    contestant.wait()
+    ended = perf_counter()
+    if contestant.writes and not contestant.syncs:
+        sync_tree(path)
+    durable, cpu = perf_counter(), cpu_seconds() - cpu
+    remove_tree(path)
+    return {"stall": safe - start, "ended": ended - start, "durable": durable - start, "cpu": cpu}
+
+
+def _save_beside(loop: StepLoop, contestant: Contestant, state: State, directory: Path) -> Sample:
+    """Compare the loop's rate during a save with its rates right before and after."""
+    path = directory / "checkpoint"
+    os.sync()
+    before, _ = loop.run_for(0.5)
+    contestant.save(state, path)
+    during, longest = loop.run_until(contestant.done)
+    contestant.wait()
+    remove_tree(path)
+    os.sync()
+    after, _ = loop.run_for(0.5)
+    return {"step_ratio": 2 * during / (before + after), "longest_step_seconds": longest}
+
+
+# -- the report
+
+
+def report(samples: dict[str, dict[str, list[Sample]]], *, state_bytes: int) -> str:
+    """Return the tables and the goals as text."""
+    large, small = samples["large"], samples["small"]
+    sections = [
+        f"{state_bytes / MIB:.0f} MiB in {_TENSORS} tensors; medians",
+        table(_HEADER, [_row(name, runs, state_bytes) for name, runs in large.items()]),
+        f"{_SMALL_TENSORS} tensors of {_SMALL_FLOATS} floats; medians",
+        table(_SMALL_HEADER, [_small_row(name, runs) for name, runs in small.items()]),
+        _phases(small["async_ckpt"]),
+        "Goals; ratios within a round, then their median",
+        table(
+            ["goal", "limit", "median", "range", ""], [goal.row() for goal in _goals(large, small, state_bytes)]
+        ),
+    ]
+    return "\n\n".join(["", *sections])
+
+
+_HEADER = [
+    "contestant",
+    "first stall ms",
+    "warm stall ms",
+    "durable s (+ fsync it leaves out)",
+    "extra memory × state",
+    "steps during a save / idle",
+    "longest step ms",
+    "CPU s",
+]
+_SMALL_HEADER = [
+    "contestant",
+    "first stall µs a tensor",
+    "warm stall µs a tensor",
+    "durable s (+ fsync it leaves out)",
+    "extra memory MiB",
+    "steps during a save / idle",
+    "longest step ms",
+    "CPU s",
+]
+
+
+def _row(name: str, runs: list[Sample], state_bytes: int) -> list[str]:
+    return [
+        name,
+        f"{_median(runs, 'first_stall_seconds') * 1e3:.0f}",
+        f"{_median(runs, 'warm_stall_seconds') * 1e3:.0f}",
+        *_after_stall(name, runs, f"{_median(runs, 'extra_bytes') / state_bytes:.2f}"),
+    ]
+
+
+def _small_row(name: str, runs: list[Sample]) -> list[str]:
+    return [
+        name,
+        f"{_median(runs, 'first_stall_seconds') * 1e6 / _SMALL_TENSORS:.1f}",
+        f"{_median(runs, 'warm_stall_seconds') * 1e6 / _SMALL_TENSORS:.1f}",
+        *_after_stall(name, runs, f"{_median(runs, 'extra_bytes') / MIB:.0f}"),
+    ]
+
+
+def _after_stall(name: str, runs: list[Sample], memory: str) -> list[str]:
+    durable = "-"
+    if CONTESTANTS[name].writes:
+        ended, synced = _median(runs, "warm_ended_seconds"), _median(runs, "warm_durable_seconds")
+        durable = f"{ended:.2f}" if CONTESTANTS[name].syncs else f"{ended:.2f} + {synced - ended:.2f}"
+    steps = ["-", "-"]
+    if CONTESTANTS[name].is_background:
+        longest_ms = _median(runs, "longest_step_seconds") * 1e3
+        steps = [f"{_median(runs, 'step_ratio'):.2f}", f"{longest_ms:.0f}"]
+    return [durable, memory, *steps, f"{_median(runs, 'warm_cpu_seconds'):.2f}"]
+
+
+def _phases(runs: list[Sample]) -> str:
+    stall, capture, copy = (
+        _median(runs, name) * 1e6 / _SMALL_TENSORS
+        for name in ("warm_stall_seconds", "capture_seconds", "copy_seconds")
+    )
+    rest = stall - capture - copy
+    return f"async_ckpt, µs a tensor: capture {capture:.2f}, copy {copy:.2f}, admission and the rest {rest:.2f}"
+
+
+def _goals(
+    large: dict[str, list[Sample]], small: dict[str, list[Sample]], state_bytes: int
+) -> list[Goal]:
+    ours, memcpy, lightning, raw = (
+        large[name] for name in ("async_ckpt", "memcpy", "Lightning", "raw write")
+    )
+    stall, first, durable = "warm_stall_seconds", "first_stall_seconds", "warm_durable_seconds"
+    return [
+        Goal(name="stall, of one memcpy", limit=1.15, values=_ratios(ours, memcpy, stall)),
+        Goal(name="stall, of Lightning's", limit=0.35, values=_ratios(ours, lightning, stall)),
+        Goal(name="first stall, of Lightning's", limit=1.0, values=_ratios(ours, lightning, first)),
+        Goal(name="durable, of raw write + fsync", limit=1.10, values=_ratios(ours, raw, durable)),
+        Goal(
+            name="extra memory over the state",
+            limit=64.0,
+            values=[(run["extra_bytes"] - state_bytes) / MIB for run in ours],
+            unit="MiB",
+        ),
+        Goal(
+            name="stall a small tensor",
+            limit=10.0,
+            values=[run[stall] * 1e6 / _SMALL_TENSORS for run in small["async_ckpt"]],
+            unit="µs",
+        ),
+    ]
+
+
+def _ratios(ours: list[Sample], theirs: list[Sample], what: str) -> list[float]:
+    return [mine[what] / other[what] for mine, other in zip(ours, theirs, strict=True)]
+
+
+def _median(runs: list[Sample], what: str) -> float:
+    return median(run[what] for run in runs)
+
+
+if __name__ == "__main__":
+    main()

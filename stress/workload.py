@@ -1,0 +1,167 @@
+"""What is asked: threads that save, remove, load and wait over a few paths, and one that only looks.
+
+Guarantees: all choices come from the seed; only the threads' timing does not. What each call came to
+is in the history; nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from async_ckpt import BackPressureError, CheckpointService, Handle
+from async_ckpt.handle import State
+from stress.history import ABSENT, History, Operation, Outcome
+from stress.nemesis import INJECTED
+
+__all__ = ["Worker", "digest", "look", "look_on", "run_together"]
+
+_SMALL_FLOATS = (7, 1000, 3000)
+_MEDIUM_FLOATS = (100_000, 300_000)
+_OUTCOMES: dict[State, Outcome] = {
+    State.DURABLE: "durable",
+    State.REMOVED: "removed",
+    State.FAILED: "failed",
+    State.SUPERSEDED: "superseded",
+    State.CANCELLED: "cancelled",
+    State.DROPPED: "dropped",
+}
+
+
+class Worker:
+    """One thread's program.
+
+    Args:
+        service: shared by all workers.
+        paths: shared by all workers.
+        history: what it tells.
+        random: its own.
+    """
+
+    def __init__(self, service: CheckpointService, paths: Sequence[str], history: History, random: Random) -> None:
+        self._service = service
+        self._paths = paths
+        self._history = history
+        self._random = random
+        self._handles: list[tuple[Operation, Handle]] = []
+        self._states = [self._state(_SMALL_FLOATS), self._state(_MEDIUM_FLOATS)]
+
+    def run(self, calls: int) -> None:
+        """Make so many calls."""
+        steps = (self._save, self._remove, self._load, self._wait)
+        for step in self._random.choices(steps, weights=(55, 15, 20, 10), k=calls):
+            step(self._random.choice(self._paths))
+
+    def settle(self) -> None:
+        """Note what every handle came to; after the service was closed."""
+        for operation, handle in self._handles:
+            operation.outcome = _OUTCOMES[handle.state]
+            if operation.outcome == "failed":
+                operation.failure = self._ask(handle)
+
+    def _state(self, floats: Sequence[int]) -> dict[str, Any]:
+        weights = [torch.zeros(length) for length in floats]
+        return {"number": 0, "weights": weights, "view": weights[0][2:]}
+
+    def _save(self, path: str) -> None:
+        state = self._states[self._random.random() < 0.3]
+        state["number"] = number = self._random.getrandbits(60)
+        state["weights"][0].fill_(number % 1000)
+        operation = self._history.call("save", path, digest(state))
+        self._submit(operation, lambda: self._service.save(state, path))
+        for weight in state["weights"]:
+            weight.add_(1.0)  # S1: from here on the state is ours again
+
+    def _remove(self, path: str) -> None:
+        operation = self._history.call("remove", path)
+        self._submit(operation, lambda: self._service.remove(path))
+
+    def _submit(self, operation: Operation, call: Callable[[], Handle]) -> None:
+        try:
+            self._handles.append((operation, call()))
+        except BackPressureError:
+            operation.outcome = "refused"
+        except Exception as error:
+            self._history.tell(error)
+        finally:
+            operation.returned = self._history.now()
+
+    def _load(self, path: str) -> None:
+        operation = self._history.call("load", path)
+        try:
+            operation.content = digest(self._service.load(path))
+            operation.outcome = "read"
+        except FileNotFoundError:
+            operation.content, operation.outcome = ABSENT, "read"
+        except Exception as error:
+            operation.outcome = "refused"
+            if self._history.is_known(error) or INJECTED not in str(error):
+                self._history.tell(error)
+        finally:
+            operation.returned = self._history.now()
+
+    def _wait(self, path: str) -> None:
+        if self._handles:
+            self._ask(self._handles[-1][1])
+
+    def _ask(self, handle: Handle) -> Any:
+        try:
+            handle.wait()
+        except Exception as error:
+            if handle.state is State.FAILED:
+                return self._history.tell(error, by_handle=True)
+        return None
+
+
+def digest(state: dict[str, Any]) -> str:
+    """Return a digest of everything in a state."""
+    sha = hashlib.sha256(struct.pack("q", state["number"]))
+    for tensor in (*state["weights"], state["view"]):
+        sha.update(tensor.numpy())
+    return sha.hexdigest()
+
+
+def look(path: str) -> str:
+    """Return the digest of what plain ``torch.load`` finds at a local path."""
+    try:
+        with Path(path).open("rb") as file:
+            return digest(torch.load(file, weights_only=True))
+    except FileNotFoundError:
+        return ABSENT
+    except Exception as error:  # torn, whatever it is that torch says of it
+        return f"{type(error).__name__}: {error}"
+
+
+def look_on(paths: Sequence[str], history: History, stop: threading.Event) -> None:
+    """Look at files without the service, again and again."""
+    while not stop.is_set():
+        for path in paths:
+            history.seen.add((path, look(path)))
+
+
+def run_together(programs: Sequence[Callable[[], object]]) -> list[BaseException]:
+    """Run each in a thread of its own; return what they raised."""
+    raised: list[BaseException] = []
+
+    def contained(program: Callable[[], object]) -> None:
+        try:
+            program()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [
+        threading.Thread(target=contained, args=(program,), name=f"worker-{number}")
+        for number, program in enumerate(programs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised

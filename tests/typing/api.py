@@ -1,0 +1,80 @@
+"""The public API as a type checker sees it: mypy --strict accepts this file, and nothing runs it.
+
+A line with ``type: ignore[code]`` is a claim too: mypy reports an ignore that is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import assert_type
+
+from async_ckpt import AsyncCheckpointIO, CheckpointService, load
+from async_ckpt.errors import FlushError, StoreError
+from async_ckpt.events import Durable, Event, Observer
+from async_ckpt.handle import Handle, Report, State
+from async_ckpt.options import ServiceOptions
+from async_ckpt.retry import RetryPolicy
+
+
+def a_blocking_loop(state: dict[str, Any], path: Path) -> None:
+    """A service is a context manager, and its handles can be asked, waited for and timed."""
+    with CheckpointService(queue_depth=2, memory_limit="8GiB", overflow="supersede") as service:
+        handle = service.save(state, path)
+        assert_type(handle, Handle)
+        assert_type(handle.done(), bool)
+        assert_type(handle.state, State)
+        assert_type(handle.wait(timeout=60), Report)
+        assert_type(handle.wait().nbytes, int)
+        assert_type(service.remove("s3://bucket/old.ckpt"), Handle)
+        assert_type(service.options, ServiceOptions)
+        assert_type(service.pending, tuple[Handle, ...])
+        service.wait(timeout=600)
+        service.save(state, 3)  # type: ignore[arg-type]
+
+
+async def an_async_loop(state: object, url: str | os.PathLike[str]) -> Report:
+    """A handle is awaited for its report."""
+    async with CheckpointService(retry=RetryPolicy(attempts=3)) as service:
+        report = await service.save(state, url)
+        assert_type(report, Report)
+        await service.flush()
+        await service.flush(timeout=1.5)
+    await service.aclose()
+    return report
+
+
+def an_observer(event: Event) -> None:
+    """Any callable with one event observes."""
+    if isinstance(event, Durable):
+        assert_type(event.seconds, float)
+
+
+def observers() -> CheckpointService:
+    """An observer may return anything."""
+    observer: Observer = an_observer
+    return CheckpointService(observer=observer)
+
+
+def errors(group: FlushError, error: StoreError) -> tuple[Exception, ...]:
+    """Errors carry what a program needs to act on them."""
+    assert_type(error.location, str)
+    assert_type(error.stage, str)
+    return group.exceptions
+
+
+def a_plugin() -> AsyncCheckpointIO:
+    """The plugin takes a base or none, and the same options by keyword."""
+    plugin = AsyncCheckpointIO(queue_depth=2)
+    assert_type(plugin.service, CheckpointService)
+    plugin.wait(timeout=60)
+    plugin.teardown()
+    return plugin
+
+
+def loading(url: str) -> None:
+    """A state is loaded without a service."""
+    state = load(url, map_location="cpu", weights_only=True)
+    assert_type(state, Any)

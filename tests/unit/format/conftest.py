@@ -1,0 +1,46 @@
+"""A snapshot of a state, and what was saved of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from async_ckpt.format import Layout
+from async_ckpt.snapshot import HostBuffer, Snapshot, capture
+
+
+@pytest.fixture
+def take() -> Iterator[Callable[[Any], Snapshot]]:
+    """Take snapshots that are closed when the test ends."""
+    taken: list[Snapshot] = []
+
+    def take(state: Any) -> Snapshot:
+        made = capture(state)
+        taken.append(made.stage(HostBuffer(made.nbytes)))
+        return taken[-1]
+
+    yield take
+    for snapshot in taken:
+        snapshot.close()
+
+
+@pytest.fixture
+def saved() -> Callable[[Any], bytes]:
+    """Return the bytes that ``torch.save`` writes."""
+
+    def saved(state: Any) -> bytes:
+        file = io.BytesIO()
+        torch.save(state, file)
+        return file.getvalue()
+
+    return saved
+
+
+@pytest.fixture
+def whole() -> Callable[[Layout], bytes]:
+    """Return a whole file, read at once."""
+    return lambda layout: b"".join(layout.read(0, layout.nbytes))

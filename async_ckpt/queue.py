@@ -87,7 +87,7 @@ class Op:
         nbytes: host bytes that a save's snapshot needs.
         thread: the caller's thread.
         urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
-            whose memory and place cannot come free before the caller returns.
+            whose memory and place cannot come free before the caller returns. The queue finds out.
         is_replacement: a save that superseded another, for which it stands from then on.
         after: for a removal, the saves that must be durable first.
         failed_save: for a removal, one of those that did not become durable.
@@ -171,6 +171,10 @@ class Queue:
 
     def add(self, op: Op) -> None:
         """Take in a new operation. A removal learns here which saves it has to wait for (D3)."""
+        if op.kind is Kind.SAVE:
+            op.urgent = any(
+                other.kind is Kind.SAVE and _suspended_beneath(other, op) for other in self._ops.values()
+            )
         if op.kind is Kind.REMOVE:
             op.after = {
                 other.id

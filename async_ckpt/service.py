@@ -48,8 +48,6 @@ ABANDON_GRACE_SECONDS = 10.0
 SILENT_EXIT_SECONDS = 1.0
 """How long the interpreter's exit waits for pending saves before it says so."""
 
-_this_thread = threading.local()
-
 
 StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
 """Makes the store that serves a location; it is asked once for each ``location.group``."""
@@ -152,7 +150,7 @@ class CheckpointService:
             ServiceClosedError: the service is closed.
             Exception: an earlier request failed and nobody has been told yet; this one is accepted all the same.
         """
-        location = locate(url, storage_options=self._options.storage_options)
+        location = locate(url, storage_options=self._options.storage_options, follow=False)
         return self.submit_removal(location, self._streaming_writer(location))
 
     def load(
@@ -171,9 +169,9 @@ class CheckpointService:
 
         Raises:
             FileNotFoundError: there is nothing at *url*.
-            Exception: an earlier request failed and nobody has been told yet, or the reading failed.
+            Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
+                for among them; or the reading failed.
         """
-        self._raise_failures()
         location = locate(url, storage_options=self._options.storage_options)
         with self.turn(location), self._store(location).open(location) as file:
             return read_checkpoint(file, map_location=map_location, weights_only=weights_only)
@@ -281,12 +279,10 @@ class CheckpointService:
         runtime = self._running()
         started_seconds = monotonic()
         captured = capture(state, share_unpicklable=share_unpicklable)
-        nested = getattr(_this_thread, "in_save", False)
-        op = self._op(Kind.SAVE, location, writer, nbytes=captured.nbytes, urgent=nested)
+        op = self._op(Kind.SAVE, location, writer, nbytes=captured.nbytes)
         request = Request(op, self._account, location, writer)
         request.started_seconds = started_seconds
         dispatcher = runtime.dispatcher
-        _this_thread.in_save = True
         try:
             runtime.post(dispatcher.take_in, request)
             request.admitted.result()
@@ -302,8 +298,6 @@ class CheckpointService:
             if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
-        finally:
-            _this_thread.in_save = nested
         self._raise_failures(keep_in_flight=True)
         return request.handle
 
@@ -321,18 +315,21 @@ class CheckpointService:
 
         Raises:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
+            Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
         """
+        self._raise_failures()
         if runtimes.current() is None:  # nothing is under way in this process
             yield
             return
         runtime = self._running()
         request = Request(self._op(Kind.LOAD, location, None), self._account, location, None)
-        runtime.post(runtime.dispatcher.take_in, request)
         try:
+            runtime.post(runtime.dispatcher.take_in, request)
             try:
                 request.admitted.result(self._options.flush_timeout)
             except TimeoutError:
                 raise self._too_late(self._options.flush_timeout) from None
+            self._raise_failures()  # else the content from before a failed save would pass for the new one
             yield
         finally:
             with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
@@ -406,9 +403,7 @@ class CheckpointService:
             self._workers.close(wait=not stuck)
             runtimes.release(self, stuck=stuck)
 
-    def _op(
-        self, kind: Kind, location: Location, writer: Writer | None, *, nbytes: int = 0, urgent: bool = False
-    ) -> Op:
+    def _op(self, kind: Kind, location: Location, writer: Writer | None, *, nbytes: int = 0) -> Op:
         return Op(
             id=0,  # it gets one where it comes in
             lane=self._account.lane,
@@ -418,7 +413,6 @@ class CheckpointService:
             thread=threading.get_ident(),
             group=None if writer is None else writer.group,
             nbytes=nbytes,
-            urgent=urgent,
         )
 
     def _streaming_writer(self, location: Location) -> StreamingWriter:

@@ -9,7 +9,8 @@ their own accord and know nothing of the queue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import anyio
@@ -18,7 +19,7 @@ from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Sw
 from async_ckpt.format.layout import Layout, lay_out
 from async_ckpt.format.parts import plan_parts
 from async_ckpt.options import Durability, ServiceOptions
-from async_ckpt.retry import call_with_retry
+from async_ckpt.retry import RetryPolicy, call_with_retry
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location, Part, Receipt, Store, Upload, Workers
@@ -58,30 +59,35 @@ class StreamingWriter:
         self._workers = workers
         self._part_size = options.part_size_bytes
         self._max_concurrent_parts = options.max_concurrent_parts
-        self._retry = options.retry
+        # One layer of retries only: they would multiply.
+        once = RetryPolicy(attempts=1)
+        self._retry_part, self._retry_file = (
+            (options.retry, once) if store.repeats_parts else (once, options.retry)
+        )
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
         layout = await self._workers.run(lay_out, snapshot)
-        upload = await self._store.begin(location, layout.nbytes)
-        try:
-            if upload.swept:
-                emit(Swept, names=upload.swept)
-            parts = plan_parts(layout.nbytes, upload.part_size or self._part_size)
-            emit(LaidOut, nbytes=layout.nbytes, parts=len(parts))
-            emit(Begun)
-            receipts = await self._put_all(upload, parts, layout, emit)
+        upload, receipts = await call_with_retry(self._retry_file, self._send, layout, location, emit)
+        async with _aborted_on_error(upload):
             emit(Committing)
             await upload.commit(receipts)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
-            raise
         return layout.nbytes
 
     async def delete(self, location: Location) -> None:
         """Delete what is at *location*."""
         await self._store.delete(location)
+
+    async def _send(self, layout: Layout, location: Location, emit: Emit) -> tuple[Upload, list[Receipt]]:
+        """Send the whole file, all but the commit."""
+        upload = await self._store.begin(location, layout.nbytes)
+        async with _aborted_on_error(upload):
+            if upload.swept:
+                emit(Swept, names=upload.swept)
+            parts = plan_parts(layout.nbytes, upload.part_size or self._part_size)
+            emit(LaidOut, nbytes=layout.nbytes, parts=len(parts))
+            emit(Begun)
+            return upload, await self._put_all(upload, parts, layout, emit)
 
     async def _put_all(
         self, upload: Upload, parts: tuple[Part, ...], layout: Layout, emit: Emit
@@ -94,7 +100,7 @@ class StreamingWriter:
         async def send() -> None:
             for part in remaining:
                 try:
-                    receipts.append(await call_with_retry(self._retry, upload.put, part, layout))
+                    receipts.append(await call_with_retry(self._retry_part, upload.put, part, layout))
                 except Exception as error:
                     errors.append(error)
                     senders.cancel_scope.cancel()
@@ -144,3 +150,14 @@ class DelegatingWriter:
         self._save(snapshot.state())
         if self._durability == "fsync" and is_local(location):
             sync_path(location.path)
+
+
+@asynccontextmanager
+async def _aborted_on_error(upload: Upload) -> AsyncIterator[None]:
+    """Abort *upload* on any error, cancellation included (D2)."""
+    try:
+        yield
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await upload.abort()
+        raise

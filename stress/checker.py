@@ -5,8 +5,8 @@
   superseded, cancelled or dropped have no effect. A save counts from its call on, whenever its bytes arrive:
   so a load that follows it must see it.
 * **D2**: who looks at the files without the service sees whole checkpoints only, of states that were saved.
-* **D3**: no deletion took effect if a save accepted before it failed and nobody had been told when the
-  deletion was asked for.
+* **D3**: no deletion took effect after a save accepted before it had failed, unless another checkpoint than the
+  deleted one had become durable instead, or the program deleted what it had failed to save as well.
 * **D4**: every accepted save ended exactly once.
 * **E1**: every error was told, and by no more than one call besides its own handle.
 * **B1**: never more saves accepted than the depth of the queue.
@@ -43,15 +43,21 @@ class Violation:
         return "\n".join([f"{self.promise}: {self.what}", *(f"    {operation}" for operation in self.around)])
 
 
-def check(history: History, *, final: Mapping[str, str], queue_depth: int) -> list[Violation]:
+def check(
+    history: History, *, final: Mapping[str, str], queue_depth: int, raises: bool = True
+) -> list[Violation]:
     """Return every violation.
 
     Args:
         history: of a service that was closed.
         final: what is at each path in the end.
         queue_depth: of the service.
+        raises: whether the service raises what failed, rather than warn.
     """
-    found = [*_unknown_contents(history, final), *_reports(history), *_unsafe_removals(history.operations)]
+    found = [*_unknown_contents(history, final), *_unsafe_removals(history.operations)]
+    found += _endings(history)
+    if raises:
+        found += _untold(history)
     if history.most_accepted > queue_depth:
         what = f"{history.most_accepted} saves accepted, queue_depth {queue_depth}"
         found.append(Violation(promise="B1", what=what))
@@ -69,13 +75,18 @@ def _unknown_contents(history: History, final: Mapping[str, str]) -> Iterator[Vi
             yield Violation(promise="D2", what=f"{path} held what was never saved there: {content}")
 
 
-def _reports(history: History) -> Iterator[Violation]:
+def _endings(history: History) -> Iterator[Violation]:
     for request_id, times in history.endings.items():
         if times != 1:
-            yield Violation(promise="D4", what=f"request {request_id} ended {times} times")
+            yield Violation(promise="D4", what=f"save {request_id} ended {times} times")
+
+
+def _untold(history: History) -> Iterator[Violation]:
     for failure in history.failures.values():
-        if failure.told_by_calls > 1 or failure.first_told is None:
-            times_told = f"by its handle {failure.told_by_handle} times, by calls {failure.told_by_calls} times"
+        if failure.told_by_calls > 1 or not failure.told_by_calls + failure.told_by_handle:
+            times_told = (
+                f"by its handle {failure.told_by_handle} times, by calls {failure.told_by_calls} times"
+            )
             yield Violation(promise="E1", what=f"{failure.error!r} of {failure.url} was raised {times_told}")
     for stray in history.strays:
         yield Violation(promise="E1", what=f"an error of no request: {stray!r}")
@@ -83,14 +94,25 @@ def _reports(history: History) -> Iterator[Violation]:
 
 def _unsafe_removals(operations: Sequence[Operation]) -> Iterator[Violation]:
     for removal in operations:
-        if removal.outcome != "removed":
+        if removal.kind != "remove" or removal.outcome != "removed":
             continue
         for save in operations:
-            told = -1 if save.failure is None else save.failure.first_told
-            before = save.kind == "save" and -1 < save.returned < removal.called
-            if before and (told is None or told > removal.called):
-                what = "deleted though a save before it had failed, which nobody had been told"
+            lost = save.kind == "save" and save.outcome == "failed" and -1 < save.returned < removal.called
+            if lost and not any(_makes_up(other, save, removal) for other in operations):
+                what = "deleted though a save before it had failed, and no other checkpoint had become durable since"
                 yield Violation(promise="D3", what=what, around=[save, removal])
+
+
+def _makes_up(other: Operation, lost: Operation, removal: Operation) -> bool:
+    """Tell whether *other* may have become durable in place of *lost*, or shows that nobody counts on it."""
+    if other.returned < lost.called or other.called > removal.ended:
+        return False
+    if other.kind == "remove":
+        return other.path == lost.path
+    may_be_durable = other.outcome == "unknown" or (
+        other.outcome == "durable" and other.ended < removal.ended
+    )
+    return other.kind == "save" and other.path != removal.path and may_be_durable
 
 
 def _order(path: str, operations: Sequence[Operation], final: str) -> Iterator[Violation]:
@@ -115,7 +137,9 @@ def _order(path: str, operations: Sequence[Operation], final: str) -> Iterator[V
                 if (node := (done | 1 << index, after)) not in seen:
                     seen.add(node)
                     stack.append(node)
-    first = min((index for index in range(len(operations)) if not furthest >> index & 1), default=len(operations))
+    first = min(
+        (index for index in range(len(operations)) if not furthest >> index & 1), default=len(operations)
+    )
     what = f"at {path} is {final[:8]}, and no order of what was done explains all that was read there"
     yield Violation(promise="O1", what=what, around=operations[max(0, first - _CONTEXT) : first + 4])
 

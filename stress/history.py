@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Literal, TypeAlias
 
@@ -31,11 +31,10 @@ _ENDS_OF_SAVES = (Durable, Superseded, Cancelled, Failed, Abandoned)
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Failure:
-    """An error of a request, and when it was told; ``told_by_calls`` counts others than its own handle's."""
+    """An error of a request, and how often it was raised: by its own handle, and by other calls."""
 
     url: str
     error: BaseException
-    first_told: int | None = None
     told_by_handle: int = 0
     told_by_calls: int = 0
 
@@ -51,8 +50,8 @@ class Operation:
         content: the digest of what was saved, or read.
         called: when the call began.
         returned: when it returned or raised.
-        outcome: how its request ended.
-        failure: what it failed with.
+        ended: when its request ended, where that is known.
+        outcome: how it ended.
     """
 
     thread: str
@@ -61,13 +60,13 @@ class Operation:
     called: int
     content: str = ""
     returned: int = -1
+    ended: int = -1
     outcome: Outcome = "unknown"
-    failure: Failure | None = None
 
     def __str__(self) -> str:
         name = self.path.rsplit("/", 1)[-1]
         what = f"{self.kind:6} {name:8} {self.outcome:10} {self.content[:8]:8}"
-        return f"[{self.called:5} {self.returned:5}] {self.thread:9} {what} {self.failure or ''}".rstrip()
+        return f"[{self.called:5} {self.returned:5} {self.ended:5}] {self.thread:9} {what}".rstrip()
 
 
 class History:
@@ -77,7 +76,7 @@ class History:
         operations: in the order in which they were called.
         seen: the path and content that readers beside the service found.
         failures: by the identity of the error.
-        endings: how often each accepted request ended, by its id.
+        endings: how often each accepted save ended, by its id.
         most_accepted: the most saves that were accepted and not ended at one time.
         strays: errors that are nobody's.
     """
@@ -115,19 +114,16 @@ class History:
         if isinstance(event, Failed):
             self.failures[id(event.error)] = Failure(url=event.url, error=event.error)
 
-    def tell(self, error: BaseException, *, by_handle: bool = False) -> Failure | None:
-        """Note that a call raised *error*; return the failure that it told of, if it is of a single one."""
-        told = None
+    def tell(self, error: BaseException, *, by_handle: bool = False) -> None:
+        """Note that a call raised *error*."""
         for leaf in leaves(error):
             told = self.failures.get(id(leaf))
             if told is None:
                 self.strays.append(leaf)
                 continue
             with self._lock:
-                told.first_told = self.now() if told.first_told is None else told.first_told
                 told.told_by_handle += by_handle
                 told.told_by_calls += not by_handle
-        return told
 
     def is_known(self, error: BaseException) -> bool:
         """Tell whether all of *error* is the failure of some request."""

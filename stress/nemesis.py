@@ -19,7 +19,13 @@ INJECTED = "injected"
 """In the message of every error that is the nemesis's."""
 
 _CALLS = 4000
-_ERROR_RATES: dict[Operation, float] = {"begin": 0.02, "put": 0.01, "commit": 0.04, "delete": 0.05, "open": 0.03}
+_ERROR_RATES: dict[Operation, float] = {
+    "begin": 0.02,
+    "put": 0.01,
+    "commit": 0.04,
+    "delete": 0.05,
+    "open": 0.03,
+}
 _TRANSIENT_PUT_RATE = 0.05
 _DELAY_RATE = 0.1
 _LONGEST_DELAY_SECONDS = 0.02

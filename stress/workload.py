@@ -45,7 +45,9 @@ class Worker:
         random: its own.
     """
 
-    def __init__(self, service: CheckpointService, paths: Sequence[str], history: History, random: Random) -> None:
+    def __init__(
+        self, service: CheckpointService, paths: Sequence[str], history: History, random: Random
+    ) -> None:
         self._service = service
         self._paths = paths
         self._history = history
@@ -63,8 +65,6 @@ class Worker:
         """Note what every handle came to; after the service was closed."""
         for operation, handle in self._handles:
             operation.outcome = _OUTCOMES[handle.state]
-            if operation.outcome == "failed":
-                operation.failure = self._ask(handle)
 
     def _state(self, floats: Sequence[int]) -> dict[str, Any]:
         weights = [torch.zeros(length) for length in floats]
@@ -85,7 +85,9 @@ class Worker:
 
     def _submit(self, operation: Operation, call: Callable[[], Handle]) -> None:
         try:
-            self._handles.append((operation, call()))
+            handle = call()
+            self._handles.append((operation, handle))
+            handle.add_done_callback(lambda _: setattr(operation, "ended", self._history.now()))
         except BackPressureError:
             operation.outcome = "refused"
         except Exception as error:
@@ -107,17 +109,15 @@ class Worker:
         finally:
             operation.returned = self._history.now()
 
-    def _wait(self, path: str) -> None:
-        if self._handles:
-            self._ask(self._handles[-1][1])
-
-    def _ask(self, handle: Handle) -> Any:
+    def _wait(self, _: str) -> None:
+        if not self._handles:
+            return
+        handle = self._handles[-1][1]
         try:
             handle.wait()
         except Exception as error:
             if handle.state is State.FAILED:
-                return self._history.tell(error, by_handle=True)
-        return None
+                self._history.tell(error, by_handle=True)
 
 
 def digest(state: dict[str, Any]) -> str:

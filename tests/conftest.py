@@ -7,8 +7,10 @@ no asyncio task, no temporary file of ours and no file descriptor is left.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,14 @@ ALLOWED_THREADS = (
 THREAD_END_SECONDS = 2.0
 #: Descriptors that libraries open once a process at their first use (an event loop's, fsspec's, /dev/urandom).
 DESCRIPTOR_TOLERANCE = 8
+#: After a failed test a service may still have saves under way, and the interpreter's exit waits for those (D4).
+EXIT_SECONDS = 60.0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """End the process, with every thread's stack, if the interpreter's exit takes too long."""
+    faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from async_ckpt.errors import UnknownProtocolError
 from async_ckpt.lightning.registration import register
 from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
-from async_ckpt.stores import locate
+from async_ckpt.stores import is_local, locate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import DelegatingWriter
 
@@ -126,7 +127,7 @@ class AsyncCheckpointIO:
             self.service.remove(*args, **kwargs)
             return
         remove = self._base.remove_checkpoint
-        place = _place(_argument(_slot(remove, 0, "path", args, kwargs), args, kwargs))
+        place = _place(_argument(_slot(remove, 0, "path", args, kwargs), args, kwargs), follow=False)
         self.service.submit_removal(place, self._delegate(place, delete=partial(remove, *args, **kwargs)))
 
     def teardown(self) -> None:
@@ -179,6 +180,12 @@ class AsyncCheckpointIO:
     def _save(self, checkpoint: Any, path: str | os.PathLike[str], storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
+        place = locate(path)
+        if is_local(
+            place
+        ):  # as after a synchronous save; ModelCheckpoint(save_last="link") links into it at once
+            with suppress(OSError):  # the save itself says it better
+                os.makedirs(os.path.dirname(place.path), exist_ok=True)
         self.service.save(checkpoint, path)
 
     def _load(
@@ -214,9 +221,9 @@ def _argument(slot: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return args[slot] if isinstance(slot, int) else kwargs[slot]
 
 
-def _place(path: Any) -> Location:
+def _place(path: Any, *, follow: bool = True) -> Location:
     """Return the location of *path*, or one of its own kind where only the base knows what it means."""
     try:
-        return locate(path)
+        return locate(path, follow=follow)
     except (UnknownProtocolError, TypeError):
         return Location(url=str(path), path=str(path), key=f"base:{path}", group="base")

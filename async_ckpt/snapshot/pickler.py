@@ -31,6 +31,8 @@ _TORCH_WORDS = frozenset({"cpu", "storage"})
 
 # Tensors of these dtypes are saved with an UntypedStorage, which torch counts as one of uint8.
 _UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
+# Before torch 2.5 there are dtypes that torch.save refuses; its own code is left to say so.
+_DTYPES = _UNTYPED_DTYPES | frozenset(torch.storage._dtype_to_storage_type_map())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +155,10 @@ def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
         or tensor.is_neg()
     ):
         return None
-    storage, dtype = tensor.untyped_storage(), tensor.dtype
+    dtype = tensor.dtype
+    if dtype not in _DTYPES:
+        return None
+    storage = tensor.untyped_storage()
     index = pickler._storage(storage, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
     if not pickler.lifted.sizes[index] and tensor.numel():
         return None  # a freed storage: torch saves such a tensor, but cannot make one again
@@ -173,6 +178,7 @@ def _typed_storage(pickler: LiftingPickler, storage: torch.TypedStorage) -> int:
     number = pickler._seen.get(id(storage))
     if number is not None:
         return number
+    storage._pickle_storage_type()  # raises where torch.save would
     index = pickler._storage(storage._untyped_storage, storage.dtype)
     return pickler._lift(storage, StorageEntry(index, storage.dtype))
 

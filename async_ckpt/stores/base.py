@@ -99,10 +99,7 @@ class Upload(Protocol):
         """Names of the leftovers of dead processes that ``begin`` removed; mostly empty."""
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Send one part. Safe to call again for the same part after an error (E3).
-
-        An upload that takes parts in order may be unable to: it then raises a permanent error.
-        """
+        """Send one part. Where the store ``repeats_parts``, safe to call again for it after an error (E3)."""
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
         """Make the file visible under its final name, whole and durable. Call once, after every put."""
@@ -113,6 +110,10 @@ class Upload(Protocol):
 
 class Store(Protocol):
     """One kind of storage with one set of storage options."""
+
+    @property
+    def repeats_parts(self) -> bool:
+        """Whether a part that failed may be put again; else the whole file has to be begun again (E3)."""
 
     async def begin(self, location: Location, nbytes: int) -> Upload:
         """Start a file of *nbytes* bytes. Sweeps, once a place, what processes that have died left there."""

@@ -8,8 +8,8 @@ Guarantees, beyond those of every store:
 * A handle that was not written to its end is thrown away, never closed where closing means committing.
 * One step at a time runs on a file system that is not made for several: fsspec promises no more.
 
-Parts are taken in order, as fsspec's handles are. There is no retry in the middle of a file: whether a
-handle that failed has taken the bytes, nothing tells. What can be repeated as a whole, is (E3).
+Parts are taken in order, as fsspec's handles are. No part is repeated: whether a handle that failed has
+taken the bytes, nothing tells. The writer begins the whole file again; what follows, is repeated here (E3).
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class GenericStore:
         retrying: how a failed step is tried again.
     """
 
+    repeats_parts = False
+
     def __init__(self, file_system: Any, *, workers: Workers, retrying: Retrying | None = None) -> None:
         self.file_system = file_system
         self._workers = workers
@@ -82,7 +84,7 @@ class GenericStore:
         """Open a handle for the temporary name; see ``Store.begin``."""
         upload = GenericUpload(self, location, nbytes)
         try:
-            await self.step(upload.start)
+            await self.once(upload.start)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await upload.abort()
@@ -189,7 +191,7 @@ class GenericUpload:
         self._move = Move(self._fs, self._temporary, location.path, nbytes)
         self._handle: Any = None
         self._position = 0
-        self._broken: BaseException | None = None
+        self._broken = False
         self._takes_views = True
         self._made: list[str] = []
 
@@ -246,10 +248,8 @@ class GenericUpload:
 
     def _write(self, part: Part, pieces: Sequence[memoryview]) -> Receipt:
         with translating("write", self._location):
-            if self._broken is not None:
-                raise OSError(
-                    errno.EIO, "an earlier part failed, and a stream cannot go back"
-                ) from self._broken
+            if self._broken:
+                raise OSError(errno.EIO, "an earlier part failed, and a stream cannot go back")
             if part.start != self._position or self._handle is None:
                 raise OSError(errno.EINVAL, "parts must be put once, and in order")
             try:
@@ -257,8 +257,8 @@ class GenericUpload:
                     self._write_piece(piece.cast("B"))
                 if self._position != part.stop:
                     raise OSError(errno.EIO, f"part {part.index} has not {part.nbytes} bytes")
-            except BaseException as error:
-                self._broken = error
+            except BaseException:
+                self._broken = True
                 raise
         return Receipt(index=part.index)
 
@@ -279,7 +279,7 @@ class GenericUpload:
 
     def _close(self) -> None:
         with translating("commit", self._location):
-            if self._handle is None or self._broken is not None or self._position != self._nbytes:
+            if self._handle is None or self._broken or self._position != self._nbytes:
                 raise OSError(errno.EINVAL, "not every byte was put")
             self._handle.close()
             self._handle = None

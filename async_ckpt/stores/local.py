@@ -54,6 +54,8 @@ class LocalStore:
         disk: the system calls themselves.
     """
 
+    repeats_parts = True
+
     def __init__(
         self, *, workers: Workers, durability: Literal["fsync", "process"] = "fsync", disk: Disk | None = None
     ) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location, Part, Receipt, Store, Upload, Workers

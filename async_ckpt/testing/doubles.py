@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 __all__ = ["BytesContent", "ManualClock", "ThreadWorkers"]
 

@@ -119,6 +119,11 @@ class FaultyStore:
         with self._lock:
             self._faults.append(fault)
 
+    @property
+    def repeats_parts(self) -> bool:
+        """What the real store says."""
+        return self._inner.repeats_parts
+
     async def begin(self, location: Location, nbytes: int) -> Upload:
         """Start a file."""
         struck = self._strike("begin")

@@ -10,8 +10,9 @@ import ctypes
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -98,7 +99,7 @@ class RawWriteParallel(Contestant):
         try:
             starts = _starts([tensor.nbytes for tensor in state.values()])
             with ThreadPoolExecutor(_WRITERS) as pool:
-                list(pool.map(lambda pair: _write_all(fd, pair[0], pair[1]), zip(state.values(), starts)))
+                list(pool.map(partial(_write_all, fd), state.values(), starts))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -148,7 +149,9 @@ class Lightning(Contestant):
 
     def save(self, state: State, path: Path) -> None:
         self._plugin.save_checkpoint(state, path)
-        self._written: Future[None] = self._plugin._executor.submit(lambda: None)  # its one worker takes turns
+        self._written: Future[None] = self._plugin._executor.submit(
+            lambda: None
+        )  # its one worker takes turns
 
     def wait(self) -> None:
         self._written.result()
@@ -166,7 +169,7 @@ class DcpAsync(Contestant):
     is_background = True
 
     def save(self, state: State, path: Path) -> None:
-        from torch.distributed.checkpoint import async_save
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that there is one process only
@@ -179,7 +182,7 @@ class DcpAsync(Contestant):
         return bool(self._future.done())
 
 
-CONTESTANTS: dict[str, Callable[[], Contestant]] = {
+CONTESTANTS: dict[str, type[Contestant]] = {
     "memcpy": Memcpy,
     "torch copy": TorchCopy,
     "raw write": RawWrite,
@@ -214,7 +217,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _write_all(fd: int, tensor: torch.Tensor, offset: int | None = None) -> None:
-    rest = memoryview(tensor.view(torch.uint8).numpy())
+    rest = memoryview(tensor.view(torch.uint8).numpy().data)
     while rest:
         written = os.write(fd, rest) if offset is None else os.pwrite(fd, rest, offset)
         rest = rest[written:]

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Goal", "Sample", "StepLoop", "cpu_seconds", "peak_memory", "rounds", "run_apart", "table"]
+__all__ = ["Goal", "PeakMemory", "Sample", "StepLoop", "cpu_seconds", "rounds", "run_apart", "table"]
 
 Sample: TypeAlias = "dict[str, Any]"
 """What one contestant measured in one round, by name; ``None`` for what it does not have."""
@@ -62,7 +62,7 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
 
-class peak_memory:  # noqa: N801 - used like a function
+class PeakMemory:
     """Measures by how much resident memory rises above what it is at the start, at its highest."""
 
     def __init__(self) -> None:

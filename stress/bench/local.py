@@ -24,10 +24,10 @@ from stress.bench.contestants import CONTESTANTS, Contestant, State, remove_tree
 from stress.bench.harness import (
     MIB,
     Goal,
+    PeakMemory,
     Sample,
     StepLoop,
     cpu_seconds,
-    peak_memory,
     rounds,
     run_apart,
     table,
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or as a child process measure one contestant once, and print."""
     options = _parser().parse_args(arguments)
     if options.contestant:
-        print(json.dumps(_measure(options.contestant, options.state, options.size_gib, Path(options.directory))))
+        print(
+            json.dumps(_measure(options.contestant, options.state, options.size_gib, Path(options.directory)))
+        )
         return
     names = [name for name in CONTESTANTS if options.dcp or name != "dcp.async_save"]
     with tempfile.TemporaryDirectory(prefix="async_ckpt-bench-", dir=options.directory) as directory:
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of the large state")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
@@ -91,7 +95,7 @@ def _measure(name: str, kind: str, size_gib: float, directory: Path) -> Sample:
     state = _state(kind, size_gib)
     contestant = CONTESTANTS[name]()
     loop = StepLoop()
-    memory = peak_memory()
+    memory = PeakMemory()
     first, *warm = (_timed_save(contestant, state, directory) for _ in range(1 + _WARM_SAVES[kind]))
     sample: Sample = {
         "first_stall_seconds": first["stall"],
@@ -158,7 +162,8 @@ def report(samples: dict[str, dict[str, list[Sample]]], *, state_bytes: int) -> 
         _phases(small["async_ckpt"]),
         "Goals; ratios within a round, then their median",
         table(
-            ["goal", "limit", "median", "range", ""], [goal.row() for goal in _goals(large, small, state_bytes)]
+            ["goal", "limit", "median", "range", ""],
+            [goal.row() for goal in _goals(large, small, state_bytes)],
         ),
     ]
     return "\n\n".join(["", *sections])
@@ -222,12 +227,12 @@ def _phases(runs: list[Sample]) -> str:
         for name in ("warm_stall_seconds", "capture_seconds", "copy_seconds")
     )
     rest = stall - capture - copy
-    return f"async_ckpt, µs a tensor: capture {capture:.2f}, copy {copy:.2f}, admission and the rest {rest:.2f}"
+    return (
+        f"async_ckpt, µs a tensor: capture {capture:.2f}, copy {copy:.2f}, admission and the rest {rest:.2f}"
+    )
 
 
-def _goals(
-    large: dict[str, list[Sample]], small: dict[str, list[Sample]], state_bytes: int
-) -> list[Goal]:
+def _goals(large: dict[str, list[Sample]], small: dict[str, list[Sample]], state_bytes: int) -> list[Goal]:
     ours, memcpy, lightning, raw = (
         large[name] for name in ("async_ckpt", "memcpy", "Lightning", "raw write")
     )
@@ -257,7 +262,7 @@ def _ratios(ours: list[Sample], theirs: list[Sample], what: str) -> list[float]:
 
 
 def _median(runs: list[Sample], what: str) -> float:
-    return median(run[what] for run in runs)
+    return float(median(run[what] for run in runs))
 
 
 if __name__ == "__main__":

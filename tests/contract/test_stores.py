@@ -117,7 +117,7 @@ class TestGenericStoreOnDirectory(OnDisk):
         return Location(url=name, path=name, key=name, group="dir")
 
 
-class RefusingFileSystem(LocalFileSystem):
+class RefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
     """A file system that will not move a file onto another, as those of some protocols."""
 
     def mv(self, path1: str, path2: str, **kwargs: object) -> None:
@@ -127,7 +127,7 @@ class RefusingFileSystem(LocalFileSystem):
         super().mv(path1, path2)
 
 
-class SilentlyRefusingFileSystem(LocalFileSystem):
+class SilentlyRefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
     """A file system that answers nothing at all when it will not move a file onto another."""
 
     def mv(self, path1: str, path2: str, **kwargs: object) -> None:

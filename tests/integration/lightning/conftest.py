@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,16 +106,16 @@ def tree(request: pytest.FixtureRequest) -> Tree:
 
 
 class Faults:
-    """The stores that a plugin makes, with faults; shared by all of them, so that the counting goes on."""
+    """Faults for the stores that a plugin makes, one after each teardown; their calls are counted together."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
-        self.stores: list[FaultyStore] = []
+        self.calls: Counter[str] = Counter()
 
     def make(self, location: Location, workers: Workers) -> Store:
         """Make one; a plugin's ``store_factory``."""
         store = FaultyStore(open_store(location, workers=workers), self.faults)
-        self.stores.append(store)
+        store.calls = self.calls
         return store
 
     def fail(self, *calls: int, operation: Any = "commit", error: Callable[[], BaseException]) -> None:
@@ -161,5 +162,5 @@ def recording() -> Callable[..., Recording]:
 
 @pytest.fixture
 def names() -> Callable[[Path], list[str]]:
-    """Return a function that lists a directory, hidden files and all."""
-    return lambda directory: sorted(entry.name for entry in directory.iterdir())
+    """Return a function that lists a directory, hidden files and all; nothing where there is none."""
+    return lambda directory: sorted(entry.name for entry in directory.glob("*"))

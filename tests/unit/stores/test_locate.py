@@ -22,7 +22,7 @@ def test_spellings_of_one_local_file_have_one_key(tmp_path: Path, monkeypatch: p
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to("a", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    spellings = [
+    spellings: list[str | Path] = [
         "a/b.ckpt",
         "./a/../a/b.ckpt",
         Path("a/b.ckpt"),

@@ -1,7 +1,7 @@
 """The host bytes that snapshots may hold, counted (B1).
 
-Guarantees: never are more than the limit reserved, except by one request alone that is larger than
-the limit itself; what is released was reserved. Not thread-safe: one thread, the loop's, owns it.
+Guarantees: what fits stays within the limit, or is the only thing held; what is released was reserved.
+Not thread-safe: one thread, the loop's, owns it.
 
 What does not belong here: waiting, memory itself, queue places.
 """
@@ -15,18 +15,18 @@ class Budget:
     """A limit on bytes, and how many of them are taken.
 
     Args:
-        limit_bytes: the most that may be held; ``None`` for no limit.
+        limit_bytes: the most that may be held.
     """
 
     __slots__ = ("_held_bytes", "_limit_bytes")
 
-    def __init__(self, limit_bytes: int | None) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
 
     @property
-    def limit_bytes(self) -> int | None:
-        """The most that may be held, ``None`` for no limit."""
+    def limit_bytes(self) -> int:
+        """The most that may be held."""
         return self._limit_bytes
 
     @property
@@ -35,7 +35,7 @@ class Budget:
         return self._held_bytes
 
     def fits(self, nbytes: int, *, beside: int | None = None) -> bool:
-        """Tell whether *nbytes* could be reserved.
+        """Tell whether *nbytes* may be reserved.
 
         Args:
             nbytes: the size of the request.
@@ -45,32 +45,10 @@ class Budget:
             True where the sum stays within the limit, or nothing else is held.
         """
         others = self._held_bytes if beside is None else beside
-        return self._limit_bytes is None or others == 0 or others + nbytes <= self._limit_bytes
+        return others == 0 or others + nbytes <= self._limit_bytes
 
-    def try_reserve(self, nbytes: int) -> bool:
-        """Reserve *nbytes* if they fit.
-
-        Args:
-            nbytes: how many bytes, not negative.
-
-        Returns:
-            Whether they were reserved.
-
-        Raises:
-            ValueError: *nbytes* is negative.
-        """
-        if nbytes < 0:
-            raise ValueError(f"cannot reserve {nbytes} bytes")
-        if not self.fits(nbytes):
-            return False
-        self._held_bytes += nbytes
-        return True
-
-    def force_reserve(self, nbytes: int) -> None:
-        """Reserve *nbytes* whether they fit or not, for a caller that must not wait.
-
-        Args:
-            nbytes: how many bytes, not negative.
+    def reserve(self, nbytes: int) -> None:
+        """Take *nbytes*, whether they fit or not: that is the caller's decision.
 
         Raises:
             ValueError: *nbytes* is negative.
@@ -81,9 +59,6 @@ class Budget:
 
     def release(self, nbytes: int) -> None:
         """Give back *nbytes* that were reserved.
-
-        Args:
-            nbytes: how many bytes, not negative.
 
         Raises:
             ValueError: more would be given back than is held.

@@ -298,7 +298,7 @@ class CheckpointService:
             if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
-        self._raise_failures(keep_in_flight=True)
+        self._raise_failures(keep_in_flight=True, but=request.handle)
         return request.handle
 
     def submit_removal(self, location: Location, writer: Writer) -> Handle:
@@ -306,7 +306,7 @@ class CheckpointService:
         runtime = self._running()
         request = Request(self._op(Kind.REMOVE, location, writer), self._account, location, writer)
         runtime.post(runtime.dispatcher.take_in, request)
-        self._raise_failures(keep_in_flight=True)
+        self._raise_failures(keep_in_flight=True, but=request.handle)
         return request.handle
 
     @contextmanager
@@ -444,19 +444,22 @@ class CheckpointService:
     def _pending_urls(self) -> str:
         return ", ".join(repr(handle.url) for handle in self.pending)
 
-    def _raise_failures(self, *, keep_in_flight: bool = False, last_chance: bool = False) -> None:
+    def _raise_failures(
+        self, *, keep_in_flight: bool = False, last_chance: bool = False, but: Handle | None = None
+    ) -> None:
         """Raise what failed and was not collected: once (E1), and not in place of an error in flight (E2).
 
         Args:
             keep_in_flight: where an error is in flight, leave ours for the next call.
             last_chance: where an error is in flight, log ours and add it to the notes of that error.
+            but: a request that its caller is about to get the handle of, however soon it failed.
         """
         in_flight = sys.exc_info()[1] if keep_in_flight or last_chance else None
         if id(in_flight) == self._ambient_error:
             in_flight = None  # it was being handled before the service had anything to do
         if in_flight is not None and not last_chance:
             return
-        failures = self._collect_failures()
+        failures = self._collect_failures(but)
         if not failures:
             return
         error = _as_one([failure.error for failure in failures])
@@ -470,8 +473,8 @@ class CheckpointService:
             if sys.version_info >= (3, 11):
                 in_flight.add_note(f"{_described(failures)}: {error!r}")
 
-    def _collect_failures(self) -> list[Failure]:
-        """Take what nobody has collected and no handle's waiter is about to."""
+    def _collect_failures(self, but: Handle | None) -> list[Failure]:
+        """Take what nobody has collected and no handle's waiter is about to; *but* one, which stays."""
         failures, waited_for = self._account.failures, []
         collected = []
         for _ in range(len(failures)):
@@ -479,7 +482,7 @@ class CheckpointService:
                 failure = failures.popleft()
             except IndexError:  # another thread was faster
                 break
-            if failure.handle.is_waited_for:
+            if failure.handle.is_waited_for or failure.handle is but:
                 waited_for.append(failure)
             elif failure.collect():
                 collected.append(failure)

@@ -150,7 +150,7 @@ class HostPool:
                 return None  # dropping the idle ones would not help either
             while self._idle and not self._budget.fits(capacity):
                 self._drop(self._idle.pop(0))
-            self._budget.force_reserve(capacity)
+            self._budget.reserve(capacity)
             try:
                 buffer = HostBuffer(nbytes)
             except BaseException:
@@ -160,7 +160,7 @@ class HostPool:
         return buffer
 
     def release(self, buffer: HostBuffer) -> None:
-        """Take back a leased buffer and keep it for the next save.
+        """Take back a leased buffer, and keep it for the next save if that is within the limit.
 
         Args:
             buffer: what `lease` returned.
@@ -174,17 +174,15 @@ class HostPool:
         if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
             logger.debug("a holder kept views of a %d byte buffer: not reused", buffer.nbytes)
             self._drop(buffer)
+        elif self._budget.held_bytes > self._budget.limit_bytes:  # it was let in alone; it may not stay
+            self._drop(buffer)
         else:
             self._idle.append(buffer)
 
-    def trim(self) -> None:
-        """Free every idle buffer."""
-        while self._idle:
-            self._drop(self._idle.pop())
-
     def close(self) -> None:
         """Free every idle buffer; those on lease are freed by whoever holds them. Idempotent."""
-        self.trim()
+        while self._idle:
+            self._drop(self._idle.pop())
 
     def _drop(self, buffer: HostBuffer) -> None:
         buffer.close()

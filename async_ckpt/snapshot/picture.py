@@ -45,8 +45,6 @@ class Snapshot:
         storages: where each storage's bytes are.
         buffer: the leased memory.
         nbytes: what the snapshot needs of host memory.
-        on_release: is given the buffer once, when the last storage was released, in whatever thread
-            that happens.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class Snapshot:
         storages: Sequence[SnapshotStorage],
         buffer: HostBuffer,
         nbytes: int,
-        on_release: Callable[[HostBuffer], None] | None = None,
     ) -> None:
         self.nbytes = nbytes
         self.storages = tuple(storages)
@@ -66,7 +63,6 @@ class Snapshot:
         self._buffer: HostBuffer | None = buffer
         self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
         self._held = set(range(len(self.storages)))
-        self._on_release = on_release
         self._lock = threading.Lock()
 
     def view(self, index: int) -> memoryview:
@@ -98,14 +94,11 @@ class Snapshot:
     def close(self) -> None:
         """Give up everything. Idempotent."""
         with self._lock:
-            buffer, self._buffer = self._buffer, None
-            on_release, self._on_release = self._on_release, None
+            self._buffer = None
             self._view = None
             self._held.clear()
             self._entries = ()
             self._skeleton = b""
-        if buffer is not None and on_release is not None:
-            on_release(buffer)
 
     def rebuild(self, storage_for: Callable[[int], torch.UntypedStorage]) -> Any:
         """Return an inert picture of the state, over storages of the caller's choice.

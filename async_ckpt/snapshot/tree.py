@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from async_ckpt.errors import UnpicklableStateError
@@ -91,14 +91,11 @@ class Capture:
         """The state's storages, once each."""
         return self._storages
 
-    def stage(
-        self, buffer: HostBuffer, *, on_release: Callable[[HostBuffer], None] | None = None
-    ) -> Snapshot:
+    def stage(self, buffer: HostBuffer) -> Snapshot:
         """Copy the bulk data into *buffer*; when this returns, the state may be changed.
 
         Args:
             buffer: at least `nbytes` of leased memory.
-            on_release: is given the buffer once the snapshot needs it no more.
 
         Returns:
             The snapshot, which refers to nothing of the state.
@@ -124,7 +121,6 @@ class Capture:
             storages=self._storages,
             buffer=buffer,
             nbytes=self.nbytes,
-            on_release=on_release,
         )
 
 

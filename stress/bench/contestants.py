@@ -149,9 +149,11 @@ class Lightning(Contestant):
 
     def save(self, state: State, path: Path) -> None:
         self._plugin.save_checkpoint(state, path)
-        self._written: Future[None] = self._plugin._executor.submit(
+        worker = self._plugin._executor
+        assert worker is not None
+        self._written: Future[None] = worker.submit(
             lambda: None
-        )  # its one worker takes turns
+        )  # it has one thread, so the save comes first
 
     def wait(self) -> None:
         self._written.result()

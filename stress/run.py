@@ -1,0 +1,171 @@
+"""Runs workloads under faults and kills processes for some time, and checks what came of it.
+
+``python -m stress.run --seconds 60 --seed 7``. The exit code is 1 if a promise was broken; then the
+operations that show it are printed. The seed repeats all choices, though not the threads' timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random, SystemRandom
+from time import monotonic, sleep
+from typing import Any
+
+import fsspec
+import torch
+
+from async_ckpt import CheckpointService, RetryPolicy
+from stress.checker import Violation, check
+from stress.crashpoints import kill_once
+from stress.history import ABSENT, History
+from stress.nemesis import faulty_stores
+from stress.workload import Worker, digest, look, look_on, run_together
+
+__all__ = ["main"]
+
+_WORKERS = 3
+_CALLS = 60
+_SETTLE_SECONDS = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run rounds until the time is over; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=None, help="repeats the choices of another run")
+    options = parser.parse_args(arguments)
+    seed = SystemRandom().getrandbits(32) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    torch.set_num_threads(1)
+    logging.getLogger("async_ckpt").setLevel(logging.ERROR)  # elsewhere a dropped deletion is worth a warning
+    warnings.simplefilter("ignore", RuntimeWarning)  # on_error="warn"
+    tally: Counter[str] = Counter()
+    deadline = monotonic() + options.seconds
+    while monotonic() < deadline:
+        random = Random(f"{seed} {tally['rounds']}")
+        tally["rounds"] += 1
+        with tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as directory:
+            broken = [
+                *_history_round(Path(directory), random, tally),
+                *_crash_round(Path(directory), random, tally),
+            ]
+        if broken:
+            tally["failed"] += 1
+            print(f"round {tally['rounds']} of seed {seed}:", *broken, sep="\n", flush=True)
+    print(", ".join(f"{number} {what}" for what, number in tally.items() if what != "failed"))
+    print(f"{tally['rounds'] - tally['failed']} passed, {tally['failed']} failed")
+    return 1 if tally["failed"] else 0
+
+
+def _history_round(directory: Path, random: Random, tally: Counter[str]) -> list[Violation | str]:
+    """Run one workload under one nemesis; return what is wrong."""
+    threads, descriptors = set(threading.enumerate()), _descriptors()
+    local = [str(directory / name) for name in ("a.ckpt", "b.ckpt", "sub/c.ckpt")]
+    remote = [f"memory:/{directory}/d.ckpt", f"memory:/{directory}/e.ckpt"]
+    history = History()
+    chosen = _options(random)
+    service = CheckpointService(store_factory=faulty_stores(random), observer=history.observe, **chosen)
+    workers = [
+        Worker(service, local + remote, history, Random(random.getrandbits(64))) for _ in range(_WORKERS)
+    ]
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            if raised := run_together([partial(worker.run, _CALLS) for worker in workers]):
+                raise raised[0]
+            _close(service, history)
+        finally:
+            stop.set()
+
+    if raised := run_together([work, lambda: look_on(local, history, stop)]):
+        raise raised[0]
+    for worker in workers:
+        worker.settle()
+    final = {path: look(path) for path in local} | {path: _look_into_memory(path) for path in remote}
+    _count(history, tally)
+    raises = chosen["on_error"] == "raise"
+    found: list[Violation | str] = [
+        *check(history, final=final, queue_depth=chosen["queue_depth"], raises=raises)
+    ]
+    found += _left(directory, threads, descriptors)
+    return [*found, f"    with {chosen}"] if found else []
+
+
+def _options(random: Random) -> dict[str, Any]:
+    return {
+        "queue_depth": random.randint(1, 4),
+        "max_concurrent_saves": random.randint(1, 3),
+        "max_concurrent_parts": random.randint(1, 4),
+        "overflow": random.choice(["block", "raise", "supersede"]),
+        "memory_limit": random.choice(["1MiB", "4MiB", "64MiB"]),
+        "on_error": random.choice(["raise", "warn"]),
+        "part_size": random.choice(["64KiB", "256KiB", "32MiB"]),
+        "durability": random.choice(["fsync", "process"]),
+        "retry": RetryPolicy(attempts=3, initial_seconds=0.001, maximum_seconds=0.01),
+    }
+
+
+def _close(service: CheckpointService, history: History) -> None:
+    try:
+        service.close()
+    except Exception as error:
+        history.tell(error)
+
+
+def _look_into_memory(path: str) -> str:
+    try:
+        with fsspec.open(path, "rb") as file:
+            return digest(torch.load(file, weights_only=True))
+    except FileNotFoundError:
+        return ABSENT
+
+
+def _count(history: History, tally: Counter[str]) -> None:
+    for operation in history.operations:
+        tally[f"{operation.kind}s {operation.outcome}"] += 1
+
+
+def _crash_round(directory: Path, random: Random, tally: Counter[str]) -> Iterator[str]:
+    tally["processes killed"] += 1
+    crashed = directory / "crashed"
+    crashed.mkdir()
+    yield from kill_once(crashed, random)
+
+
+# -- what is left behind
+
+
+def _left(directory: Path, threads: set[threading.Thread], descriptors: int) -> Iterator[str]:
+    for path in directory.rglob(".async_ckpt.*"):
+        yield f"D2: {path.name} is left behind"
+    for name in fsspec.filesystem("memory").store:
+        if ".async_ckpt." in name or ".previous-" in name:
+            yield f"D2: memory:/{name} is left behind"
+    deadline = monotonic() + _SETTLE_SECONDS
+    while (left := set(threading.enumerate()) - threads) and monotonic() < deadline:
+        sleep(0.01)  # a thread that has been joined through its executor may still be on its way out
+    for thread in left:
+        yield f"B2: thread {thread.name} is left behind"
+    if _descriptors() > descriptors:
+        yield f"B2: {_descriptors() - descriptors} file descriptors are left open"
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

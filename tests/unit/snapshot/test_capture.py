@@ -1,0 +1,242 @@
+"""Capturing a state and staging it (S1)."""
+
+from __future__ import annotations
+
+import gc
+import io
+import threading
+import weakref
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from async_ckpt.errors import UnpicklableStateError
+from async_ckpt.snapshot import HostBuffer, Snapshot, capture
+from async_ckpt.snapshot.locations import mark
+
+
+def _take(state: Any, **options: Any) -> Snapshot:
+    made = capture(state, **options)
+    return made.stage(HostBuffer(made.nbytes))
+
+
+class Broken:
+    """Refuses to be pickled, in its own words."""
+
+    def __reduce__(self) -> Any:
+        raise ValueError("never")
+
+
+class Holder:
+    """Holds things."""
+
+    def __init__(self, **things: Any) -> None:
+        self.__dict__.update(things)
+
+
+class Careful(Holder):
+    """Knows that its lock cannot be saved."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: thing for name, thing in self.__dict__.items() if name != "lock"}
+
+
+def _deep() -> Any:
+    state: list[Any] = []
+    for _ in range(100_000):
+        state = [state]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        ({"a": [1, {"f": lambda: 0}]}, "state['a'][1]['f']"),
+        ({"h": Holder(ok=1, lock=threading.Lock())}, "state['h'].lock"),
+        ({"c": Careful(lock=threading.Lock(), gen=(i for i in ""))}, "state['c'].gen"),
+        ((torch.ones(1), Broken()), "state[1]"),
+        ({"od": __import__("collections").OrderedDict(x=Broken())}, "state['od']['x']"),
+        ({"m": torch.nn.Sequential(torch.nn.ReLU())}, None),
+        (Broken(), "state"),
+        (_deep(), "state"),
+        ({(1, Broken): 1, "x": {2: memoryview(b"")}}, "state['x'][2]"),
+    ],
+)
+def test_what_pickle_refuses_is_named(state: Any, where: str | None) -> None:
+    """An object that cannot be saved is refused by capture, with the way to it and pickle's reason."""
+    if where is None:
+        state["m"][0].register_forward_hook(lambda *_: None)
+        where = "state['m']._modules['0']._forward_hooks"
+    with pytest.raises(UnpicklableStateError) as caught:
+        capture(state)
+    assert caught.value.where.startswith(where)
+    assert caught.value.where in str(caught.value)
+    assert isinstance(caught.value.__cause__, Exception)
+
+
+def test_a_failing_reason_is_kept() -> None:
+    """The error says what the object said."""
+    with pytest.raises(UnpicklableStateError, match=r"state\[0\].*Broken.*never"):
+        capture([Broken()])
+
+
+def test_what_pickle_refuses_can_be_shared() -> None:
+    """For a writer that does not pickle, the offending objects are passed on as they are, all else is copied."""
+    lock, broken = threading.Lock(), Broken()
+    state = {"w": torch.ones(3), "h": Holder(lock=lock, w=torch.ones(2)), "b": [broken, broken]}
+    snapshot = _take(state, share_unpicklable=True)
+    state["w"].zero_()
+    state["h"].w.zero_()
+    rebuilt = snapshot.state()
+    assert rebuilt["h"].lock is lock
+    assert rebuilt["h"] is not state["h"]
+    assert rebuilt["b"] == [broken, broken]
+    assert torch.equal(rebuilt["w"], torch.ones(3))
+    assert torch.equal(rebuilt["h"].w, torch.ones(2))
+
+
+class Fresh:
+    """Makes something unpicklable each time it is pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lock": threading.Lock()}
+
+
+def test_what_is_made_unpicklable_while_pickling_is_shared_whole() -> None:
+    """Where the offender exists only during pickling, the object that makes it is passed on."""
+    fresh = Fresh()
+    assert _take({"x": [fresh, 1]}, share_unpicklable=True).state() == {"x": [fresh, 1]}
+
+
+def test_two_types_over_one_storage_are_refused_as_torch_refuses_them() -> None:
+    """torch.save cannot save two dtypes over the same bytes; that is said before the save is accepted."""
+    base = torch.arange(4.0)
+    with pytest.raises(RuntimeError, match="different types"):
+        torch.save([base, base.view(torch.int32)], io.BytesIO())
+    with pytest.raises(UnpicklableStateError, match="different types"):
+        capture([base, base.view(torch.int32)])
+
+
+def test_a_storage_without_data_is_refused() -> None:
+    """A bare storage on the meta device has no bytes to save."""
+    with pytest.raises(UnpicklableStateError, match="meta"):
+        capture({"s": torch.UntypedStorage(4, device="meta")})
+
+
+def test_storages_are_counted_once() -> None:
+    """Ties and views need the memory of one storage."""
+    base = torch.zeros(1 << 20)
+    captured = capture([base, base[5:], base.view(2, -1), torch.nn.Parameter(base)])
+    assert [storage.nbytes for storage in captured.storages] == [4 << 20]
+    assert 4 << 20 < captured.nbytes < (4 << 20) + 4096
+
+
+def test_staging_lets_go_of_the_state() -> None:
+    """After staging neither the capture nor the snapshot keeps anything of the state alive."""
+    tensor, array, holder = torch.ones(10), numpy.ones(10), Holder(a=1)
+    alive = [weakref.ref(thing) for thing in (tensor, array, holder)]
+    storage = weakref.ref(tensor.untyped_storage())
+    captured = capture({"t": tensor, "a": array, "h": holder})
+    snapshot = captured.stage(HostBuffer(captured.nbytes))
+    del tensor, array, holder
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+    assert storage() is None
+    snapshot.close()
+
+
+def test_a_capture_is_staged_once() -> None:
+    """A second staging, and one into too small a buffer, is an error."""
+    captured = capture(torch.ones(10_000))
+    with pytest.raises(ValueError, match="cannot hold"):
+        captured.stage(HostBuffer(1))
+    captured.stage(HostBuffer(captured.nbytes))
+    with pytest.raises(RuntimeError, match="once"):
+        captured.stage(HostBuffer(captured.nbytes))
+
+
+def test_storages_are_released_one_by_one() -> None:
+    """A storage that was released is gone, the others stay; with the last the snapshot is closed."""
+    captured = capture([torch.ones(3), torch.ones(4)])
+    buffer = HostBuffer(captured.nbytes)
+    snapshot = captured.stage(buffer)
+    snapshot.release(0)
+    snapshot.release(0)
+    assert snapshot.view(1).nbytes == 16
+    with pytest.raises(ValueError, match="released"):
+        snapshot.view(0)
+    snapshot.release(1)
+    snapshot.close()
+    assert not buffer.is_aliased
+    with pytest.raises(ValueError, match="closed"):
+        snapshot.state()
+
+
+def test_a_copy_on_write_source_goes_on_sharing() -> None:
+    """Staging reads through const access only, so a lazy clone is not materialised by it."""
+    original = torch.arange(100_000.0)
+    lazy = [torch.ops.aten._lazy_clone(original), torch.ops.aten._lazy_clone(torch.ones(5))]
+    snapshot = _take(lazy)
+    assert all(torch._C._is_cow_tensor(tensor) for tensor in lazy)
+    assert torch.equal(snapshot.state()[0], original)
+
+
+def test_large_immutable_values_are_not_copied() -> None:
+    """Long strings and bytes cannot change, so they need no memory of ours."""
+    text, data = "x" * (1 << 20), b"y" * (1 << 20)
+    captured = capture([text, data])
+    assert captured.nbytes < 4096
+    rebuilt = captured.stage(HostBuffer(captured.nbytes)).state()
+    assert rebuilt[0] is text
+    assert rebuilt[1] is data
+
+
+def test_capturing_works_within_any_mode() -> None:
+    """Inference mode, a default device and disabled gradients change nothing."""
+    with torch.inference_mode(), torch.device("meta"):
+        tensor = torch.arange(3.0, device="cpu")
+        parameter = torch.nn.Parameter(torch.ones(2, device="cpu"))
+        rebuilt = _take([tensor, parameter]).state()
+    assert torch.equal(rebuilt[0], tensor.clone())
+    assert isinstance(rebuilt[1], torch.nn.Parameter)
+
+
+def test_hooks_are_warned_of_once() -> None:
+    """The warning that torch has about backward hooks comes at capture, and not again when the file is laid out."""
+    tensor = torch.ones(2, requires_grad=True)
+    tensor.register_hook(lambda grad: grad)
+    with pytest.warns(UserWarning, match="backward hook"):
+        snapshot = _take(tensor)
+    torch.save(snapshot.state(), io.BytesIO())
+
+
+def test_a_marked_storage_is_saved_under_its_original_location() -> None:
+    """torch.save of host memory that stands for a GPU's names the GPU, and only for that memory."""
+    marked, plain = torch.arange(4.0), torch.arange(5.0)
+    mark(marked.untyped_storage(), "cuda:3")
+    mark(plain.untyped_storage(), "cpu")
+    file = io.BytesIO()
+    torch.save([marked, plain], file)
+    locations: list[str] = []
+
+    def note(storage: Any, location: str) -> Any:
+        locations.append(location)
+        return storage
+
+    file.seek(0)
+    torch.load(file, map_location=note, weights_only=True)
+    assert locations == ["cuda:3", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_state_is_staged_before_it_changes() -> None:
+    """What the current stream was given before the save is in the snapshot, what it is given later is not."""
+    tensor = torch.zeros(1 << 24, device="cuda")
+    tensor += 1
+    snapshot = _take({"w": tensor})
+    tensor += 1
+    assert snapshot.storages[0].location == "cuda:0"
+    assert torch.equal(snapshot.state()["w"], torch.ones(1 << 24))

@@ -1,0 +1,118 @@
+"""Host buffers and the pool that keeps them (B1)."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import pytest
+import torch
+
+from async_ckpt.budget import Budget
+from async_ckpt.snapshot import HostBuffer, HostPool, capture
+
+PAGE = mmap.PAGESIZE
+
+
+def _lease(pool: HostPool, nbytes: int) -> HostBuffer:
+    buffer = pool.lease(nbytes)
+    assert buffer is not None
+    return buffer
+
+
+def test_a_buffer_is_reused() -> None:
+    """The memory of one save serves the next of the same size."""
+    pool = HostPool(Budget(1 << 40))
+    first = _lease(pool, 10 * PAGE)
+    pool.release(first)
+    assert _lease(pool, 9 * PAGE) is first
+
+
+def test_the_smallest_fitting_buffer_is_taken() -> None:
+    """Of two idle buffers the one that wastes less is leased."""
+    pool = HostPool(Budget(1 << 40))
+    buffers = [_lease(pool, pages * PAGE) for pages in (20, 10)]
+    for buffer in buffers:
+        pool.release(buffer)
+    assert _lease(pool, 10 * PAGE) is buffers[1]
+
+
+def test_a_much_larger_buffer_is_not_wasted() -> None:
+    """A small snapshot does not occupy the memory of a large one."""
+    pool = HostPool(Budget(1 << 40))
+    large = _lease(pool, 16 << 20)
+    pool.release(large)
+    small = _lease(pool, 2 << 20)
+    assert small is not large
+    assert small.nbytes == 2 << 20
+
+
+def test_idle_buffers_make_room() -> None:
+    """Idle buffers are dropped, the longest idle first, until a new one fits."""
+    budget = Budget(100 << 20)
+    pool = HostPool(budget)
+    buffers = [_lease(pool, mib << 20) for mib in (30, 31, 32)]
+    for buffer in buffers:
+        pool.release(buffer)
+    _lease(pool, 35 << 20)
+    assert budget.held_bytes == (31 + 32 + 35) << 20
+    assert _lease(pool, 32 << 20) is buffers[2]
+
+
+def test_idle_buffers_are_kept_when_dropping_them_would_not_help() -> None:
+    """A request that does not fit beside the leases leaves the idle buffers alone."""
+    pool = HostPool(Budget(100 << 20))
+    leased, idle = _lease(pool, 60 << 20), _lease(pool, 30 << 20)
+    pool.release(idle)
+    assert pool.lease(50 << 20) is None
+    assert pool.idle_bytes == 30 << 20
+    forced = pool.lease(50 << 20, force=True)
+    assert forced is not None
+    assert len({id(leased), id(idle), id(forced)}) == 3
+
+
+def test_an_oversize_lease_is_alone() -> None:
+    """A snapshot above the limit is taken when nothing is leased, and its memory is not kept (B1)."""
+    budget = Budget(10 << 20)
+    pool = HostPool(budget)
+    pool.release(_lease(pool, 5 << 20))
+    large = _lease(pool, 20 << 20)
+    assert budget.held_bytes == 20 << 20
+    assert pool.lease(1) is None
+    pool.release(large)
+    assert budget.held_bytes == 0
+
+
+def test_a_buffer_someone_still_looks_at_is_not_reused() -> None:
+    """Memory to which a tensor or view still refers is never written by another save."""
+    budget = Budget(1 << 40)
+    pool = HostPool(budget)
+    captured = capture({"w": torch.arange(1000.0)})
+    buffer = _lease(pool, captured.nbytes)
+    snapshot = captured.stage(buffer)
+    kept = snapshot.state()["w"]
+    snapshot.close()
+    pool.release(buffer)
+    assert pool.idle_bytes == budget.held_bytes == 0
+    assert torch.equal(kept, torch.arange(1000.0))
+
+
+def test_a_lease_ends_once() -> None:
+    """A buffer is given back once, and to the pool it is from."""
+    pool = HostPool(Budget(1 << 40))
+    buffer = _lease(pool, 1)
+    pool.release(buffer)
+    for stranger in (buffer, HostBuffer(1)):
+        with pytest.raises(ValueError, match="not on lease"):
+            pool.release(stranger)
+
+
+def test_a_closed_buffer_has_no_memory() -> None:
+    """Closing a buffer twice is harmless, using it afterwards is an error, and its memory is gone."""
+    buffer = HostBuffer(10)
+    memory = weakref.ref(buffer.memory)
+    buffer.close()
+    buffer.close()
+    assert memory() is None
+    with pytest.raises(ValueError, match="closed"):
+        buffer.as_tensor()

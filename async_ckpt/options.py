@@ -85,8 +85,8 @@ class ServiceOptions:
         durability: ``"fsync"`` survives the loss of power, ``"process"`` only that of the process, which
             is faster on local disks; object stores make no difference.
         on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
-        flush_timeout: seconds that ``wait``, ``flush``, ``close``, teardown and the exit of the
-            interpreter wait for pending saves at the most.
+        flush_timeout: seconds that anything waits for pending saves at the most: ``wait``, ``flush``,
+            ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
         storage_options: passed to the fsspec file system.
         observer: called with every event; see ``async_ckpt.events``.
 

@@ -179,7 +179,7 @@ class Queue:
             op.after = {
                 other.id
                 for other in self.live(op.lane)
-                if _is_accepted_save(other) and not _suspended_beneath(other, op)
+                if (_is_accepted_save(other) or other.is_replacement) and not _suspended_beneath(other, op)
             }
             op.failed_save = _missing(op)
             op.lane.lost.pop(op.key, None)  # the program counts on that one no longer
@@ -292,11 +292,18 @@ class Queue:
         )
 
     def _predecessors(self, op: Op) -> list[Op]:
-        """Return the earlier operations of the same location that *op* has to let go first (O1)."""
+        """Return the earlier operations of the same location that *op* has to let go first (O1).
+
+        Not those that wait for admission: their callers have nothing after them yet, and two services whose
+        accepted saves waited for each other's unaccepted ones would wait for ever.
+        """
         return [
             other
             for other in self._ops.values()
-            if other.id < op.id and other.key == op.key and not _suspended_beneath(other, op)
+            if other.id < op.id
+            and other.key == op.key
+            and other.phase is not Phase.WAITING
+            and not _suspended_beneath(other, op)
         ]
 
     def _replaceable_save(self, by: Op) -> Op | None:

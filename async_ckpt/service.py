@@ -81,6 +81,7 @@ class CheckpointService:
         self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
         self._reset()
+        self._ambient_error = id(sys.exc_info()[1])
 
     def _reset(self) -> None:
         options = self._options
@@ -126,6 +127,7 @@ class CheckpointService:
             UnpicklableStateError: *state* holds what pickle refuses; nothing was accepted.
             StoreError: *url* cannot be a checkpoint's; nothing was accepted.
             BackPressureError: there is no room and ``overflow="raise"``; nothing was accepted.
+            FlushTimeoutError: there was no room for ``flush_timeout``; nothing was accepted.
             ServiceClosedError: the service is closed.
             Exception: an *earlier* save failed and nobody has been told yet; this one is accepted all the
                 same (E1, E2).
@@ -285,7 +287,7 @@ class CheckpointService:
         dispatcher = runtime.dispatcher
         try:
             runtime.post(dispatcher.take_in, request)
-            request.admitted.result()
+            self._await_admission(request)
             buffer = request.buffer
             if buffer is None:
                 raise ServiceClosedError("the service was closed meanwhile")
@@ -300,6 +302,17 @@ class CheckpointService:
             raise
         self._raise_failures(keep_in_flight=True, but=request.handle)
         return request.handle
+
+    def _await_admission(self, request: Request) -> None:
+        """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
+        limit = self._options.flush_timeout
+        try:
+            request.admitted.result(limit)
+        except TimeoutError:
+            raise FlushTimeoutError(
+                f"{request.location.url!r} was not accepted: no room after {limit:g} s; "
+                f"pending: {self._pending_urls()}"
+            ) from None
 
     def submit_removal(self, location: Location, writer: Writer) -> Handle:
         """Do what ``remove`` does, with any writer."""
@@ -335,6 +348,13 @@ class CheckpointService:
             with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
                 runtime.post(runtime.dispatcher.withdraw, request)
 
+    def keep_ambient_error(self) -> None:
+        """Count an error that was being handled when the service was made as in flight, like later ones (E2).
+
+        For owners that make a service on demand, maybe while they handle an error that they will raise again.
+        """
+        self._ambient_error = 0
+
     def workers(self) -> Workers:
         """Return the service's threads for what blocks."""
         self._running()
@@ -348,7 +368,6 @@ class CheckpointService:
         if self._closed:
             raise ServiceClosedError("the service has been closed; make a new one")
         if self._runtime is None:
-            self._ambient_error = id(sys.exc_info()[1])
             self._runtime = runtimes.acquire(self)
         self._runtime.refuse_loop_thread()
         return self._runtime
@@ -456,7 +475,7 @@ class CheckpointService:
         """
         in_flight = sys.exc_info()[1] if keep_in_flight or last_chance else None
         if id(in_flight) == self._ambient_error:
-            in_flight = None  # it was being handled before the service had anything to do
+            in_flight = None  # it was being handled before there was a service
         if in_flight is not None and not last_chance:
             return
         failures = self._collect_failures(but)
@@ -465,7 +484,7 @@ class CheckpointService:
         error = _as_one([failure.error for failure in failures])
         if self._options.on_error == "warn":
             logger.warning("%s", _described(failures), exc_info=error)
-            warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=_depth_of_caller())
         elif in_flight is None:
             raise error
         else:
@@ -554,6 +573,14 @@ def _as_one(errors: list[Exception]) -> Exception:
 
 def _described(failures: list[Failure]) -> str:
     return f"async_ckpt: failed: {', '.join(repr(failure.handle.url) for failure in failures)}"
+
+
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` at which a warning points at the code that called this package."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _tell(message: str) -> None:

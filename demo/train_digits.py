@@ -167,7 +167,7 @@ class StopsInMidSave:
             return
         self.seen.add(event.request_id)
         if len(self.seen) == self.nth_save:
-            say(f"{MARK} part {event.index} of {Path(event.url).name} is written, others are not")
+            say(f"{MARK} part {event.index} of {Path(event.url).name} is written, most others are not")
             threading.Event().wait()
 
 

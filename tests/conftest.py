@@ -32,6 +32,7 @@ ALLOWED_THREADS = (
     "MainThread",
     "fsspecIO",  # fsspec's own loop: one a process, started by its first synchronous call, never ended
     "tqdm_monitor",  # tqdm's, behind Lightning's progress bar: one a process
+    "Trio thread",  # trio keeps its idle worker threads for ten seconds
     "pytest_timeout",  # guards the test itself
 )
 #: How long a thread that is ending may take for it.

@@ -63,7 +63,9 @@ class Play:
         self._ids = count(1)
         self._threads = count(1)  # every caller its own thread, where the test does not say
 
-    def add(self, of: Lane, kind: Kind, key: str, *, thread: int = 0, nbytes: int = 0, group: str | None = None) -> Op:
+    def add(
+        self, of: Lane, kind: Kind, key: str, *, thread: int = 0, nbytes: int = 0, group: str | None = None
+    ) -> Op:
         """Add an operation and let the queue decide."""
         phase = Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED
         op = Op(

@@ -18,7 +18,6 @@ from typing import Any
 
 from async_ckpt.errors import UnknownProtocolError
 from async_ckpt.lightning.registration import register
-from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
 from async_ckpt.stores.base import Location
@@ -47,7 +46,7 @@ class AsyncCheckpointIO:
         self._base = checkpoint_io
         self._options = options
         self._service: CheckpointService | None = None
-        ServiceOptions.of({name: value for name, value in options.items() if name != "store_factory"})
+        CheckpointService(**options)  # what cannot work is refused here, not at the first save
         register(type(self))
 
     # -- Lightning's interface
@@ -151,6 +150,7 @@ class AsyncCheckpointIO:
         """The service behind the plugin; a new one after each teardown."""
         if self._service is None:
             self._service = CheckpointService(**self._options)
+            self._service.keep_ambient_error()  # Lightning saves while it handles training's error, too
         return self._service
 
     def wait(self, timeout: float | None = None) -> None:

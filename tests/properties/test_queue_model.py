@@ -171,13 +171,9 @@ class Programs(RuleBasedStateMachine):
                 fate.outcome = "refused"
 
     def _check_order(self, op: Op) -> None:
-        """What came before on the location has ended (O1)."""
-        earlier = [
-            fate.op
-            for fate in self.fates.values()
-            if fate.op.key == op.key and fate.op.id < op.id and fate.outcome == "live"
-        ]
-        assert not earlier
+        """What was accepted before on the location has ended (O1)."""
+        accepted = self._in(*set(Phase) - {Phase.WAITING})
+        assert not [other for other in accepted if other.key == op.key and other.id < op.id]
 
     def _check_removal(self, removal: Fate) -> None:
         """Every save accepted before it is durable, or was made needless by what is, or is made up for (D3, rule 4)."""

@@ -169,6 +169,19 @@ def test_an_unstaged_save_of_another_location_does_not_block_the_queue() -> None
     assert play.save(of, "b").phase is Phase.RUNNING
 
 
+def test_full_services_do_not_wait_for_each_other_in_a_circle() -> None:
+    """A save that waits for a place keeps no other service's accepted save waiting: each could hold the place that the
+    other needs (B1, O1)."""
+    play, one, two = Play(), lane(depth=1), lane(depth=1)
+    holds_one = play.save(one, "c", stage=False)
+    play.save(one, "b")
+    holds_two = play.save(two, "b")
+    play.save(two, "c")
+    assert holds_two.phase is Phase.RUNNING
+    play.stage(holds_one)
+    assert holds_one.phase is Phase.RUNNING
+
+
 # -- rule 3: removals
 
 
@@ -332,6 +345,20 @@ def test_a_save_interrupted_after_it_superseded_counts_as_failed() -> None:
     assert newer.phase is Phase.WAITING
     play.withdraw(newer)
     assert play.actions[-1] == Drop(removal, newer.id)
+
+
+def test_removal_waits_for_a_superseding_save_that_waits_for_memory() -> None:
+    """A save that has taken another's place counts as accepted for removals from then on (D3)."""
+    play, of = Play(limit=10), lane(overflow="supersede")
+    running = play.save(of, "a", nbytes=6)
+    play.save(of, "new", nbytes=4)
+    newer = play.save(of, "new", nbytes=9)
+    removal = play.remove(of, "old")
+    play.end(running)
+    play.stage(newer)
+    assert removal.phase is Phase.QUEUED
+    play.end(newer)
+    assert removal.phase is Phase.RUNNING
 
 
 def test_inheritance_never_waits_in_a_circle() -> None:

@@ -29,6 +29,12 @@ def test_trainer_takes_it_as_a_plugin(tree: Any, tmp_path: Any, names: Any) -> N
     assert torch.load(tmp_path / "ckpt" / "epoch=0-step=4.ckpt")["global_step"] == 4
 
 
+def test_trainer_takes_it_without_a_list(tree: Any, tmp_path: Any) -> None:
+    """``Trainer(plugins=…)`` takes the plugin itself too."""
+    plugin = AsyncCheckpointIO()
+    assert tree.trainer(tmp_path, plugins=plugin).strategy.checkpoint_io is plugin
+
+
 def test_strategy_takes_it(tree: Any, tmp_path: Any, names: Any) -> None:
     """``Strategy(checkpoint_io=…)`` does the same."""
     plugin = AsyncCheckpointIO()

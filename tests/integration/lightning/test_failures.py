@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import threading
 import traceback
 from pathlib import Path
@@ -25,12 +26,12 @@ class _Breaks(Exception):
     """The training's own error."""
 
 
-def _training_step(step: int) -> Any:
+def _training_step(step: int, error: type[BaseException] = _Breaks) -> Any:
     """Return a training step that breaks at *step*."""
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         if self.global_step == step:
-            raise _Breaks("training broke")
+            raise error("training broke")
         return self.layer(batch[0]).pow(2).mean()
 
     return training_step
@@ -126,9 +127,11 @@ def test_next_fit_works(tree: Any, tmp_path: Path, faults: Any, names: Any) -> N
     faults.fail(1, error=_disk_full)
     plugin = AsyncCheckpointIO(store_factory=faults.make)
     trainer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[tree.checkpoints(tmp_path / "ckpt")])
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OSError, match="says the test"):
         trainer.fit(tree.model())
     assert names(tmp_path / "ckpt") == []
+    assert signal.getsignal(signal.SIGTERM) is handler
     trainer.fit_loop.max_epochs = 2
     trainer.fit(tree.model())
     assert names(tmp_path / "ckpt") == ["epoch=1-step=8.ckpt"]
@@ -204,3 +207,38 @@ def test_unpicklable_state_fails_at_the_save(tree: Any, tmp_path: Path, names: A
     with pytest.raises(TypeError, match=r"state\['mine'\]"):
         trainer.fit(tree.model(on_save_checkpoint=on_save_checkpoint))
     assert names(tmp_path / "ckpt") == []
+
+
+def test_interrupt_waits_for_pending_saves(tree: Any, tmp_path: Path, faults: Any, names: Any) -> None:
+    """Ctrl-C in ``fit``: the save that was under way is durable when Lightning ends the program."""
+    faults.slow(0.3)
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    trainer = tree.trainer(
+        tmp_path, max_epochs=3, plugins=[plugin], callbacks=[tree.checkpoints(tmp_path / "ckpt")]
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(tree.model(training_step=_training_step(4, KeyboardInterrupt)))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    assert names(tmp_path / "ckpt") == ["epoch=0-step=4.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:.?.fit.ckpt_path=")
+def test_trainings_own_error_stays_first_where_its_own_checkpoint_fails(
+    tree: Any, tmp_path: Path, faults: Any
+) -> None:
+    """The only save is the one made because training broke, and it fails: the training's error is raised (E2)."""
+    faults.fail(error=_disk_full)
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[plugin],
+        callbacks=[tree.module("callbacks").OnExceptionCheckpoint(tmp_path / "ckpt")],
+        enable_checkpointing=True,
+    )
+    with pytest.raises(_Breaks, match="training broke") as caught:
+        trainer.fit(tree.model(training_step=_training_step(2)))
+    assert any("says the test" in note for note in getattr(caught.value, "__notes__", ["says the test"]))
+    plugin.teardown()

@@ -250,3 +250,52 @@ def test_hooks_see_the_state_of_the_call(tree: Any, tmp_path: Path, faults: Any)
     tree.trainer(tmp_path, plugins=[plugin], max_epochs=2).fit(tree.model(**hooks), ckpt_path=first)
     assert history == [4, 8]
     assert loaded == [[4]]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="ModelCheckpoint asks the file system, which does not know of pending saves"
+)
+def test_names_are_counted_up_while_saves_are_pending(
+    tree: Any, tmp_path: Path, faults: Any, names: Any
+) -> None:
+    """Two checkpoints of the same name get different versions, though the first is still pending."""
+    gate = faults.hold(operation="begin")
+
+    class OpensTheGate(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            gate.open()
+
+    trainer = tree.trainer(
+        tmp_path,
+        max_epochs=2,
+        plugins=[AsyncCheckpointIO(store_factory=faults.make, queue_depth=4)],
+        callbacks=[
+            OpensTheGate(),
+            tree.checkpoints(tmp_path / "ckpt", filename="same", monitor="val_loss", save_top_k=2),
+        ],
+    )
+    trainer.fit(tree.model(validation_step=_scores(0.2, 0.1)))
+    assert names(tmp_path / "ckpt") == ["same-v1.ckpt", "same.ckpt"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="ModelCheckpoint makes the link itself, as soon as the save is accepted"
+)
+def test_link_never_dangles(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """``save_last="link"``: while the newest checkpoint is pending, ``last.ckpt`` is the one before, or absent."""
+    gate = faults.hold(operation="begin")
+    dangling: list[bool] = []
+
+    class OpensTheGate(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            last = tmp_path / "ckpt" / "last.ckpt"
+            dangling.append(last.is_symlink() and not last.exists())
+            gate.open()
+
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[AsyncCheckpointIO(store_factory=faults.make, queue_depth=4)],
+        callbacks=[OpensTheGate(), tree.checkpoints(tmp_path / "ckpt", save_last="link")],
+    )
+    trainer.fit(tree.model())
+    assert dangling == [False]

@@ -143,7 +143,6 @@ class Dispatcher:
             return
         request.snapshot = snapshot
         request.op.phase = Phase.QUEUED
-        request.handle._state = State.STAGED
         request.emit(Staged, stall_seconds=request.stall_seconds)
         self._pump()
 

@@ -128,9 +128,11 @@ class Runtime:
 
     def stop(self) -> None:
         """End the loop thread and join it. Everything on it must have ended."""
-        self.post(self._end)
-        self._main.result()
-        self._resources.close()
+        try:
+            self.post(self._end)
+            self._main.result()
+        finally:
+            self._resources.close()
 
     def _end(self) -> None:
         self._stopping = True

@@ -29,7 +29,7 @@ from async_ckpt.budget import Budget
 from async_ckpt.dispatch import Account, Request
 from async_ckpt.errors import FlushError, FlushTimeoutError, ServiceClosedError
 from async_ckpt.format.reader import read_checkpoint
-from async_ckpt.handle import Failure, Handle, Outcome, await_outcome
+from async_ckpt.handle import Failure, Handle, Outcome, State, await_outcome
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
 from async_ckpt.runtime import PoolWorkers, Runtime
@@ -293,6 +293,7 @@ class CheckpointService:
                 raise ServiceClosedError("the service was closed meanwhile")
             snapshot = captured.stage(buffer)
             request.stall_seconds = monotonic() - started_seconds
+            request.handle._state = State.STAGED  # here, so that it is true when save returns
             runtime.post(dispatcher.staged, request, snapshot)
         except BaseException as error:
             with suppress(ServiceClosedError):
@@ -367,10 +368,15 @@ class CheckpointService:
             self._reset()
         if self._closed:
             raise ServiceClosedError("the service has been closed; make a new one")
-        if self._runtime is None:
-            self._runtime = runtimes.acquire(self)
-        self._runtime.refuse_loop_thread()
-        return self._runtime
+        runtime = self._runtime
+        if runtime is None:
+            runtime = self._runtime = runtimes.acquire(self)
+            if self._closed:  # meanwhile, by a signal handler or another thread
+                self._runtime = None
+                runtimes.release(self)
+                raise ServiceClosedError("the service was closed meanwhile")
+        runtime.refuse_loop_thread()
+        return runtime
 
     def _held(self) -> Runtime | None:
         return self._runtime if os.getpid() == self._pid else None
@@ -388,7 +394,10 @@ class CheckpointService:
         return [] if runtime is None else runtime.call(runtime.dispatcher.handles, self._account)
 
     def _drain_and_free(self, limit: float) -> None:
-        runtime, self._closed = self._held(), True
+        runtime = self._held()
+        if runtime is not None:
+            runtime.refuse_loop_thread()
+        self._closed = True
         if runtime is None:
             return
         drained = runtime.call(runtime.dispatcher.close, self._account, thread=threading.get_ident())

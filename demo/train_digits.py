@@ -387,13 +387,13 @@ def play(directory: Path, epochs: int) -> list[str]:
     for line in table(costs):
         say(line)
     print()
+    say("Times are medians, but for the worst.")
+    say("stall: inside save_checkpoint, as the training loop sees it.")
     say(
-        "stall: time inside save_checkpoint, as the training loop sees it. Times are medians, but for the worst."
+        "until written: from the call on. With async_ckpt the file is on the disk by then (fsync) and survives"
     )
-    say(
-        "until written: from the call on. async_ckpt has the file on disk by then (fsync), so it would survive"
-    )
-    say("a loss of power; Lightning's two have handed it to the operating system, which writes it later.")
+    say("  a loss of power; with the others the operating system has it, and writes it later.")
+    say("training: all of fit, to the end of the last save; the writer shares its cores.")
     stalls = {name: statistics.median(cost.stalls) for name, cost in costs.items()}
     proofs.show(
         f"a save stalls training {stalls['no plugin'] / stalls['async_ckpt']:.0f} times less than with no plugin",

@@ -178,6 +178,8 @@ class MemoryStore:
         log: what took effect, in order: ``("save", path)``, ``("remove", path)``.
     """
 
+    repeats_parts = True
+
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
@@ -312,3 +314,12 @@ def start_python(code: str | Path, *arguments: object, **options: Any) -> subpro
         env=environment,
         **options,
     )
+
+
+def wait_until_one_waits(service: CheckpointService) -> None:
+    """Return once some thread's save waits for admission; asks the loop again and again, so it is a thread's job."""
+    runtime = service._held()
+    assert runtime is not None
+    phases: list[Phase] = []
+    while Phase.WAITING not in phases:
+        phases = runtime.call(lambda: [op.phase for op in runtime.dispatcher._queue._ops.values()])

@@ -171,7 +171,8 @@ def test_an_unstaged_save_of_another_location_does_not_block_the_queue() -> None
 
 def test_full_services_do_not_wait_for_each_other_in_a_circle() -> None:
     """A save that waits for a place keeps no other service's accepted save waiting: each could hold the place that the
-    other needs (B1, O1)."""
+    other needs (B1, O1).
+    """
     play, one, two = Play(), lane(depth=1), lane(depth=1)
     holds_one = play.save(one, "c", stage=False)
     play.save(one, "b")

@@ -93,8 +93,7 @@ def test_next_save_raises_it_once_with_the_workers_traceback(
     with pytest.raises(OSError, match="says the test") as caught:
         trainer.fit(tree.model())
     trace = "".join(traceback.format_exception(caught.value))
-    assert "in write" in trace
-    assert "_disk_full" not in trace or "writers.py" in trace
+    assert "writers.py" in trace
     assert trainer.current_epoch == 1
     assert names(tmp_path / "ckpt") == ["epoch=1-step=8.ckpt"]
     plugin.wait()

@@ -1,0 +1,253 @@
+"""Signal handlers and Ctrl-C at every line of a save: the walk takes one line after the other."""
+
+from __future__ import annotations
+
+import concurrent.futures._base
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import async_ckpt
+from async_ckpt import CheckpointService, ServiceClosedError
+from async_ckpt.events import Event
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, state, wait_until_one_waits
+
+PACKAGE = Path(async_ckpt.__file__).parent
+#: Where a save's caller spends its time, apart from the snapshot.
+WALKED = {str(PACKAGE / name) for name in ("service.py", "runtime.py", "handle.py")}
+#: Where it would hold locks, were it waiting in the library's way.
+WALKED |= {str(module.__file__) for module in (concurrent.futures._base, threading)}
+
+
+@contextmanager
+def at_line(number: int, act: Callable[[], object]) -> Iterator[list[str]]:
+    """Call *act* before the *number*-th line that this thread runs in the walked files; yield where that was."""
+    where: list[str] = []
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename not in WALKED:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == number:
+                where.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def handling(signum: signal.Signals, act: Callable[[], object]) -> Iterator[None]:
+    """Have *act* called when the signal comes."""
+    before = signal.signal(signum, lambda number, frame: act())
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
+def use(service: CheckpointService, url: str, number: float) -> None:
+    """Save, wait and load, each with a bound."""
+    service.save(state(number), url).wait(PATIENCE_SECONDS)
+    service.wait(PATIENCE_SECONDS)
+    assert number_of(service.load(url)) == number
+
+
+def walk(step: Callable[[int], list[str]]) -> int:
+    """Call *step* with 1, 2, … until there is no such line; return how many there were."""
+    number = 1
+    while step(number):
+        number += 1
+    return number - 1
+
+
+@pytest.mark.timeout(100)
+def test_a_handler_may_use_the_service_at_every_line_of_save() -> None:
+    """Whichever line of save a signal interrupts, the handler can save, wait and load, the same path or another.
+
+    Then the interrupted save becomes durable as well (L1).
+    """
+
+    def step(line: int) -> list[str]:
+        with Rig(memory=True, queue_depth=1, memory_limit=8192) as rig:
+            use(rig.service, "memory://a", 1)
+            path = "memory://a" if line % 2 else "memory://b"
+            handled: list[int] = []
+
+            def handler() -> None:
+                use(rig.service, path, 3)
+                handled.append(line)
+
+            with (
+                handling(signal.SIGUSR1, handler),
+                at_line(line, lambda: signal.raise_signal(signal.SIGUSR1)) as where,
+            ):
+                handle = rig.service.save(state(2), "memory://a")
+            handle.wait(PATIENCE_SECONDS)
+            assert len(handled) == len(where)
+            assert number_of(rig.service.load("memory://a")) in (2, 3)
+            return where
+
+    assert walk(step) > 40
+
+
+@pytest.mark.timeout(100)
+def test_a_handler_may_use_the_service_while_its_thread_waits_for_room() -> None:
+    """A handler that interrupts a save which waits for a place gets its own save through, past the bounds (L1)."""
+    gate, hold = gated(calls=[1])
+    here = threading.get_ident()
+    with Rig(hold, memory=True, queue_depth=1) as rig:
+        handled = threading.Event()
+
+        def handler() -> None:
+            nested = rig.service.save(state(3), "memory://c")
+            assert not nested.done()
+            gate.open()
+            nested.wait(PATIENCE_SECONDS)
+            assert number_of(rig.service.load("memory://c")) == 3
+            handled.set()
+
+        def watch() -> None:
+            wait_until_one_waits(rig.service)
+            signal.pthread_kill(here, signal.SIGUSR1)
+
+        with handling(signal.SIGUSR1, handler):
+            rig.service.save(state(1), "memory://a")
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            rig.service.save(state(2), "memory://b")
+            watcher.join()
+        assert handled.is_set()
+        use(rig.service, "memory://b", 2)
+
+
+def test_a_handler_may_use_the_service_while_its_thread_takes_the_snapshot() -> None:
+    """A handler that interrupts a save which holds the only place gets its own save through, past the bounds (L1)."""
+    here = threading.get_ident()
+    handled = threading.Event()
+    seen: list[str] = []
+
+    def observer(event: Event) -> None:
+        seen.append(type(event).__name__)
+        if seen == ["Accepted"]:
+            signal.pthread_kill(here, signal.SIGUSR1)
+
+    def handler() -> None:
+        use(rig.service, "memory://a", 3)
+        handled.set()
+
+    with Rig(memory=True, queue_depth=1, memory_limit=8192, observer=observer) as rig:
+        with handling(signal.SIGUSR1, handler):
+            rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+            assert handled.wait(PATIENCE_SECONDS)
+        assert number_of(rig.service.load("memory://a")) in (1, 3)
+
+
+@pytest.mark.timeout(100)
+def test_a_handler_may_close_the_service_at_every_line_of_save() -> None:
+    """A handler may close the service it interrupted: the save is durable, or raises ServiceClosedError (L1, D4)."""
+    ends: set[str] = set()
+
+    def step(line: int) -> list[str]:
+        rig = Rig(memory=True)
+        use(rig.service, "memory://a", 1)
+        with (
+            handling(signal.SIGTERM, lambda: rig.service.close(PATIENCE_SECONDS)),
+            at_line(line, lambda: signal.raise_signal(signal.SIGTERM)) as where,
+        ):
+            try:
+                handle = rig.service.save(state(2), "memory://a")
+            except ServiceClosedError:
+                ends.add("refused")
+            else:
+                handle.wait(PATIENCE_SECONDS)
+                ends.add("durable")
+        rig.service.close()
+        return where
+
+    assert walk(step) > 40
+    assert ends == {"refused", "durable"}
+
+
+@pytest.mark.timeout(100)
+def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
+    """Whichever line of save Ctrl-C interrupts, its place and memory come free, and the next one works (D4, B1)."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(line: int) -> list[str]:
+        with Rig(memory=True, queue_depth=1, memory_limit=8192) as rig:
+            use(rig.service, "memory://a", 1)
+            try:
+                with at_line(line, interrupt) as where:
+                    rig.service.save(state(2), "memory://a")
+            except KeyboardInterrupt:
+                pass
+            use(rig.service, "memory://b", 3)
+            assert number_of(rig.service.load("memory://a")) in (1, 2)
+            assert rig.service.pending == ()
+            return where
+
+    assert walk(step) > 40
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("call", ["load", "wait", "remove"])
+def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str) -> None:
+    """The same for load, wait and remove: no location stays held and nothing waits for what is gone (D4)."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(line: int) -> list[str]:
+        with Rig(memory=True, queue_depth=1) as rig:
+            use(rig.service, "memory://a", 1)
+            try:
+                with at_line(line, interrupt) as where:
+                    getattr(rig.service, call)(*([] if call == "wait" else ["memory://a"]))
+            except KeyboardInterrupt:
+                pass
+            use(rig.service, "memory://a", 3)
+            return where
+
+    assert walk(step) > 10
+
+
+@pytest.mark.timeout(100)
+def test_ctrl_c_at_every_line_of_close_leaves_no_thread() -> None:
+    """Whichever line of close Ctrl-C interrupts, closing again ends it, and no thread is left to hang at exit (B2, L1)."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(line: int) -> list[str]:
+        rig = Rig(memory=True)
+        rig.service.save(state(1), "memory://a")
+        try:
+            with at_line(line, interrupt) as where:
+                rig.service.close()
+        except KeyboardInterrupt:
+            rig.service.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("async_ckpt", "ThreadPoolExecutor")):
+                thread.join(PATIENCE_SECONDS)
+                assert not thread.is_alive(), where
+        return where
+
+    assert walk(step) > 30

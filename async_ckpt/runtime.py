@@ -24,7 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -59,25 +59,38 @@ class Runtime:
         self.stuck = False
         self._inbox: deque[Callable[[], None]] = deque()
         self._stopping = False
+        self._ended = False
         self._resources = ExitStack()
         self._portal = self._resources.enter_context(start_blocking_portal("asyncio"))
-        ready: Future[None] = Future()
-        self._main = self._portal.start_task_soon(self._run, ready)
-        ready.result()
+        self._resources.callback(self._end)
+        try:
+            ready: Future[None] = Future()
+            self._portal.start_task_soon(self._run, ready)
+            ready.result()
+        except BaseException:
+            self.stop()
+            raise
 
     async def _run(self, ready: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         threading.current_thread().name = "async_ckpt-loop"
         self._wake = asyncio.Event()
-        async with anyio.create_task_group() as tasks:
-            self.dispatcher = Dispatcher(tasks)
-            ready.set_result(None)
-            while not self._stopping:
-                await self._wake.wait()
-                self._wake.clear()
-                while self._inbox:
-                    self._inbox.popleft()()
+        try:
+            async with anyio.create_task_group() as tasks:
+                self.dispatcher = Dispatcher(tasks)
+                ready.set_result(None)
+                while not self._stopping:
+                    await self._wake.wait()
+                    self._wake.clear()
+                    self._read_inbox()
+        finally:
+            self._ended = True
+            self._read_inbox()
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
 
     def post(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Have *function* called on the loop thread, soon and in order; return at once."""
@@ -115,10 +128,14 @@ class Runtime:
 
     def _schedule(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
-        try:
+        if self._ended:  # too late, unless the last look into the inbox was later still
+            try:
+                self._inbox.remove(call)
+            except ValueError:
+                return
+            raise ServiceClosedError("the service was closed meanwhile")
+        with suppress(RuntimeError):  # the loop is gone, after that last look
             self._loop.call_soon_threadsafe(self._wake.set)
-        except RuntimeError:  # the loop is gone
-            raise ServiceClosedError("the service was closed meanwhile") from None
 
     def call_async(
         self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -127,15 +144,13 @@ class Runtime:
         return self._portal.start_task_soon(partial(function, *args, **kwargs))
 
     def stop(self) -> None:
-        """End the loop thread and join it. Everything on it must have ended."""
-        try:
-            self.post(self._end)
-            self._main.result()
-        finally:
-            self._resources.close()
+        """End the loop thread and join it. Everything on it must have ended. Again, if it was interrupted."""
+        self._resources.close()
 
     def _end(self) -> None:
         self._stopping = True
+        with suppress(RuntimeError, AttributeError):  # it has ended, or not begun
+            self._loop.call_soon_threadsafe(self._wake.set)
 
 
 class PoolWorkers:
@@ -169,6 +184,7 @@ def _contain(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> 
 _lock = threading.RLock()
 _current: Runtime | None = None
 _exit_hooked = False
+_exiting = False
 _stuck = False
 
 
@@ -178,46 +194,54 @@ def current() -> Runtime | None:
 
 
 def acquire(holder: Drainable) -> Runtime:
-    """Return the process's runtime, started if need be, and keep it running for *holder*."""
+    """Return the process's runtime, started if need be, and keep it running for *holder*.
+
+    Raises:
+        ServiceClosedError: the interpreter is ending, and nobody would wait for what *holder* starts (D4).
+    """
     global _current
     with _lock:
+        _hook_exit()
         if _current is None:
             runtime = Runtime()
             if _current is None:
                 _current = runtime
             else:  # a signal handler came between and made its own
                 runtime.stop()
-            _hook_exit()
         _current.holders[id(holder)] = holder
         return _current
 
 
-def release(holder: Drainable, *, stuck: bool = False) -> None:
-    """Give the runtime back; the last one stops it. Does nothing for who does not hold it.
+def release(runtime: Runtime, holder: Drainable, *, stuck: bool = False) -> None:
+    """Give *runtime* back; the last one stops it. Does nothing for who does not hold it.
 
     Args:
+        runtime: what ``acquire`` returned.
         holder: what ``acquire`` was called with.
         stuck: the holder leaves a thread behind that does not come back; the next holder gets a fresh runtime.
     """
     global _current, _stuck
     with _lock:
-        runtime = _current
-        if runtime is None or runtime.holders.pop(id(holder), None) is None:
+        if id(holder) not in runtime.holders:
             return
         _stuck = _stuck or stuck
         runtime.stuck = runtime.stuck or stuck
-        if runtime.holders:
+        if len(runtime.holders) > 1:
+            del runtime.holders[id(holder)]
             return
-        _current = None
+        if _current is runtime:
+            _current = None
     if not runtime.stuck:
         runtime.stop()
+    runtime.holders.clear()  # last, so that who was interrupted can do it again
 
 
 def _forget_in_child() -> None:
-    """The parent's loop thread does not exist in a forked child (L1)."""
-    global _lock, _current
+    """The parent's threads do not exist in a forked child (L1)."""
+    global _lock, _current, _stuck
     _lock = threading.RLock()
     _current = None
+    _stuck = False
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -226,18 +250,27 @@ os.register_at_fork(after_in_child=_forget_in_child)
 def _hook_exit() -> None:
     """Drain before the interpreter joins threads and refuses new ones: atexit itself would be too late."""
     global _exit_hooked
+    ending = ServiceClosedError("the interpreter is ending; save and load before it does")
+    if _exiting:
+        raise ending
     if not _exit_hooked:
-        _exit_hooked = True
         register = getattr(threading, "_register_atexit", atexit.register)
-        register(_drain_at_exit)
+        try:
+            register(_drain_at_exit)
+        except RuntimeError:  # too late
+            raise ending from None
+        _exit_hooked = True
 
 
 def _drain_at_exit() -> None:
+    global _exiting
+    _exiting = True
     runtime = _current
     clean = True
     for holder in list(runtime.holders.values()) if runtime is not None else ():
         clean = holder.drain_at_exit() and clean
-    if _stuck or (multiprocessing.parent_process() is not None and not clean):
+    left = not clean and runtime is not None and runtime.holders  # Ctrl-C once more
+    if _stuck or left or (multiprocessing.parent_process() is not None and not clean):
         _exit_with_failure()  # a stuck thread would be joined for ever; a child process runs no exit handlers
     if clean:
         return

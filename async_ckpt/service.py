@@ -364,8 +364,7 @@ class CheckpointService:
     # -- the runtime
 
     def _running(self) -> Runtime:
-        if os.getpid() != self._pid:  # what the parent process has under way stays its own (L1)
-            self._reset()
+        self._start_afresh_in_child()
         if self._closed:
             raise ServiceClosedError("the service has been closed; make a new one")
         runtime = self._runtime
@@ -373,13 +372,19 @@ class CheckpointService:
             runtime = self._runtime = runtimes.acquire(self)
             if self._closed:  # meanwhile, by a signal handler or another thread
                 self._runtime = None
-                runtimes.release(self)
+                runtimes.release(runtime, self)
                 raise ServiceClosedError("the service was closed meanwhile")
         runtime.refuse_loop_thread()
         return runtime
 
     def _held(self) -> Runtime | None:
-        return self._runtime if os.getpid() == self._pid else None
+        self._start_afresh_in_child()
+        return self._runtime
+
+    def _start_afresh_in_child(self) -> None:
+        """Leave to the parent process what it has under way (L1), and the telling of what failed there (E1)."""
+        if os.getpid() != self._pid:
+            self._reset()
 
     def _drained(self) -> Outcome[None]:
         runtime = self._held()
@@ -400,12 +405,13 @@ class CheckpointService:
         self._closed = True
         if runtime is None:
             return
-        drained = runtime.call(runtime.dispatcher.close, self._account, thread=threading.get_ident())
         stuck = False
-        try:
-            drained.result(limit)
-        except TimeoutError:
-            stuck = self._abandon(runtime, f"not done {limit:g} s after its service was told to close")
+        with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
+            drained = runtime.call(runtime.dispatcher.close, self._account, thread=threading.get_ident())
+            try:
+                drained.result(limit)
+            except TimeoutError:
+                stuck = self._abandon(runtime, f"not done {limit:g} s after its service was told to close")
         self._free(runtime, stuck=stuck)
 
     def _abandon(self, runtime: Runtime, reason: str) -> bool:
@@ -419,17 +425,16 @@ class CheckpointService:
         return False
 
     def _free(self, runtime: Runtime, *, stuck: bool) -> None:
-        if self._runtime is None:  # another thread closed it as well
-            return
-        self._runtime = None
-        stores, self._stores = self._stores, {}
+        # Each step may be taken twice: by two threads, or again after an interruption.
         try:
-            if not stuck:
-                runtime.call_async(_close_all, list(stores.values())).result()
-            runtime.call(self._account.pool.close)
+            with suppress(RuntimeError):  # another thread was faster
+                if not stuck:
+                    runtime.call_async(_close_all, self._stores).result()
+                runtime.call(self._account.pool.close)
         finally:
             self._workers.close(wait=not stuck)
-            runtimes.release(self, stuck=stuck)
+            runtimes.release(runtime, self, stuck=stuck)
+            self._runtime = None
 
     def _op(self, kind: Kind, location: Location, writer: Writer | None, *, nbytes: int = 0) -> Op:
         return Op(
@@ -448,11 +453,12 @@ class CheckpointService:
         return StreamingWriter(self._store(location), self._workers, self._options)
 
     def _store(self, location: Location) -> Store:
-        if location.group not in self._stores:
+        store = self._stores.get(location.group)
+        if store is None:
             self._running()
             make = self._store_factory or self._open_store
-            self._stores.setdefault(location.group, make(location, self._workers))
-        return self._stores[location.group]
+            store = self._stores.setdefault(location.group, make(location, self._workers))
+        return store
 
     def _open_store(self, location: Location, workers: Workers) -> Store:
         options = self._options
@@ -482,6 +488,7 @@ class CheckpointService:
             last_chance: where an error is in flight, log ours and add it to the notes of that error.
             but: a request that its caller is about to get the handle of, however soon it failed.
         """
+        self._start_afresh_in_child()
         in_flight = sys.exc_info()[1] if keep_in_flight or last_chance else None
         if id(in_flight) == self._ambient_error:
             in_flight = None  # it was being handled before there was a service
@@ -530,7 +537,7 @@ class CheckpointService:
             except KeyboardInterrupt:
                 _tell("interrupted: pending checkpoints are given up")
                 self._drain_and_free(0.0)
-        except Exception:
+        except BaseException:  # Ctrl-C once more
             _tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
             return False
         failures = [failure for failure in self._account.failures if failure.collect()]
@@ -567,8 +574,9 @@ def load(
         return service.load(url, map_location=map_location, weights_only=weights_only)
 
 
-async def _close_all(stores: list[Store]) -> None:
-    for store in stores:
+async def _close_all(stores: dict[str, Store]) -> None:
+    while stores:
+        _, store = stores.popitem()
         try:
             with anyio.move_on_after(ABANDON_GRACE_SECONDS):
                 await store.aclose()

@@ -1,0 +1,136 @@
+"""Services that are copied, pickled, or found again in a forked child (L1)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import AsyncCheckpointIO, CheckpointService, RetryPolicy
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, number_of, python, state
+
+
+def through_pickle(value: object) -> object:
+    """Return a copy that went through bytes."""
+    return pickle.loads(pickle.dumps(value))
+
+
+COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle])
+
+
+@COPIES
+def test_a_service_in_use_can_be_copied(copied: object, tmp_path: Path) -> None:
+    """A copy has the options and none of the runtime: it works, and what is under way stays the original's (L1)."""
+    service = CheckpointService(queue_depth=3, memory_limit="64MiB", retry=RetryPolicy(attempts=2))
+    with service:
+        service.save(state(1), tmp_path / "a.ckpt")
+        twin = copied(service)  # type: ignore[operator]
+        assert twin.options == service.options
+        assert twin.pending == ()
+        with twin:
+            twin.save(state(2), tmp_path / "b.ckpt")
+    assert (number_at(tmp_path / "a.ckpt"), number_at(tmp_path / "b.ckpt")) == (1, 2)
+
+
+def test_a_closed_service_comes_back_open(tmp_path: Path) -> None:
+    """A copy of a closed service can be used (L1)."""
+    with CheckpointService() as service:
+        service.save(state(1), tmp_path / "a.ckpt")
+    with copy.deepcopy(service) as twin:
+        assert number_of(twin.load(tmp_path / "a.ckpt")) == 1
+
+
+def test_a_failure_is_not_copied() -> None:
+    """A failure that nobody was told of is told once, by the original (E1)."""
+    gate, hold = gated()
+    with Rig(hold, memory=True) as rig:
+        handle = rig.service.save(state(1), "memory://a")
+        twin = copy.copy(rig.service)
+        gate.open()
+        twin.wait()
+        handle.wait(PATIENCE_SECONDS)
+    twin.close()
+
+
+@COPIES
+def test_a_plugin_in_use_can_be_copied(copied: object, tmp_path: Path) -> None:
+    """The Lightning plugin can be copied and pickled with saves under way, as strategies that spawn do (L1)."""
+    plugin = AsyncCheckpointIO(queue_depth=3)
+    plugin.save_checkpoint(state(1), tmp_path / "a.ckpt")
+    twin = copied(plugin)  # type: ignore[operator]
+    twin.save_checkpoint(state(2), tmp_path / "b.ckpt")
+    twin.teardown()
+    plugin.teardown()
+    assert (number_at(tmp_path / "a.ckpt"), number_at(tmp_path / "b.ckpt")) == (1, 2)
+
+
+@pytest.mark.integration
+def test_a_forked_child_starts_afresh(tmp_path: Path) -> None:
+    """In a child forked during a save the service works anew, and what is under way stays the parent's (L1)."""
+    done = python(
+        """
+        import os, sys
+        import torch
+        from async_ckpt import load
+        from tests.support import Rig, gated, number_of, reached, state
+
+        torch.set_num_threads(1)  # OpenMP does not survive a fork
+        path = sys.argv[1]
+        gate, hold = gated("commit")
+        with Rig(hold) as rig:
+            handle = rig.service.save(state(1), f"{path}/parent.ckpt")
+            reached(gate)
+            child = os.fork()
+            if child == 0:
+                gate.open()  # in this process; the parent's stays shut
+                assert rig.service.pending == ()
+                try:
+                    handle.wait(1)
+                except RuntimeError as error:
+                    print("refused:", "another process" in str(error), flush=True)
+                rig.service.save(state(2), f"{path}/child.ckpt").wait(20)
+                print("child:", number_of(rig.service.load(f"{path}/child.ckpt")), flush=True)
+                rig.service.close()
+                sys.exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert not handle.done()
+            gate.open()
+            handle.wait(20)
+            print("parent:", number_of(load(f"{path}/parent.ckpt")), status)
+        """,
+        tmp_path,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},  # of forking with threads, from 3.12 on
+    )
+    assert done.stdout.split("\n")[:3] == ["refused: True", "child: 2.0", "parent: 1.0 0"], done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child.ckpt", "parent.ckpt"]
+
+
+@pytest.mark.integration
+def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
+    """A child that inherits a service in use and ends, closing it or not, disturbs nothing (L1, D4)."""
+    done = python(
+        """
+        import os, sys
+        from tests.support import Rig, gated, reached, state
+
+        path = sys.argv[1]
+        gate, hold = gated("commit")
+        with Rig(hold) as rig:
+            rig.service.save(state(1), f"{path}/a.ckpt")
+            reached(gate)
+            for closes in (True, False):
+                child = os.fork()
+                if child == 0:
+                    if closes:
+                        rig.service.close()
+                    sys.exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+            assert len(rig.service.pending) == 1
+        """,
+        tmp_path,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert number_at(tmp_path / "a.ckpt") == 1

@@ -1,0 +1,154 @@
+"""The loop thread: who keeps it alive, who may call it, what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from async_ckpt import AbandonedError, ServiceClosedError, runtime
+from async_ckpt.runtime import PoolWorkers, Runtime
+from tests.support import PATIENCE_SECONDS
+
+
+class Holder:
+    """Somebody who holds the runtime."""
+
+    def drain_at_exit(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def running() -> Iterator[Runtime]:
+    """A runtime that one holder keeps."""
+    holder = Holder()
+    held = runtime.acquire(holder)
+    yield held
+    runtime.release(held, holder)
+
+
+def test_one_thread_for_all_holders() -> None:
+    """All holders share one loop thread; it ends when the last one lets go, and a new one can begin (B2)."""
+    one, two = Holder(), Holder()
+    first = runtime.acquire(one)
+    assert runtime.acquire(two) is first
+    assert runtime.acquire(two) is first
+    runtime.release(first, one)
+    assert runtime.current() is first
+    runtime.release(first, two)
+    assert runtime.current() is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("async_ckpt")]
+    second = runtime.acquire(one)
+    assert second is not first
+    runtime.release(first, one)
+    assert runtime.current() is second
+    runtime.release(second, one)
+    runtime.release(second, one)
+
+
+def test_calls_run_on_the_loop_thread_in_order(running: Runtime) -> None:
+    """Posted and called functions run on the one thread, in the order in which they came."""
+    seen: list[int] = []
+    for number in range(100):
+        running.post(seen.append, number)
+    assert running.call(threading.get_ident) != threading.get_ident()
+    assert seen == list(range(100))
+
+
+def test_a_call_raises_what_the_function_raised(running: Runtime) -> None:
+    """The caller gets the function's own error."""
+
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        running.call(fail)
+
+
+def test_a_posted_function_that_fails_is_logged(running: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for a posted function, so its error is logged, and the loop goes on."""
+    running.post(lambda: 1 / 0)
+    assert running.call(lambda: 3) == 3
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_loop_may_not_call_itself(running: Runtime) -> None:
+    """A call from the loop thread would wait for itself, and is refused (B2)."""
+    with pytest.raises(RuntimeError, match="observer"):
+        running.call(lambda: running.call(lambda: 1))
+
+
+def test_coroutines_run_on_the_loop(running: Runtime) -> None:
+    """A coroutine function runs on the loop, and its result comes back."""
+
+    async def work() -> str:
+        await asyncio.sleep(0)
+        return threading.current_thread().name
+
+    assert running.call_async(work).result(PATIENCE_SECONDS) == "async_ckpt-loop"
+
+
+def test_what_comes_too_late_is_refused() -> None:
+    """After the loop has ended, calls raise ServiceClosedError; none waits for ever (B2)."""
+    holder = Holder()
+    ended = runtime.acquire(holder)
+    runtime.release(ended, holder)
+    with pytest.raises(ServiceClosedError):
+        ended.call(lambda: 1)
+    with pytest.raises(ServiceClosedError):
+        ended.post(lambda: 1)
+
+
+def test_calls_while_it_ends_are_answered_or_refused() -> None:
+    """Calls that race with the end of the loop either get their answer or ServiceClosedError (B2)."""
+    for _ in range(30):
+        holder = Holder()
+        ending = runtime.acquire(holder)
+        ends: list[str] = []
+
+        def call(ending: Runtime = ending, ends: list[str] = ends) -> None:
+            try:
+                while True:
+                    ending.call(lambda: 1)
+            except ServiceClosedError:
+                ends.append("refused")
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        runtime.release(ending, holder)
+        for caller in callers:
+            caller.join(PATIENCE_SECONDS)
+            assert not caller.is_alive()
+        assert ends == ["refused"] * 3
+
+
+def test_workers_are_bounded_and_contained(running: Runtime) -> None:
+    """No more threads than asked for run at a time, and a SystemExit in one ends a save instead of the loop (B2)."""
+    workers = PoolWorkers(2)
+    lock = threading.Lock()
+    now, most = 0, 0
+    both = threading.Barrier(2)
+
+    def work() -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        both.wait(PATIENCE_SECONDS)
+        with lock:
+            now -= 1
+
+    async def many() -> None:
+        await asyncio.gather(*(workers.run(work) for _ in range(6)))
+
+    async def leave() -> None:
+        await workers.run(exit, 3)
+
+    running.call_async(many).result(PATIENCE_SECONDS)
+    assert most == 2
+    with pytest.raises(AbandonedError, match="SystemExit"):
+        running.call_async(leave).result(PATIENCE_SECONDS)
+    workers.close(wait=True)

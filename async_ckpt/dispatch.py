@@ -318,23 +318,28 @@ class Dispatcher:
     def _finish(
         self, request: Request, state: State, error: Exception | None = None, nbytes: int = 0
     ) -> None:
-        """The one place in which a request ends."""
-        self._forget(request)
+        """The one place in which a request ends: its place and memory first, then its handle, then who drains."""
+        self._give_back(request)
         request.handle._state = state
         if error is not None:
             request.outcome.set_exception(error)
-            return
-        report = Report(
-            url=request.location.url,
-            state=state,
-            nbytes=nbytes,
-            stall_seconds=request.stall_seconds,
-            seconds=monotonic() - request.started_seconds,
-        )
-        request.outcome.set_result(report)
+        else:
+            report = Report(
+                url=request.location.url,
+                state=state,
+                nbytes=nbytes,
+                stall_seconds=request.stall_seconds,
+                seconds=monotonic() - request.started_seconds,
+            )
+            request.outcome.set_result(report)
+        self._out_of_the_way(request)
 
     def _forget(self, request: Request) -> None:
-        """Give back what the request holds, and tell who waits for it to be out of the way."""
+        """End a request whose handle nobody holds."""
+        self._give_back(request)
+        self._out_of_the_way(request)
+
+    def _give_back(self, request: Request) -> None:
         del self._requests[request.op.id]
         if request.snapshot is not None:
             request.snapshot.close()
@@ -342,6 +347,8 @@ class Dispatcher:
         if request.buffer is not None:
             request.account.pool.release(request.buffer)
             request.buffer = None
+
+    def _out_of_the_way(self, request: Request) -> None:
         for remaining, drained in self._drains:
             remaining.discard(request.op.id)
             if not remaining:

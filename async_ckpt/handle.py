@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import anyio
 
@@ -90,14 +90,14 @@ class Outcome(Generic[T]):
         """Call *callback* once it is set, on the loop thread; at once, on this one, if it is."""
         self._callbacks.append(callback)
         if self._done:
-            self._run_callbacks()
+            self._run_callbacks(contained=Exception)
 
     def _settle(self) -> None:
         assert not self._done, "it ends once"
         self._done = True
-        self._run_callbacks()
+        self._run_callbacks(contained=BaseException)  # a SystemExit would end the loop
 
-    def _run_callbacks(self) -> None:
+    def _run_callbacks(self, *, contained: type[BaseException]) -> None:
         # Whoever takes a callback out calls it, so that it is called once, whichever thread comes first.
         while True:
             try:
@@ -106,7 +106,7 @@ class Outcome(Generic[T]):
                 return
             try:
                 callback()
-            except Exception:
+            except contained:
                 logger.exception("a callback failed")
 
 
@@ -223,6 +223,10 @@ class Handle:
     def add_done_callback(self, callback: Callable[[Handle], object]) -> None:
         """Call *callback* with this handle when the request has ended, on the service's loop thread, or at once."""
         self._outcome.add_done_callback(lambda: callback(self))
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: nobody would ever end the copy, and waiting for it would last for ever."""
+        raise TypeError(f"the handle of {self._url!r} cannot be copied or pickled; keep its url instead")
 
     def __repr__(self) -> str:
         return f"<Handle {self._url!r} {self._state.value}>"

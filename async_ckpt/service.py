@@ -17,6 +17,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import TracebackType
@@ -176,7 +177,12 @@ class CheckpointService:
         """
         location = locate(url, storage_options=self._options.storage_options)
         with self.turn(location), self._store(location).open(location) as file:
-            return read_checkpoint(file, map_location=map_location, weights_only=weights_only)
+            try:
+                return read_checkpoint(file, map_location=map_location, weights_only=weights_only)
+            except Exception as error:  # torch.load's own, of many kinds, which name no file
+                if sys.version_info >= (3, 11):
+                    error.add_note(f"while {location.url!r} was read")
+                raise
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.
@@ -230,10 +236,21 @@ class CheckpointService:
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
 
-        Cancelled, it returns at once and the closing goes on in a thread.
+        Cancelled, it returns at once and the closing goes on in a thread; what fails then is logged.
         """
         limit = self._options.flush_timeout if timeout is None else timeout
-        await anyio.to_thread.run_sync(self._drain_and_free, limit, abandon_on_cancel=True)
+        # Not anyio.to_thread: it starts no thread for who is cancelled already, as the body of an async with may be.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="async_ckpt-closing")
+        closing = thread.submit(self._drain_and_free, limit)
+        thread.shutdown(wait=False)
+        closed: Outcome[None] = Outcome()
+        closing.add_done_callback(lambda _: closed.set_result(None))
+        try:
+            await await_outcome(closed)
+        except BaseException:
+            closed.add_done_callback(self._log_failures)  # nobody is there to be told
+            raise
+        closing.result()
         self._raise_failures(last_chance=True)
 
     def __enter__(self) -> CheckpointService:
@@ -507,6 +524,13 @@ class CheckpointService:
             logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
             if sys.version_info >= (3, 11):
                 in_flight.add_note(f"{_described(failures)}: {error!r}")
+
+    def _log_failures(self) -> None:
+        failures = self._collect_failures(None)
+        if failures:
+            logger.error(
+                "%s", _described(failures), exc_info=_as_one([failure.error for failure in failures])
+            )
 
     def _collect_failures(self, but: Handle | None) -> list[Failure]:
         """Take what nobody has collected and no handle's waiter is about to; *but* one, which stays."""

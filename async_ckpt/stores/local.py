@@ -108,7 +108,7 @@ class LocalStore:
                 self._disk.rmtree(location.path)
             else:
                 self._disk.unlink(location.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise translated("delete", location, error) from error

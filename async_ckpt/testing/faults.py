@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NoReturn, ParamSpec, TypeVar
 
@@ -54,7 +54,8 @@ class Gate:
             self._is_open = True
             waiting, self._waiting = self._waiting, []
         for loop, event in waiting:
-            loop.call_soon_threadsafe(event.set)
+            with suppress(RuntimeError):  # that loop has ended, and its waiter with it
+                loop.call_soon_threadsafe(event.set)
 
     async def passage(self) -> None:
         """Wait until the gate is open."""

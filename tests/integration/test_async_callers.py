@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from async_ckpt import (
     StoreError,
 )
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, number_of, state
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, number_of, reached, state
 
 pytestmark = pytest.mark.anyio
 
@@ -176,10 +177,15 @@ async def test_async_with_tells_failures() -> None:
 
 async def test_an_error_in_flight_stays_first(caplog: pytest.LogCaptureFixture) -> None:
     """At the end of an async with block training's own error is raised; ours is logged and in its notes (E2)."""
-    with Rig(failing(), memory=True) as rig, pytest.raises(ZeroDivisionError) as raised:
+
+    async def train() -> None:
         async with rig.service as service:
             service.save(state(1), "memory://a")
             raise ZeroDivisionError("training failed")
+
+    with Rig(failing(), memory=True) as rig:
+        with pytest.raises(ZeroDivisionError) as raised:
+            await train()
     assert "no more room" in caplog.text
     if sys.version_info >= (3, 11):
         assert "no more room" in raised.value.__notes__[0]
@@ -199,13 +205,14 @@ async def test_aclose_does_not_block_the_loop() -> None:
 
 async def test_aclose_abandons_at_its_deadline(tmp_path: Path) -> None:
     """What is not done at the deadline fails with AbandonedError and leaves no temporary file (D4, D2)."""
-    _, hold = gated("commit")
-    with Rig(hold) as rig:
-        handle = rig.service.save(state(1), tmp_path / "a.ckpt")
-        with pytest.raises(AbandonedError):
-            await rig.service.aclose(0.01)
-        assert handle.done()
-    assert not list(tmp_path.iterdir())
+    gate, hold = gated("commit")
+    rig = Rig(hold)
+    handle = rig.service.save(state(1), tmp_path / "a.ckpt")
+    reached(gate)
+    with pytest.raises(AbandonedError):
+        await rig.service.aclose(0)
+    assert handle.state is State.FAILED
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before-it-began", "under-way"])
@@ -236,6 +243,7 @@ async def test_what_a_cancelled_aclose_cannot_tell_is_logged(caplog: pytest.LogC
         with anyio.CancelScope() as scope:
             scope.cancel()
             await rig.service.aclose()
+        assert scope.cancelled_caught
         gate.open()
         await until(lambda: "no more room" in caplog.text)
 
@@ -243,7 +251,7 @@ async def test_what_a_cancelled_aclose_cannot_tell_is_logged(caplog: pytest.LogC
 # -- several loops
 
 
-async def test_tasks_in_several_loops_share_a_service(anyio_backend_name: str) -> None:
+async def test_tasks_in_several_loops_share_a_service() -> None:
     """A handle may be awaited in another event loop, on another thread, than the one that saved."""
     gate, hold = gated()
     with Rig(hold, memory=True) as rig:

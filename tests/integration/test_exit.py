@@ -131,6 +131,29 @@ service.save(state(1), f"{path}/a.ckpt")
     assert number_at(tmp_path / "a.ckpt") == 1
 
 
+@pytest.mark.parametrize("used_before", [True, False])
+def test_an_exit_handler_may_not_begin(tmp_path: Path, used_before: bool) -> None:
+    """A service that is first used in an exit handler refuses every save, as nobody would wait for it (D4)."""
+    done = python(
+        script(f"""
+import atexit
+from async_ckpt import ServiceClosedError
+def last():
+    for number in range(2):
+        try:
+            CheckpointService().save(state(number), f"{{path}}/{{number}}.ckpt")
+        except ServiceClosedError as error:
+            print("ending" in str(error))
+atexit.register(last)
+if {used_before}:
+    CheckpointService().save(state(1), f"{{path}}/a.ckpt")
+"""),
+        tmp_path,
+    )
+    assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt"] if used_before else [])
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_multiprocessing_child_drains(tmp_path: Path, method: str) -> None:
     """A child process that ends without close leaves its saves durable; a failure makes its exit code 1 (D4, E1)."""

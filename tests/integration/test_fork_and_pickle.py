@@ -134,3 +134,68 @@ def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert number_at(tmp_path / "a.ckpt") == 1
+
+
+@pytest.mark.integration
+def test_a_failure_is_told_by_the_parent() -> None:
+    """A failure that nobody was told of when a child is forked is told in the parent, not in the child as well (E1)."""
+    done = python(
+        """
+        import os, sys, threading
+        from async_ckpt import StoreError
+        from async_ckpt.testing import Fault
+        from tests.support import Rig, state
+
+        failing = Fault(operation="commit", calls=[1], error=lambda: StoreError("no more room"))
+        service = Rig(failing, memory=True).service
+        failed = threading.Event()
+        service.save(state(1), "memory://a").add_done_callback(lambda _: failed.set())
+        assert failed.wait(20)
+        for call in (service.wait, service.close, lambda: service.remove("memory://a")):
+            child = os.fork()
+            if child == 0:
+                call()
+                sys.exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        try:
+            service.wait()
+        except StoreError:
+            print("told")
+        """,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout.split() == ["0", "0", "0", "told"], done.stderr
+
+
+@pytest.mark.integration
+def test_a_stuck_thread_is_the_parents() -> None:
+    """A child forked after a thread was left behind in storage ends by itself, with its own exit code (L1)."""
+    done = python(
+        """
+        import os, sys, threading
+        from async_ckpt import AbandonedError, CheckpointService
+        from tests.support import MemoryStore, state
+
+        class Stuck(MemoryStore):
+            def __init__(self, location, workers):
+                super().__init__()
+                self.workers = workers
+
+            async def begin(self, location, nbytes):
+                await self.workers.run(threading.Event().wait)
+
+        service = CheckpointService(store_factory=Stuck, abandon_grace_seconds=0.1)
+        service.save(state(1), "memory://a")
+        try:
+            service.close(0.1)
+        except AbandonedError:
+            print("abandoned", flush=True)
+        child = os.fork()
+        if child == 0:
+            sys.exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        timeout=20,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout.split() == ["abandoned", "7"], done.stderr

@@ -113,6 +113,13 @@ def test_a_symlink_is_written_through(tmp_path: Path, workers: ThreadWorkers, da
     assert not file.is_symlink()
 
 
+def test_deleting_below_a_file_is_no_error(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """Nothing can be there, and nothing there is not an error."""
+    (tmp_path / "file").write_bytes(OLD)
+    anyio.run(LocalStore(workers=workers).delete, locate(tmp_path / "file" / "x.ckpt"))
+    assert (tmp_path / "file").read_bytes() == OLD
+
+
 def test_deleting_a_symlink_keeps_its_file(tmp_path: Path, workers: ThreadWorkers) -> None:
     """Delete takes the link, to a file or to a directory, not what it leads to."""
     (tmp_path / "folder").mkdir()

@@ -29,6 +29,7 @@ def add(
     returned: int,
     ended: int,
 ) -> None:
+    """Add one call to a history."""
     operation = history.call(kind, path, content)
     operation.outcome, operation.called = outcome, called
     operation.returned, operation.ended = returned, ended

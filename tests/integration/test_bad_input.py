@@ -219,8 +219,8 @@ def test_what_is_there_stays_when_a_save_is_refused(directory: Path) -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="errors carry notes from Python 3.11 on")
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    """torch's own error is raised as it is, with a note that names the file."""
+    """Torch's own error is raised as it is, with a note that names the file."""
     (tmp_path / "junk.ckpt").write_bytes(b"this is no checkpoint")
-    with CheckpointService() as service, pytest.raises(Exception) as caught:  # noqa: PT011, B017 - torch's, of many kinds
+    with CheckpointService() as service, pytest.raises(Exception) as caught:
         service.load(tmp_path / "junk.ckpt")
     assert any("junk.ckpt" in note for note in caught.value.__notes__)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections import deque
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -44,6 +43,7 @@ from async_ckpt.events import (
     Superseded,
     Writing,
 )
+from async_ckpt.failures import Failures
 from async_ckpt.handle import Failure, Handle, Outcome, Report, State
 from async_ckpt.queue import (
     Action,
@@ -73,12 +73,12 @@ _ids = count(1)
 class Account:
     """One service as the dispatcher knows it."""
 
-    def __init__(self, lane: Lane, pool: HostPool, observer: Observer | None) -> None:
+    def __init__(self, lane: Lane, pool: HostPool, observer: Observer | None, failures: Failures) -> None:
         self.lane = lane
         self.pool = pool
         self.observer = observer
+        self.failures = failures
         self.closed = False
-        self.failures: deque[Failure] = deque()  # the service takes from the other end, on any thread
 
 
 class Request:
@@ -312,7 +312,7 @@ class Dispatcher:
         request.emit(Failed, error=error)
         failure = Failure(request.handle, error)
         request.handle._failure = failure
-        request.account.failures.append(failure)
+        request.account.failures.add(failure)
         self._finish(request, State.FAILED, error)
 
     def _finish(

@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,9 +27,10 @@ import anyio
 from async_ckpt import runtime as runtimes
 from async_ckpt.budget import Budget
 from async_ckpt.dispatch import Account, Request
-from async_ckpt.errors import FlushError, FlushTimeoutError, ServiceClosedError
+from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
+from async_ckpt.failures import Failures, tell
 from async_ckpt.format.reader import read_checkpoint
-from async_ckpt.handle import Failure, Handle, Outcome, State, await_outcome
+from async_ckpt.handle import Handle, Outcome, State, await_outcome
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
 from async_ckpt.runtime import PoolWorkers, Runtime
@@ -82,14 +82,12 @@ class CheckpointService:
         self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
         self._reset()
-        self._ambient_error = id(sys.exc_info()[1])
 
     def _reset(self) -> None:
         options = self._options
         self._pid = os.getpid()
         self._closed = False
         self._runtime: Runtime | None = None
-        self._ambient_error = 0
         self._stores: dict[str, Store] = {}
         self._account = Account(
             lane=Lane(
@@ -99,6 +97,7 @@ class CheckpointService:
             ),
             pool=HostPool(Budget(options.memory_limit_bytes)),
             observer=options.observer,
+            failures=Failures(warn=options.on_error == "warn"),
         )
         # No thread starts before it is needed. Made here, so that threads which come first together share them.
         self._workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
@@ -200,7 +199,7 @@ class CheckpointService:
             drained.result(limit)
         except TimeoutError:
             raise self._too_late(limit) from None
-        self._raise_failures()
+        self.failures.raise_all()
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
@@ -210,7 +209,7 @@ class CheckpointService:
             await await_outcome(drained)
         if not drained.done():
             raise self._too_late(limit)
-        self._raise_failures()
+        self.failures.raise_all()
 
     @property
     def pending(self) -> tuple[Handle, ...]:
@@ -231,7 +230,7 @@ class CheckpointService:
                 that is in flight already is not replaced: ours is logged and added to its notes (E2).
         """
         self._drain_and_free(self._options.flush_timeout if timeout is None else timeout)
-        self._raise_failures(last_chance=True)
+        self.failures.raise_or_add()
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
@@ -248,10 +247,10 @@ class CheckpointService:
         try:
             await await_outcome(closed)
         except BaseException:
-            closed.add_done_callback(self._log_failures)  # nobody is there to be told
+            closed.add_done_callback(self.failures.log)  # nobody is there to be told
             raise
         closing.result()
-        self._raise_failures(last_chance=True)
+        self.failures.raise_or_add()
 
     def __enter__(self) -> CheckpointService:
         return self
@@ -318,7 +317,7 @@ class CheckpointService:
             if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
-        self._raise_failures(keep_in_flight=True, but=request.handle)
+        self.failures.raise_unless_in_flight(but=request.handle)
         return request.handle
 
     def _await_admission(self, request: Request) -> None:
@@ -337,7 +336,7 @@ class CheckpointService:
         runtime = self._running()
         request = Request(self._op(Kind.REMOVE, location, writer), self._account, location, writer)
         runtime.post(runtime.dispatcher.take_in, request)
-        self._raise_failures(keep_in_flight=True, but=request.handle)
+        self.failures.raise_unless_in_flight(but=request.handle)
         return request.handle
 
     @contextmanager
@@ -348,7 +347,7 @@ class CheckpointService:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
             Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
         """
-        self._raise_failures()
+        self.failures.raise_all()
         if runtimes.current() is None:  # nothing is under way in this process
             yield
             return
@@ -360,18 +359,17 @@ class CheckpointService:
                 request.admitted.result(self._options.flush_timeout)
             except TimeoutError:
                 raise self._too_late(self._options.flush_timeout) from None
-            self._raise_failures()  # else the content from before a failed save would pass for the new one
+            self.failures.raise_all()  # else the content from before a failed save would pass for the new one
             yield
         finally:
             with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
                 runtime.post(runtime.dispatcher.withdraw, request)
 
-    def keep_ambient_error(self) -> None:
-        """Count an error that was being handled when the service was made as in flight, like later ones (E2).
-
-        For owners that make a service on demand, maybe while they handle an error that they will raise again.
-        """
-        self._ambient_error = 0
+    @property
+    def failures(self) -> Failures:
+        """What failed and has not been told yet."""
+        self._start_afresh_in_child()
+        return self._account.failures
 
     def workers(self) -> Workers:
         """Return the service's threads for what blocks."""
@@ -487,66 +485,11 @@ class CheckpointService:
             retry=options.retry,
         )
 
-    # -- errors
-
     def _too_late(self, limit: float) -> FlushTimeoutError:
         return FlushTimeoutError(f"after {limit:g} s still pending, and going on: {self._pending_urls()}")
 
     def _pending_urls(self) -> str:
         return ", ".join(repr(handle.url) for handle in self.pending)
-
-    def _raise_failures(
-        self, *, keep_in_flight: bool = False, last_chance: bool = False, but: Handle | None = None
-    ) -> None:
-        """Raise what failed and was not collected: once (E1), and not in place of an error in flight (E2).
-
-        Args:
-            keep_in_flight: where an error is in flight, leave ours for the next call.
-            last_chance: where an error is in flight, log ours and add it to the notes of that error.
-            but: a request that its caller is about to get the handle of, however soon it failed.
-        """
-        self._start_afresh_in_child()
-        in_flight = sys.exc_info()[1] if keep_in_flight or last_chance else None
-        if id(in_flight) == self._ambient_error:
-            in_flight = None  # it was being handled before there was a service
-        if in_flight is not None and not last_chance:
-            return
-        failures = self._collect_failures(but)
-        if not failures:
-            return
-        error = _as_one([failure.error for failure in failures])
-        if self._options.on_error == "warn":
-            logger.warning("%s", _described(failures), exc_info=error)
-            warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=_depth_of_caller())
-        elif in_flight is None:
-            raise error
-        else:
-            logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
-            if sys.version_info >= (3, 11):
-                in_flight.add_note(f"{_described(failures)}: {error!r}")
-
-    def _log_failures(self) -> None:
-        failures = self._collect_failures(None)
-        if failures:
-            logger.error(
-                "%s", _described(failures), exc_info=_as_one([failure.error for failure in failures])
-            )
-
-    def _collect_failures(self, but: Handle | None) -> list[Failure]:
-        """Take what nobody has collected and no handle's waiter is about to; *but* one, which stays."""
-        failures, waited_for = self._account.failures, []
-        collected = []
-        for _ in range(len(failures)):
-            try:
-                failure = failures.popleft()
-            except IndexError:  # another thread was faster
-                break
-            if failure.handle.is_waited_for or failure.handle is but:
-                waited_for.append(failure)
-            elif failure.collect():
-                collected.append(failure)
-        failures.extend(waited_for)
-        return collected
 
     def drain_at_exit(self) -> bool:
         """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
@@ -556,21 +499,15 @@ class CheckpointService:
                 try:
                     self._drained().result(min(limit, SILENT_EXIT_SECONDS))
                 except TimeoutError:
-                    _tell(f"waiting up to {limit:g} s until {self._pending_urls()} are done; Ctrl-C gives up")
+                    tell(f"waiting up to {limit:g} s until {self._pending_urls()} are done; Ctrl-C gives up")
                 self._drain_and_free(limit)
             except KeyboardInterrupt:
-                _tell("interrupted: pending checkpoints are given up")
+                tell("interrupted: pending checkpoints are given up")
                 self._drain_and_free(0.0)
         except BaseException:  # Ctrl-C once more
-            _tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
+            tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
             return False
-        failures = [failure for failure in self._account.failures if failure.collect()]
-        for failure in failures:
-            lines = traceback.format_exception(
-                type(failure.error), failure.error, failure.error.__traceback__
-            )
-            _tell(f"{failure.handle.url!r} failed, and nobody has been told:\n{''.join(lines)}")
-        return not failures or self._options.on_error == "warn"
+        return not self.failures.print_at_exit()
 
 
 def load(
@@ -606,24 +543,3 @@ async def _close_all(stores: dict[str, Store]) -> None:
                 await store.aclose()
         except Exception:
             logger.exception("a store could not be closed")
-
-
-def _as_one(errors: list[Exception]) -> Exception:
-    return errors[0] if len(errors) == 1 else FlushError("several checkpoint requests failed", errors)
-
-
-def _described(failures: list[Failure]) -> str:
-    return f"async_ckpt: failed: {', '.join(repr(failure.handle.url) for failure in failures)}"
-
-
-def _depth_of_caller() -> int:
-    """Return the ``stacklevel`` at which a warning points at the code that called this package."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
-        depth, frame = depth + 1, frame.f_back
-    return depth
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(f"async_ckpt: {message}\n")
-    sys.stderr.flush()

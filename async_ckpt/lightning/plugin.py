@@ -150,7 +150,7 @@ class AsyncCheckpointIO:
         """The service behind the plugin; a new one after each teardown."""
         if self._service is None:
             self._service = CheckpointService(**self._options)
-            self._service.keep_ambient_error()  # Lightning saves while it handles training's error, too
+            self._service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
         return self._service
 
     def wait(self, timeout: float | None = None) -> None:

@@ -108,7 +108,8 @@ class StreamingWriter:
                 emit(PartWritten, index=part.index, nbytes=part.nbytes)
 
         async with anyio.create_task_group() as senders:
-            for _ in range(min(len(parts), upload.max_concurrent_parts or self._max_concurrent_parts)):
+            bounds = (len(parts), self._max_concurrent_parts, upload.max_concurrent_parts or len(parts))
+            for _ in range(min(bounds)):
                 senders.start_soon(send)
         if errors:
             raise errors[0]

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from async_ckpt.budget import Budget
+from async_ckpt.snapshot.together import copy_together
 
 __all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned", "copy_storages"]
 
@@ -25,7 +26,6 @@ logger = logging.getLogger("async_ckpt.snapshot")
 
 ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
-_HUGE_PAGE = 2 << 20
 _WASTE_FLOOR_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 10
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -44,19 +44,19 @@ class HostBuffer:
 
     Args:
         nbytes: how much of it, at least; rounded up to whole pages.
+
+    Attributes:
+        nbytes: how much of it there is.
+        is_fresh: nothing has been copied into it yet.
     """
 
-    __slots__ = ("_map", "_pinned", "nbytes")
+    __slots__ = ("_map", "_pinned", "is_fresh", "nbytes")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = capacity_for(nbytes)
+        self.is_fresh = True
         self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pinned: bool | None = None
-        if self.nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:  # a kernel without transparent huge pages
-                logger.debug("no huge pages: %s", error)
 
     @property
     def memory(self) -> mmap.mmap:
@@ -206,6 +206,7 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
         lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
         whole = buffer.as_tensor()
         targets = whole[: sum(lengths)].split(lengths)
+        large: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         try:
             for run, target in zip(runs, targets, strict=True):
                 if len(run) > 1:
@@ -215,8 +216,13 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
                 if view.is_cuda:
                     with torch.cuda.stream(_side_stream(view.device, streams)):
                         target.copy_(view, non_blocking=buffer.pin())
-                else:
+                elif not view.is_cpu:
                     target.copy_(view)
+                else:
+                    large[0].append(target)
+                    large[1].append(view)
+            copy_together(*large, fresh=buffer.is_fresh)
+            buffer.is_fresh = False
         finally:
             for stream in streams.values():
                 stream.synchronize()

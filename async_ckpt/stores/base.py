@@ -92,7 +92,7 @@ class Upload(Protocol):
 
     @property
     def max_concurrent_parts(self) -> int | None:
-        """Parts that may be put at a time; 1 means in the order of the file, ``None`` sets no bound."""
+        """Parts that may be put at a time beside the options' bound; 1 means in the order of the file."""
 
     @property
     def swept(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import errno
 import logging
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -43,6 +44,8 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINV
 # Another process may remove a directory or a fresh file of ours in the moment before we hold it; that
 # cannot go on for long.
 _BEGIN_ATTEMPTS = 10
+_CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+_HALF_OF_THE_CPUS = max(1, _CPUS // 2)
 
 
 class LocalStore:
@@ -118,7 +121,7 @@ class LocalUpload:
     """One temporary file on its way to becoming the target; made by ``LocalStore.begin``."""
 
     part_size = None
-    max_concurrent_parts = None
+    max_concurrent_parts = _HALF_OF_THE_CPUS  # the others are for training
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from async_ckpt.budget import Budget
 from async_ckpt.snapshot import HostBuffer, HostPool, capture
+from async_ckpt.snapshot.together import copy_together
 
 PAGE = mmap.PAGESIZE
 
@@ -116,3 +117,25 @@ def test_a_closed_buffer_has_no_memory() -> None:
     assert memory() is None
     with pytest.raises(ValueError, match="closed"):
         buffer.as_tensor()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_large_copies_are_made_together_and_whole(fresh: bool) -> None:
+    """Tensors of any length, split over threads and pieces, arrive byte for byte; sharing sources go on sharing."""
+    lengths = [0, 1, 15, 17, 40 << 20, (8 << 20) + 5, 8 << 20]
+    originals = [torch.randint(256, (length,), dtype=torch.uint8) for length in lengths]
+    lazy = [torch.ops.aten._lazy_clone(original) for original in originals]
+    buffer = HostBuffer(sum(lengths))
+    targets = buffer.as_tensor()[: sum(lengths)].split(lengths)
+    copy_together(targets, lazy, fresh=fresh)
+    assert all(map(torch.equal, targets, originals))
+    if hasattr(torch.Tensor, "const_data_ptr"):
+        assert torch._C._is_cow_tensor(lazy[4])
+
+
+def test_what_does_not_fit_is_not_copied() -> None:
+    """Two lengths are an error, before a byte has moved."""
+    target = torch.zeros(10, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="20 bytes into 10"):
+        copy_together([target], [torch.ones(20, dtype=torch.uint8)])
+    assert not target.any()

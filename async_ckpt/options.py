@@ -80,7 +80,8 @@ class ServiceOptions:
             copies into reused host buffers.
         max_concurrent_saves: saves that are written at the same time.
         part_size: bytes that one storage request carries, as an int or ``"32MiB"``.
-        max_concurrent_parts: storage requests of one save that are under way at the same time.
+        max_concurrent_parts: storage requests of one save that are under way at the same time; on local
+            disks no more than half the CPUs.
         retry: when a failed storage request is tried again.
         durability: ``"fsync"`` survives the loss of power, ``"process"`` only that of the process, which
             is faster on local disks; object stores make no difference.

@@ -49,7 +49,7 @@ def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_r
             raise _refusal(location, errno.EISDIR)
         if not stat.S_ISREG(earlier.st_mode):
             raise _refusal(location, errno.EINVAL, "Only a regular file can be replaced.")
-        if not disk.writable(target):
+        if _is_refused(target, disk):
             raise _refusal(location, errno.EACCES)
     elif location.url.endswith("/"):
         raise _refusal(location, errno.EISDIR)
@@ -58,9 +58,14 @@ def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_r
         directory = os.path.dirname(directory)
     if not os.path.isdir(directory):
         raise _refusal(location, errno.ENOTDIR, f"{directory!r} is no directory.")
-    if not disk.writable(directory):
+    if _is_refused(directory, disk):
         raise _refusal(location, errno.EACCES, f"The directory {directory!r} does not let this user write.")
     return earlier
+
+
+def _is_refused(path: str, disk: Disk) -> bool:
+    """Tell whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
+    return not disk.writable(path) and os.path.lexists(path)
 
 
 def _refusal(location: Location, number: int, advice: str = "") -> StoreError:

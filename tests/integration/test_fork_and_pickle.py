@@ -156,7 +156,7 @@ def test_a_failure_is_told_by_the_parent() -> None:
             if child == 0:
                 call()
                 sys.exit(0)
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         try:
             service.wait()
         except StoreError:
@@ -193,7 +193,7 @@ def test_a_stuck_thread_is_the_parents() -> None:
         child = os.fork()
         if child == 0:
             sys.exit(7)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         """,
         timeout=20,
         env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},

@@ -20,6 +20,7 @@ from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.target import check_local_target
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
@@ -332,6 +333,7 @@ import sys, anyio
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.target import check_local_target
 from async_ckpt.testing import BytesContent, ThreadWorkers, crash
 async def main():
     upload = await LocalStore(workers=ThreadWorkers(1)).begin(locate(sys.argv[1]), 100)
@@ -443,3 +445,20 @@ def test_an_ordinary_disk_is_known(tmp_path: Path) -> None:
     disk.close(fd)
     kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True)
     assert known is (kind.stdout.strip() in {"ext2/ext3", "tmpfs", "xfs", "overlayfs", "zfs", "f2fs"})
+
+
+class Vanishing(Disk):
+    """A disk on which a file goes away between two looks at it."""
+
+    def stat(self, path: str) -> os.stat_result:
+        """Describe a file, and remove it."""
+        found = super().stat(path)
+        os.unlink(path)
+        return found
+
+
+def test_a_file_that_goes_away_meanwhile_is_no_refusal(tmp_path: Path) -> None:
+    """A save is not refused because a removal on another thread takes the earlier file between two checks."""
+    (tmp_path / "x.ckpt").write_bytes(OLD)
+    check_local_target(locate(tmp_path / "x.ckpt"), str(tmp_path / "x.ckpt"), Vanishing())
+    assert not (tmp_path / "x.ckpt").exists()

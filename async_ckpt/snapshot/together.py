@@ -43,7 +43,7 @@ def copy_together(
     pieces = iter([piece for pair in zip(targets, sources, strict=True) for piece in _pieces(*pair)])
     errors: list[BaseException] = []
 
-    def copy() -> None:
+    def copy(*held: object) -> None:
         try:
             for target, source, nbytes in pieces:  # a list's iterator: several threads may take from it
                 if fresh:
@@ -57,12 +57,15 @@ def copy_together(
     threads: list[threading.Thread] = []
     try:
         for _ in range(helpers):
-            threads.append(threading.Thread(target=copy, name="async_ckpt-copy"))
+            # Holding both: should an interruption come even between here and the join, neither memory is freed
+            # nor the buffer reused before the thread has ended.
+            threads.append(threading.Thread(target=copy, args=(targets, sources), name="async_ckpt-copy"))
             threads[-1].start()
         copy()
     except BaseException as error:
         errors.append(error)
-    _end(pieces, threads, errors)
+    finally:
+        _end(pieces, threads, errors)
     if errors:
         raise errors[0]
 

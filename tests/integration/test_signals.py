@@ -14,10 +14,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 import async_ckpt
 from async_ckpt import CheckpointService, ServiceClosedError
 from async_ckpt.events import Event
+from async_ckpt.snapshot import HostBuffer
+from async_ckpt.snapshot.together import copy_together
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, state, wait_until_one_waits
 
 PACKAGE = Path(async_ckpt.__file__).parent
@@ -255,3 +258,27 @@ def test_ctrl_c_at_every_line_of_close_leaves_no_thread() -> None:
         return where
 
     assert walk(step) > 30
+
+
+def test_no_thread_writes_to_memory_that_may_be_reused() -> None:
+    """Wherever Ctrl-C strikes a copy by several threads, none of them lives on in a buffer that is free (S1, L1)."""
+    sources = [torch.ones(24 << 20, dtype=torch.uint8) for _ in range(2)]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(number: int) -> list[str]:
+        buffer = HostBuffer(48 << 20)
+        where: list[str] = []
+        try:
+            with at_line(number, interrupt, {str(PACKAGE / "snapshot" / "together.py")}) as where:
+                copy_together(buffer.as_tensor().split(24 << 20), sources)
+        except KeyboardInterrupt:
+            pass
+        alive = [thread for thread in threading.enumerate() if thread.name == "async_ckpt-copy"]
+        assert not alive or buffer.is_aliased, where
+        for thread in alive:
+            thread.join()
+        return where
+
+    assert walk(step) > 20

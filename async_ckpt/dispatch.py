@@ -225,9 +225,12 @@ class Dispatcher:
         while (action := self._queue.decide(self._lease)) is not None:
             self._carry_out(action)
 
-    def _lease(self, op: Op) -> bool:
+    def _lease(self, op: Op, instead_of: Op | None) -> bool:
         request = self._requests[op.id]
-        request.buffer = request.account.pool.lease(op.nbytes)
+        pool = request.account.pool
+        if instead_of is not None:
+            return pool.would_fit(op.nbytes, without=self._requests[instead_of.id].buffer)
+        request.buffer = pool.lease(op.nbytes)
         return request.buffer is not None
 
     def _carry_out(self, action: Action) -> None:

@@ -13,7 +13,8 @@ Rules:
    service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
    checkpoint, but the one to be removed, has become durable since.
 4. Where a queued save is cancelled or superseded, removals that waited for it wait for what its replacer
-   waits for. So the last good checkpoint outlives any sequence of the above.
+   waits for. So the last good checkpoint outlives any sequence of the above. A save supersedes only where
+   that lets it in: nothing that is accepted ever waits for what is not (D4).
 5. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
    interrupted ``save`` may save, wait and load (L1).
 """
@@ -88,7 +89,6 @@ class Op:
         thread: the caller's thread.
         urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
             whose memory and place cannot come free before the caller returns. The queue finds out.
-        is_replacement: a save that superseded another, for which it stands from then on.
         after: for a removal, the saves that must be durable first.
         failed_save: for a removal, one of those that did not become durable.
     """
@@ -102,7 +102,6 @@ class Op:
     group: str | None = None
     nbytes: int = 0
     urgent: bool = False
-    is_replacement: bool = False
     after: set[int] = field(default_factory=set)
     failed_save: int | None = None
 
@@ -124,7 +123,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Supersede:
-    """End the queued save *op*; *by* takes its place."""
+    """End the queued save *op*; *by* takes its place, and is admitted next."""
 
     op: Op
     by: Op
@@ -179,7 +178,7 @@ class Queue:
             op.after = {
                 other.id
                 for other in self.live(op.lane)
-                if (_is_accepted_save(other) or other.is_replacement) and not _suspended_beneath(other, op)
+                if _is_accepted_save(other) and not _suspended_beneath(other, op)
             }
             op.failed_save = _missing(op)
             op.lane.lost.pop(op.key, None)  # the program counts on that one no longer
@@ -209,9 +208,9 @@ class Queue:
     def withdraw(self, op: Op) -> None:
         """The operation came to nothing: refused, dropped, or its caller was interrupted.
 
-        Where it was accepted, or superseded a save that was, what waits for it fares as after a failure.
+        Where it was accepted, what waits for it fares as after a failure.
         """
-        if op.phase is Phase.WAITING and not op.is_replacement:
+        if op.phase is Phase.WAITING:
             self._end(op)
         else:
             self.failed(op)
@@ -219,16 +218,16 @@ class Queue:
     def replaced(self, op: Op, by: Op) -> None:
         """The queued save *op* ended in favour of *by*: what waited for it waits for what *by* stands for (rule 4)."""
         self._end(op)
-        by.is_replacement = by.kind is Kind.SAVE
         heirs = _stands_for(by) - {op.id}
         for removal in self._waiting_for(op):
             removal.after = (removal.after | heirs) - {op.id}
 
-    def decide(self, fits: Callable[[Op], bool]) -> Action | None:
+    def decide(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
         """Return the next thing to do, or ``None`` if nothing can be done now.
 
         Args:
-            fits: tells whether the memory for a waiting save can be had now.
+            fits: tells whether the memory for the waiting save given first can be had now, or could be if the
+                accepted save given second ended.
 
         The action is not carried out here; ask again once it has been.
         """
@@ -250,19 +249,21 @@ class Queue:
                 return Start(op)
         return None
 
-    def _next_admission(self, fits: Callable[[Op], bool]) -> Action | None:
+    def _next_admission(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
         blocked: list[Lane] = []
         for op in self._ops.values():
             if op.phase is not Phase.WAITING or (op.lane in blocked and not op.urgent):
                 continue
             accepted = sum(1 for other in self.live(op.lane) if _is_accepted_save(other))
             room = accepted < op.lane.queue_depth
-            if op.urgent or (room and fits(op)):
+            if op.urgent or (room and fits(op, None)):
                 return Admit(op)
             if op.lane.overflow == "raise":
                 return Refuse(op, "memory" if room else "queue")
             victim = self._replaceable_save(op) if op.lane.overflow == "supersede" else None
-            if victim is not None:
+            # Not for one that would still have to wait: it may wait for memory that a save behind a removal
+            # holds, and that removal would inherit the wait for it, and wait for ever.
+            if victim is not None and accepted <= op.lane.queue_depth and fits(op, victim):
                 return Supersede(victim, op)
             blocked.append(op.lane)
         return None

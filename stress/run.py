@@ -36,6 +36,7 @@ __all__ = ["main"]
 _WORKERS = 3
 _CALLS = 60
 _SETTLE_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0  # all of this is a matter of milliseconds: who waits for so long waits in a circle
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,6 +116,7 @@ def _options(random: Random) -> dict[str, Any]:
         "part_size": random.choice(["64KiB", "256KiB", "32MiB"]),
         "durability": random.choice(["fsync", "process"]),
         "retry": RetryPolicy(attempts=3, initial_seconds=0.001, maximum_seconds=0.01),
+        "flush_timeout": _PATIENCE_SECONDS,
     }
 
 

@@ -140,8 +140,9 @@ class Play:
             case Start(op):
                 op.phase = Phase.RUNNING
 
-    def _fits(self, op: Op) -> bool:
-        return self.held == 0 or self.held + op.nbytes <= self._limit
+    def _fits(self, op: Op, instead_of: Op | None) -> bool:
+        others = self.held - (instead_of.nbytes if instead_of is not None else 0)
+        return others == 0 or others + op.nbytes <= self._limit
 
     def _give_back(self, op: Op) -> None:
         if op.kind is Kind.SAVE and op.phase is not Phase.WAITING:

@@ -145,8 +145,7 @@ class HostPool:
             buffer = min(fitting, key=lambda idle: idle.nbytes)
             self._idle.remove(buffer)
         else:
-            leased_bytes = self._budget.held_bytes - self.idle_bytes
-            if not force and not self._budget.fits(capacity, beside=leased_bytes):
+            if not force and not self.would_fit(nbytes):
                 return None  # dropping the idle ones would not help either
             while self._idle and not self._budget.fits(capacity):
                 self._drop(self._idle.pop(0))
@@ -158,6 +157,16 @@ class HostPool:
                 raise
         self._leased.add(id(buffer))
         return buffer
+
+    def would_fit(self, nbytes: int, *, without: HostBuffer | None = None) -> bool:
+        """Tell whether a buffer could be had once all idle ones were dropped.
+
+        Args:
+            nbytes: what the snapshot needs.
+            without: a buffer on lease, counted as if it had been given back.
+        """
+        others = self._budget.held_bytes - self.idle_bytes - (without.nbytes if without is not None else 0)
+        return self._budget.fits(capacity_for(nbytes), beside=others)
 
     def release(self, buffer: HostBuffer) -> None:
         """Take back a leased buffer, and keep it for the next save if that is within the limit.

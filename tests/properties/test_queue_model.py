@@ -100,6 +100,12 @@ class Programs(RuleBasedStateMachine):
             assert self._in(Phase.RUNNING, Phase.STAGING)
 
     @invariant()
+    def nobody_gives_way_to_one_who_waits(self) -> None:
+        """A save that superseded another has been admitted: what waits for it never waits for memory (D4)."""
+        heirs = [fate.heir for fate in self.fates.values() if fate.heir is not None]
+        assert not [heir for heir in heirs if heir.phase is Phase.WAITING]
+
+    @invariant()
     def one_location_runs_one_operation(self) -> None:
         """Two operations of one location never run at the same time (O1)."""
         keys = [op.key for op in self._in(Phase.RUNNING)]

@@ -335,31 +335,42 @@ def test_removal_inherits_from_the_cancelling_removal() -> None:
     assert Drop(old, running.id) in play.actions
 
 
-def test_a_save_interrupted_after_it_superseded_counts_as_failed() -> None:
-    """Where the superseded save is gone and its successor never came in, removals are dropped (D3)."""
+def test_a_save_supersedes_only_if_it_is_then_admitted() -> None:
+    """Where the memory of the queued save would not do, the new save waits, and the queued one is written (D4, B1)."""
+    play, of = Play(limit=10), lane(depth=10, overflow="supersede")
+    running = play.save(of, "a", nbytes=6)
+    queued = play.save(of, "new", nbytes=4)
+    newer = play.save(of, "new", nbytes=9)
+    assert (queued.phase, newer.phase) == (Phase.QUEUED, Phase.WAITING)
+    play.end(running)
+    assert queued.phase is Phase.RUNNING
+    play.end(queued)
+    assert newer.phase is Phase.STAGING
+
+
+def test_a_superseding_save_fits_in_the_memory_of_the_superseded() -> None:
+    """The memory that a superseded save gives back counts for its successor (B1)."""
     play, of = Play(limit=10), lane(depth=10, overflow="supersede")
     play.save(of, "a", nbytes=6)
     queued = play.save(of, "new", nbytes=4)
-    removal = play.remove(of, "old")
-    newer = play.save(of, "new", nbytes=9)
+    newer = play.save(of, "new", nbytes=3)
     assert Supersede(queued, newer) in play.actions
-    assert newer.phase is Phase.WAITING
-    play.withdraw(newer)
-    assert play.actions[-1] == Drop(removal, newer.id)
+    assert newer.phase is Phase.QUEUED
 
 
-def test_removal_waits_for_a_superseding_save_that_waits_for_memory() -> None:
-    """A save that has taken another's place counts as accepted for removals from then on (D3)."""
-    play, of = Play(limit=10), lane(overflow="supersede")
-    running = play.save(of, "a", nbytes=6)
-    play.save(of, "new", nbytes=4)
-    newer = play.save(of, "new", nbytes=9)
-    removal = play.remove(of, "old")
-    play.end(running)
+def test_superseding_never_waits_in_a_circle_through_memory() -> None:
+    """A removal never waits for a save that waits for memory which a save behind the removal holds (D4)."""
+    play, of = Play(limit=10), lane(depth=4, overflow="supersede")
+    running = play.save(of, "a", nbytes=1)
+    superseded = play.save(of, "c", nbytes=4)
+    removal = play.remove(of, "b")
+    behind = play.save(of, "b", nbytes=4)
+    newer = play.save(of, "c", nbytes=8)
+    for op in (running, superseded, removal, behind):
+        assert op.phase is Phase.RUNNING
+        play.end(op)
     play.stage(newer)
-    assert removal.phase is Phase.QUEUED
-    play.end(newer)
-    assert removal.phase is Phase.RUNNING
+    assert newer.phase is Phase.RUNNING
 
 
 def test_inheritance_never_waits_in_a_circle() -> None:

@@ -6,7 +6,11 @@
     ├── OptionError (ValueError)             an option has a value that cannot work
     ├── UnpicklableStateError (TypeError)    the state holds an object that pickle refuses
     ├── StoreError (OSError)                 a store could not do what was asked of it
-    │   └── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
+    │   ├── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
+    │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and a checkpoint is there
+    │   ├── CorruptCheckpointError               what was read is not what was written
+    │   └── TransientStoreError                  the same request may succeed a moment later
+    │       └── ThrottledError                       the store asks for fewer requests
     ├── MissingDependencyError (ImportError) the file system's package is not installed
     ├── BackPressureError                    overflow="raise" and there is no room
     │   ├── QueueFullError
@@ -39,6 +43,8 @@ __all__ = [
     "AsyncCheckpointError",
     "BackPressureError",
     "CancelledSaveError",
+    "CheckpointExistsError",
+    "CorruptCheckpointError",
     "FlushError",
     "FlushTimeoutError",
     "MemoryLimitError",
@@ -50,6 +56,8 @@ __all__ = [
     "ServiceClosedError",
     "StoreError",
     "SupersededError",
+    "ThrottledError",
+    "TransientStoreError",
     "UnknownProtocolError",
     "UnpicklableStateError",
 ]
@@ -103,6 +111,22 @@ class StoreError(AsyncCheckpointError, OSError):
 
 class UnknownProtocolError(StoreError, ValueError):
     """No file system that fsspec knows answers to the URL's protocol."""
+
+
+class CheckpointExistsError(StoreError, FileExistsError):
+    """``overwrite=False``, and a checkpoint is at the location already; it is untouched."""
+
+
+class CorruptCheckpointError(StoreError):
+    """What was read does not have the checksum that the file gives for it, or is no whole checkpoint."""
+
+
+class TransientStoreError(StoreError):
+    """A request failed in a way that may well pass: the same request may succeed a moment later (E3)."""
+
+
+class ThrottledError(TransientStoreError):
+    """The store asks for fewer requests: a 429, or a 503 such as S3's ``SlowDown``."""
 
 
 class MissingDependencyError(AsyncCheckpointError, ImportError):

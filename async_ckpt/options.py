@@ -79,12 +79,15 @@ class ServiceOptions:
         snapshot: how the picture of the state is taken; ``"auto"`` takes the best there is, ``"copy"``
             copies into reused host buffers.
         max_concurrent_saves: saves that are written at the same time.
-        part_size: bytes that one storage request carries, as an int or ``"32MiB"``.
+        part_size: bytes that one storage request carries at the most, as an int or ``"64MiB"``; a store may need
+            more for a very large file, and takes less where a connection would have nothing to do.
         max_concurrent_parts: storage requests of one save that are under way at the same time; on local
             disks no more than half the CPUs.
         retry: when a failed storage request is tried again.
         durability: ``"fsync"`` survives the loss of power, ``"process"`` only that of the process, which
             is faster on local disks; object stores make no difference.
+        overwrite: whether a save may replace what is at its location; if not, it fails with a
+            ``CheckpointExistsError``. Object stores and local disks check as they commit, others just before.
         on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
         flush_timeout: seconds that anything waits for pending saves at the most: ``wait``, ``flush``,
             ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
@@ -100,10 +103,11 @@ class ServiceOptions:
     overflow: Overflow = "block"
     snapshot: SnapshotStrategy = "auto"
     max_concurrent_saves: int = 1
-    part_size: int | str = "32MiB"
+    part_size: int | str = "64MiB"
     max_concurrent_parts: int = 4
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     durability: Durability = "fsync"
+    overwrite: bool = True
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
     storage_options: Mapping[str, Any] | None = None
@@ -118,6 +122,8 @@ class ServiceOptions:
         _one_of(self, "snapshot", ("auto", "copy", "cow"))
         _one_of(self, "durability", ("fsync", "process"))
         _one_of(self, "on_error", ("raise", "warn"))
+        if not isinstance(self.overwrite, bool):
+            raise OptionError(f"overwrite={self.overwrite!r}: must be True or False")
         if self.snapshot == "cow":
             raise OptionError(
                 "snapshot='cow': copy-on-write snapshots are not available yet; use 'auto' or 'copy'"

@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 
 import anyio
 
-from async_ckpt.errors import OptionError, StoreError
+from async_ckpt.errors import OptionError, StoreError, TransientStoreError
 
 __all__ = ["RetryPolicy", "Retrying", "call_with_retry", "is_transient"]
 
@@ -55,6 +55,8 @@ class RetryPolicy:
         initial_seconds: the longest first wait; each further one may be twice as long.
         maximum_seconds: no single wait is longer.
         deadline_seconds: no wait ends later than this after the first call began.
+        stall_seconds: a request of which no byte has moved for so long has failed. There is no limit on a
+            request that moves: on a slow line a part may take long.
 
     Raises:
         OptionError: a value that cannot work.
@@ -64,13 +66,16 @@ class RetryPolicy:
     initial_seconds: float = 0.1
     maximum_seconds: float = 10.0
     deadline_seconds: float = 120.0
+    stall_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise OptionError(f"retry attempts must be a whole number of at least 1, not {self.attempts!r}")
-        for name in ("initial_seconds", "maximum_seconds", "deadline_seconds"):
+        for name in ("initial_seconds", "maximum_seconds", "deadline_seconds", "stall_seconds"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name == "stall_seconds" and value == 0:
+                raise OptionError("retry stall_seconds must be more than 0: every request takes some time")
             if not number or not math.isfinite(value) or value < 0:
                 raise OptionError(f"retry {name} must be a finite number of at least 0, not {value!r}")
 
@@ -102,6 +107,8 @@ def is_transient(error: BaseException) -> bool:
         True for lost connections, timeouts and a busy system; False for everything else: missing
         permission, nothing there, a full or read-only disk, a wrong argument.
     """
+    if isinstance(error, TransientStoreError):
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _TRANSIENT
     if isinstance(error, (ConnectionError, TimeoutError)):

@@ -22,11 +22,11 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 from anyio.from_thread import start_blocking_portal
@@ -78,6 +78,7 @@ class Runtime:
         self._wake = asyncio.Event()
         try:
             async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
                 self.dispatcher = Dispatcher(tasks)
                 ready.set_result(None)
                 while not self._stopping:
@@ -120,6 +121,18 @@ class Runtime:
 
         self._schedule(call)
         return answer.result()
+
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run the coroutine *function*, which raises nothing, on the loop thread, soon; return at once.
+
+        Raises:
+            ServiceClosedError: the loop has ended.
+        """
+
+        def start() -> None:
+            self._tasks.start_soon(function)
+
+        self._schedule(start)
 
     def refuse_loop_thread(self) -> None:
         """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""

@@ -15,9 +15,10 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -29,13 +30,16 @@ from async_ckpt.budget import Budget
 from async_ckpt.dispatch import Account, Request
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
 from async_ckpt.failures import Failures, tell
+from async_ckpt.format.file import CheckpointFile
+from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
 from async_ckpt.format.reader import read_checkpoint
+from async_ckpt.format.selection import as_patterns
 from async_ckpt.handle import Handle, Outcome, State, await_outcome
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
 from async_ckpt.runtime import PoolWorkers, Runtime
 from async_ckpt.snapshot import HostPool, capture
-from async_ckpt.stores import check_target, locate, open_store
+from async_ckpt.stores import check_target, is_local, locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.writers import StreamingWriter, Writer
 
@@ -48,6 +52,9 @@ ABANDON_GRACE_SECONDS = 10.0
 
 SILENT_EXIT_SECONDS = 1.0
 """How long the interpreter's exit waits for pending saves before it says so."""
+
+READS_OF_LOAD = 8
+"""Requests at a time of a load on its own, beside which no save wants the connections."""
 
 
 StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
@@ -65,7 +72,7 @@ class CheckpointService:
         abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
-            ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
+            ``overwrite``, ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
 
     Raises:
         OptionError: an option cannot work.
@@ -89,6 +96,7 @@ class CheckpointService:
         self._closed = False
         self._runtime: Runtime | None = None
         self._stores: dict[str, Store] = {}
+        self._reading: list[CheckpointFile] = []
         self._account = Account(
             lane=Lane(
                 queue_depth=options.queue_depth,
@@ -156,32 +164,82 @@ class CheckpointService:
         return self.submit_removal(location, self._streaming_writer(location))
 
     def load(
-        self, url: str | os.PathLike[str], *, map_location: Any = None, weights_only: bool | None = True
+        self,
+        url: str | os.PathLike[str],
+        *,
+        map_location: Any = None,
+        weights_only: bool | None = True,
+        keys: str | Sequence[str] | None = None,
+        progress: bool | None = None,
     ) -> Any:
         """Load a checkpoint with ``torch.load``, after the pending saves of *url*, not of others (O2).
+
+        The file is fetched by several requests at a time, ``max_concurrent_parts`` at most, straight into the
+        memory of the tensors, and each tensor's checksum is compared with the file's.
 
         Args:
             url: a local path, or any URL that fsspec knows.
             map_location: as for ``torch.load``.
             weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the
                 file names.
+            keys: load only what these patterns match, and fetch no more: ``"state_dict.encoder.*"``. A pattern
+                is compared, as ``fnmatch`` does, with the way to a value: the keys of mappings and the positions
+                in lists, joined by dots. One that matches takes everything below.
+            progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
 
         Returns:
-            The state.
+            The state; with *keys*, nested as it was, with nothing but what matched.
 
         Raises:
             FileNotFoundError: there is nothing at *url*.
+            KeyError: a pattern of *keys* matches nothing.
+            CorruptCheckpointError: the file is damaged.
+            StoreError: the file cannot be read.
+            ServiceClosedError: the service was closed, maybe meanwhile.
             Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
-                for among them; or the reading failed.
+                for among them; or ``torch.load`` refuses the file.
         """
+        patterns = None if keys is None else as_patterns(keys)
         location = locate(url, storage_options=self._options.storage_options)
-        with self.turn(location), self._store(location).open(location) as file:
+        store = self._store(location)
+        with self.turn(location):
             try:
-                return read_checkpoint(file, map_location=map_location, weights_only=weights_only)
+                return read_checkpoint(
+                    partial(self._open_to_read, location, store),
+                    url=location.url,
+                    map_location=map_location,
+                    weights_only=weights_only,
+                    keys=patterns,
+                    progress=progress,
+                )
             except Exception as error:  # torch.load's own, of many kinds, which name no file
                 if sys.version_info >= (3, 11):
                     error.add_note(f"while {location.url!r} was read")
                 raise
+
+    @contextmanager
+    def _open_to_read(
+        self, location: Location, store: Store, moved: Callable[[int], None]
+    ) -> Iterator[CheckpointFile]:
+        """Make a file that is ended with the service, if that comes first."""
+        runtime = self._running()
+        near = is_local(location)
+        reads = self._options.max_concurrent_parts
+        ahead = ReadAhead(
+            partial(store.source, location),
+            max_concurrent_reads=reads,
+            chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
+            longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
+        )
+        file = CheckpointFile(ahead, loop=runtime, url=location.url, is_near=near, moved=moved)
+        self._reading.append(file)
+        try:
+            if self._closed:  # just now, by one who does not know of the file
+                raise ServiceClosedError("the service was closed meanwhile")
+            yield file
+        finally:
+            file.close()
+            self._reading.remove(file)  # last: who interrupts the closing leaves it to the service's
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.
@@ -443,6 +501,8 @@ class CheckpointService:
         # Each step may be taken twice: by two threads, or again after an interruption.
         try:
             with suppress(RuntimeError):  # another thread was faster
+                for file in list(self._reading):
+                    file.end(ServiceClosedError("the service was closed meanwhile"))
                 if not stuck:
                     runtime.call_async(_close_all, self._stores).result()
                 runtime.call(self._account.pool.close)
@@ -483,6 +543,9 @@ class CheckpointService:
             storage_options=options.storage_options,
             durability=options.durability,
             retry=options.retry,
+            overwrite=options.overwrite,
+            part_size=options.part_size_bytes,
+            max_concurrent_parts=options.max_concurrent_parts,
         )
 
     def _too_late(self, limit: float) -> FlushTimeoutError:
@@ -515,6 +578,8 @@ def load(
     *,
     map_location: Any = None,
     weights_only: bool | None = True,
+    keys: str | Sequence[str] | None = None,
+    progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
@@ -523,16 +588,23 @@ def load(
         url: a local path, or any URL that fsspec knows.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the file names.
+        keys: load only what these patterns match, and fetch no more; see ``CheckpointService.load``.
+        progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
         storage_options: passed to the fsspec file system.
 
     Returns:
-        The state.
+        The state; with *keys*, nested as it was, with nothing but what matched.
 
     Raises:
         FileNotFoundError: there is nothing at *url*.
+        KeyError: a pattern of *keys* matches nothing.
+        CorruptCheckpointError: the file is damaged.
+        StoreError: the file cannot be read.
     """
-    with CheckpointService(storage_options=storage_options) as service:
-        return service.load(url, map_location=map_location, weights_only=weights_only)
+    with CheckpointService(storage_options=storage_options, max_concurrent_parts=READS_OF_LOAD) as service:
+        return service.load(
+            url, map_location=map_location, weights_only=weights_only, keys=keys, progress=progress
+        )
 
 
 async def _close_all(stores: dict[str, Store]) -> None:

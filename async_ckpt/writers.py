@@ -108,8 +108,8 @@ class StreamingWriter:
                 emit(PartWritten, index=part.index, nbytes=part.nbytes)
 
         async with anyio.create_task_group() as senders:
-            bounds = (len(parts), self._max_concurrent_parts, upload.max_concurrent_parts or len(parts))
-            for _ in range(min(bounds)):
+            at_a_time = self._max_concurrent_parts + upload.is_paced
+            for _ in range(min(len(parts), at_a_time, upload.max_concurrent_parts or len(parts))):
                 senders.start_soon(send)
         if errors:
             raise errors[0]

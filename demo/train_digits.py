@@ -9,29 +9,29 @@ Six short acts, each of which proves something or makes the script exit with 1:
 5. open what was written with plain ``torch.load``
 6. the same training with this plugin, with Lightning's own, and with none: what does a save cost?
 
-``python demo/train_digits.py --help`` lists the options. No network, no GPU, about a minute on two cores.
+``python -m demo.train_digits --help`` lists the options. No GPU, about a minute on two cores. Everything goes to a
+local directory, or with ``--store s3`` (or ``gcs``, ``azure``) to a bucket on a real server, started on this machine: a
+URL in place of a path is all the difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import fsspec
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from async_ckpt import AsyncCheckpointIO
 from async_ckpt.events import Durable, Event, PartWritten, Swept
+from demo.places import STORES, Place, place
 
 HIDDEN_UNITS = 1792  # with Adam's two moments a checkpoint has some 40 MB: enough for its cost to show
 MARK = "killed here:"
@@ -95,12 +96,12 @@ def digits_data() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def train(
-    directory: Path, epochs: int, *, plugins: Sequence[Any], resume: bool = False, **more: Any
+    folder: str, epochs: int, *, plugins: Sequence[Any], resume: bool = False, **more: Any
 ) -> L.Trainer:
-    """Train until *epochs* epochs are done, with the two best checkpoints and the last one in *directory*."""
+    """Train until *epochs* epochs are done, with the two best checkpoints and the last one in *folder*."""
     L.seed_everything(0, verbose=False)
     callbacks = [
-        ModelCheckpoint(directory, monitor="val_loss", save_top_k=2, save_last=True),
+        ModelCheckpoint(folder, monitor="val_loss", save_top_k=2, save_last=True),
         *more.pop("callbacks", []),
     ]
     trainer = L.Trainer(
@@ -109,14 +110,14 @@ def train(
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
-        default_root_dir=directory,
+        default_root_dir=folder,
         num_sanity_val_steps=0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **more,
     )
-    trainer.fit(Digits(), *digits_data(), ckpt_path=directory / "last.ckpt" if resume else None)
+    trainer.fit(Digits(), *digits_data(), ckpt_path=f"{folder}/last.ckpt" if resume else None)
     return trainer
 
 
@@ -171,15 +172,15 @@ class StopsInMidSave:
             threading.Event().wait()
 
 
-def run_that_dies(directory: Path, epochs: int) -> None:
+def run_that_dies(folder: str, epochs: int) -> None:
     """Train, and never return: each epoch saves twice, and the third epoch's ``last.ckpt`` is never finished."""
     plugin = AsyncCheckpointIO(queue_depth=2, part_size="4MiB", observer=StopsInMidSave(nth_save=6))
-    train(directory, epochs, plugins=[plugin], callbacks=[ProgressLine(plugin)])
+    train(folder, epochs, plugins=[plugin], callbacks=[ProgressLine(plugin)])
 
 
-def kill_in_mid_save(directory: Path, epochs: int) -> int:
+def kill_in_mid_save(folder: str, epochs: int) -> int:
     """Run ``run_that_dies`` in a process of its own and kill it where it waits; return how it ended."""
-    command = [sys.executable, __file__, "--epochs", str(epochs), "--directory", str(directory), "--die"]
+    command = [sys.executable, "-m", "demo.train_digits", "--epochs", str(epochs), "--die", folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -204,9 +205,9 @@ class Stopwatch:
         self.ended: list[float] = []
         self.nbytes: list[int] = []
 
-    def end(self, nbytes: int) -> None:
+    def end(self, at: float, nbytes: int) -> None:
         """One save has been written. All contestants write in the order in which they were told to."""
-        self.ended.append(perf_counter())
+        self.ended.append(at)
         self.nbytes.append(nbytes)
 
     @property
@@ -237,7 +238,9 @@ class TimedTorchCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         """Save, and say that it is done."""
         super().save_checkpoint(checkpoint, path, storage_options)
-        self.stopwatch.end(os.path.getsize(path))
+        now = perf_counter()
+        file_system, name = fsspec.url_to_fs(path)
+        self.stopwatch.end(now, file_system.size(name))
 
 
 def contestants(watch: Stopwatch) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def contestants(watch: Stopwatch) -> dict[str, Any]:
 
     def observer(event: Event) -> None:
         if isinstance(event, Durable):
-            watch.end(event.nbytes)
+            watch.end(perf_counter(), event.nbytes)
 
     return {
         "async_ckpt": AsyncCheckpointIO(queue_depth=2, observer=observer),
@@ -264,7 +267,7 @@ class Cost:
     fit_seconds: list[float] = field(default_factory=list)
 
 
-def measure(directory: Path, epochs: int, rounds: int = 3) -> dict[str, Cost]:
+def measure(root: str, epochs: int, rounds: int) -> dict[str, Cost]:
     """Train with each contestant in turn, *rounds* times over, always from the same seed."""
     names = list(contestants(Stopwatch()))
     costs = {name: Cost() for name in names}
@@ -273,11 +276,12 @@ def measure(directory: Path, epochs: int, rounds: int = 3) -> dict[str, Cost]:
             watch = Stopwatch()
             strategy = TimedStrategy("cpu")
             strategy.stopwatch = watch
+            folder = f"{root}/measured"
             begin = perf_counter()
-            with temporary_directory(directory) as folder:
-                train(folder, epochs, plugins=[contestants(watch)[name]], strategy=strategy)
+            train(folder, epochs, plugins=[contestants(watch)[name]], strategy=strategy)
             cost = costs[name]
             cost.fit_seconds.append(perf_counter() - begin)
+            remove(folder)
             cost.stalls += watch.stalls
             cost.durations += watch.durations
             cost.nbytes += watch.nbytes
@@ -323,10 +327,10 @@ class Proofs:
             self.failed.append(claim)
 
 
-def play(directory: Path, epochs: int) -> list[str]:
-    """Run the six acts in *directory*; return the claims that did not hold."""
+def play(place: Place, epochs: int, rounds: int) -> list[str]:
+    """Run the six acts in *place*; return the claims that did not hold."""
     proofs = Proofs()
-    first, second = directory / "first", directory / "second"
+    first, second = f"{place.root}/first", f"{place.root}/second"
 
     title("1. Train")
     plugin = AsyncCheckpointIO(queue_depth=2)
@@ -334,7 +338,7 @@ def play(directory: Path, epochs: int) -> list[str]:
     proofs.show("the two best checkpoints and last.ckpt are there, nothing else", len(files(first)) == 3)
 
     title("2. Resume from last.ckpt and train on")
-    saved = torch.load(first / "last.ckpt")
+    saved = load(f"{first}/last.ckpt")
     began = FirstWeights()
     plugin = AsyncCheckpointIO(queue_depth=2)
     trainer = train(first, epochs + 2, plugins=[plugin], resume=True, callbacks=[began, ProgressLine(plugin)])
@@ -351,12 +355,11 @@ def play(directory: Path, epochs: int) -> list[str]:
     proofs.show("the run was ended by SIGKILL", code == -signal.SIGKILL)
     if proofs.failed:
         return proofs.failed  # there is nothing to look at
-    left = sorted(second.glob(".async_ckpt.*"))
-    proofs.show(
-        f"its unfinished file lies beside the others, under a name of its own: {len(left)}", bool(left)
-    )
+    left = place.unfinished(second) if place.unfinished else []
+    if place.unfinished:
+        proofs.show(f"what it had not finished is still there, out of sight: {len(left)}", bool(left))
     proofs.show("every checkpoint has all its bytes", all(intact(file) for file in files(second)))
-    saved = torch.load(second / "last.ckpt")
+    saved = load(f"{second}/last.ckpt")
     proofs.show(f"last.ckpt is the one before, of epoch {saved['epoch'] + 1}", saved["epoch"] == 1)
 
     title("4. Resume the killed run")
@@ -371,28 +374,30 @@ def play(directory: Path, epochs: int) -> list[str]:
         "it began with the weights of the file, bit for bit", same(began.weights, saved["state_dict"])
     )
     proofs.show("it trained to the end", trainer.current_epoch == epochs)
-    proofs.show(
-        "its first save swept away what the killed run had left",
-        sorted(swept) == [file.name for file in left] and not list(second.glob(".async_ckpt.*")),
-    )
+    if place.unfinished:
+        proofs.show(
+            "its first save swept away what the killed run had left",
+            len(swept) == len(left) and place.unfinished(second) == [],
+        )
 
     title("5. Open the file with plain torch.load")
-    checkpoint = torch.load(first / "last.ckpt", weights_only=True, mmap=True)
-    say(f"torch.load(…, weights_only=True, mmap=True) → {', '.join(checkpoint)}")
-    proofs.show("it is an ordinary checkpoint, and its checksums are right", intact(first / "last.ckpt"))
+    checkpoint = load(f"{first}/last.ckpt")
+    say(f"torch.load(file, weights_only=True) → {', '.join(checkpoint)}")
+    proofs.show("it is an ordinary checkpoint, and its checksums are right", intact(f"{first}/last.ckpt"))
 
     title("6. What does a save cost?")
-    costs = measure(directory, epochs)
+    costs = measure(place.root, epochs, rounds)
     print()
     for line in table(costs):
         say(line)
     print()
     say("Times are medians, but for the worst.")
     say("stall: inside save_checkpoint, as the training loop sees it.")
-    say(
-        "until written: from the call on. With async_ckpt the file is on the disk by then (fsync) and survives"
-    )
-    say("  a loss of power; with the others the operating system has it, and writes it later.")
+    if "://" not in place.root:
+        say("until written: from the call on. With async_ckpt the file is on the disk by then (fsync) and")
+        say("  survives a loss of power; with the others the operating system has it, and writes it later.")
+    else:
+        say("until written: from the call on, until the object is there.")
     say("training: all of fit, to the end of the last save; the writer shares its cores.")
     stalls = {name: statistics.median(cost.stalls) for name, cost in costs.items()}
     proofs.show(
@@ -402,15 +407,30 @@ def play(directory: Path, epochs: int) -> list[str]:
     return proofs.failed
 
 
-def files(directory: Path) -> list[Path]:
-    """Return what lies in *directory* under a name that anyone would look for."""
-    return sorted(file for file in directory.iterdir() if not file.name.startswith("."))
+def files(folder: str) -> list[str]:
+    """Return what lies in *folder* under a name that anyone would look for."""
+    file_system, path = fsspec.url_to_fs(folder)
+    file_system.invalidate_cache()  # another process has been there
+    names = (name.rpartition("/")[2] for name in file_system.ls(path, detail=False))
+    return sorted(f"{folder}/{name}" for name in names if not name.startswith("."))
 
 
-def intact(file: Path) -> bool:
+def load(file: str) -> Any:
+    """Load a checkpoint as anyone would who has never heard of this library."""
+    with fsspec.open(file) as opened:
+        return torch.load(opened, weights_only=True)
+
+
+def intact(file: str) -> bool:
     """Tell whether *file* is whole, by the checksums inside."""
-    with zipfile.ZipFile(file) as archive:
+    with fsspec.open(file) as opened, zipfile.ZipFile(opened) as archive:
         return archive.testzip() is None
+
+
+def remove(folder: str) -> None:
+    """Remove *folder*."""
+    file_system, path = fsspec.url_to_fs(folder)
+    file_system.rm(path, recursive=True)
 
 
 def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
@@ -430,13 +450,6 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-@contextmanager
-def temporary_directory(parent: Path | None) -> Iterator[Path]:
-    """Yield a fresh directory, gone afterwards."""
-    with tempfile.TemporaryDirectory(dir=parent, prefix="digits-") as name:
-        yield Path(name)
-
-
 def main() -> int:
     """Play the six acts; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -445,28 +458,30 @@ def main() -> int:
     parser.add_argument(
         "--epochs", type=int, default=5, help="epochs of each training, 3 or more (default 5)"
     )
-    parser.add_argument("--directory", type=Path, help="where the checkpoints go (default: a temporary one)")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
-    parser.add_argument("--die", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--store", choices=STORES, default="local", help="what to save to (default local)")
+    parser.add_argument(
+        "--rounds", type=int, help="trainings a contestant in act 6 (default 3, on a server 1)"
+    )
+    parser.add_argument("--directory", type=Path, help="where local ones go (default: a temporary directory)")
+    parser.add_argument("--keep", action="store_true", help="leave local ones there")
+    parser.add_argument("--die", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.epochs < 3:
         parser.error("--epochs must be 3 or more: the run that is killed dies in its third")
 
+    torch.set_num_threads(1)  # who writes has the other cores, as if training were on a GPU
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    if arguments.die:
-        run_that_dies(arguments.directory, arguments.epochs)
+    if arguments.die is not None:
+        run_that_dies(arguments.die, arguments.epochs)
         return 1  # not reached
     if arguments.directory is not None:
         arguments.directory.mkdir(parents=True, exist_ok=True)
+    rounds = arguments.rounds or (3 if arguments.store == "local" else 1)
     begin = perf_counter()
-    if arguments.keep:
-        directory = Path(tempfile.mkdtemp(dir=arguments.directory, prefix="digits-"))
-        failed = play(directory, arguments.epochs)
-        print(f"\nThe checkpoints are in {directory}")
-    else:
-        with temporary_directory(arguments.directory) as directory:
-            failed = play(directory, arguments.epochs)
+    with place(arguments.store, arguments.directory, keep=arguments.keep) as where:
+        print(f"Checkpoints go to {where.root}")
+        failed = play(where, arguments.epochs, rounds)
     seconds = perf_counter() - begin
     print(
         f"\n{'Everything was proven' if not failed else f'{len(failed)} claims FAILED'}, in {seconds:.0f} s."

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from random import Random
 from time import monotonic
 from typing import Any
@@ -22,21 +21,22 @@ from typing import Any
 import torch
 
 from async_ckpt import CheckpointService
+from stress.ground import Ground
 
 __all__ = ["kill_once"]
 
 _FLOATS = 500_000
 _LONGEST_LIFE_SECONDS = 0.5
-_LEFTOVERS = ".async_ckpt.*.tmp"
 
 
-def kill_once(directory: Path, random: Random) -> list[str]:
-    """Let a process save into *directory*, kill it, and return what is wrong with what it left."""
+def kill_once(where: Ground, random: Random) -> list[str]:
+    """Let a process save, kill it, and return what is wrong with what it left."""
+    base = where.fresh()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["async_ckpt"])
     ours, its = context.Pipe(duplex=False)
     with ours:
-        process = context.Process(target=_save_for_ever, args=(directory, its))
+        process = context.Process(target=_save_for_ever, args=(base, dict(where.storage_options), its))
         process.start()
         its.close()
         try:
@@ -45,10 +45,10 @@ def kill_once(directory: Path, random: Random) -> list[str]:
             process.kill()
             process.join()
         said += _words(ours, seconds=0.0)
-    return [*_broken(directory, said), *_unswept(directory)]
+    return [*_broken(where, base, said), *_unswept(where, base, said)]
 
 
-def _save_for_ever(directory: Path, parent: Connection) -> None:
+def _save_for_ever(base: str, storage_options: Mapping[str, Any], parent: Connection) -> None:
     torch.set_num_threads(1)
     sending = threading.Lock()
 
@@ -59,13 +59,15 @@ def _save_for_ever(directory: Path, parent: Connection) -> None:
     def say_durable(step: int) -> Callable[[object], None]:
         return lambda _: say("durable", step)
 
-    with CheckpointService(part_size="256KiB", max_concurrent_saves=2) as service:
+    with CheckpointService(
+        part_size="256KiB", max_concurrent_saves=2, storage_options=storage_options
+    ) as service:
         step = 0
         while True:
-            service.save(_state(step), directory / f"{step}.ckpt").add_done_callback(say_durable(step))
+            service.save(_state(step), f"{base}/{step}.ckpt").add_done_callback(say_durable(step))
             if step >= 2:
                 say("deleting", step - 2)
-                service.remove(directory / f"{step - 2}.ckpt")
+                service.remove(f"{base}/{step - 2}.ckpt")
             step += 1
 
 
@@ -84,28 +86,38 @@ def _words(ours: Connection, *, seconds: float) -> Iterator[tuple[str, int]]:
         return
 
 
-def _broken(directory: Path, said: list[tuple[str, int]]) -> Iterator[str]:
+def _broken(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
     deleting = {step for word, step in said if word == "deleting"}
     durable = {step for word, step in said if word == "durable"}
-    for step in durable - deleting:
-        if not (directory / f"{step}.ckpt").exists():
-            yield f"D1: {step}.ckpt was durable, and is gone"
-    if durable and not any(directory.glob("*.ckpt")):
-        yield "D3: a checkpoint was durable, and there is none"
-    for file in directory.glob("*.ckpt"):
+    there = set()
+    for step in range(_beyond(said)):
         try:
-            state = torch.load(file, weights_only=True)
-            whole = state["step"] == int(file.stem)
-            whole = whole and all(bool((weight == state["step"]).all()) for weight in state["weights"])
+            state = where.state_at(f"{base}/{step}.ckpt")
+            whole = state["step"] == step
+            whole = whole and all(bool((weight == step).all()) for weight in state["weights"])
+        except FileNotFoundError:
+            continue
         except Exception as error:  # torn, whatever it is that torch says of it
-            yield f"D2: {file.name} is torn: {error!r}"
+            yield f"D2: {step}.ckpt is torn: {error!r}"
         else:
             if not whole:
-                yield f"D2: {file.name} holds another state"
+                yield f"D2: {step}.ckpt holds another state"
+        there.add(step)
+    for step in durable - deleting - there:
+        yield f"D1: {step}.ckpt was durable, and is gone"
+    if durable and not there:
+        yield "D3: a checkpoint was durable, and there is none"
 
 
-def _unswept(directory: Path) -> Iterator[str]:
-    with CheckpointService() as service:
-        service.save({}, directory / "next.ckpt").wait()
-    for name in directory.glob(_LEFTOVERS):
-        yield f"D2: {name.name} was not swept"
+def _unswept(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
+    with CheckpointService(storage_options=where.storage_options) as service:
+        service.save({}, f"{base}/next.ckpt").wait()
+        for name in where.leftovers():
+            yield f"D2: {name} was not swept"
+        for step in range(_beyond(said)):
+            service.remove(f"{base}/{step}.ckpt")
+
+
+def _beyond(said: list[tuple[str, int]]) -> int:
+    """Return a step that the process cannot have come to: the queue is not so deep."""
+    return max((step for _, step in said), default=0) + 8

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from random import Random
+from typing import Any
 
 from async_ckpt.service import StoreFactory
 from async_ckpt.stores import open_store
@@ -24,22 +25,25 @@ _ERROR_RATES: dict[Operation, float] = {
     "put": 0.01,
     "commit": 0.04,
     "delete": 0.05,
-    "open": 0.03,
+    "source": 0.03,
+    "read": 0.01,
 }
 _TRANSIENT_PUT_RATE = 0.05
 _DELAY_RATE = 0.1
 _LONGEST_DELAY_SECONDS = 0.02
 
 
-def faulty_stores(random: Random) -> StoreFactory:
+def faulty_stores(random: Random, storage_options: Mapping[str, Any]) -> StoreFactory:
     """Return a factory of real stores with faults around them.
 
     Args:
         random: decides which calls fail or wait.
+        storage_options: what the remote file system is reached with.
     """
 
     def make(location: Location, workers: Workers) -> Store:
-        return FaultyStore(open_store(location, workers=workers), _faults(random))
+        store = open_store(location, workers=workers, storage_options=storage_options)
+        return FaultyStore(store, _faults(random))
 
     return make
 

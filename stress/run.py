@@ -1,6 +1,6 @@
 """Runs workloads under faults and kills processes for some time, and checks what came of it.
 
-``python -m stress.run --seconds 60 --seed 7``. The exit code is 1 if a promise was broken; then the
+``python -m stress.run --seconds 60 --seed 7 --store s3``. The exit code is 1 if a promise was broken; then the
 operations that show it are printed. The seed repeats all choices, though not the threads' timing.
 """
 
@@ -21,12 +21,12 @@ from random import Random, SystemRandom
 from time import monotonic, sleep
 from typing import Any
 
-import fsspec
 import torch
 
 from async_ckpt import CheckpointService, RetryPolicy
 from stress.checker import Violation, check
 from stress.crashpoints import kill_once
+from stress.ground import STORES, Ground, Local, Memory, ground
 from stress.history import ABSENT, History
 from stress.nemesis import faulty_stores
 from stress.workload import Worker, digest, look, look_on, run_together
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of another run")
+    parser.add_argument(
+        "--store", choices=STORES, default="memory", help="beside local files; starts a server"
+    )
     options = parser.parse_args(arguments)
     seed = SystemRandom().getrandbits(32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
@@ -53,33 +56,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("async_ckpt").setLevel(logging.ERROR)  # elsewhere a dropped deletion is worth a warning
     warnings.simplefilter("ignore", RuntimeWarning)  # on_error="warn"
     tally: Counter[str] = Counter()
-    deadline = monotonic() + options.seconds
-    while monotonic() < deadline:
-        random = Random(f"{seed} {tally['rounds']}")
-        tally["rounds"] += 1
-        with tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as directory:
-            broken = [
-                *_history_round(Path(directory), random, tally),
-                *_crash_round(Path(directory), random, tally),
-            ]
-        if broken:
-            tally["failed"] += 1
-            print(f"round {tally['rounds']} of seed {seed}:", *broken, sep="\n", flush=True)
+    with ground(options.store) as remote, tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as state:
+        os.environ["XDG_STATE_HOME"] = state  # the killed processes' journals are nobody else's affair
+        deadline = monotonic() + options.seconds
+        while monotonic() < deadline:
+            random = Random(f"{seed} {tally['rounds']}")
+            tally["rounds"] += 1
+            if broken := _round(remote, random, tally):
+                tally["failed"] += 1
+                print(f"round {tally['rounds']} of seed {seed}:", *broken, sep="\n", flush=True)
     print(", ".join(f"{number} {what}" for what, number in tally.items() if what != "failed"))
     print(f"{tally['rounds'] - tally['failed']} passed, {tally['failed']} failed")
     return 1 if tally["failed"] else 0
 
 
-def _history_round(directory: Path, random: Random, tally: Counter[str]) -> list[Violation | str]:
+def _round(remote: Ground, random: Random, tally: Counter[str]) -> list[Violation | str]:
+    with tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as directory:
+        crashed = Path(directory, "crashed")
+        crashed.mkdir()
+        tally["processes killed"] += 1
+        return [
+            *_history_round(Path(directory), remote, random, tally),
+            *kill_once(
+                Local(crashed) if random.random() < 0.5 or isinstance(remote, Memory) else remote, random
+            ),
+        ]
+
+
+def _history_round(
+    directory: Path, remote: Ground, random: Random, tally: Counter[str]
+) -> list[Violation | str]:
     """Run one workload under one nemesis; return what is wrong."""
     threads, descriptors = set(threading.enumerate()), _descriptors()
     local = [str(directory / name) for name in ("a.ckpt", "b.ckpt", "sub/c.ckpt")]
-    remote = [f"memory:/{directory}/d.ckpt", f"memory:/{directory}/e.ckpt"]
+    there = remote.fresh()
+    away = [f"{there}/d.ckpt", f"{there}/e.ckpt"]
     history = History()
     chosen = _options(random)
-    service = CheckpointService(store_factory=faulty_stores(random), observer=history.observe, **chosen)
+    service = CheckpointService(
+        store_factory=faulty_stores(random, remote.storage_options),
+        storage_options=remote.storage_options,
+        observer=history.observe,
+        **chosen,
+    )
     workers = [
-        Worker(service, local + remote, history, Random(random.getrandbits(64))) for _ in range(_WORKERS)
+        Worker(service, local + away, history, Random(random.getrandbits(64))) for _ in range(_WORKERS)
     ]
     stop = threading.Event()
 
@@ -95,13 +116,13 @@ def _history_round(directory: Path, random: Random, tally: Counter[str]) -> list
         raise raised[0]
     for worker in workers:
         worker.settle()
-    final = {path: look(path) for path in local} | {path: _look_into_memory(path) for path in remote}
+    final = {path: look(path) for path in local} | {url: _look_away(remote, url) for url in away}
     _count(history, tally)
     raises = chosen["on_error"] == "raise"
     found: list[Violation | str] = [
         *check(history, final=final, queue_depth=chosen["queue_depth"], raises=raises)
     ]
-    found += _left(directory, threads, descriptors)
+    found += _left(directory, remote, threads, descriptors)
     return [*found, f"    with {chosen}"] if found else []
 
 
@@ -127,10 +148,9 @@ def _close(service: CheckpointService, history: History) -> None:
         history.tell(error)
 
 
-def _look_into_memory(path: str) -> str:
+def _look_away(remote: Ground, url: str) -> str:
     try:
-        with fsspec.open(path, "rb") as file:
-            return digest(torch.load(file, weights_only=True))
+        return digest(remote.state_at(url))
     except FileNotFoundError:
         return ABSENT
 
@@ -140,22 +160,14 @@ def _count(history: History, tally: Counter[str]) -> None:
         tally[f"{operation.kind}s {operation.outcome}"] += 1
 
 
-def _crash_round(directory: Path, random: Random, tally: Counter[str]) -> Iterator[str]:
-    tally["processes killed"] += 1
-    crashed = directory / "crashed"
-    crashed.mkdir()
-    yield from kill_once(crashed, random)
-
-
 # -- what is left behind
 
 
-def _left(directory: Path, threads: set[threading.Thread], descriptors: int) -> Iterator[str]:
+def _left(directory: Path, remote: Ground, threads: set[threading.Thread], descriptors: int) -> Iterator[str]:
     for path in directory.rglob(".async_ckpt.*"):
         yield f"D2: {path.name} is left behind"
-    for name in fsspec.filesystem("memory").store:
-        if ".async_ckpt." in name or ".previous-" in name:
-            yield f"D2: memory:/{name} is left behind"
+    for name in remote.leftovers():
+        yield f"D2: {name} is left behind"
     deadline = monotonic() + _SETTLE_SECONDS
     while (left := set(threading.enumerate()) - threads) and monotonic() < deadline:
         sleep(0.01)  # a thread that has been joined through its executor may still be on its way out

@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+#: Real object stores as fixtures.
+pytest_plugins = ["tests.servers"]
+
 # dev: quick and new examples each time. ci: the same examples each time, so a red run is red again.
 # nightly: many. Timing is no property of ours to check, so no profile has a deadline.
 settings.register_profile("dev", max_examples=50, deadline=None)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -32,6 +30,8 @@ from async_ckpt.queue import (
     Start,
     Supersede,
 )
+from async_ckpt.retry import RetryPolicy
+from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.local import LocalStore
 from async_ckpt.testing import Fault, FaultyStore, Gate
@@ -195,10 +195,10 @@ class MemoryStore:
     async def exists(self, location: Location) -> bool:
         return location.path in self.files
 
-    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
+    async def source(self, location: Location) -> MemorySource:
         if location.path not in self.files:
             raise FileNotFoundError(location.url)
-        return io.BytesIO(self.files[location.path])
+        return MemorySource(self.files[location.path])
 
     async def aclose(self) -> None:
         return
@@ -209,6 +209,7 @@ class MemoryUpload:
 
     part_size = None
     max_concurrent_parts = None
+    is_paced = False
     swept = ()
 
     def __init__(self, store: MemoryStore, location: Location, nbytes: int) -> None:
@@ -228,12 +229,38 @@ class MemoryUpload:
         return
 
 
+class MemorySource:
+    """Bytes, open for reading.
+
+    Attributes:
+        reads: what was read, in order: ``(start, stop)``.
+    """
+
+    max_concurrent_reads = None
+
+    def __init__(self, data: bytes) -> None:
+        self.nbytes = len(data)
+        self.reads: list[tuple[int, int]] = []
+        self._data = data
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        for target in targets:
+            assert 0 <= start <= self.nbytes - target.nbytes
+            self.reads.append((start, start + target.nbytes))
+            target[:] = self._data[start : start + target.nbytes]
+            start += target.nbytes
+
+    async def aclose(self) -> None:
+        return
+
+
 class Rig:
     """A service whose store has faults and whose events are kept.
 
     Args:
         *faults: what befalls the store.
         memory: keep the files in a dict instead of on disk.
+        real: keep them where their URL says, object stores included.
         **options: of the service.
 
     Attributes:
@@ -241,8 +268,11 @@ class Rig:
         store: the faulty store; there once the service has been used.
     """
 
-    def __init__(self, *faults: Fault, memory: bool = False, **options: Any) -> None:
+    def __init__(self, *faults: Fault, memory: bool = False, real: bool = False, **options: Any) -> None:
         self.events: list[Event] = []
+        # A server that is slow to answer is asked again before the test has lost its patience.
+        retry = RetryPolicy(stall_seconds=PATIENCE_SECONDS / 4)
+        self._real = {"storage_options": options.get("storage_options"), "retry": retry} if real else None
         self.memory = MemoryStore() if memory else None
         self.store = FaultyStore(self.memory or _NoStore(), faults)
         self._faults = faults
@@ -252,7 +282,9 @@ class Rig:
         self.service = CheckpointService(store_factory=self._make, **options)
 
     def _make(self, location: Location, workers: Workers) -> FaultyStore:
-        if self.memory is None:
+        if self._real is not None:
+            self.store = FaultyStore(open_store(location, workers=workers, **self._real), self._faults)
+        elif self.memory is None:
             self.store = FaultyStore(LocalStore(workers=workers, durability="process"), self._faults)
         return self.store
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import pickle
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from async_ckpt.format.archive import Record, find_records
-from async_ckpt.format.checksum import combine, crc32
+from async_ckpt.format.checksum import combine, crc32, crc32_combine
 from async_ckpt.format.recorder import Recorder, Reference, StandIns
 from async_ckpt.snapshot import Snapshot
 
@@ -93,7 +93,9 @@ class Layout:
             self._nbytes += len(segment)
         self._records, self._tail = find_records(self._nbytes, self._read_header)
         self._near = [record.near for record in self._records]
+        self._begins = [record.start for record in self._records]
         self._checksums: dict[str, int] = {}
+        self._sums: dict[int, tuple[int, int]] = {}  # of pieces of records, by their beginning: end, CRC-32
         self._fingerprint = self._find_fingerprint()
 
     @property
@@ -118,6 +120,45 @@ class Layout:
             raise ValueError(f"no bytes {start} to {stop} in a file of {self._nbytes}")
         self._seal(start, stop)
         return self._views(start, stop)
+
+    def crc32(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of the bytes *start* to *stop*, as `read` gives them.
+
+        What is summed up here is not summed up again for the checksum of the record that it belongs to.
+        """
+        pieces = list(self._pieces(start, stop)) if crc32_combine is not None else []
+        for begin, end in pieces:
+            self._sum(begin, end)
+        self._seal(start, stop)
+        value, at = 0, start
+        for begin, end in pieces:
+            value = self._crc32(at, begin, value)
+            assert crc32_combine is not None
+            value, at = crc32_combine(value, self._sum(begin, end), end - begin), end
+        return self._crc32(at, stop, value)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield what lies within the range of each record whose bytes are known before checksums are."""
+        index = max(0, bisect_right(self._begins, start) - 1)
+        for record in self._records[index:]:
+            if record.start >= stop:
+                return
+            begin, end = max(start, record.start), min(stop, record.stop)
+            if begin < end and record is not self._fingerprint:
+                yield begin, end
+
+    def _sum(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of a piece of a record."""
+        end, value = self._sums.get(start, (0, 0))
+        if end != stop:
+            value = self._crc32(start, stop)
+            self._sums[start] = stop, value
+        return value
+
+    def _crc32(self, start: int, stop: int, value: int = 0) -> int:
+        for view in self._views(start, stop):
+            value = crc32(view, value)
+        return value
 
     def _views(self, start: int, stop: int) -> list[memoryview]:
         views = []
@@ -161,9 +202,11 @@ class Layout:
     def _checksum(self, record: Record) -> int:
         checksum = self._checksums.get(record.name)
         if checksum is None:
-            checksum = 0
-            for view in self._views(record.start, record.stop):
-                checksum = crc32(view, checksum)
+            checksum, at = 0, record.start
+            while at < record.stop and at in self._sums and crc32_combine is not None:
+                end, piece = self._sums[at]
+                checksum, at = crc32_combine(checksum, piece, end - at), end
+            checksum = self._crc32(at, record.stop, checksum)
             self._checksums[record.name] = checksum
         return checksum
 

@@ -1,37 +1,236 @@
-"""From a file back to a state: simple and correct, by ``torch.load`` itself."""
+"""From a file back to a state, by ``torch.load`` itself, over a file that is fetched ahead of it.
+
+Guarantees: what comes back is what ``torch.load`` would have returned, or, with *keys*, that part of it; of the
+rest, no more is fetched than the pickle. A damaged file is a ``CorruptCheckpointError``.
+
+What does not belong here: where the file is, who may read it now.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Any, BinaryIO
+import ctypes
+import io
+import logging
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
+from async_ckpt.errors import AsyncCheckpointError, CorruptCheckpointError, StoreError
+from async_ckpt.format.file import CheckpointFile
+from async_ckpt.format.plain import is_plain
+from async_ckpt.format.progress import Progress
+from async_ckpt.format.selection import part_of
+from async_ckpt.format.storages import storages_in
+from async_ckpt.retry import is_transient
+
 __all__ = ["read_checkpoint"]
+
+_log = logging.getLogger("async_ckpt.format")
+
+_BUFFER_BYTES = 1 << 20
+_WORTH_BYTES = 1 << 20
+_ZIP = b"PK\x03\x04"
 
 
 def read_checkpoint(
-    file: BinaryIO | str | os.PathLike[str],
+    open_file: Callable[[Callable[[int], None]], AbstractContextManager[CheckpointFile]],
     *,
+    url: str,
     map_location: Any = None,
     weights_only: bool | None = True,
-    mmap: bool = False,
+    keys: Sequence[str] | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Load a checkpoint.
 
     Args:
-        file: an open, seekable file, or the path of a local one.
+        open_file: makes a file, not started yet, that tells what it is given how many bytes have come.
+        url: for messages.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code from the
             file, so only for files you trust.
-        mmap: map a local file into memory and read tensors when they are used.
+        keys: patterns of the paths to load; ``None`` loads everything.
+        progress: whether to tell how far it is; ``None`` tells on a terminal, when it takes long.
 
     Returns:
         The state.
 
     Raises:
-        ValueError: *mmap* for a file that is not given by its path.
+        FileNotFoundError: there is none.
+        CorruptCheckpointError: the file is damaged.
+        StoreError: it cannot be read.
+        KeyError: a pattern of *keys* matches nothing.
+        Exception: what ``torch.load`` raises for what it refuses.
     """
-    if mmap and not isinstance(file, (str, os.PathLike)):
-        raise ValueError("mmap=True needs the path of a local file")
-    return torch.load(file, map_location=map_location, weights_only=weights_only, mmap=mmap or None)
+    again = False
+    while True:
+        with Progress(progress, url) as shown, open_file(shown.moved) as file:
+            file.start()
+            try:
+                reading = _Reading(file, shown, url, map_location, weights_only)
+                return reading.everything() if keys is None else reading.part(keys)
+            except StoreError as error:
+                # It may have been replaced while we read it; what is there now is what was asked for.
+                if again or isinstance(error, CorruptCheckpointError) or is_transient(error):
+                    raise
+                _log.info("reading %s from its beginning again: %s", url, error)
+        again = True
+
+
+class _Elsewhere(Exception):
+    """A storage does not stay in the memory that torch made for it."""
+
+
+class _Reading:
+    """One attempt."""
+
+    def __init__(
+        self, file: CheckpointFile, shown: Progress, url: str, map_location: Any, weights_only: bool | None
+    ) -> None:
+        self._file = file
+        self._shown = shown
+        self._url = url
+        self._map_location = map_location
+        self._weights_only = weights_only
+
+    def everything(self) -> Any:
+        """Load the state."""
+        self._shown.expect(self._file.nbytes)
+        if self._may_gather():
+            for state in self._gathered():
+                return state
+            _log.info("%s is no archive as torch lays it out: reading it record by record", self._url)
+        self._file.fetch_all_but()
+        return self._load(self._map_location)
+
+    # -- the state first, and then what is in its tensors
+
+    def _may_gather(self) -> bool:
+        """Tell whether it makes no difference to ``torch.load`` if storages are filled only afterwards."""
+        storages = self._file.storages or {}
+        if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
+            return False
+        if callable(self._map_location):  # it may look at what it is given
+            return False
+        self._leave_storages_out()
+        order, pickled = self._file.record("byteorder"), self._file.record("data.pkl")
+        return order in (None, sys.byteorder.encode()) and pickled is not None and is_plain(pickled)
+
+    def _gathered(self) -> Iterator[Any]:
+        """Yield the state; nothing if it cannot be loaded in this way."""
+        found: dict[str, torch.UntypedStorage] = {}
+
+        def keep(storage: torch.UntypedStorage, location: str) -> Any:
+            placed = self._placed(storage, location)
+            if (name := self._file.take_last()) is not None:
+                if placed.data_ptr() != storage.data_ptr():
+                    raise _Elsewhere
+                found[name] = storage
+            return placed
+
+        try:
+            state = self._load(keep)
+        except _Elsewhere:
+            return
+        if self._file.read_storages({name: _memory_of(storage) for name, storage in found.items()}):
+            yield state
+
+    def _leave_storages_out(self) -> None:
+        assert self._file.storages is not None
+        self._file.keep_beginning()
+        self._file.fetch_all_but(self._file.storages.keys())
+
+    # -- a part
+
+    def part(self, keys: Sequence[str]) -> Any:
+        """Load what *keys* names: first the pickle, with nothing in its tensors, then the storages of those chosen."""
+        storages = self._file.storages
+        needed = None if storages is None else self._needed(keys)
+        if storages is None or needed is None:
+            return part_of(self.everything(), keys)
+        self._shown.expect(sum(storages[name].stop - storages[name].start for name in needed))
+        skipped = storages.keys() - needed
+        self._file.fetch_all_but(skipped)
+        return part_of(self._load(self._placing(skipped)), keys)
+
+    def _needed(self, keys: Sequence[str]) -> set[str] | None:
+        """Return the names of the storages that *keys* needs; None if that cannot be told."""
+        self._leave_storages_out()
+        stand_ins: dict[int, tuple[torch.UntypedStorage, str]] = {}
+
+        def stand_in(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            name = self._file.take_last()
+            if name is None:  # empty
+                return storage
+            empty = torch.UntypedStorage(storage.nbytes(), device="meta")
+            stand_ins[empty._cdata] = (empty, name)
+            return empty
+
+        try:
+            skeleton = self._load(stand_in)
+            found = storages_in(part_of(skeleton, keys))
+        except (AsyncCheckpointError, KeyError, pickle.UnpicklingError):
+            raise
+        except Exception as error:
+            _log.info("reading all of %s, as a part of it is not simple: %s", self._url, error)
+            return None
+        return {stand_ins[storage][1] for storage in found if storage in stand_ins}
+
+    def _placing(self, skipped: Any) -> Callable[[Any, str], Any]:
+        """Return a map_location that does what ours does, and lets go of the memory of what is skipped."""
+
+        def place(storage: Any, location: str) -> Any:
+            if self._file.take_last() in skipped:
+                return torch.UntypedStorage(storage.nbytes(), device="meta")
+            return self._placed(storage, location)
+
+        return place
+
+    # -- torch
+
+    def _placed(self, storage: Any, location: str) -> Any:
+        """Do what ``torch.load`` does for our map_location."""
+        wanted = self._map_location
+        if callable(wanted):
+            placed = wanted(storage, location)
+            return (
+                torch.serialization.default_restore_location(storage, location) if placed is None else placed
+            )
+        if isinstance(wanted, dict):
+            location = wanted.get(location, location)
+        elif wanted is not None:
+            location = str(wanted)
+        return torch.serialization.default_restore_location(storage, location)
+
+    def _load(self, map_location: Any) -> Any:
+        """Call torch.load, and say what it does not: that the file is damaged."""
+        file = self._file
+        file.seek(0)
+        is_zip = file.read(len(_ZIP)) == _ZIP
+        file.seek(0)
+        buffered = None if is_zip else io.BufferedReader(file, _BUFFER_BYTES)
+        opened: Any = buffered or file
+        try:
+            return torch.load(opened, map_location=map_location, weights_only=self._weights_only, mmap=False)
+        except Exception as error:
+            if file.error is not None and file.error is not error:
+                raise file.error from error
+            if file.ended_early or (is_zip and not file.has_directory):
+                raise CorruptCheckpointError(
+                    f"{self._url!r} is no whole checkpoint: it ends too early, after {file.nbytes} bytes. "
+                    "Load an earlier one.",
+                    location=self._url,
+                    stage="read",
+                ) from error
+            raise
+        finally:
+            if buffered is not None:
+                buffered.detach()
+
+
+def _memory_of(storage: torch.UntypedStorage) -> memoryview:
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from async_ckpt.errors import UnknownProtocolError
+from async_ckpt.lightning.listings import ListingsForgetter
 from async_ckpt.lightning.registration import register
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
@@ -149,7 +150,9 @@ class AsyncCheckpointIO:
     def service(self) -> CheckpointService:
         """The service behind the plugin; a new one after each teardown."""
         if self._service is None:
-            self._service = CheckpointService(**self._options)
+            # ModelCheckpoint asks fsspec what is there, and fsspec remembers.
+            observer = ListingsForgetter(self._options.get("observer"))
+            self._service = CheckpointService(**{**self._options, "observer": observer})
             self._service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
         return self._service
 

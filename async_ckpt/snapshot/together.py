@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["copy_together"]
+__all__ = ["copy_together", "populate"]
 
 _Piece: TypeAlias = tuple[int, int, int]  # target address, source address, bytes
 
@@ -47,7 +47,7 @@ def copy_together(
         try:
             for target, source, nbytes in pieces:  # a list's iterator: several threads may take from it
                 if fresh:
-                    _populate(target, nbytes)
+                    populate(target, nbytes)
                 ctypes.memmove(target, source, nbytes)
         except BaseException as error:
             errors.append(error)
@@ -93,7 +93,8 @@ def _end(pieces: Iterator[_Piece], threads: Sequence[threading.Thread], errors: 
             errors.append(error)
 
 
-def _populate(address: int, nbytes: int) -> None:
+def populate(address: int, nbytes: int) -> None:
+    """Have the pages of fresh memory made before they are written to, while other threads run."""
     if _madvise is not None:
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(start, address + nbytes - start, _POPULATE_WRITE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.errors import MissingDependencyError, OptionError, UnknownProtocolError
@@ -31,6 +32,11 @@ _EXTRAS = {
     "az": "azure",
     "abfs": "azure",
     "abfss": "azure",
+}
+_NATIVE = {  # by the package that brings the file system
+    "s3fs": ("async_ckpt.stores.s3", "S3Store"),
+    "gcsfs": ("async_ckpt.stores.gcs", "GCSStore"),
+    "adlfs": ("async_ckpt.stores.azure", "AzureStore"),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
 # What pathlib makes of "s3://bucket/…".
@@ -103,6 +109,9 @@ def open_store(
     storage_options: Mapping[str, Any] | None = None,
     durability: Durability = "fsync",
     retry: RetryPolicy | None = None,
+    overwrite: bool = True,
+    part_size: int = 64 << 20,
+    max_concurrent_parts: int = 4,
 ) -> Store:
     """Make the store for *location* and all others of its group.
 
@@ -112,6 +121,9 @@ def open_store(
         storage_options: what the file system is made with.
         durability: of local files.
         retry: how often a request to a remote file system is tried again.
+        overwrite: whether a commit may replace what is there.
+        part_size: bytes a part should have, where the store does not demand otherwise.
+        max_concurrent_parts: requests for data that may be under way at a time.
 
     Returns:
         A store; close it with ``aclose``.
@@ -122,14 +134,32 @@ def open_store(
     if is_local(location):
         from async_ckpt.stores.local import LocalStore
 
-        return LocalStore(workers=workers, durability=durability)
-    from async_ckpt.stores.generic import GenericStore
+        return LocalStore(workers=workers, durability=durability, overwrite=overwrite)
+    from async_ckpt.retry import RetryPolicy
 
+    retry = retry or RetryPolicy()
     scheme = _SCHEME.match(location.url)
     assert scheme is not None, location
     file_system = _file_system_class(scheme[1], location.url)
     options = _file_system_options(file_system, location.url, storage_options)
-    return GenericStore.connect(file_system, options, location, workers=workers, retry=retry)
+    native = _NATIVE.get(file_system.__module__.partition(".")[0])
+    if native is None:  # a class of the user's own behind s3:// is not what ours are written for
+        from async_ckpt.stores.generic import GenericStore
+
+        return GenericStore.connect(
+            file_system, options, location, workers=workers, retry=retry, overwrite=overwrite
+        )
+    module, name = native
+    store: Store = getattr(import_module(module), name)(
+        file_system,
+        options,
+        workers=workers,
+        retry=retry,
+        overwrite=overwrite,
+        part_size=part_size,
+        max_concurrent_parts=max_concurrent_parts,
+    )
+    return store
 
 
 def _text(url: str | os.PathLike[str]) -> str:

@@ -16,11 +16,10 @@ What does not belong here: ordering, retries of whole saves, memory accounting, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
-__all__ = ["Content", "Location", "Part", "Receipt", "Store", "Upload", "Workers"]
+__all__ = ["Content", "Location", "Part", "Receipt", "Source", "Store", "Upload", "Workers"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,6 +74,9 @@ class Content(Protocol):
     def read(self, start: int, stop: int) -> Sequence[memoryview]:
         """Return the bytes *start* to *stop* as a scatter list. Blocks for checksums: call it in a worker."""
 
+    def crc32(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of these bytes. Blocks: call it in a worker, and before ``read``, which it helps."""
+
 
 class Workers(Protocol):
     """A bounded set of threads for what blocks."""
@@ -95,6 +97,10 @@ class Upload(Protocol):
         """Parts that may be put at a time beside the options' bound; 1 means in the order of the file."""
 
     @property
+    def is_paced(self) -> bool:
+        """Whether ``put`` itself keeps to the store's bound on requests: then one more may be got ready meanwhile."""
+
+    @property
     def swept(self) -> tuple[str, ...]:
         """Names of the leftovers of dead processes that ``begin`` removed; mostly empty."""
 
@@ -106,6 +112,32 @@ class Upload(Protocol):
 
     async def abort(self) -> None:
         """Undo everything; errors of the cleaning itself are logged, not raised."""
+
+
+class Source(Protocol):
+    """One file as it was when it was opened; what replaces it later is not seen.
+
+    Where storage cannot hold on to the old bytes, reading on after a replacement raises a ``StoreError``.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file in bytes."""
+
+    @property
+    def max_concurrent_reads(self) -> int | None:
+        """Reads that may be under way beside the caller's own bound; 1 means one by one."""
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        """Fill *targets*, writable bytes, one after the other with what the file holds from *start* on.
+
+        All of it lies within the file.
+
+        Repeats transient failures itself (E3).
+        """
+
+    async def aclose(self) -> None:
+        """Let go of the file."""
 
 
 class Store(Protocol):
@@ -124,8 +156,8 @@ class Store(Protocol):
     async def exists(self, location: Location) -> bool:
         """Tell whether anything is at *location*."""
 
-    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
-        """Open the file for reading: blocking, seekable. Raises FileNotFoundError where there is none."""
+    async def source(self, location: Location) -> Source:
+        """Open the file for reading. Raises FileNotFoundError where there is none."""
 
     async def aclose(self) -> None:
         """Free connections and the like."""

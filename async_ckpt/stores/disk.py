@@ -1,7 +1,7 @@
 """The system calls that the local store makes, as one object, so that tests can let any of them fail.
 
-Guarantees: each method is one step that either happened or raised ``OSError``; ``write`` alone goes
-on after a partial write. No policy: who calls what, and in which order, is ``local.py``'s matter.
+Guarantees: each method is one step that either happened or raised ``OSError``; ``write`` and
+``read`` alone go on after a part of the bytes. No policy: who calls what, and in which order, is ``local.py``'s matter.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Disk:
     def open_existing(self, path: str) -> int:
         """Open a file for a lock."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    def open_to_read(self, path: str) -> int:
+        """Open what *path* leads to for reading, without waiting for the other end of a pipe."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def duplicate(self, fd: int) -> int:
         """Return a second descriptor of the same open file."""
@@ -119,6 +123,16 @@ class Disk:
                 written -= piece.nbytes
         return position - offset
 
+    def read(self, fd: int, target: memoryview, offset: int) -> int:
+        """Fill *target* from *offset* on; return how many bytes there were."""
+        done = 0
+        while done < target.nbytes:
+            count = os.preadv(fd, [target[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Let the kernel begin to write these pages out, so that fsync finds less to do."""
         sync = _libc_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -143,6 +157,10 @@ class Disk:
     def replace(self, source: str, target: str) -> None:
         """Rename *source* over *target*."""
         os.replace(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """Give *source* the name *target* as well, or raise FileExistsError if there is something."""
+        os.link(source, target)
 
     def unlink(self, path: str) -> None:
         """Remove a name."""

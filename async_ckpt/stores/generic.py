@@ -15,14 +15,13 @@ taken the bytes, nothing tells. The writer begins the whole file again; what fol
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import posixpath
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, BinaryIO, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import fsspec.spec
@@ -30,8 +29,10 @@ import fsspec.spec
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.generic_source import HandleSource, RangeSource
 from async_ckpt.stores.leftovers import owner_is_dead, temporary_name
 from async_ckpt.stores.move import Move
+from async_ckpt.stores.target import exists_already
 
 __all__ = ["GenericStore"]
 
@@ -48,12 +49,16 @@ class GenericStore:
         file_system: an fsspec file system.
         workers: where its calls run.
         retrying: how a failed step is tried again.
+        overwrite: whether a commit may replace what is there; looked at when a save begins and before it moves.
     """
 
     repeats_parts = False
 
-    def __init__(self, file_system: Any, *, workers: Workers, retrying: Retrying | None = None) -> None:
+    def __init__(
+        self, file_system: Any, *, workers: Workers, retrying: Retrying | None = None, overwrite: bool = True
+    ) -> None:
         self.file_system = file_system
+        self.overwrite = overwrite
         self._workers = workers
         self._retrying = retrying or Retrying(RetryPolicy())
         # An asynchronous file system brings every call to its own loop; any other may share one
@@ -72,13 +77,16 @@ class GenericStore:
         *,
         workers: Workers,
         retry: RetryPolicy | None = None,
+        overwrite: bool = True,
     ) -> GenericStore:
         """Make the file system too; it is our own, as fsspec's cached ones are shared with anyone."""
         try:
             file_system = file_system_class(**{**options, "skip_instance_cache": True})
         except Exception as error:
             raise StoreError.during("begin", location.url, error, "Check storage_options.") from error
-        return cls(file_system, workers=workers, retrying=Retrying(retry or RetryPolicy()))
+        return cls(
+            file_system, workers=workers, retrying=Retrying(retry or RetryPolicy()), overwrite=overwrite
+        )
 
     async def begin(self, location: Location, nbytes: int) -> GenericUpload:
         """Open a handle for the temporary name; see ``Store.begin``."""
@@ -99,14 +107,16 @@ class GenericStore:
         """Tell whether anything is at *location*."""
         return await self.step(self._exists, location)
 
-    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
+    async def source(self, location: Location) -> HandleSource | RangeSource:
         """Open the file for reading."""
-        with self._turn, translating("read", location):
-            handle = self.file_system.open(location.path, "rb")
-        if isinstance(handle, io.BytesIO):
-            # The memory file system gives every reader the same object, and with it one position.
-            return io.BytesIO(handle.getvalue())
-        return handle  # type: ignore[no-any-return]
+
+        def step(function: Callable[..., Any], /, *args: Any) -> Awaitable[Any]:
+            return self.step(_translated, "read", location, function, *args)
+
+        kind = RangeSource if self.file_system.async_impl else HandleSource
+        source = kind(self.file_system, location, step)
+        await step(source.start)
+        return source
 
     async def aclose(self) -> None:
         """Do nothing: fsspec's file systems free themselves."""
@@ -179,6 +189,7 @@ class GenericUpload:
 
     part_size = None
     max_concurrent_parts = 1
+    is_paced = False
 
     def __init__(self, store: GenericStore, location: Location, nbytes: int) -> None:
         self.swept: tuple[str, ...] = ()
@@ -219,6 +230,7 @@ class GenericUpload:
         with translating("begin", self._location):
             self._throw_away()
             self._fs.invalidate_cache()
+            self._refuse_to_replace("begin")
             self._open()
             if self._fs.isdir(self._location.path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -286,7 +298,15 @@ class GenericUpload:
 
     def _settle(self) -> None:
         with translating("commit", self._location):
+            if not self._move.begun:
+                self._refuse_to_replace("commit")
             self._move.go()
+
+    def _refuse_to_replace(self, stage: str) -> None:
+        if not self._store.overwrite:
+            self._fs.invalidate_cache()
+            if self._fs.exists(self._location.path):
+                raise exists_already(stage, self._location)
 
     def _clean(self) -> None:
         with translating("abort", self._location):
@@ -314,6 +334,11 @@ class GenericUpload:
             handle.closed = True  # or else __del__ sends what there is, and commits
         else:
             handle.close()  # a plain file: all that this completes is the temporary name
+
+
+def _translated(stage: str, location: Location, function: Callable[..., T], /, *args: Any) -> T:
+    with translating(stage, location):
+        return function(*args)
 
 
 @contextmanager

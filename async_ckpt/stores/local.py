@@ -6,6 +6,8 @@ Guarantees, beyond those of every store:
   (D2). A symlink is written through, as ``open`` does; permissions are those that ``open`` gives.
 * ``durability="fsync"``: ``commit`` returns once the file, its name and the directories that lead to it
   would survive the loss of power (D1). ``"process"`` leaves that to the kernel.
+* ``overwrite=False``: the file takes its name by a hard link, which fails if the name is taken. Where there
+  are no hard links, it looks and then renames: of two writers in that instant, the later one wins.
 * A temporary file is locked while its owner lives; whoever gets the lock may sweep it.
 
 When ``commit`` fails, the old file is in place and whole, except where the error says otherwise: if the
@@ -22,8 +24,8 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import BinaryIO, Literal, TypeVar
+from contextlib import contextmanager
+from typing import Literal, TypeVar
 
 import anyio
 
@@ -32,7 +34,8 @@ from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
-from async_ckpt.stores.target import check_local_target, translated
+from async_ckpt.stores.local_source import LocalSource
+from async_ckpt.stores.target import check_local_target, exists_already, translated
 
 __all__ = ["LocalStore", "sync_path"]
 
@@ -40,6 +43,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger("async_ckpt.stores.local")
 
+_NO_HARD_LINKS = frozenset(
+    {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EMLINK}
+)
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 # Another process may remove a directory or a fresh file of ours in the moment before we hold it; that
 # cannot go on for long.
@@ -54,17 +60,24 @@ class LocalStore:
     Args:
         workers: where system calls run.
         durability: ``"fsync"`` or ``"process"``.
+        overwrite: whether a commit may replace what is there.
         disk: the system calls themselves.
     """
 
     repeats_parts = True
 
     def __init__(
-        self, *, workers: Workers, durability: Literal["fsync", "process"] = "fsync", disk: Disk | None = None
+        self,
+        *,
+        workers: Workers,
+        durability: Literal["fsync", "process"] = "fsync",
+        overwrite: bool = True,
+        disk: Disk | None = None,
     ) -> None:
         self._workers = workers
         self._disk = disk or Disk()
         self._fsync = durability == "fsync"
+        self._overwrite = overwrite
         self._directories = Directories(self._disk)
 
     async def begin(self, location: Location, nbytes: int) -> LocalUpload:
@@ -75,6 +88,7 @@ class LocalStore:
             workers=self._workers,
             disk=self._disk,
             fsync=self._fsync,
+            overwrite=self._overwrite,
             directories=self._directories,
         )
         try:
@@ -93,14 +107,17 @@ class LocalStore:
         """Tell whether anything is at *location*."""
         return await self._workers.run(os.path.exists, location.path)
 
-    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
+    async def source(self, location: Location) -> LocalSource:
         """Open the file for reading."""
+        source = LocalSource(
+            location, workers=self._workers, disk=self._disk, max_concurrent_reads=_HALF_OF_THE_CPUS
+        )
         try:
-            return open(location.path, "rb")
-        except FileNotFoundError:
+            await self._workers.run(source.start)
+        except BaseException:
+            source.close()
             raise
-        except OSError as error:
-            raise translated("read", location, error) from error
+        return source
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to free."""
@@ -122,6 +139,7 @@ class LocalUpload:
 
     part_size = None
     max_concurrent_parts = _HALF_OF_THE_CPUS  # the others are for training
+    is_paced = False
 
     def __init__(
         self,
@@ -131,6 +149,7 @@ class LocalUpload:
         workers: Workers,
         disk: Disk,
         fsync: bool,
+        overwrite: bool,
         directories: Directories,
     ) -> None:
         self.swept: tuple[str, ...] = ()
@@ -139,6 +158,7 @@ class LocalUpload:
         self._workers = workers
         self._disk = disk
         self._fsync = fsync
+        self._overwrite = overwrite
         self._directories = directories
         self._target = location.path
         self._directory = os.path.dirname(location.path)
@@ -166,6 +186,8 @@ class LocalUpload:
             self._target = os.path.realpath(self._location.path)
             self._directory = os.path.dirname(self._target)
             earlier = check_local_target(self._location, self._target, self._disk)
+            if earlier is not None and not self._overwrite:  # sooner than after gigabytes
+                raise exists_already("begin", self._location)
             self._create()
             assert self._fd is not None
             if earlier is not None:
@@ -237,7 +259,10 @@ class LocalUpload:
                 # Some file systems (NFS) tell only at a close that the bytes could not be stored. A second
                 # descriptor's does, and the first keeps the lock.
                 self._disk.close(self._disk.duplicate(fd))
-            self._rename(fd, temporary)
+            if self._overwrite:
+                self._rename(fd, temporary)
+            else:
+                self._link(fd, temporary)
             self._made.clear()
             with self._lock:
                 self._temporary = None
@@ -254,6 +279,20 @@ class LocalUpload:
             # A network file system may lose the answer alone: look before claiming either (E3).
             if not self._is_at_target(fd):
                 raise
+
+    def _link(self, fd: int, temporary: str) -> None:
+        """Take the name unless something has it, in one step where the file system has hard links."""
+        try:
+            self._disk.link(temporary, self._target)
+        except OSError as error:
+            if not self._is_at_target(fd):  # it may be, as for the rename (E3)
+                if error.errno == errno.EEXIST or os.path.lexists(self._target):
+                    raise exists_already("commit", self._location) from error
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                self._rename(fd, temporary)
+                return
+        self._quietly(self._disk.unlink, temporary)
 
     def _is_at_target(self, fd: int) -> bool:
         try:

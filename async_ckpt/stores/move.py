@@ -43,6 +43,11 @@ class Move:
         self._earlier: dict[str, Any] | None = None
         self._tried = False
 
+    @property
+    def begun(self) -> bool:
+        """Whether the file may be under its final name already."""
+        return self._tried
+
     def go(self) -> None:
         """Move, or raise with the earlier file still in place."""
         if self._tried and self._has_landed():

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 
-from async_ckpt.errors import StoreError
+from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
 
@@ -75,3 +75,10 @@ def _refusal(location: Location, number: int, advice: str = "") -> StoreError:
 def translated(stage: str, location: Location, error: OSError, advice: str = "") -> StoreError:
     """Return *error* as a StoreError that names the stage, the location and what can be done."""
     return StoreError.during(stage, location.url, error, advice or _ADVICE.get(error.errno or 0, ""))
+
+
+def exists_already(stage: str, location: Location) -> StoreError:
+    """Return the error of a save that would replace a file with ``overwrite=False``."""
+    cause = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    advice = "overwrite=False: remove it first, or save to another name."
+    return CheckpointExistsError.during(stage, location.url, cause, advice)

@@ -14,14 +14,14 @@ bytes outlive the process and the power is not shown here.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
-from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Location, Part, Receipt, Store, Upload, Workers
+from async_ckpt.errors import CheckpointExistsError, StoreError
+from async_ckpt.stores.base import Location, Part, Receipt, Source, Store, Upload, Workers
 from async_ckpt.testing.doubles import BytesContent, ThreadWorkers
 
 __all__ = ["StoreConformance", "StoreRig", "cut"]
@@ -76,15 +76,29 @@ class StoreRig:
 
     async def read(self, name: str) -> bytes | None:
         """Return what is at *name*; None if nothing is."""
+        try:
+            source = await self.store.source(self.locate(name))
+        except FileNotFoundError:
+            return None
+        try:
+            return await read_from(source, 0, source.nbytes)
+        finally:
+            await source.aclose()
 
-        def read() -> bytes | None:
-            try:
-                with self.store.open(self.locate(name)) as file:
-                    return file.read()
-            except FileNotFoundError:
-                return None
 
-        return await self.workers.run(read)
+async def read_from(source: Source, start: int, stop: int) -> bytes:
+    """Return the bytes *start* to *stop* of a file."""
+    data = bytearray(stop - start)
+    await source.read_into(start, memoryview(data))
+    return bytes(data)
+
+
+async def _is_refused(saving: Awaitable[None]) -> None:
+    try:
+        await saving
+    except CheckpointExistsError:
+        return
+    raise AssertionError("a file was replaced")
 
 
 Fact = Callable[[Any, StoreRig], Awaitable[None]]
@@ -108,6 +122,10 @@ class StoreConformance:
     def make_store(self, workers: Workers) -> Store:
         """Return a fresh store."""
         raise NotImplementedError
+
+    def make_careful_store(self, workers: Workers) -> Store | None:
+        """Return a fresh store with ``overwrite=False``; None if there is no such thing."""
+        return None
 
     def locate(self, name: str) -> Location:
         """Return the location of *name* in a place that is empty when a test begins."""
@@ -339,18 +357,76 @@ class StoreConformance:
 
     @_fact
     async def test_reading(self, rig: StoreRig) -> None:
-        """Readers can seek, do not disturb each other, and a missing file is FileNotFoundError."""
-        await rig.save("read.ckpt", _bytes(10_000))
+        """Any range can be read, into one place or two places, in any order and at once where the source takes that."""
+        data = _bytes(300_000)
+        await rig.save("read.ckpt", data)
+        location = rig.locate("read.ckpt")
+        one, other = await rig.store.source(location), await rig.store.source(location)
+        ranges = [(250_000, 300_000), (0, 1), (1, 70_000), (299_999, 300_000), (5_000, 5_000)]
 
-        def read() -> tuple[bytes, bytes]:
-            location = rig.locate("read.ckpt")
-            with rig.store.open(location) as one, rig.store.open(location) as other:
-                one.seek(5_000)
-                other.seek(-10, 2)
-                return one.read(10), other.read()
+        async def read(source: Source, start: int, stop: int) -> None:
+            assert await read_from(source, start, stop) == data[start:stop]
+            first, second = bytearray((stop - start) // 3), bytearray(stop - start - (stop - start) // 3)
+            await source.read_into(start, memoryview(first), memoryview(second))
+            assert first + second == data[start:stop]
 
-        assert await rig.workers.run(read) == (_bytes(10_000)[5_000:5_010], _bytes(10_000)[-10:])
+        try:
+            assert one.nbytes == other.nbytes == len(data)
+            for source in (one, other):
+                if source.max_concurrent_reads == 1:
+                    for start, stop in ranges:
+                        await read(source, start, stop)
+                    continue
+                async with anyio.create_task_group() as group:
+                    for start, stop in ranges:
+                        group.start_soon(read, source, start, stop)
+        finally:
+            await one.aclose()
+            await one.aclose()
+            await other.aclose()
         assert await rig.read("missing.ckpt") is None
+
+    @_fact
+    async def test_a_file_that_is_replaced_while_it_is_read(self, rig: StoreRig) -> None:
+        """A reader goes on with the old bytes, or is told; it never gets the new ones."""
+        old, new = _bytes(200_000, seed=7), _bytes(200_000, seed=8)
+        await rig.save("busy.ckpt", old)
+        source = await rig.store.source(rig.locate("busy.ckpt"))
+        try:
+            assert await read_from(source, 0, 1000) == old[:1000]
+            await rig.save("busy.ckpt", new)
+            try:
+                assert await read_from(source, 150_000, 200_000) == old[150_000:]
+            except StoreError:
+                pass
+        finally:
+            await source.aclose()
+
+    @_fact
+    async def test_overwrite_is_refused_where_it_is_not_wanted(self, rig: StoreRig) -> None:
+        """With ``overwrite=False`` the first file of a name stays, of two at once as well, until it is deleted."""
+        if (careful := self.make_careful_store(rig.workers)) is None:
+            return
+        careful_rig = replace(rig, store=careful)
+        first, second = _bytes(90_000, seed=1), _bytes(90_000, seed=2)
+        location = rig.locate("kept.ckpt")
+        try:
+            uploads = [await careful.begin(location, 90_000) for _ in range(2)]
+            receipts = [
+                await careful_rig.put_all(upload, data, part_bytes=1 << 15)
+                for upload, data in zip(uploads, (first, second), strict=True)
+            ]
+            await uploads[0].commit(receipts[0])
+            await _is_refused(uploads[1].commit(receipts[1]))
+            await uploads[1].abort()
+            assert await rig.read("kept.ckpt") == first
+            await _is_refused(careful_rig.save("kept.ckpt", second))
+            assert await rig.read("kept.ckpt") == first
+            await careful.delete(location)
+            await careful_rig.save("kept.ckpt", second)
+            assert await rig.read("kept.ckpt") == second
+        finally:
+            await careful.aclose()
 
     @_fact
     async def test_cancelled_begin(self, rig: StoreRig) -> None:

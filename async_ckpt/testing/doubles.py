@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -38,6 +39,10 @@ class BytesContent:
         """Return the bytes *start* to *stop* as a scatter list."""
         step = self._piece_bytes
         return [self._view[at : min(at + step, stop)] for at in range(start, stop, step)]
+
+    def crc32(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of these bytes."""
+        return zlib.crc32(self._view[start:stop])
 
 
 class ManualClock:

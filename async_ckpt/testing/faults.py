@@ -12,13 +12,13 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import anyio
 
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Store, Upload
+from async_ckpt.stores.base import Content, Location, Part, Receipt, Source, Store, Upload
 from async_ckpt.stores.disk import Disk
 
 __all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash"]
@@ -26,7 +26,7 @@ __all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "open"]
+Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "source", "read"]
 
 
 def crash() -> NoReturn:
@@ -78,7 +78,7 @@ class Fault:
         calls: the numbers of the calls it befalls, counted from 1; ``None`` is every call.
         error: makes the exception that is raised; an exception class will do.
         delay_seconds: how long the call waits.
-        gate: holds the call until a test opens it; not for ``open``, which blocks.
+        gate: holds the call until a test opens it.
         after: it befalls the call when the real one is done: the answer is lost, not the deed.
     """
 
@@ -146,12 +146,18 @@ class FaultyStore:
         """Tell whether anything is there."""
         return await self.through("exists", self._inner.exists, location)
 
-    def open(self, location: Location) -> AbstractContextManager[BinaryIO]:
-        """Open the file for reading; of a fault, only the error applies."""
-        for fault in self._strike("open"):
-            if fault.error is not None:
-                raise fault.error()
-        return self._inner.open(location)
+    async def source(self, location: Location) -> Source:
+        """Open the file for reading."""
+        struck = self._strike("source")
+        await self._suffer(struck, after=False)
+        source = await self._inner.source(location)
+        try:
+            await self._suffer(struck, after=True)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await source.aclose()
+            raise
+        return _FaultySource(source, self)
 
     async def aclose(self) -> None:
         """Close the real store."""
@@ -205,6 +211,10 @@ class _FaultyUpload:
         return self._inner.max_concurrent_parts
 
     @property
+    def is_paced(self) -> bool:
+        return self._inner.is_paced
+
+    @property
     def swept(self) -> tuple[str, ...]:
         return self._inner.swept
 
@@ -216,6 +226,28 @@ class _FaultyUpload:
 
     async def abort(self) -> None:
         await self._store.through("abort", self._inner.abort)
+
+
+class _FaultySource:
+    """A source around another; the faults and the counting are the store's."""
+
+    def __init__(self, inner: Source, store: FaultyStore) -> None:
+        self._inner = inner
+        self._store = store
+
+    @property
+    def nbytes(self) -> int:
+        return self._inner.nbytes
+
+    @property
+    def max_concurrent_reads(self) -> int | None:
+        return self._inner.max_concurrent_reads
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        await self._store.through("read", self._inner.read_into, start, *targets)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
 
 
 class FaultyDisk(Disk):
@@ -249,7 +281,7 @@ class FaultyDisk(Disk):
                 raise OSError(number, os.strerror(number))
             result = attribute(*args)
             with self._count_lock:
-                self.open_descriptors += name in ("create", "open_existing", "duplicate")
+                self.open_descriptors += name in ("create", "open_existing", "open_to_read", "duplicate")
                 self.open_descriptors -= name == "close"
             if number:
                 raise OSError(number, os.strerror(number))

@@ -38,8 +38,8 @@ class Contestant:
     writes = True
     syncs = True
 
-    def save(self, state: State, path: Path) -> None:
-        """Return once *state* may be changed."""
+    def save(self, state: Any, path: Any) -> None:
+        """Return once *state* may be changed; *path* is local, or a URL where a contestant knows them."""
         raise NotImplementedError
 
     def wait(self) -> None:
@@ -114,16 +114,16 @@ class TorchSave(Contestant):
 
 
 class AsyncCkpt(Contestant):
-    """Ours: ``CheckpointService.save``, every option at its default."""
+    """Ours: ``CheckpointService.save``, every option at its default unless it is given."""
 
     is_background = True
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         from async_ckpt import CheckpointService
 
-        self._service = CheckpointService()
+        self._service = CheckpointService(**options)
 
-    def save(self, state: State, path: Path) -> None:
+    def save(self, state: State, path: Any) -> None:
         self._handle = self._service.save(state, path)
 
     def wait(self) -> None:
@@ -147,7 +147,7 @@ class Lightning(Contestant):
 
         self._plugin = AsyncCheckpointIO(TorchCheckpointIO())
 
-    def save(self, state: State, path: Path) -> None:
+    def save(self, state: State, path: Any) -> None:
         self._plugin.save_checkpoint(state, path)
         worker = self._plugin._executor
         assert worker is not None

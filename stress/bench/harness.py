@@ -71,7 +71,7 @@ class PeakMemory:
         self._baseline = _status_bytes("VmRSS")
 
     def extra_bytes(self) -> int:
-        """Return the rise so far."""
+        """Return the highest rise so far."""
         return _status_bytes("VmHWM") - self._baseline
 
 
@@ -124,19 +124,21 @@ class StepLoop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A value to stay under, and what was measured in each round.
+    """A value to stay under, or to reach, and what was measured in each round.
 
     Attributes:
         name: what is compared.
-        limit: the value not to exceed.
+        limit: the value not to exceed, or to reach.
         values: one a round.
         unit: after the numbers.
+        at_least: whether the limit is to be reached.
     """
 
     name: str
     limit: float
     values: Sequence[float]
     unit: str = "×"
+    at_least: bool = False
 
     @property
     def value(self) -> float:
@@ -145,14 +147,14 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether the median is within the limit."""
-        return self.value <= self.limit
+        """Whether the median is on the right side of the limit."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def row(self) -> list[str]:
         """Return the goal as a row: name, limit, median, range, verdict."""
         return [
             self.name,
-            f"≤ {self.limit:g} {self.unit}",
+            f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}",
             f"{self.value:.2f}",
             f"{min(self.values):.2f} - {max(self.values):.2f}",
             "met" if self.met else "MISSED",
@@ -161,12 +163,12 @@ class Goal:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return an aligned Markdown table."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    widths = [max(3, *(len(row[column]) for row in (header, *rows))) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
         aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         return f"| {' | '.join(aligned)} |"
 
-    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    rule = f"| {' | '.join(['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])} |"
     return os.linesep.join([line(header), rule, *map(line, rows)])

@@ -52,6 +52,10 @@ class TestLocalStore(OnDisk):
         """Return the store under test."""
         return LocalStore(workers=workers)
 
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return LocalStore(workers=workers, overwrite=False)
+
 
 class TestLocalStoreOfTheProcess(OnDisk):
     """The local store that leaves syncing to the kernel."""
@@ -60,6 +64,10 @@ class TestLocalStoreOfTheProcess(OnDisk):
         """Return the store under test."""
         return LocalStore(workers=workers, durability="process")
 
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return LocalStore(workers=workers, overwrite=False, durability="process")
+
 
 class TestFaultyStoreWithoutFaults(OnDisk):
     """The store for tests, as long as nothing befalls it."""
@@ -67,6 +75,10 @@ class TestFaultyStoreWithoutFaults(OnDisk):
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""
         return FaultyStore(LocalStore(workers=workers))
+
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return FaultyStore(LocalStore(workers=workers, overwrite=False))
 
 
 class TestGenericStoreOnMemory(StoreConformance):
@@ -86,6 +98,12 @@ class TestGenericStoreOnMemory(StoreConformance):
         """Return the store under test."""
         return GenericStore(fsspec.filesystem("memory", skip_instance_cache=True), workers=workers)
 
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return GenericStore(
+            fsspec.filesystem("memory", skip_instance_cache=True), workers=workers, overwrite=False
+        )
+
     def locate(self, name: str) -> Location:
         """Return a location in the empty place."""
         return locate(f"memory:/{self.root}/{name}")
@@ -102,6 +120,10 @@ class TestGenericStoreOnFiles(OnDisk):
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""
         return GenericStore(LocalFileSystem(skip_instance_cache=True), workers=workers)
+
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return GenericStore(LocalFileSystem(skip_instance_cache=True), workers=workers, overwrite=False)
 
 
 class TestGenericStoreOnDirectory(OnDisk):
@@ -143,6 +165,10 @@ class TestGenericStoreThatCannotReplace(OnDisk):
         """Return the store under test."""
         return GenericStore(RefusingFileSystem(skip_instance_cache=True), workers=workers)
 
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return GenericStore(RefusingFileSystem(skip_instance_cache=True), workers=workers, overwrite=False)
+
 
 class TestGenericStoreThatSilentlyKeeps(OnDisk):
     """A file system that says nothing when it does not replace a file."""
@@ -150,3 +176,9 @@ class TestGenericStoreThatSilentlyKeeps(OnDisk):
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""
         return GenericStore(SilentlyRefusingFileSystem(skip_instance_cache=True), workers=workers)
+
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return GenericStore(
+            SilentlyRefusingFileSystem(skip_instance_cache=True), workers=workers, overwrite=False
+        )

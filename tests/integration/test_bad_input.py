@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.registry import _registry
 
 from async_ckpt import (
     CheckpointService,
@@ -129,6 +130,7 @@ def test_a_package_that_is_not_installed(
 ) -> None:
     """Where the file system's package is missing, every call says which extra brings it."""
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, protocol, raising=False)  # where another test has used it
     before = set(os.listdir(directory))
     with Rig() as rig:
         arguments = [state(1)] if call == "save" else []

@@ -77,4 +77,6 @@ def a_plugin() -> AsyncCheckpointIO:
 def loading(url: str) -> None:
     """A state is loaded without a service."""
     state = load(url, map_location="cpu", weights_only=True)
+    load(url, keys="state_dict.*", progress=True, storage_options={"anon": True})
+    load(url, keys=["state_dict.encoder.*", "epoch"], progress=None)
     assert_type(state, Any)

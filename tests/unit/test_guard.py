@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,10 @@ def _run(folder: Path, body: str) -> str:
         str(folder),
         str(folder),
     ]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60).stdout
+    environment = {**os.environ, "PYTHONPATH": str(CONFTEST.parents[1])}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    ).stdout
 
 
 @pytest.mark.parametrize("what", LEAVES)

@@ -71,13 +71,13 @@ def test_delays_and_other_operations(tmp_path: Path, workers: ThreadWorkers) -> 
     location = locate(tmp_path / "x")
     store.add(Fault(operation="delete", error=PermissionError))
     store.add(Fault(operation="exists", error=PermissionError))
-    store.add(Fault(operation="open", error=PermissionError))
+    store.add(Fault(operation="source", error=PermissionError))
     with pytest.raises(PermissionError):
         anyio.run(store.delete, location)
     with pytest.raises(PermissionError):
         anyio.run(store.exists, location)
     with pytest.raises(PermissionError):
-        store.open(location)
+        anyio.run(store.source, location)
 
 
 def test_a_gate_holds_until_it_is_opened(tmp_path: Path, workers: ThreadWorkers) -> None:

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from async_ckpt.errors import AsyncCheckpointError
-from async_ckpt.format import Layout, lay_out, read_checkpoint
+from async_ckpt.format import Layout, lay_out
 from async_ckpt.format.archive import find_records
 from async_ckpt.snapshot import HostBuffer, Snapshot, SnapshotStorage, capture
 from async_ckpt.snapshot.entries import TensorEntry
@@ -50,17 +51,11 @@ def test_torch_loads_the_file_in_all_its_ways(take: Take, whole: Whole, tmp_path
     path = tmp_path / "file.ckpt"
     path.write_bytes(whole(lay_out(take(state))))
     torch.testing.assert_close(torch.load(path, weights_only=True), state)
-    torch.testing.assert_close(read_checkpoint(path, mmap=True), state)
+    torch.testing.assert_close(torch.load(path, mmap=True), state)
     with path.open("rb") as file:
-        torch.testing.assert_close(read_checkpoint(file, weights_only=False), state)
-    moved = read_checkpoint(str(path), map_location="meta")
+        torch.testing.assert_close(torch.load(file, weights_only=False), state)
+    moved = torch.load(str(path), map_location="meta")
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
-
-
-def test_mapping_needs_a_path() -> None:
-    """A stream cannot be mapped into memory, and the reader says so."""
-    with pytest.raises(ValueError, match="path"):
-        read_checkpoint(io.BytesIO(), mmap=True)
 
 
 def test_parts_read_at_once_are_right(take: Take, saved: Saved) -> None:
@@ -80,6 +75,48 @@ def test_parts_read_at_once_are_right(take: Take, saved: Saved) -> None:
                 starts,
             )
             assert b"".join(parts) == expected
+
+
+def test_checksums_of_parts_are_those_of_their_bytes(take: Take, saved: Saved) -> None:
+    """However the file is cut, and by however many threads, each part has the CRC-32 of its bytes (E3)."""
+    state = {str(index): torch.randn(7 + 100 * index) for index in range(60)}
+    expected = saved(state)
+    snapshot = take(state)
+    with ThreadPoolExecutor(8) as threads:
+        for step in (2999, 10_000, 1 << 20):
+            layout = lay_out(snapshot)
+            parts = [(at, min(at + step, layout.nbytes)) for at in range(0, layout.nbytes, step)]
+            sums = threads.map(lambda part, layout=layout: layout.crc32(*part), parts)
+            assert list(sums) == [zlib.crc32(expected[start:stop]) for start, stop in parts]
+            assert b"".join(layout.read(0, layout.nbytes)) == expected
+
+
+class _Watched:
+    """A snapshot that counts how often a storage is read."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.reads = 0
+        self._snapshot = snapshot
+
+    def view(self, storage: int) -> memoryview:
+        self.reads += 1
+        return self._snapshot.view(storage)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._snapshot, name)
+
+
+def test_bytes_are_summed_up_once(take: Take) -> None:
+    """The checksum of a part and that of its records are one pass over the bytes."""
+    snapshot = _Watched(take({"a": torch.randn(30_000), "b": torch.randn(30_000)}))
+    layout = lay_out(snapshot)  # type: ignore[arg-type]
+    half = layout.nbytes // 2 // 4096 * 4096
+    snapshot.reads = 0
+    layout.crc32(0, half)
+    layout.crc32(half, layout.nbytes)
+    assert snapshot.reads == 3  # one of the two storages lies on both sides of the cut
+    layout.read(0, layout.nbytes)
+    assert snapshot.reads == 5
 
 
 def test_a_part_may_be_read_again(take: Take) -> None:

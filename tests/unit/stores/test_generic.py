@@ -414,7 +414,7 @@ def test_errors_of_reading(workers: ThreadWorkers) -> None:
     """Whatever else goes wrong when a file is opened is a StoreError of the stage "read"."""
     store = generic(Unsteady({"open rb": [ValueError("what?")]}, x=OLD), workers)
     with pytest.raises(StoreError, match="what") as caught:
-        store.open(TARGET)
+        anyio.run(store.source, TARGET)
     assert caught.value.stage == "read"
 
 

@@ -1,0 +1,134 @@
+"""The central directory of a zip archive, which tells what is where. Pure.
+
+Guarantees: nothing is assumed beyond the zip format, with zip64. What is not understood is an error of the
+kinds in `NOT_UNDERSTOOD`, never a wrong answer.
+
+What does not belong here: what torch puts into archives (`archive`), reading (`file`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["LOCAL_HEADER", "NOT_UNDERSTOOD", "Entry", "data_start", "find_directory", "list_entries"]
+
+NOT_UNDERSTOOD = (ValueError, struct.error, IndexError)
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_SATURATED = 0xFFFFFFFF
+_ZIP64_EXTRA = 0x0001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What the directory says of one record.
+
+    Attributes:
+        name: as in the archive.
+        flags: the zip format's general purpose flags.
+        method: how it is compressed; 0 is not at all.
+        checksum: its CRC-32.
+        nbytes: its length.
+        packed_nbytes: its length in the archive.
+        header: where its local header begins.
+        at: where the entry itself begins in the directory.
+    """
+
+    name: str
+    flags: int
+    method: int
+    checksum: int
+    nbytes: int
+    packed_nbytes: int
+    header: int
+    at: int
+
+
+def find_directory(tail: bytes | memoryview, nbytes: int) -> tuple[int, int]:
+    """Find the directory of an archive of *nbytes* bytes, given its last ones.
+
+    Args:
+        tail: the last bytes of the archive, however many.
+        nbytes: length of the archive.
+
+    Returns:
+        Where the directory begins and where it ends.
+
+    Raises:
+        ValueError: there is none, or more of the tail is needed to find it.
+    """
+    tail = bytes(tail[-(_END.size + 0xFFFF + _END64.size + _END64_LOCATOR.size) :])  # the longest comment
+    base = nbytes - len(tail)
+    at = tail.rfind(b"PK\x05\x06")
+    _expect(at >= 0, "no end of central directory")
+    *_, size, offset, _ = _END.unpack_from(tail, at)
+    if _SATURATED in (size, offset):
+        at -= _END64_LOCATOR.size
+        _expect(at >= 0, "no zip64 locator")
+        magic, _, where, _ = _END64_LOCATOR.unpack_from(tail, at)
+        _expect(magic == b"PK\x06\x07" and where >= base, "no zip64 locator")
+        magic, *_, size, offset = _END64.unpack_from(tail, where - base)
+        _expect(magic == b"PK\x06\x06", "no zip64 end of central directory")
+    _expect(offset + size <= nbytes, "the central directory is not within the file")
+    return offset, offset + size
+
+
+def list_entries(directory: bytes | memoryview) -> Iterator[Entry]:
+    """Return the entries of a directory, in its order.
+
+    Raises:
+        ValueError, struct.error: it is no directory.
+    """
+    at = 0
+    while at < len(directory):
+        fields = _CENTRAL.unpack_from(directory, at)
+        name_length, extra_length, comment_length = fields[10:13]
+        _expect(fields[0] == b"PK\x01\x02", "a record has no header")
+        name_start = at + _CENTRAL.size
+        name_stop = name_start + name_length
+        nbytes, packed, header = fields[9], fields[8], fields[16]
+        if _SATURATED in (nbytes, packed, header):
+            nbytes, packed, header = _wide(
+                nbytes, packed, header, directory[name_stop : name_stop + extra_length]
+            )
+        yield Entry(
+            name=bytes(directory[name_start:name_stop]).decode(),
+            flags=fields[3],
+            method=fields[4],
+            checksum=fields[7],
+            nbytes=nbytes,
+            packed_nbytes=packed,
+            header=header,
+            at=at,
+        )
+        at = name_stop + extra_length + comment_length
+
+
+def data_start(header: int, local_header: bytes | memoryview) -> int:
+    """Tell where the bytes of a record begin whose local header, at *header*, was read."""
+    magic, *_, name_length, extra_length = LOCAL_HEADER.unpack(local_header)
+    _expect(magic == b"PK\x03\x04", "no local header")
+    return header + LOCAL_HEADER.size + int(name_length) + int(extra_length)
+
+
+def _wide(nbytes: int, packed: int, header: int, extra: bytes | memoryview) -> tuple[int, int, int]:
+    """Replace the values that do not fit 32 bits by those of the zip64 extra field."""
+    values = [nbytes, packed, header]
+    while extra:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == _ZIP64_EXTRA:
+            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+            values = [next(wide, value) if value == _SATURATED else value for value in values]
+        extra = extra[4 + length :]
+    return values[0], values[1], values[2]
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)

@@ -1,0 +1,452 @@
+"""A checkpoint that is being fetched, as the file that ``torch.load`` reads on the caller's thread.
+
+Guarantees: every byte is that of the file, and every record that is read whole has the checksum which the file
+gives for it. Nothing is fetched into torch's memory any more once a read has returned or raised, whatever
+interrupted it. Where the records are is learned from the end of the file; a file that is no such archive is
+read all the same.
+
+What does not belong here: what is fetched when (`readahead`), what is made of the bytes (`reader`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
+from async_ckpt.format.checksum import crc32
+from async_ckpt.format.direct import Wanted, plan_ranges
+from async_ckpt.format.directory import (
+    LOCAL_HEADER,
+    NOT_UNDERSTOOD,
+    Entry,
+    data_start,
+    find_directory,
+    list_entries,
+)
+from async_ckpt.format.readahead import CHUNK_BYTES, DIRECT_BYTES, ReadAhead
+from async_ckpt.snapshot.together import populate
+
+__all__ = ["CheckpointFile", "Loop"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TAIL_BYTES = 64 << 10
+_LEAD_BYTES = 4 << 10
+_MANY_BYTES = 256 << 10
+_SMALL_FILE_BYTES = 256 << 10  # read at once
+
+LONGEST_BYTES = 32 << 20
+"""Length of the reads that go straight into the memory of storages, where there is much to read."""
+
+
+class Loop(Protocol):
+    """The thread on which everything awaits; see ``runtime.Runtime``."""
+
+    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have *function* called there and wait for what it returns or raises; calls keep their order."""
+
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run the coroutine *function* there, after what was called before; return at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """A record that holds a tensor's storage.
+
+    Attributes:
+        name: as in the archive.
+        start: where its local header begins.
+        stop: where what comes after it in the file begins.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+class CheckpointFile(io.RawIOBase):
+    """The file; close it on every path.
+
+    Args:
+        ahead: what fetches it.
+        loop: where that runs.
+        url: for messages.
+        is_near: the file answers at once, so that it is not worth a copy to have large storages come early.
+        moved: told, on the caller's thread, how many bytes have come.
+
+    Attributes:
+        nbytes: length of the file.
+        error: what ended the reading; torch may hide it behind an error of its own.
+        ended_early: more was asked for than there is.
+        has_directory: it ends as an archive does.
+        storages: the records of storages by name, in the order in which they are probably read; None where the
+            file is no archive of stored records.
+    """
+
+    def __init__(
+        self,
+        ahead: ReadAhead,
+        *,
+        loop: Loop,
+        url: str,
+        is_near: bool = False,
+        moved: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self.error: BaseException | None = None
+        self.ended_early = False
+        self.has_directory = False
+        self.storages: dict[str, Storage] | None = None
+        self._ahead = ahead
+        self._loop = loop
+        self._url = url
+        self._is_near = is_near
+        self._moved = moved
+        self._position = 0
+        self._running = False
+        self._near: list[tuple[int, int, memoryview]] = []  # what was fetched last; changes with every fetch
+        self._kept: list[tuple[int, int, memoryview]] = []
+        self._kept_to = 0  # of the beginning
+        self._kept_from = 0  # of the end
+        self._headers: dict[int, Entry] = {}
+        self._records: dict[int, Entry] = {}  # by where their bytes begin, once their header was read
+        self._skipped: Collection[str] = ()
+        self._last: str | None = None
+
+    # -- for the reader
+
+    def start(self) -> None:
+        """Open the file and learn what is where.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: it cannot be read.
+        """
+        with self._failing():
+            self._running = True
+            self._loop.spawn(self._ahead.run)
+            self.nbytes = self._ahead.opened.result()
+            self._read_directory()
+
+    def fetch_all_but(self, skipped: Collection[str] = ()) -> None:
+        """Fetch from now on what will be read, and leave the memory for these storages as it is."""
+        with self._failing():
+            self._skipped = skipped
+            self._records.clear()
+            self._near = []
+            self._loop.call(
+                self._ahead.follow,
+                [(max(start, self._kept_to), min(stop, self._kept_from)) for start, stop in self._script()],
+            )
+
+    def keep_beginning(self) -> None:
+        """Fetch once and keep what stands before the first storage: the pickle, above all."""
+        assert self.storages is not None
+        with self._failing():
+            stop = min((place.start for place in self.storages.values()), default=0)
+            if 0 < stop <= self._kept_from:
+                self._kept.append((0, stop, self._fetch(0, stop)))
+                self._kept_to = stop
+
+    def record(self, name: str) -> bytes | None:
+        """Return what is in the record of that name, whatever the archive's own name before it; None without one."""
+        entry = next((each for each in self._headers.values() if each.name.partition("/")[2] == name), None)
+        if entry is None:
+            return None
+        self.seek(entry.header)
+        self.seek(data_start(entry.header, self.read(LOCAL_HEADER.size)))
+        return self.read(entry.nbytes)
+
+    def read_storages(self, targets: Mapping[str, memoryview]) -> bool:
+        """Read storages straight into memory, in large ranges, several at a time.
+
+        Args:
+            targets: for each storage, the memory that it fills. It must not go away before this returns.
+
+        Returns:
+            False where the archive is laid out otherwise than torch does it: then nothing is known of the memory.
+
+        Raises:
+            CorruptCheckpointError: a storage has not the checksum that the file gives for it.
+            StoreError: it cannot be read.
+        """
+        with self._failing():
+            entries = {entry.name: entry for entry in self._headers.values()}
+            wanted = [Wanted(entry=entries[name], target=target) for name, target in targets.items()]
+            share = sum(target.nbytes for target in targets.values()) // (2 * self._ahead.readers)
+            longest_bytes = min(max(share, CHUNK_BYTES), LONGEST_BYTES)
+            ranges = plan_ranges(wanted, longest_bytes=longest_bytes)
+            pieces = self._loop.call(self._ahead.gather, [(each.start, each.targets) for each in ranges])
+            for target in targets.values():  # else the loop thread would, page by page, as the bytes come
+                populate(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
+            as_expected = True
+            for piece, each in zip(pieces, ranges, strict=True):
+                piece.arrived.result()
+                self._moved(each.nbytes)
+                as_expected = as_expected and each.note()
+            if as_expected:
+                for record in wanted:
+                    self._compare(record.entry, record.checksum)
+            return as_expected
+
+    def take_last(self) -> str | None:
+        """Return the name of the storage that was read since this was last called."""
+        last, self._last = self._last, None
+        return last
+
+    def end(self, reason: BaseException) -> None:
+        """End the fetching, from any thread; the next read raises *reason*. Returns once nothing is under way."""
+        interruption: BaseException | None = None
+        while self._running:
+            # Not to be left by any exception: what is under way writes to memory that torch will free.
+            try:
+                if self._loop.call(self._ahead.stop, reason):
+                    self._ahead.ended.result()
+                self._running = False
+            except ServiceClosedError:  # the loop has ended, and everything on it
+                self._running = False
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+    def close(self) -> None:
+        """End the fetching."""
+        if not self.closed:
+            self.end(ServiceClosedError("the file has been closed"))
+            self._near.clear()
+            self._kept.clear()
+        super().close()
+
+    # -- for torch
+
+    def readable(self) -> bool:
+        """Tell that it is."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it is."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        if whence == os.SEEK_CUR:
+            offset += self._position
+        elif whence == os.SEEK_END:
+            offset += self.nbytes
+        self._position = max(0, offset)
+        return self._position
+
+    def read(self, nbytes: int = -1, /) -> bytes:
+        """Return up to *nbytes* bytes; raises what ended the reading, now or before."""
+        if self.error is not None:
+            raise self.error
+        left = max(0, self.nbytes - self._position)
+        data = bytearray(left if nbytes is None or nbytes < 0 else min(nbytes, left))
+        self.readinto(data)
+        if self.error is not None:
+            raise self.error
+        self.ended_early = self.ended_early or (nbytes or 0) > left
+        return bytes(data)
+
+    def readinto(self, target: Any, /) -> int:
+        """Fill *target* as far as the file goes, or return 0 and let `read` raise what went wrong.
+
+        Torch calls `read` when this returns 0, and while an exception is pending when this raises.
+        """
+        view = memoryview(target).cast("B")
+        start = self._position
+        count = min(view.nbytes, self.nbytes - start)
+        if self.error is not None:
+            return 0
+        if count <= 0:
+            self.ended_early = self.ended_early or view.nbytes > 0
+            return 0
+        try:
+            self._fill(start, view[:count])
+        except BaseException as error:
+            self._give_up(error)
+            return 0
+        self._position = start + count
+        return count
+
+    # -- the reading
+
+    def _fill(self, start: int, view: memoryview) -> None:
+        record = self._records.get(start)
+        if record is not None and record.nbytes == view.nbytes:
+            if record.name in self._skipped:
+                self._last = record.name
+                return
+            checksum = 0
+            for begin, end in self._arrivals(start, view):
+                self._moved(end - begin)
+                checksum = crc32(view[begin:end], checksum)
+            self._compare(record, checksum)
+            if self.storages is not None and record.name in self.storages:
+                self._last = record.name
+            return
+        header = self._headers.get(start) if view.nbytes == LOCAL_HEADER.size else None
+        if header is not None and header.name in self._skipped:
+            # One that says no more than where the bytes would be, if there were neither padding nor extra fields.
+            LOCAL_HEADER.pack_into(view, 0, b"PK\x03\x04", *[0] * 8, len(header.name.encode()), 0)
+        else:
+            for begin, end in self._arrivals(start, view):
+                self._moved(end - begin)
+        if header is not None:
+            with suppress(*NOT_UNDERSTOOD):
+                self._records[data_start(start, view)] = header
+
+    def _compare(self, record: Entry, checksum: int) -> None:
+        if record.checksum not in (checksum, 0):  # torch writes 0 where its user wants no checksums
+            raise CorruptCheckpointError(
+                f"{self._url!r} is corrupt: its record {record.name!r} has the checksum {checksum:#010x} "
+                f"instead of {record.checksum:#010x}. Load an earlier checkpoint.",
+                location=self._url,
+                stage="read",
+            )
+
+    def _arrivals(self, start: int, view: memoryview) -> Iterator[tuple[int, int]]:
+        """Fill *view*, and yield what has come of it, piece by piece, in order."""
+        stop = start + view.nbytes
+        for begin, end, memory in (*self._near, *self._kept):
+            if begin <= start and stop <= end:
+                view[:] = memory[start - begin : stop - begin]
+                yield 0, view.nbytes
+                return
+        cut = min(stop, self._kept_from) if start < self._kept_from else stop
+        self._near = []
+        pieces = self._loop.call(self._ahead.want, start, view[: cut - start])
+        at = start
+        for piece in pieces:
+            piece.arrived.result()
+            end = min(piece.stop, cut)
+            if piece.in_window:
+                _copy(view[at - start : end - start], piece.memory[at - piece.start : end - piece.start])
+            yield at - start, end - start
+            at = end
+        self._near = [(piece.start, piece.stop, piece.memory) for piece in pieces if piece.in_window]
+        if cut < stop:
+            _, _, tail = self._kept[0]
+            view[cut - start :] = tail[: stop - cut]
+            yield cut - start, view.nbytes
+
+    def _fetch(self, start: int, stop: int) -> memoryview:
+        data = memoryview(bytearray(stop - start))
+        for _ in self._arrivals(start, data):
+            pass
+        return data
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """End the fetching when the body raises."""
+        try:
+            yield
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        self.error = error
+        try:
+            self.end(error)
+        except BaseException as interruption:
+            self.error = interruption
+
+    # -- the directory
+
+    def _read_directory(self) -> None:
+        """Fetch the end of the file, and find the records if it is an archive."""
+        self._kept_from = self.nbytes
+        tail_bytes = self.nbytes if self.nbytes <= _SMALL_FILE_BYTES else _TAIL_BYTES
+        tail = self._fetch(self.nbytes - tail_bytes, self.nbytes)
+        try:
+            start, stop = find_directory(tail, self.nbytes)
+            missing = self.nbytes - tail.nbytes - start
+            if missing > 0:  # and the records that stand before the directory and are read first
+                begin = max(0, start - _LEAD_BYTES)
+                tail = memoryview(bytes(self._fetch(begin, start + missing)) + bytes(tail))
+            first = self.nbytes - tail.nbytes
+            self.has_directory = True
+            entries = list(list_entries(tail[start - first : stop - first]))
+            if all(entry.method == 0 for entry in entries):
+                self._note(entries, start)
+        except NOT_UNDERSTOOD:
+            pass
+        self._kept_from = self.nbytes - tail.nbytes
+        self._kept = [(self._kept_from, self.nbytes, tail)]
+
+    def _note(self, entries: list[Entry], stop: int) -> None:
+        self._headers = {entry.header: entry for entry in entries}
+        ends = {}
+        for entry in sorted(entries, key=lambda entry: entry.header, reverse=True):
+            ends[entry.name] = stop
+            stop = entry.header
+        found = [entry for entry in entries if _number(entry.name) is not None]
+        # Older torch writes storages in the order of their numbers as text, and reads them in that of the numbers.
+        found.sort(key=lambda entry: _number(entry.name) or 0)
+        self.storages = {
+            entry.name: Storage(name=entry.name, start=entry.header, stop=ends[entry.name]) for entry in found
+        }
+
+    def _script(self) -> list[tuple[int, int]]:
+        """Return what will be read, in order: what is no storage, and then storages by their numbers."""
+        if self.storages is None:
+            return [(0, self.nbytes)]
+        others = []
+        at = 0
+        for place in sorted(self.storages.values(), key=lambda place: place.start):
+            others.append((at, place.start))
+            at = place.stop
+        head, *rest = [*others, (at, self.nbytes)]
+        largest = DIRECT_BYTES if self._is_near else self.nbytes
+        early = [
+            (place.start, place.stop)
+            for name, place in self.storages.items()
+            if name not in self._skipped and place.stop - place.start <= largest
+        ]
+        return _joined([head, *early, *rest])
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes; many of them without holding up the loop's thread, which needs the GIL."""
+    if target.nbytes < _MANY_BYTES:
+        target[:] = source
+        return
+    byte = ctypes.c_char
+    ctypes.memmove(
+        ctypes.addressof(byte.from_buffer(target)), ctypes.addressof(byte.from_buffer(source)), target.nbytes
+    )
+
+
+def _number(name: str) -> int | None:
+    """Return the number of the storage that a record is of, if it is one."""
+    way = name.split("/")
+    return int(way[2]) if len(way) == 3 and way[1] == "data" and way[2].isdecimal() else None
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges that follow each other, or nearly so: a small gap costs less than a request."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if start >= stop:
+            continue
+        if joined:
+            before, end = joined[-1]
+            if 0 <= start - end <= max(1024, (end - before) // 8):
+                joined[-1] = (before, stop)
+                continue
+        joined.append((start, stop))
+    return joined

@@ -1,0 +1,127 @@
+"""How far a load has come, told on a terminal or in the log.
+
+Guarantees: a load that nobody waits long for tells nothing, unless it was asked to; telling costs next to
+nothing. Without tqdm there are lines in the log instead of a bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from time import monotonic
+from types import TracebackType
+from typing import Any, TextIO
+
+__all__ = ["Progress"]
+
+_log = logging.getLogger("async_ckpt.load")
+
+_SHORT_SECONDS = 2.0
+_BETWEEN_TELLINGS_SECONDS = 0.2
+_BETWEEN_LINES_SECONDS = 10.0
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+class Progress:
+    """The progress of one load.
+
+    Args:
+        wanted: True tells always, False never, None on a terminal once the load takes long.
+        url: what is loaded.
+        clock: returns a monotonic time in seconds.
+        stream: where a bar is drawn; standard error.
+    """
+
+    def __init__(
+        self,
+        wanted: bool | None,
+        url: str,
+        *,
+        clock: Callable[[], float] = monotonic,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._tells = wanted or (wanted is None and _is_watched(self._stream))
+        self._asked = bool(wanted)
+        self._url = url
+        self._clock = clock
+        self._done = 0
+        self._total = 0
+        self._began = self._told = clock()
+        self._bar: Any = None
+
+    def expect(self, nbytes: int) -> None:
+        """Be told how many bytes there will be."""
+        self._total = nbytes
+
+    def moved(self, nbytes: int) -> None:
+        """Be told that so many more have come."""
+        self._done += nbytes
+        if self._tells and self._clock() - self._told >= _BETWEEN_TELLINGS_SECONDS:
+            self._tell()
+
+    def _tell(self) -> None:
+        now = self._clock()
+        if not self._asked and now - self._began < _SHORT_SECONDS:
+            return
+        bar = self._bar if self._bar is not None else self._open_bar()
+        if bar:
+            self._told = now
+            bar.update(self._done - bar.n)
+        elif self._asked and now - self._told >= _BETWEEN_LINES_SECONDS:
+            self._told = now
+            self._log_line(now)
+
+    def _open_bar(self) -> Any:
+        try:
+            tqdm = import_module("tqdm").tqdm
+        except ImportError:
+            self._bar = False
+            return False
+        self._bar = tqdm(
+            desc=self._url.rstrip("/").rpartition("/")[2],
+            total=self._total,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            leave=self._asked,
+            file=self._stream,
+        )
+        self._bar.start_t -= self._clock() - self._began  # it has been going on for some time
+        return self._bar
+
+    def _log_line(self, now: float) -> None:
+        rate = self._done / max(now - self._began, 1e-9)
+        left = max(0, self._total - self._done) / max(rate, 1e-9)
+        _log.info(
+            "loading %s: %d of %d MiB, %.0f MiB/s, %.0f s left",
+            self._url,
+            self._done >> 20,
+            self._total >> 20,
+            rate / (1 << 20),
+            left,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._asked and kind is None:
+            bar = self._bar if self._bar is not None else self._open_bar()
+            if bar:
+                bar.update(max(0, self._done - bar.n))
+            else:
+                self._log_line(self._clock())
+        if self._bar:
+            self._bar.close()
+
+
+def _is_watched(stream: TextIO | None) -> bool:
+    """Tell whether somebody sees *stream*, and only one process of several writes to it."""
+    first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
+    return first and stream is not None and stream.isatty()

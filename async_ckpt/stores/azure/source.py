@@ -1,0 +1,103 @@
+"""A blob that is open for reading: ranges of one version of it, straight to where they are wanted.
+
+Guarantees: every range is of the blob as it was found, by its ETag; what has arrived before a failure is not asked
+for again (E3).
+
+The client's own download holds a range twice before it gives it out. This sends the same request through the same
+pipeline, and takes the answer from the connection piece by piece.
+"""
+
+from __future__ import annotations
+
+import errno
+from http import HTTPStatus
+from typing import Any
+
+from azure.core.exceptions import HttpResponseError
+from azure.core.pipeline.transport import HttpRequest
+
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.requests import Requests, patience
+from async_ckpt.stores.scatter import Scatter
+
+__all__ = ["AzureSource"]
+
+
+class AzureSource:
+    """One version of one blob; see ``stores.base.Source``.
+
+    Args:
+        service: the client of the account.
+        url: of the blob.
+        location: the same, for messages.
+        requests: makes the requests.
+        nbytes: length of the blob.
+        etag: of the version to read.
+        version: which one, where an older one is meant.
+    """
+
+    max_concurrent_reads: int | None = None
+
+    def __init__(
+        self,
+        service: Any,
+        url: str,
+        location: Location,
+        *,
+        requests: Requests,
+        nbytes: int,
+        etag: str,
+        version: str | None,
+    ) -> None:
+        self.nbytes = nbytes
+        self._service = service
+        self._url = url
+        self._location = location
+        self._requests = requests
+        self._headers = {"If-Match": etag, "x-ms-version": service.api_version}
+        self._query = {} if version is None else {"versionid": version}
+        self._closed = False
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        """Fill *targets* from the blob."""
+        scatter = Scatter(targets)
+
+        async def go_on() -> None:
+            first = start + scatter.done
+            with self._requests.translating("read", self._location):
+                if self._closed:
+                    raise OSError(errno.EBADF, "the file has been closed")
+                with patience(self._requests.stall_seconds) as moved:
+                    answer = await self._ask(first, first + scatter.left)
+                    try:
+                        while piece := await answer.content.readany():
+                            moved()
+                            scatter.take(piece)
+                    finally:
+                        answer.close()  # at its end it has given its connection back already
+                if scatter.left:
+                    raise ConnectionResetError(errno.ECONNRESET, "the answer ended early")
+
+        if scatter.left:
+            await self._requests.again(go_on)
+
+    async def aclose(self) -> None:
+        """Refuse further reads; there is nothing to free."""
+        self._closed = True
+
+    async def _ask(self, start: int, stop: int) -> Any:
+        """Ask for a range; return aiohttp's answer, of which nothing has been read."""
+        request = HttpRequest(
+            "GET", self._url, headers={**self._headers, "x-ms-range": f"bytes={start}-{stop - 1}"}
+        )
+        request.format_parameters(self._query)
+        response = (await self._service._pipeline.run(request, stream=True)).http_response
+        if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+            return response.internal_response
+        try:
+            await response.load_body()
+            if response.status_code == HTTPStatus.PRECONDITION_FAILED:
+                raise OSError(errno.ESTALE, "it was replaced while it was read")
+            raise HttpResponseError(response=response)
+        finally:
+            response.internal_response.close()

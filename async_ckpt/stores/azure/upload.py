@@ -1,0 +1,145 @@
+"""One block blob on its way: blocks in any order, and then the list of them.
+
+Guarantees:
+
+* The blocks' ids are this upload's own, so that two writers of one name never mix theirs.
+* Where the answer to the commit was lost, the blob is looked at, which carries a token of the upload: a failure is
+  claimed only of what is not there, and a success only of what is (E3).
+* Whoever commits a name drops what others have staged for it. What was dropped is staged again.
+
+What does not belong here: whether the name may be written at all (`azure`).
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from azure.core import MatchConditions
+from azure.core.exceptions import ResourceNotFoundError
+from azure.storage.blob import BlobBlock
+
+from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
+from async_ckpt.stores.azure.errors import code_of
+from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.payload import PartPayload
+from async_ckpt.stores.requests import Pace, Requests, patience
+
+__all__ = ["AzureUpload"]
+
+_TOKEN = "async_ckpt"  # the name of the token in the blob's metadata
+_MAX_STAGINGS = 3
+
+
+class AzureUpload:
+    """One blob on its way; made by ``AzureStore.begin``. See ``stores.base.Upload``."""
+
+    max_concurrent_parts = None
+    is_paced = True
+    swept = ()
+
+    def __init__(
+        self,
+        blob: Any,
+        location: Location,
+        nbytes: int,
+        *,
+        part_size: int,
+        overwrite: bool,
+        requests: Requests,
+        pace: Pace,
+        workers: Workers,
+    ) -> None:
+        self.part_size = part_size
+        self._blob = blob
+        self._location = location
+        self._nbytes = nbytes
+        self._overwrite = overwrite
+        self._requests = requests
+        self._pace = pace
+        self._workers = workers
+        self._token = secrets.token_hex(16)
+        self._staged: dict[int, tuple[Part, Content]] = {}
+        self._ended = False
+
+    async def put(self, part: Part, content: Content) -> Receipt:
+        """Stage one block, in one attempt."""
+        self._refuse_if_ended("write")
+        if part.nbytes:  # Azure has no empty blocks; an empty blob is an empty list
+            pieces = await self._workers.run(content.read, part.start, part.stop)
+            async with self._pace.turn():
+                with (
+                    self._requests.translating("write", self._location),
+                    patience(self._requests.stall_seconds) as moved,
+                ):
+                    body = PartPayload(pieces, moved=moved)
+                    await self._blob.stage_block(self._block_id(part.index), body, length=part.nbytes)
+            self._staged[part.index] = (part, content)
+        return Receipt(index=part.index)
+
+    async def commit(self, receipts: Sequence[Receipt]) -> None:
+        """Make the staged blocks the blob."""
+        self._refuse_if_ended("commit")
+        indices = sorted({receipt.index for receipt in receipts} & self._staged.keys())
+        if sum(self._staged[index][0].nbytes for index in indices) != self._nbytes:
+            raise self._error("commit", OSError(errno.EINVAL, "not every byte was put"))
+        for staging in range(1, _MAX_STAGINGS + 1):
+            try:
+                await self._requests.again(self._settle, indices)
+                break
+            except StoreError as error:
+                if code_of(error) != "InvalidBlockList" or staging == _MAX_STAGINGS:
+                    raise
+            for index in indices:
+                await self._requests.again(self.put, *self._staged[index])
+        self._end()
+
+    async def abort(self) -> None:
+        """Let the staged blocks expire: Azure has no way to drop them that leaves a committed blob alone."""
+        self._end()
+
+    async def _settle(self, indices: Sequence[int]) -> None:
+        """Commit; what failed in a way that leaves open what became of it is looked at (E3)."""
+        try:
+            await self._requests.once("commit", self._location, self._commit, indices)
+        except (TransientStoreError, CheckpointExistsError) as error:
+            if not await self._is_there(error):
+                raise
+
+    async def _commit(self, indices: Sequence[int]) -> None:
+        blocks = [BlobBlock(self._block_id(index)) for index in indices]
+        condition = {} if self._overwrite else {"match_condition": MatchConditions.IfMissing}
+        metadata = {_TOKEN: self._token, "is_directory": "false"}  # the latter is what adlfs writes
+        await self._blob.commit_block_list(blocks, metadata=metadata, **condition)
+
+    async def _is_there(self, doubt: StoreError) -> bool:
+        """Tell whether the blob is the one that this upload committed."""
+
+        async def look() -> bool:
+            try:
+                found = await self._blob.get_blob_properties()
+            except ResourceNotFoundError:
+                return False
+            return bool((found.metadata or {}).get(_TOKEN) == self._token)
+
+        try:
+            return await self._requests.step("commit", self._location, look)
+        except StoreError as error:
+            advice = f"Whether it took effect is not known, for the blob could not be looked at: {error}"
+            raise StoreError.during("commit", self._location.url, doubt, advice) from doubt
+
+    def _block_id(self, index: int) -> str:
+        return f"{self._token}{index:05d}"  # ids of one blob must have one length
+
+    def _end(self) -> None:
+        self._ended = True
+        self._staged.clear()  # with it, the snapshot
+
+    def _refuse_if_ended(self, stage: str) -> None:
+        if self._ended:
+            raise self._error(stage, OSError(errno.EINVAL, "the upload has ended"))
+
+    def _error(self, stage: str, cause: OSError) -> StoreError:
+        return StoreError.during(stage, self._location.url, cause)

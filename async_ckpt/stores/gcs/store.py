@@ -1,0 +1,248 @@
+"""Checkpoints on Google Cloud Storage, by gcsfs's session and credentials.
+
+Guarantees, beyond those of every store: a save is one resumable upload, which becomes visible with its last
+request; ``overwrite=False`` is checked by the server as it does (``ifGenerationMatch=0``); reading stays with
+the generation it began with.
+
+What does not belong here: the upload (`upload`, `session`), requests (`client`), what errors mean
+(`errors`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import anyio
+
+from async_ckpt.errors import CheckpointExistsError, StoreError
+from async_ckpt.retry import RetryPolicy
+from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.gcs.client import Client, Target
+from async_ckpt.stores.gcs.errors import EXISTS, Refusal, explain, refused_with
+from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
+from async_ckpt.stores.gcs.source import GCSSource
+from async_ckpt.stores.gcs.upload import ResumableUpload
+from async_ckpt.stores.requests import Pace, Requests
+from async_ckpt.stores.sizes import fitting_part_size
+
+__all__ = ["GCSStore"]
+
+_MAX_OBJECT_BYTES = 5 << 40
+_DELETIONS_AT_A_TIME = 8
+
+_log = logging.getLogger("async_ckpt.stores.gcs")
+
+
+class GCSStore:
+    """The store of ``gs://`` and ``gcs://``.
+
+    Args:
+        file_system_class: gcsfs's; its plain file system is used, whichever it is.
+        options: what the file system is made with.
+        workers: where what blocks runs.
+        retry: how often a request is tried again.
+        overwrite: whether a commit may replace what is there.
+        part_size: bytes a request should carry; rounded up to a multiple of 256 KiB.
+        max_concurrent_parts: requests for data that may be under way at a time, over all files.
+    """
+
+    repeats_parts = True
+
+    def __init__(
+        self,
+        file_system_class: Any,
+        options: Mapping[str, Any],
+        *,
+        workers: Workers,
+        retry: RetryPolicy | None = None,
+        overwrite: bool = True,
+        part_size: int = 64 << 20,
+        max_concurrent_parts: int = 4,
+    ) -> None:
+        self._workers = workers
+        self._overwrite = overwrite
+        self._part_size = part_size
+        self._client = Client(options, workers)
+        self._requests = Requests(explain, retry or RetryPolicy())
+        self._pace = Pace(max_concurrent_parts)
+
+    async def begin(self, location: Location, nbytes: int) -> ResumableUpload:
+        """Begin a resumable upload; see ``Store.begin``."""
+        target = await self._target("begin", location)
+        if target.generation is not None:
+            raise _error(
+                "begin", location, errno.EINVAL, "the URL names one generation; nobody can save to it"
+            )
+        if nbytes > _MAX_OBJECT_BYTES:
+            raise _error("begin", location, errno.EFBIG, f"{nbytes} bytes are more than an object can have")
+        await self._look_before(location, target)
+        upload = ResumableUpload(
+            location,
+            target,
+            nbytes,
+            part_size=fitting_part_size(
+                nbytes,
+                self._part_size,
+                least=CHUNK_MULTIPLE,
+                most=_MAX_OBJECT_BYTES,
+                max_parts=_MAX_OBJECT_BYTES,  # there is no such limit
+                multiple_of=CHUNK_MULTIPLE,
+            ),
+            overwrite=self._overwrite,
+            client=self._client,
+            requests=self._requests,
+            pace=self._pace,
+            workers=self._workers,
+        )
+        try:
+            await upload.start()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await upload.abort()
+            raise
+        return upload
+
+    async def delete(self, location: Location) -> None:
+        """Delete an object; where there is none, all whose names begin with this one and a slash."""
+        target = await self._target("delete", location)
+        if await self._describe("delete", location, target) is not None:
+            await self._requests.step("delete", location, self._delete, target)
+            return
+        page: str | None = None
+        while True:
+            keys, page = await self._children("delete", location, target, page=page)
+            await self._delete_all(location, [replace(target, key=key) for key in keys])
+            if page is None:
+                return
+
+    async def exists(self, location: Location) -> bool:
+        """Tell whether there is such an object, or one below it."""
+        target = await self._target("look at", location)
+        if await self._describe("look at", location, target) is not None:
+            return True
+        return bool((await self._children("look at", location, target, limit=1))[0])
+
+    async def source(self, location: Location) -> GCSSource:
+        """Open an object for reading."""
+        target = await self._target("read", location)
+        description = await self._describe("read", location, target)
+        if description is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.url)
+        return GCSSource(
+            location,
+            replace(target, generation=str(description["generation"])),
+            int(description["size"]),
+            client=self._client,
+            requests=self._requests,
+            pace=self._pace,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _target(self, stage: str, location: Location) -> Target:
+        """Return the object that *location* names, having connected."""
+        target = await self._requests.again(self._connect, stage, location)
+        if not target.key.strip("/"):
+            raise _error(stage, location, errno.EISDIR, "it names a bucket, not a checkpoint in it")
+        if stage == "begin" and target.key.endswith("/"):
+            raise _error(stage, location, errno.EISDIR, os.strerror(errno.EISDIR))
+        return replace(target, key=target.key.rstrip("/"))
+
+    async def _connect(self, stage: str, location: Location) -> Target:
+        # Not timed: looking for credentials may take its time, and cannot be broken off.
+        with self._requests.translating(stage, location):
+            return await self._client.target(location.path)
+
+    async def _look_before(self, location: Location, target: Target) -> None:
+        """Refuse, before anything is sent, what could only fail later."""
+        try:
+            if (await self._children("begin", location, target, limit=1, missing_ok=False))[0]:
+                raise _error("begin", location, errno.EISDIR, os.strerror(errno.EISDIR))
+            if not self._overwrite and await self._describe("begin", location, target) is not None:
+                reason = OSError(EXISTS)
+                raise CheckpointExistsError.during("begin", location.url, reason)
+        except StoreError as error:
+            if not refused_with(error, {403}):  # who may create an object need not be allowed to look
+                raise
+            _log.debug("did not look at %s before saving: %s", location.url, error)
+
+    async def _describe(self, stage: str, location: Location, target: Target) -> dict[str, Any] | None:
+        """Return the object's description; None if there is no such object."""
+        params = {"generation": target.generation}
+        try:
+            answer = await self._requests.step(
+                stage, location, self._client.call, "GET", target.path, params=params
+            )
+        except FileNotFoundError:
+            return None
+        except StoreError as error:
+            if refused_with(error, {404}):
+                return None
+            raise
+        return answer.json()
+
+    async def _children(
+        self,
+        stage: str,
+        location: Location,
+        target: Target,
+        *,
+        page: str | None = None,
+        limit: int = 1000,
+        missing_ok: bool = True,
+    ) -> tuple[list[str], str | None]:
+        """Return a page of the objects below *target*, and what names the next page."""
+        params = {
+            "prefix": f"{target.key}/",
+            "maxResults": limit,
+            "pageToken": page,
+            "fields": "items/name,nextPageToken",
+        }
+        try:
+            answer = await self._requests.step(
+                stage, location, self._client.call, "GET", target.bucket_path, params=params
+            )
+        except StoreError as error:
+            if missing_ok and refused_with(error, {404}):
+                return [], None
+            raise
+        found = answer.json()
+        return [item["name"] for item in found.get("items", ())], found.get("nextPageToken")
+
+    async def _delete(self, target: Target) -> None:
+        try:
+            await self._client.call("DELETE", target.path, params={"generation": target.generation})
+        except Refusal as error:
+            if error.status != 404:
+                raise
+
+    async def _delete_all(self, location: Location, targets: list[Target]) -> None:
+        """Delete several objects, some at a time; the first error ends the others and is raised as it is."""
+        errors: list[Exception] = []
+        remaining = iter(targets)
+
+        async def delete_some() -> None:
+            for target in remaining:
+                try:
+                    await self._requests.step("delete", location, self._delete, target)
+                except Exception as error:
+                    errors.append(error)
+                    group.cancel_scope.cancel()
+                    return
+
+        async with anyio.create_task_group() as group:
+            for _ in range(min(len(targets), _DELETIONS_AT_A_TIME)):
+                group.start_soon(delete_some)
+        if errors:
+            raise errors[0]
+
+
+def _error(stage: str, location: Location, number: int, reason: str) -> StoreError:
+    return StoreError.during(stage, location.url, OSError(number, reason))

@@ -1,0 +1,236 @@
+"""One file on its way to Google Cloud Storage: a resumable upload.
+
+Guarantees, beyond those of every store:
+
+* The last bytes, at most 256 KiB of them, go with ``commit``: until then the server cannot end the upload (D2).
+* The server is told the file's CRC-32C with the last bytes, and refuses other ones; what it says it has
+  stored is compared as well.
+* Where the answer to the last bytes was lost, the session is asked, or the object itself, whether they
+  arrived: it carries a token of this upload's (E3).
+
+What does not belong here: the session and what the server holds (`session`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
+from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.checksums import as_text, crc32c
+from async_ckpt.stores.gcs.client import CONTINUE, Answer, Client, Target
+from async_ckpt.stores.gcs.errors import Refusal, refused_with
+from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE, LOST, ResumableSession
+from async_ckpt.stores.requests import Pace, Requests
+
+__all__ = ["TOKEN_KEY", "ResumableUpload"]
+
+_log = logging.getLogger("async_ckpt.stores.gcs")
+
+#: The custom metadata by which an object tells which upload it came from.
+TOKEN_KEY = "async_ckpt-upload"
+
+_OTHER_BYTES = re.compile("crc32c|hash|checksum", re.IGNORECASE)
+
+
+class ResumableUpload:
+    """One resumable upload; made by ``GCSStore.begin``.
+
+    Args:
+        location: for messages.
+        target: the object.
+        nbytes: length of the file.
+        part_size: bytes a part has.
+        overwrite: whether the object may be there already.
+        client: makes the requests.
+        requests: times and repeats them.
+        pace: bounds how many carry data.
+        workers: where what blocks runs.
+    """
+
+    is_paced = False
+    max_concurrent_parts = 1  # the server takes a session's bytes in order
+    swept: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        location: Location,
+        target: Target,
+        nbytes: int,
+        *,
+        part_size: int,
+        overwrite: bool,
+        client: Client,
+        requests: Requests,
+        pace: Pace,
+        workers: Workers,
+    ) -> None:
+        assert part_size % CHUNK_MULTIPLE == 0, part_size
+        self.part_size = part_size
+        self._location = location
+        self._target = target
+        self._nbytes = nbytes
+        self._client = client
+        self._requests = requests
+        self._workers = workers
+        self._token = secrets.token_hex(16)
+        self._session = ResumableSession(
+            location,
+            target,
+            nbytes,
+            metadata={TOKEN_KEY: self._token},
+            overwrite=overwrite,
+            client=client,
+            requests=requests,
+            pace=pace,
+        )
+        self._content: Content | None = None
+        self._put = 0  # bytes of the parts that are through
+        self._checksum = 0  # CRC-32C of the first so many bytes:
+        self._summed = 0
+        self._last_sent = False  # the last bytes have been sent, so the object may be there
+        self._ended = False
+
+    async def start(self) -> None:
+        """Begin a session. Whoever calls this must abort if it raises."""
+        await self._requests.again(self._session.open, "begin")
+
+    async def put(self, part: Part, content: Content) -> Receipt:
+        """Send one part, of the last one only what need not wait for the commit."""
+        self._check(not self._ended, "write", "the upload has ended")
+        self._check(part.start == self._put, "write", "parts must be put once, and in order")
+        is_last = part.stop == self._nbytes
+        self._check(is_last or part.stop % CHUNK_MULTIPLE == 0, "write", "a part is no multiple of 256 KiB")
+        self._content = content
+        await self._send_until(self._withheld_from() if is_last else part.stop, "write")
+        self._put = part.stop
+        return Receipt(index=part.index)
+
+    async def commit(self, receipts: Sequence[Receipt]) -> None:
+        """Send the last bytes, with which the object comes to be."""
+        self._check(not self._ended, "commit", "the upload has ended")
+        complete = self._content is not None and self._put == self._nbytes
+        self._check(complete, "commit", "not every byte was put")
+        try:
+            await self._requests.again(self._finish)
+        except CheckpointExistsError:
+            if await self._stored_object() is None:
+                raise
+        self._ended = True
+
+    async def abort(self) -> None:
+        """Cancel the session."""
+        ended, self._ended = self._ended, True
+        if ended:
+            return
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._session.cancel()
+            except Exception as error:
+                _log.warning("%s; Google ends the upload in a week, and nothing shows until then", error)
+
+    # -- sending
+
+    async def _send_until(self, goal: int, stage: str) -> None:
+        """Have the server hold the first *goal* bytes at least: one attempt, however many requests."""
+        if (early := await self._session.ask(stage)) is not None:
+            await self._verify(early)  # it raises, as bytes are missing
+        await self._session.open(stage)
+        while self._session.held < goal:
+            start = self._session.held
+            stop = min(goal, start + self.part_size)
+            if start < self._summed:  # sent again: no further than that, for each byte is summed once
+                stop = min(stop, self._summed)
+            pieces = await self._workers.run(self._read, start, stop)
+            answer = await self._session.send(pieces, start, stop, stage, {})
+            self._session.note(answer, start + 1, stop, stage)
+
+    def _read(self, start: int, stop: int) -> Sequence[memoryview]:
+        """Return bytes, and sum them if they are new; blocks."""
+        assert self._content is not None
+        pieces = self._content.read(start, stop)
+        if stop > self._summed:
+            self._checksum = crc32c(pieces, self._checksum)
+            self._summed = stop
+        return pieces
+
+    def _withheld_from(self) -> int:
+        """Return where the bytes begin that only the commit sends."""
+        return max(0, self._nbytes - 1) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
+
+    # -- the end
+
+    async def _finish(self) -> None:
+        """Have the object come to be: one attempt, which first looks whether an earlier one succeeded."""
+        if self._last_sent:
+            answer = await self._session.ask("commit")
+            if answer is None and not self._session.is_open:
+                answer = await self._stored_object()
+                self._last_sent = False
+            if answer is not None:
+                return await self._verify(answer)
+        await self._send_until(self._withheld_from(), "commit")
+        start, stop = self._session.held, self._nbytes
+        pieces = await self._workers.run(self._read, start, stop)
+        self._last_sent = True
+        try:
+            headers = {"X-Goog-Hash": f"crc32c={as_text(self._checksum)}"}
+            answer = await self._session.send(pieces, start, stop, "commit", headers)
+        except StoreError as error:
+            if refused_with(error, {400}) and _OTHER_BYTES.search(str(error.__cause__)):
+                raise self._anew("other bytes arrived than were sent") from error
+            if refused_with(error, LOST):
+                raise self._anew("the server has lost the upload") from error
+            raise
+        if answer.status == CONTINUE:
+            self._session.note(answer, start, stop, "commit")
+            reason = OSError("the server did not take the last bytes")
+            raise TransientStoreError.during("commit", self._location.url, reason)
+        return await self._verify(answer)
+
+    async def _verify(self, answer: Answer) -> None:
+        """Compare what was stored; take it away again if it is not what was sent."""
+        stored: dict[str, Any] = answer.json() if answer.body else {}
+        sent = {"size": str(self._nbytes), "crc32c": as_text(self._checksum)}
+        if all(stored.get(name, value) == value for name, value in sent.items()):
+            return
+        _log.warning("%s: other bytes were stored than were sent; deleting them", self._location.url)
+        await self._requests.step("commit", self._location, self._delete_generation, stored["generation"])
+        raise self._anew("other bytes were stored than were sent")
+
+    async def _stored_object(self) -> Answer | None:
+        """Return the object's description if it came from this upload."""
+        try:
+            answer = await self._requests.step(
+                "commit", self._location, self._client.call, "GET", self._target.path
+            )
+        except StoreError as error:
+            if refused_with(error, {404}):
+                return None
+            raise
+        return answer if (answer.json().get("metadata") or {}).get(TOKEN_KEY) == self._token else None
+
+    async def _delete_generation(self, generation: str) -> None:
+        try:
+            await self._client.call("DELETE", self._target.path, params={"ifGenerationMatch": generation})
+        except Refusal as error:
+            if error.status not in (404, 412):  # gone, or replaced by a better one
+                raise
+
+    # -- errors
+
+    def _anew(self, reason: str) -> StoreError:
+        """Return the error that has the next attempt begin a new session."""
+        self._last_sent = False
+        return self._session.broken("commit", reason)
+
+    def _check(self, holds: bool, stage: str, reason: str) -> None:
+        if not holds:
+            raise StoreError.during(stage, self._location.url, OSError(errno.EINVAL, reason))

@@ -1,0 +1,157 @@
+"""The connection to S3: a file system of s3fs, made with the user's own settings, on the loop that uses it.
+
+Guarantees: whatever s3fs takes settings from (storage_options, fsspec's configuration, the environment, AWS
+profiles) counts here too; a request is made once, as repeating is the store's affair (E3); expired credentials
+are read afresh where they can be; ``aclose`` leaves no connection behind.
+
+What does not belong here: which requests there are.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+import botocore.config
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Workers
+from async_ckpt.stores.s3.errors import is_expired
+
+__all__ = ["Connection", "with_our_settings"]
+
+_log = logging.getLogger("async_ckpt.stores.s3")
+
+_CONNECT_SECONDS = 10.0
+_CONNECTIONS_BESIDE_PARTS = 28  # for reading and small requests
+
+
+def with_our_settings(config: dict[str, Any], *, stall_seconds: float, parts: int) -> dict[str, Any]:
+    """Return what botocore is configured with: *config*, the user's, and ours where the user's is silent.
+
+    Args:
+        config: ``config_kwargs`` as s3fs takes them.
+        stall_seconds: how long to wait for the next byte of an answer.
+        parts: how many parts may be under way.
+
+    Returns:
+        A new dictionary. The number of attempts and the least number of connections are ours in any case.
+    """
+    defaults: dict[str, Any] = {
+        # We send a checksum of our own; a hash of every body costs ten times as much.
+        "s3": {"payload_signing_enabled": False},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "connect_timeout": min(_CONNECT_SECONDS, stall_seconds),
+        "read_timeout": stall_seconds,
+    }
+    known = botocore.config.Config.OPTION_DEFAULTS  # checksums came with botocore 1.36
+    merged = {name: value for name, value in defaults.items() if name in known}
+    merged |= config
+    merged["s3"] = {**defaults["s3"], **(config.get("s3") or {})}
+    merged["max_pool_connections"] = max(
+        config.get("max_pool_connections") or 0, parts + _CONNECTIONS_BESIDE_PARTS
+    )
+    mode = {key: value for key, value in (config.get("retries") or {}).items() if key == "mode"}
+    merged["retries"] = {**mode, "total_max_attempts": 1}
+    return merged
+
+
+class Connection:
+    """Requests to one S3 with one set of storage options.
+
+    Args:
+        file_system_class: s3fs's, or one derived from it.
+        options: what it is made with.
+        workers: where it is made, as that reads files.
+        stall_seconds: how long to wait for the next byte of an answer.
+        parts: how many parts may be under way.
+        slowed: tells whether S3 has asked for fewer requests of late.
+    """
+
+    def __init__(
+        self,
+        file_system_class: Any,
+        options: dict[str, Any],
+        *,
+        workers: Workers,
+        stall_seconds: float,
+        parts: int,
+        slowed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._slowed = slowed
+        self._class = file_system_class
+        self._options = options
+        self._workers = workers
+        self._stall_seconds = stall_seconds
+        self._parts = parts
+        self._lock = anyio.Lock()
+        self._file_system: Any = None
+        self._closing = AsyncExitStack()
+
+    async def call(self, operation: str, **arguments: Any) -> Any:
+        """Make one request; what s3fs's ``s3_additional_kwargs`` says for it is added.
+
+        Args:
+            operation: botocore's name for it, such as ``"put_object"``.
+            **arguments: its parameters.
+
+        Returns:
+            botocore's answer.
+        """
+        file_system = await self.file_system()
+        client = await file_system.get_s3(arguments.get("Bucket"))
+        method = getattr(client, operation)
+        allowed = file_system._get_s3_method_kwargs(method, **arguments)
+        if "IfNoneMatch" in arguments and "IfNoneMatch" not in allowed:
+            raise StoreError("overwrite=False needs a newer botocore; upgrade s3fs and aiobotocore")
+        try:
+            return await method(**allowed)
+        except Exception as error:
+            if is_expired(error) and not (file_system.key or file_system.token):
+                self._forget(file_system)
+            raise
+
+    async def file_system(self) -> Any:
+        """Return the file system; the first time, make and connect it."""
+        async with self._lock:
+            if self._file_system is None:
+                file_system = await self._workers.run(self._make)
+                client = await file_system.set_session()
+                self._closing.push_async_callback(file_system._s3creator.__aexit__, None, None, None)
+                client.meta.events.register("before-send.s3.UploadPart", self._expect_nothing)
+                self._file_system = file_system
+            return self._file_system
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        self._file_system = None
+        with anyio.CancelScope(shield=True):
+            await self._closing.aclose()
+
+    def _make(self) -> Any:
+        # Not on its loop=, which would have it close itself at any time: its own calls are not used.
+        own = {"asynchronous": True, "skip_instance_cache": True}
+        file_system = self._class(**{**copy.copy(self._options), **own})
+        file_system.config_kwargs = with_our_settings(
+            file_system.config_kwargs, stall_seconds=self._stall_seconds, parts=self._parts
+        )
+        return file_system
+
+    def _forget(self, file_system: Any) -> None:
+        """Have the next request connect anew, with credentials read afresh."""
+        if self._file_system is file_system:
+            _log.info("the credentials have expired, reading them again")
+            self._file_system = None
+
+    def _expect_nothing(self, request: Any, **_: Any) -> None:
+        """Send a part without asking first whether it is welcome, which takes the time of a round trip.
+
+        Not while S3 refuses many: a refusal could then be lost when the server closes on us.
+        """
+        if not self._slowed():
+            request.headers.pop("Expect", None)

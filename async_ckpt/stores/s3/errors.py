@@ -1,0 +1,189 @@
+"""What the errors of S3 and of its client library mean, and what to do about them. Pure.
+
+Guarantees: what may pass is told from what will not; a request for fewer requests from any other trouble (E3).
+What does not belong here: repeating, and what a lost answer to a commit means (`upload`).
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+
+import aiohttp
+import botocore.exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from async_ckpt.errors import CheckpointExistsError, StoreError, ThrottledError, TransientStoreError
+from async_ckpt.stores.requests import Verdict
+
+__all__ = ["error_code", "explain", "is_denied", "is_expired", "refuses_checksum"]
+
+_PERMISSIONS = {
+    "PutObject": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "ListParts": "s3:ListMultipartUploadParts",
+    "HeadObject": "s3:GetObject, and s3:ListBucket to be told that nothing is there",
+    "GetObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
+}
+_DENIED = "These credentials lack the permission {permission}; where the bucket encrypts with a KMS key, "
+_DENIED += "kms:GenerateDataKey and kms:Decrypt are needed too."
+_CREDENTIALS = "Check the credentials: storage_options, the environment, the AWS profile."
+_EXPIRED = "The credentials have expired; renew them where they come from, then save again."
+_REGION = "The bucket is in another region: give it as storage_options={'client_kwargs': {'region_name': …}}."
+_BUCKET = "Create the bucket, or correct its name; it is never made here."
+_ADDRESS = "Check the endpoint's name: the environment's AWS_ENDPOINT_URL, storage_options['endpoint_url']."
+_CLOCK = "Set this machine's clock."
+
+_MISSING = frozenset({"404", "NoSuchKey", "NoSuchVersion", "NotFound"})
+_DENIED_CODES = frozenset({"403", "AccessDenied", "AllAccessDisabled"})
+_EXPIRED_CODES = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+)
+_THROTTLED = frozenset(
+    {
+        "429",
+        "503",
+        "BandwidthLimitExceeded",
+        "RequestLimitExceeded",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
+)
+# A part that was damaged on its way is sent again; one whose bytes have changed since fails every time.
+_TRANSIENT = frozenset(
+    {
+        "408",
+        "409",
+        "BadDigest",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "XAmzContentChecksumMismatch",
+    }
+)
+_ADVICE = {
+    "301": _REGION,
+    "400": f"{_CREDENTIALS} They may have expired.",
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "NoSuchBucket": _BUCKET,
+    "NoSuchUpload": "The upload was aborted by someone else, a lifecycle rule perhaps.",
+    "PermanentRedirect": _REGION,
+    "RequestTimeTooSkewed": _CLOCK,
+    "SignatureDoesNotMatch": _CREDENTIALS,
+}
+_NO_CREDENTIALS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.ProfileNotFound,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+    boto.NoAuthTokenError,
+)
+_LOST = (  # what befalls a request, not what it asks for
+    boto.HTTPClientError,
+    boto.EndpointConnectionError,
+    boto.ConnectTimeoutError,
+    boto.ProxyConnectionError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    TimeoutError,
+    ConnectionError,
+)
+_CUT = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)  # in the midst of a handshake too
+_NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+
+
+def error_code(error: BaseException | None) -> str:
+    """Return the S3 error code of *error*, or what took the place of one; empty for other errors."""
+    while error is not None and not isinstance(error, boto.ClientError):
+        error = error.__cause__
+    return "" if error is None else str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_denied(error: BaseException) -> bool:
+    """Tell whether S3 says that these credentials may not do that."""
+    return error_code(error) in _DENIED_CODES
+
+
+def is_expired(error: BaseException) -> bool:
+    """Tell whether S3 says that the credentials have expired."""
+    return error_code(error) in _EXPIRED_CODES
+
+
+def refuses_checksum(error: BaseException) -> bool:
+    """Tell whether a server says that it does not know the checksum it is sent."""
+    codes = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501")
+    return error_code(error) in codes and "checksum" in str(error).lower()
+
+
+def explain(error: Exception) -> Verdict:
+    """Tell what *error*, from aiobotocore or aiohttp, means."""
+    if isinstance(error, boto.ClientError):
+        return _explain_answer(error)
+    for each in _chain(error):
+        if isinstance(each, socket.gaierror) and each.errno in _NO_SUCH_HOST:
+            return Verdict(advice=_ADDRESS, reason=f"the server's name does not resolve ({each.strerror})")
+        if isinstance(each, ssl.SSLCertVerificationError):
+            advice = "Make its certificate known: AWS_CA_BUNDLE, or client_kwargs={'verify': …}."
+            return Verdict(advice=advice, reason=f"the server's certificate is not trusted ({each})")
+        if isinstance(each, _CUT):
+            return Verdict(kind=TransientStoreError)
+    if isinstance(error, _NO_CREDENTIALS):
+        return Verdict(advice=_CREDENTIALS)
+    if isinstance(error, boto.ParamValidationError):
+        return Verdict(advice="Check the URL and storage_options.")
+    if isinstance(error, _LOST):
+        return Verdict(kind=TransientStoreError)
+    return Verdict()
+
+
+def _explain_answer(error: boto.ClientError) -> Verdict:
+    code = error_code(error)
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    operation = error.operation_name
+    message = error.response.get("Error", {}).get("Message", "")
+    reason = f"{operation} was answered {code}: {message}" if message else f"{operation} was answered {code}"
+    if code in _MISSING and operation != "ListMultipartUploads":
+        return Verdict(missing=True, reason=reason, advice=_BUCKET if operation != "HeadObject" else "")
+    if code in ("412", "PreconditionFailed") and operation == "GetObject":
+        return Verdict(reason="it was replaced while it was read", advice="Read it again.")
+    if code in ("412", "PreconditionFailed"):
+        return Verdict(kind=CheckpointExistsError, reason="a checkpoint is there, and overwrite=False")
+    if code in _THROTTLED or status in (429, 503):
+        return Verdict(kind=ThrottledError, reason=reason)
+    if code in _EXPIRED_CODES:
+        return Verdict(kind=TransientStoreError, reason=reason, advice=_EXPIRED)
+    if code in _TRANSIENT or (status >= 500 and status != 501):
+        return Verdict(kind=TransientStoreError, reason=reason)
+    if code in _DENIED_CODES:
+        permission = _PERMISSIONS.get(operation, "for it")
+        return Verdict(reason=reason, advice=_DENIED.format(permission=permission))
+    return Verdict(kind=StoreError, reason=reason, advice=_ADVICE.get(code, ""))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield *error* and what led to it, the system's own error last."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        inner = getattr(seen, "os_error", None) or getattr(seen, "certificate_error", None)
+        if isinstance(inner, BaseException):
+            yield inner
+        seen = seen.__cause__ or seen.__context__

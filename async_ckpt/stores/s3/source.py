@@ -1,0 +1,84 @@
+"""A checkpoint in S3, read by ranges.
+
+Guarantees: every range is of the object that was there when it was opened, or reading fails. A range that breaks
+off goes on from where it was (E3). Bytes go from the connection straight into the caller's memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.requests import Requests, patience
+from async_ckpt.stores.s3.connection import Connection
+from async_ckpt.stores.scatter import Scatter
+
+__all__ = ["S3Source"]
+
+_REPLACED = "it was replaced while it was read; read it again"
+
+
+class S3Source:
+    """An open checkpoint; made by ``S3Store.source``."""
+
+    max_concurrent_reads = None
+
+    def __init__(
+        self,
+        location: Location,
+        target: dict[str, str],
+        *,
+        nbytes: int,
+        tag: str,
+        conditional: bool,
+        connection: Connection,
+        requests: Requests,
+    ) -> None:
+        self.nbytes = nbytes
+        self._location = location
+        self._target = target
+        self._tag = tag
+        self._condition = {"IfMatch": tag} if conditional and tag else {}
+        self._connection = connection
+        self._requests = requests
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        """Fill *targets* from *start* on."""
+        scatter = Scatter(targets)
+        if scatter.left:
+            await self._requests.again(self._go_on, start, scatter)
+
+    async def aclose(self) -> None:
+        """Do nothing: nothing is held."""
+
+    async def _go_on(self, start: int, scatter: Scatter) -> None:
+        with (
+            self._requests.translating("read", self._location),
+            patience(self._requests.stall_seconds) as moved,
+        ):
+            first = start + scatter.done
+            last = first + scatter.left - 1
+            answer = await self._connection.call(
+                "get_object", **self._target, **self._condition, Range=f"bytes={first}-{last}"
+            )
+            stream = getattr(answer["Body"], "raw_stream", answer["Body"])  # an aiohttp.ClientResponse
+            try:
+                self._check(answer, first)
+                while scatter.left:
+                    chunk = await stream.content.readany()
+                    if not chunk:
+                        raise ConnectionError("the answer ended too early")
+                    scatter.take(chunk)
+                    moved()
+            except BaseException:
+                stream.close()
+                raise
+            stream.release()
+
+    def _check(self, answer: dict[str, Any], first: int) -> None:
+        if answer.get("ETag", self._tag) != self._tag:
+            raise StoreError.during("read", self._location.url, OSError(_REPLACED))
+        whole = first == 0 and "ContentRange" not in answer  # for the first bytes that will do as well
+        if not (whole or str(answer.get("ContentRange")).startswith(f"bytes {first}-")):
+            raise OSError("the server does not answer with the range it was asked for")

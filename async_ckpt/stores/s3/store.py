@@ -1,0 +1,223 @@
+"""Checkpoints in S3 and what speaks its language, through s3fs's settings and aiobotocore's requests.
+
+Guarantees, beyond those of every store: see `upload` for saves, `source` for reading, `sweep` for what
+killed processes left, `connection` for credentials and settings. A bucket is neither made nor deleted.
+
+What does not belong here: anything of those.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from async_ckpt.errors import CheckpointExistsError, StoreError
+from async_ckpt.retry import RetryPolicy
+from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.requests import Pace, Requests
+from async_ckpt.stores.s3.connection import Connection
+from async_ckpt.stores.s3.deletion import Deletion
+from async_ckpt.stores.s3.errors import explain, is_denied
+from async_ckpt.stores.s3.journal import Entry, Journal, state_directory
+from async_ckpt.stores.s3.source import S3Source
+from async_ckpt.stores.s3.sweep import Sweeper
+from async_ckpt.stores.s3.target import Target
+from async_ckpt.stores.s3.upload import S3Upload
+from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
+
+__all__ = ["S3Store"]
+
+_LEAST_PART_BYTES = 5 << 20
+_MOST_PART_BYTES = 5 << 30
+_MAX_PARTS = 10_000
+_EXISTS = "a checkpoint is there, and overwrite=False"
+_NO_FILE = "Give the URL of an object: bucket, key, no slash at its end, nothing below it."
+
+
+class S3Store:
+    """The store of ``s3://`` URLs.
+
+    Args:
+        file_system_class: s3fs's, or one derived from it.
+        options: what it is made with.
+        workers: where checksums and files are read.
+        retry: how often a request is made, and how long it may stall.
+        overwrite: whether a commit may replace what is there.
+        part_size: bytes a part should have; S3 wants at least 5 MiB.
+        max_concurrent_parts: parts under way at a time.
+        journal: where open uploads are written down.
+    """
+
+    repeats_parts = True
+
+    def __init__(
+        self,
+        file_system_class: Any,
+        options: dict[str, Any],
+        *,
+        workers: Workers,
+        retry: RetryPolicy,
+        overwrite: bool = True,
+        part_size: int = 64 << 20,
+        max_concurrent_parts: int = 4,
+        journal: Journal | None = None,
+    ) -> None:
+        self._workers = workers
+        self._overwrite = overwrite
+        self._part_size = part_size
+        self._max_concurrent_parts = max_concurrent_parts
+        self._requests = Requests(explain, retry)
+        self._pace = Pace(max_concurrent_parts)
+        self._connection = Connection(
+            file_system_class,
+            options,
+            workers=workers,
+            stall_seconds=retry.stall_seconds,
+            parts=max_concurrent_parts,
+            slowed=lambda: self._pace.allowed < max_concurrent_parts,
+        )
+        self._journal = journal or Journal(state_directory())
+        self._sweeper = Sweeper(
+            connection=self._connection, requests=self._requests, journal=self._journal, workers=workers
+        )
+
+    async def begin(self, location: Location, nbytes: int) -> S3Upload:
+        """Look whether it can be written, sweep, and create the multipart upload if it takes one."""
+        bucket, key, _ = await self._split("begin", location)
+        try:
+            part_size = fitting_part_size(
+                nbytes,
+                shared_part_size(nbytes, self._part_size, at_a_time=self._max_concurrent_parts),
+                least=_LEAST_PART_BYTES,
+                most=_MOST_PART_BYTES,
+                max_parts=_MAX_PARTS,
+            )
+        except ValueError as error:
+            raise StoreError.during("begin", location.url, error) from error
+        await self._check_target(location, bucket, key)
+        endpoint = await self._endpoint()
+        upload = S3Upload(
+            location,
+            nbytes,
+            Target(
+                location,
+                bucket,
+                key,
+                overwrite=self._overwrite,
+                connection=self._connection,
+                requests=self._requests,
+            ),
+            part_size=part_size,
+            requests=self._requests,
+            pace=self._pace,
+            workers=self._workers,
+            opened=functools.partial(self._note, self._journal.opened, endpoint, bucket, key),
+            ended=functools.partial(self._note, self._journal.ended, endpoint, bucket, key),
+        )
+        upload.swept = await self._sweeper.sweep(location, endpoint, bucket, key)
+        try:
+            await upload.start()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await upload.abort()
+            raise
+        return upload
+
+    async def delete(self, location: Location) -> None:
+        """Delete the object, and those below it as below a directory."""
+        bucket, key, _ = await self._split("delete", location)
+        if not key:
+            raise StoreError.during("delete", location.url, OSError("a bucket is never deleted"))
+        deletion = Deletion(location, bucket, connection=self._connection, requests=self._requests)
+        await deletion.run(key)
+
+    async def exists(self, location: Location) -> bool:
+        """Tell whether an object, or one below it, is at *location*."""
+        bucket, key, version = await self._split("read", location)
+        try:
+            await self._ask("read", location, "head_object", Bucket=bucket, Key=key, **version)
+        except FileNotFoundError:
+            return await self._is_directory("read", location, bucket, key)
+        return True
+
+    async def source(self, location: Location) -> S3Source:
+        """Open the object for reading; see ``Store.source``."""
+        bucket, key, version = await self._split("read", location)
+        target = {"Bucket": bucket, "Key": key, **version}
+        answer = await self._ask("read", location, "head_object", **target)
+        file_system = await self._connection.file_system()
+        if file_system.version_aware and answer.get("VersionId", "null") != "null":
+            target["VersionId"] = answer["VersionId"]  # it can be read to its end even if it is replaced
+        return S3Source(
+            location,
+            target,
+            nbytes=answer["ContentLength"],
+            tag=answer.get("ETag", ""),
+            conditional=not getattr(file_system, "local_expiry_check", False),
+            connection=self._connection,
+            requests=self._requests,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._connection.aclose()
+        await self._workers.run(self._journal.close)
+
+    # -- requests
+
+    async def _ask(self, stage: str, location: Location, operation: str, **arguments: Any) -> Any:
+        """Make a small request that may be repeated."""
+        return await self._requests.step(stage, location, self._connection.call, operation, **arguments)
+
+    async def _check_target(self, location: Location, bucket: str, key: str) -> None:
+        if not key or location.url.endswith("/") or await self._is_directory("begin", location, bucket, key):
+            raise StoreError.during(
+                "begin", location.url, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)), _NO_FILE
+            )
+        if not self._overwrite:
+            # Early, to save the upload; what counts is the condition of the last request.
+            try:
+                await self._ask("read", location, "head_object", Bucket=bucket, Key=key)
+            except FileNotFoundError:
+                return
+            except StoreError as error:
+                if is_denied(error):
+                    return
+                raise
+            raise CheckpointExistsError.during("begin", location.url, OSError(_EXISTS))
+
+    async def _is_directory(self, stage: str, location: Location, bucket: str, key: str) -> bool:
+        """Tell whether there is an object below *key*; no, where that is not ours to see."""
+        try:
+            answer = await self._ask(
+                stage, location, "list_objects_v2", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1
+            )
+        except StoreError as error:
+            if is_denied(error):
+                return False
+            raise
+        return bool(answer.get("Contents"))
+
+    # -- helpers
+
+    async def _split(self, stage: str, location: Location) -> tuple[str, str, dict[str, str]]:
+        """Return bucket, key, and the version that the URL asks for, if any."""
+        with self._requests.translating(stage, location):
+            file_system = await self._connection.file_system()
+            bucket, key, version = file_system.split_path(location.path)
+        return bucket, key, {"VersionId": version} if version else {}
+
+    async def _endpoint(self) -> str:
+        file_system = await self._connection.file_system()
+        return str(file_system._s3.meta.endpoint_url)
+
+    async def _note(
+        self, note: Callable[[Entry], None], endpoint: str, bucket: str, key: str, upload_id: str
+    ) -> None:
+        entry = Entry(endpoint=endpoint, bucket=bucket, key=key, upload_id=upload_id)
+        await self._workers.run(note, entry)

@@ -1,0 +1,108 @@
+"""Multipart uploads that nobody will end: found, and aborted.
+
+Guarantees: two kinds are aborted, no other (D2): those that the journal of a dead process of this host names, in
+this very endpoint and bucket; and those of the very key that is about to be written that are more than
+``ABANDONED_SECONDS`` old. Failing is no failure of a save.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.requests import Requests
+from async_ckpt.stores.s3.connection import Connection
+from async_ckpt.stores.s3.errors import error_code
+from async_ckpt.stores.s3.journal import Entry, Journal
+
+__all__ = ["ABANDONED_SECONDS", "Sweeper"]
+
+_log = logging.getLogger("async_ckpt.stores.s3")
+
+ABANDONED_SECONDS = 7 * 24 * 3600.0
+
+
+class Sweeper:
+    """What one store knows of the uploads of others."""
+
+    def __init__(
+        self, *, connection: Connection, requests: Requests, journal: Journal, workers: Workers
+    ) -> None:
+        self._connection = connection
+        self._requests = requests
+        self._journal = journal
+        self._workers = workers
+        self._buckets: set[str] = set()
+        self._old: dict[tuple[str, str], list[Entry]] = {}  # uploads to abort, by bucket and directory
+
+    async def sweep(self, location: Location, endpoint: str, bucket: str, key: str) -> tuple[str, ...]:
+        """Abort what is nobody's; each bucket and each directory is looked at once. Return their names."""
+        swept = []
+        if bucket not in self._buckets:
+            self._buckets.add(bucket)
+            swept += await self._sweep_journals(location, endpoint, bucket)
+        directory = key.rpartition("/")[0]
+        if (bucket, directory) not in self._old:
+            self._old[bucket, directory] = await self._find_old(location, endpoint, bucket, directory)
+        old = self._old[bucket, directory]
+        for entry in [each for each in old if each.key == key]:
+            old.remove(entry)
+            if await self._abort(location, entry):
+                swept.append(entry)
+        if swept:
+            _log.info("aborted uploads that nobody would end: %s", ", ".join(map(_name, swept)))
+        return tuple(map(_name, swept))
+
+    async def _sweep_journals(self, location: Location, endpoint: str, bucket: str) -> list[Entry]:
+        swept = []
+        for path, entries in await self._workers.run(self._journal.abandoned):
+            ours = [entry for entry in entries if (entry.endpoint, entry.bucket) == (endpoint, bucket)]
+            done = [entry for entry in ours if await self._abort(location, entry)]
+            await self._workers.run(self._journal.settle, path, done)
+            swept += done
+        return swept
+
+    async def _find_old(self, location: Location, endpoint: str, bucket: str, directory: str) -> list[Entry]:
+        prefix = f"{directory}/" if directory else ""
+
+        async def ask() -> list[Entry]:
+            # One page: a directory with a thousand open uploads needs a rule of the bucket's.
+            answer = await self._connection.call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+            return [
+                Entry(endpoint=endpoint, bucket=bucket, key=each["Key"], upload_id=each["UploadId"])
+                for each in answer.get("Uploads") or ()
+                if _age_seconds(each.get("Initiated")) > ABANDONED_SECONDS
+            ]
+
+        try:
+            return await self._requests.once("sweep", location, ask)
+        except StoreError as error:
+            _log.debug("cannot list open uploads: %s", error)
+            return []
+
+    async def _abort(self, location: Location, entry: Entry) -> bool:
+        """Abort *entry*; tell whether it is gone."""
+
+        async def ask() -> None:
+            await self._connection.call(
+                "abort_multipart_upload", Bucket=entry.bucket, Key=entry.key, UploadId=entry.upload_id
+            )
+
+        try:
+            await self._requests.once("sweep", location, ask)
+        except StoreError as error:
+            if error_code(error) != "NoSuchUpload":
+                _log.debug("cannot abort %s: %s", _name(entry), error)
+                return False
+        return True
+
+
+def _age_seconds(since: datetime | None) -> float:
+    return 0.0 if since is None else time.time() - since.timestamp()
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.key} (upload {entry.upload_id})"

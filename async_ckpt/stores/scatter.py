@@ -1,0 +1,44 @@
+"""Memory in several places that one range of a file is read into.
+
+What does not belong here: reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["Scatter"]
+
+
+class Scatter:
+    """The places, filled one after the other.
+
+    Args:
+        targets: writable bytes; empty ones are passed over.
+
+    Attributes:
+        done: how many bytes have been taken.
+        left: how many there is still room for.
+    """
+
+    __slots__ = ("_targets", "done", "left")
+
+    def __init__(self, targets: Sequence[memoryview]) -> None:
+        self._targets = [target.cast("B") for target in reversed(targets) if target.nbytes]
+        self.done = 0
+        self.left = sum(target.nbytes for target in self._targets)
+
+    def take(self, data: bytes | memoryview) -> None:
+        """Copy *data*; what there is no room for is left out."""
+        source = memoryview(data)[: self.left]
+        self.done += source.nbytes
+        self.left -= source.nbytes
+        while source.nbytes:
+            target = self._targets[-1]
+            count = min(source.nbytes, target.nbytes)
+            target[:count] = source[:count]
+            source = source[count:]
+            if count < target.nbytes:
+                self._targets[-1] = target[count:]
+            else:
+                self._targets.pop()

@@ -1,0 +1,437 @@
+"""Loading, whole and in part: what comes back is what torch.load returns, and no more moves than must."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import os
+import pickle
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import async_ckpt
+from async_ckpt import CheckpointService
+from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError, StoreError
+from async_ckpt.stores.base import Location
+from async_ckpt.testing import Fault, FaultyStore, Gate
+from tests.support import PATIENCE_SECONDS, MemorySource, MemoryStore, python
+from tests.unit.format.test_fidelity import STATES
+
+FAR = "memory://x.ckpt"
+NEAR = "/nowhere/x.ckpt"
+PADDING = {"a": torch.arange(150_000), "b": [torch.full((20_000,), number) for number in range(20)]}
+NEVER_LIVE = {"an object that cannot be rebuilt here", "a freed storage"}  # torch.load itself raises
+
+
+def written(state: Any, **options: Any) -> bytes:
+    """Return what torch.save writes."""
+    file = io.BytesIO()
+    torch.save(state, file, **options)
+    return file.getvalue()
+
+
+class Counting(MemoryStore):
+    """A store whose sources are kept."""
+
+    def __init__(self, data: bytes, *more: bytes) -> None:
+        super().__init__()
+        self._contents = [data, *more]
+        self.sources: list[MemorySource] = []
+
+    async def source(self, location: Location) -> MemorySource:
+        self.sources.append(MemorySource(self._contents[min(len(self.sources), len(self._contents) - 1)]))
+        return self.sources[-1]
+
+    @property
+    def moved(self) -> int:
+        """Bytes that were read."""
+        return sum(stop - start for source in self.sources for start, stop in source.reads)
+
+
+def load(data: bytes, url: str = FAR, **options: Any) -> Any:
+    """Load a file of these bytes."""
+    with CheckpointService(store_factory=lambda *_: Counting(data)) as service:
+        return service.load(url, **options)
+
+
+@pytest.fixture
+def service() -> Iterator[Callable[..., CheckpointService]]:
+    """Make a service over a store; it is closed at the end."""
+    made: list[CheckpointService] = []
+
+    def make(store: Any, **options: Any) -> CheckpointService:
+        made.append(CheckpointService(store_factory=lambda *_: store, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("name", sorted(set(STATES) - NEVER_LIVE))
+def test_whatever_torch_loads(name: str, service: Callable[..., CheckpointService]) -> None:
+    """Whatever a state consists of, what is loaded saves to the same bytes as what torch.load returns."""
+    data = written({"padding": PADDING, "state": STATES[name]()})
+    expected = torch.load(io.BytesIO(data), weights_only=False)
+    for url in (FAR, NEAR):
+        loaded = service(Counting(data)).load(url, weights_only=False)
+        assert written(loaded) == written(expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(STATES) - NEVER_LIVE))
+def test_whatever_part_of_it(name: str, service: Callable[..., CheckpointService]) -> None:
+    """A part of any state saves to the same bytes as that part of what torch.load returns."""
+    data = written({"state": STATES[name](), "padding": PADDING})
+    expected = torch.load(io.BytesIO(data), weights_only=False)
+    del expected["padding"]
+    loaded = service(Counting(data)).load(FAR, weights_only=False, keys="state")
+    assert written(loaded) == written(expected)
+
+
+@pytest.mark.parametrize("weights_only", [True, None, False])
+def test_weights_only_is_torch_loads(weights_only: bool | None) -> None:
+    """What torch.load refuses is refused with its own error, in whole and in part; what it takes is taken."""
+    data = written({"padding": PADDING, "odd": STATES["dataclasses"]()})
+    for keys in (None, "padding"):
+        if weights_only is False:
+            torch.testing.assert_close(load(data, weights_only=False, keys=keys)["padding"], PADDING)
+        else:
+            with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+                load(data, weights_only=weights_only, keys=keys)
+
+
+@pytest.mark.parametrize(
+    "map_location",
+    [None, "cpu", "meta", torch.device("meta"), {"cpu": "meta"}, lambda s, _: s, lambda *_: None],
+    ids=repr,
+)
+def test_map_location_is_torch_loads(map_location: Any) -> None:
+    """Every form of map_location puts tensors where torch.load puts them, in whole and in part."""
+    data = written(PADDING)
+    expected = torch.load(io.BytesIO(data), map_location=map_location)
+    for loaded in (load(data, map_location=map_location), load(data, map_location=map_location, keys="*")):
+        assert loaded["a"].device == expected["a"].device
+        if loaded["a"].device.type == "cpu":
+            torch.testing.assert_close(loaded, expected)
+
+
+def test_files_of_other_kinds() -> None:
+    """Files without checksums, of the old format, and of another pickle protocol load as well, in part too."""
+    options = torch.serialization
+    computed = options.get_crc32_options() if hasattr(options, "get_crc32_options") else None
+    files = [
+        written(PADDING, _use_new_zipfile_serialization=False),
+        written(PADDING, pickle_protocol=5),
+        written(PADDING, pickle_protocol=4, _use_new_zipfile_serialization=False),
+    ]
+    if computed is not None:
+        options.set_crc32_options(False)
+        try:
+            files.append(written(PADDING))
+        finally:
+            options.set_crc32_options(computed)
+    for data in files:
+        weights_only = data is files[0] or data is files[-1]
+        torch.testing.assert_close(load(data, weights_only=weights_only), PADDING)
+        part = load(data, weights_only=weights_only, keys="b.3")
+        torch.testing.assert_close(part, {"b": [PADDING["b"][3]]})
+
+
+def test_torchscript_is_refused_as_torch_load_refuses_it() -> None:
+    """An archive of TorchScript raises what torch.load raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(torch.nn.Linear(300, 300)), file)
+        for keys in (None, "*"):
+            with pytest.raises(RuntimeError, match="TorchScript"):
+                load(file.getvalue(), keys=keys)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["archive", "old format"])
+def test_a_file_that_is_cut_short(new: bool) -> None:
+    """A file that ends too early is said to be corrupt, wherever it ends."""
+    data = written(PADDING, _use_new_zipfile_serialization=new)
+    for nbytes in (0, 1, 100, 5_000, len(data) // 2, len(data) - 70_000, len(data) - 100, len(data) - 1):
+        with pytest.raises(CorruptCheckpointError, match=r"memory://x\.ckpt.*ends too early") as caught:
+            load(data[:nbytes])
+        assert caught.value.__cause__ is not None
+
+
+def test_what_is_no_checkpoint() -> None:
+    """Some other file raises torch's own error, with the name of the file in its notes."""
+    for data in (b"some text, and more of it\n" * 100, b"hello", bytes(1000)):
+        with pytest.raises(Exception) as theirs:
+            torch.load(io.BytesIO(data))
+        with pytest.raises(theirs.type) as ours:
+            load(data)
+        assert FAR in str(getattr(ours.value, "__notes__", FAR))
+
+
+# -- parts
+
+
+def _model(count: int, nbytes: int = 100_000) -> dict[str, Any]:
+    return {
+        "state_dict": {f"layer{number}.weight": torch.randn(nbytes // 4) for number in range(count)},
+        "optimizer_states": [{"state": {number: {"m": torch.randn(nbytes // 4)} for number in range(count)}}],
+        "epoch": 3,
+    }
+
+
+@pytest.mark.parametrize("nbytes", [20_000, 1_000_000])
+def test_a_part_moves_little(nbytes: int) -> None:
+    """Loading a twentieth of a file moves at most six hundredths of it."""
+    state = _model(10 * 2_000_000 // nbytes, nbytes)
+    data = written(state)
+    names = list(state["state_dict"])
+    for chosen in (names[:: len(names) // (len(names) // 10)], names[: len(names) // 10]):
+        store = Counting(data)
+        with CheckpointService(store_factory=lambda *_, store=store: store) as service:
+            part = service.load(FAR, keys=[f"state_dict.{name}" for name in chosen])
+        torch.testing.assert_close(part, {"state_dict": {name: state["state_dict"][name] for name in chosen}})
+        assert store.moved <= 0.06 * len(data)
+
+
+def test_ties_and_views_in_a_part() -> None:
+    """What shares memory with what was left out is whole, and what shares memory within the part still does."""
+    base = torch.randn(200_000)
+    state = {"base": base, "view": base[10:20], "again": base, "padding": PADDING}
+    data = written(state)
+    part = load(data, keys=["view", "again"])
+    torch.testing.assert_close(part, {"view": base[10:20], "again": base})
+    assert part["view"].untyped_storage().data_ptr() == part["again"].untyped_storage().data_ptr()
+    torch.testing.assert_close(load(data, keys="view"), {"view": base[10:20]})
+
+
+def test_a_part_without_tensors() -> None:
+    """What holds no tensor needs no more than the pickle."""
+    data = written(_model(40))
+    store = Counting(data)
+    with CheckpointService(store_factory=lambda *_: store) as service:
+        assert service.load(FAR, keys="epoch") == {"epoch": 3}
+    assert store.moved < 100_000
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    """It is a KeyError that names the nearest, and nothing but the pickle has moved."""
+    data = written(_model(40))
+    store = Counting(data)
+    with CheckpointService(store_factory=lambda *_: store) as service:
+        with pytest.raises(KeyError, match=r"state_dict\.layer7\.weight"):
+            service.load(FAR, keys="state_dict.layer7.wieght")
+    assert store.moved < 100_000
+
+
+# -- what goes wrong
+
+
+def test_a_file_that_is_replaced_meanwhile(service: Callable[..., CheckpointService]) -> None:
+    """A load that is told of a replacement begins again, once, and returns what is there then."""
+    old, new = (written(_model(20)) for _ in range(2))
+    replaced = StoreError("it was replaced")
+    for calls in ([2], range(2, 99)):
+        store = FaultyStore(
+            Counting(old, new), [Fault(operation="read", calls=calls, error=lambda: replaced)]
+        )
+        loading = service(store)
+        if len(calls) == 1:
+            expected = torch.load(io.BytesIO(new))
+            torch.testing.assert_close(loading.load(FAR), expected)
+        else:
+            with pytest.raises(StoreError, match="it was replaced"):
+                loading.load(FAR)
+        assert store.calls["source"] == 2
+
+
+def test_a_store_that_does_not_answer_is_asked_once(service: Callable[..., CheckpointService]) -> None:
+    """What the store has tried again already is not begun again."""
+    store = FaultyStore(
+        Counting(written(_model(20))), [Fault(operation="read", calls=[2], error=ConnectionResetError)]
+    )
+    with pytest.raises(ConnectionResetError):
+        service(store).load(FAR)
+    assert store.calls["source"] == 1
+
+
+def test_a_service_that_is_closed_meanwhile(service: Callable[..., CheckpointService]) -> None:
+    """Closing does not wait for a load; the load says that the service was closed."""
+    gate = Gate()
+    store = FaultyStore(
+        Counting(written(_model(20))), [Fault(operation="read", calls=range(2, 99), gate=gate)]
+    )
+    loading = service(store)
+    errors: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            loading.load(FAR)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert gate.reached.wait(PATIENCE_SECONDS)
+    loading.close()
+    thread.join(PATIENCE_SECONDS)
+    assert [type(error) for error in errors] == [ServiceClosedError]
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["that closes", "that interrupts"])
+def test_a_signal_while_loading(closes: bool, service: Callable[..., CheckpointService]) -> None:
+    """A signal handler may close the service beneath a load, or interrupt it: nothing waits for ever (L1)."""
+    gate = Gate()
+    store = FaultyStore(
+        Counting(written(_model(20))), [Fault(operation="read", calls=range(2, 99), gate=gate)]
+    )
+    loading = service(store)
+
+    def handle(*_: object) -> None:
+        if not closes:
+            raise KeyboardInterrupt
+        loading.close()
+
+    def interrupt() -> None:
+        if gate.reached.wait(PATIENCE_SECONDS):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, handle)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(ServiceClosedError if closes else KeyboardInterrupt):
+            loading.load(FAR)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_overwriting_is_refused(tmp_path: Path) -> None:
+    """With overwrite=False a save to a name that is taken fails, and what is there loads as before."""
+    with CheckpointService(overwrite=False) as service:
+        service.save({"n": 1}, tmp_path / "x").wait()
+        second = service.save({"n": 2}, tmp_path / "x")
+        with pytest.raises(async_ckpt.errors.CheckpointExistsError, match="overwrite=False"):
+            second.wait()
+        assert service.load(tmp_path / "x") == {"n": 1}
+        (tmp_path / "x").unlink()
+        service.save({"n": 3}, tmp_path / "x").wait()
+    assert async_ckpt.load(tmp_path / "x") == {"n": 3}
+
+
+# -- servers
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves one file, by ranges if it says so."""
+
+    data = b""
+    ranges = True
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.ranges else None
+        data = self.data[int(asked[1]) : int(asked[2]) + 1] if asked else self.data
+        if self.path != "/x.ckpt":
+            self.send_error(404)
+            return
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "whole files"])
+def test_http(ranges: bool) -> None:
+    """A checkpoint loads from an HTTP server, whether it knows ranges or not."""
+    pytest.importorskip("aiohttp")
+    state = _model(10)
+    handler = type("Handler", (_Handler,), {"data": written(state), "ranges": ranges})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/x.ckpt"
+            torch.testing.assert_close(async_ckpt.load(url), state)
+            torch.testing.assert_close(async_ckpt.load(url, keys="epoch"), {"epoch": 3})
+            with pytest.raises(FileNotFoundError):
+                async_ckpt.load(url.replace("x.ckpt", "y.ckpt"))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# -- memory
+
+PEAK = """
+    import os, sys
+    import torch
+    from async_ckpt import CheckpointService
+
+    def status(name):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    class Source:
+        max_concurrent_reads = None
+        def __init__(self, path):
+            self.fd, self.nbytes = os.open(path, os.O_RDONLY), os.path.getsize(path)
+        async def read_into(self, start, *targets):
+            assert os.preadv(self.fd, targets, start) == sum(target.nbytes for target in targets)
+        async def aclose(self):
+            os.close(self.fd)
+
+    class Store:
+        async def source(self, location):
+            return Source(location.path)
+        async def aclose(self):
+            return
+
+    path, small, count, is_near = sys.argv[1:]
+    options = {} if is_near == "True" else {"store_factory": lambda *_: Store(), "max_concurrent_parts": 8}
+    url = "" if is_near == "True" else "memory://"
+    with CheckpointService(**options) as service:
+        service.load(url + small)  # whatever is imported on the way
+        before = status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # the high-water mark begins anew
+        assert len(service.load(url + path)) == int(count)
+        print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("is_near", [True, False], ids=["local", "remote"])
+@pytest.mark.parametrize("count", [4, 4000])
+def test_peak_memory(count: int, is_near: bool, tmp_path: Path) -> None:
+    """A load takes no more memory than the state and 64 MiB."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak memory of a part of a program")
+    nbytes = 512 << 20
+    state = {str(number): torch.zeros(nbytes // count, dtype=torch.uint8) for number in range(count)}
+    torch.save(state, tmp_path / "x")
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "small")
+    del state
+    done = python(PEAK, tmp_path / "x", tmp_path / "small", count, is_near)
+    (tmp_path / "x").unlink()
+    assert done.returncode == 0, done.stderr
+    assert nbytes * 0.9 < int(done.stdout) <= nbytes + (64 << 20)

@@ -1,0 +1,158 @@
+"""Reading storages after torch.load, straight into the memory that it made."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from async_ckpt.format.direct import Wanted, plan_ranges
+from async_ckpt.format.directory import Entry, data_start, find_directory, list_entries
+from async_ckpt.format.plain import is_plain
+
+
+def saved(state: Any) -> bytes:
+    """Return what torch.save writes."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def entries_of(data: bytes) -> list[Entry]:
+    """Return the entries of all records of storages."""
+    start, stop = find_directory(data, len(data))
+    return [entry for entry in list_entries(data[start:stop]) if "/data/" in entry.name and entry.nbytes]
+
+
+def pickle_of(data: bytes) -> bytes:
+    """Return the checkpoint's pickle."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def test_where_torch_puts_records() -> None:
+    """The bytes of every record that torch writes begin where they are expected."""
+    data = saved({str(number): torch.randn(number + 1) for number in range(200)})
+    entries = entries_of(data)
+    assert len(entries) == 200
+    for entry in entries:
+        wanted = Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes)))
+        assert wanted.start == data_start(entry.header, data[entry.header : entry.header + 30])
+
+
+@pytest.mark.parametrize(
+    ("header", "nbytes", "extra"), [(0, 1 << 33, 20), (1 << 33, 1 << 33, 28), (1 << 33, 5, 12), (64, 5, 0)]
+)
+def test_records_of_any_size(header: int, nbytes: int, extra: int) -> None:
+    """What does not fit 32 bits takes a longer header."""
+    entry = Entry(
+        name="x/data/0",
+        flags=8,
+        method=0,
+        checksum=0,
+        nbytes=nbytes,
+        packed_nbytes=nbytes,
+        header=header,
+        at=0,
+    )
+    start = Wanted(entry=entry, target=memoryview(b"")).start
+    assert start % 64 == 0
+    assert 0 <= start - (header + 30 + 8 + 4 + extra) < 64
+
+
+@given(
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=20),
+    left_out=st.sets(st.integers(0, 19)),
+    longest=st.integers(1, 5000),
+)
+def test_ranges_cover_what_is_wanted(sizes: list[int], left_out: set[int], longest: int) -> None:
+    """However records are cut into ranges, each is filled with its own bytes, and has its own checksum."""
+    data = saved([torch.randint(0, 99, (size,), dtype=torch.uint8) for size in sizes])
+    entries = [entry for number, entry in enumerate(entries_of(data)) if number not in left_out]
+    wanted = [Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes))) for entry in entries]
+    ranges = plan_ranges(wanted, longest_bytes=longest)
+    for each in ranges:
+        at = each.start
+        for target in each.targets:
+            target[:] = data[at : at + target.nbytes]
+            at += target.nbytes
+        assert at == each.start + each.nbytes
+        assert each.note()
+    for record in wanted:
+        assert record.target == data[record.start : record.start + record.entry.nbytes]
+        assert record.checksum == record.entry.checksum
+
+
+def test_a_record_elsewhere_is_noticed() -> None:
+    """Where a record does not begin as expected, the range says so."""
+    data = saved([torch.arange(9)])
+    (entry,) = entries_of(data)
+    wanted = Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes)))
+    (only,) = plan_ranges([wanted], longest_bytes=1000)
+    moved = bytearray(data)
+    moved[entry.header + 28] += 64  # the length of the extra field
+    for shifted, expected in ((data, True), (bytes(moved), False), (b"x" * len(data), False)):
+        at = only.start
+        for target in only.targets:
+            target[:] = shifted[at : at + target.nbytes]
+            at += target.nbytes
+        assert only.note() is expected
+
+
+class Peeking:
+    """Rebuilt by a look at a tensor."""
+
+    def __reduce__(self) -> Any:
+        return Peeking, (torch.ones(3),)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {
+            "a": torch.ones(3),
+            "b": torch.nn.Parameter(torch.ones(3)),
+            "n": 1,
+            "t": (1, None, "x"),
+            "s": {1, 2},
+        },
+        OrderedDict(a=torch.ones(3, dtype=torch.bfloat16), size=torch.Size([1]), dtype=torch.float16),
+        torch.nn.Linear(3, 3).state_dict(),
+        [torch.ones(2).storage().untyped(), torch.device("cpu"), b"bytes", 2j],
+    ],
+    ids=["values", "ordered", "module", "storage"],
+)
+def test_plain(state: Any) -> None:
+    """States of tensors, containers and numbers rebuild whatever is in the tensors."""
+    assert is_plain(pickle_of(saved(state)))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
+        Peeking(),
+        torch.nn.Linear(3, 3),
+    ],
+    ids=["sparse", "quantized", "class", "module"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_not_plain(state: Any) -> None:
+    """What is rebuilt by a look at tensors, or by code that is not known, is told."""
+    assert not is_plain(pickle_of(saved({"state": state})))
+
+
+@pytest.mark.parametrize(
+    "pickled", [b"", b"junk", pickle.dumps(print), b"\x80\x02cos\nsystem\n(S'exit 3'\ntR."]
+)
+def test_nothing_is_called(pickled: bytes) -> None:
+    """A pickle that is damaged, or would do harm, does nothing and is not plain."""
+    assert not is_plain(pickled)

@@ -15,7 +15,6 @@ import io
 import os
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
@@ -30,6 +29,7 @@ from async_ckpt.format.directory import (
     list_entries,
 )
 from async_ckpt.format.readahead import CHUNK_BYTES, DIRECT_BYTES, ReadAhead
+from async_ckpt.format.records import Storage, reading_order, storages_of
 from async_ckpt.snapshot.together import populate
 
 __all__ = ["CheckpointFile", "Loop"]
@@ -54,21 +54,6 @@ class Loop(Protocol):
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run the coroutine *function* there, after what was called before; return at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
-    """A record that holds a tensor's storage.
-
-    Attributes:
-        name: as in the archive.
-        start: where its local header begins.
-        stop: where what comes after it in the file begins.
-    """
-
-    name: str
-    start: int
-    stop: int
 
 
 class CheckpointFile(io.RawIOBase):
@@ -142,9 +127,15 @@ class CheckpointFile(io.RawIOBase):
             self._skipped = skipped
             self._records.clear()
             self._near = []
+            script = reading_order(
+                self.nbytes,
+                self.storages,
+                skipped=skipped,
+                largest_bytes=DIRECT_BYTES if self._is_near else self.nbytes,
+            )
             self._loop.call(
                 self._ahead.follow,
-                [(max(start, self._kept_to), min(stop, self._kept_from)) for start, stop in self._script()],
+                [(max(start, self._kept_to), min(stop, self._kept_from)) for start, stop in script],
             )
 
     def keep_beginning(self) -> None:
@@ -382,42 +373,12 @@ class CheckpointFile(io.RawIOBase):
             self.has_directory = True
             entries = list(list_entries(tail[start - first : stop - first]))
             if all(entry.method == 0 for entry in entries):
-                self._note(entries, start)
+                self._headers = {entry.header: entry for entry in entries}
+                self.storages = storages_of(entries, start)
         except NOT_UNDERSTOOD:
             pass
         self._kept_from = self.nbytes - tail.nbytes
         self._kept = [(self._kept_from, self.nbytes, tail)]
-
-    def _note(self, entries: list[Entry], stop: int) -> None:
-        self._headers = {entry.header: entry for entry in entries}
-        ends = {}
-        for entry in sorted(entries, key=lambda entry: entry.header, reverse=True):
-            ends[entry.name] = stop
-            stop = entry.header
-        found = [entry for entry in entries if _number(entry.name) is not None]
-        # Older torch writes storages in the order of their numbers as text, and reads them in that of the numbers.
-        found.sort(key=lambda entry: _number(entry.name) or 0)
-        self.storages = {
-            entry.name: Storage(name=entry.name, start=entry.header, stop=ends[entry.name]) for entry in found
-        }
-
-    def _script(self) -> list[tuple[int, int]]:
-        """Return what will be read, in order: what is no storage, and then storages by their numbers."""
-        if self.storages is None:
-            return [(0, self.nbytes)]
-        others = []
-        at = 0
-        for place in sorted(self.storages.values(), key=lambda place: place.start):
-            others.append((at, place.start))
-            at = place.stop
-        head, *rest = [*others, (at, self.nbytes)]
-        largest = DIRECT_BYTES if self._is_near else self.nbytes
-        early = [
-            (place.start, place.stop)
-            for name, place in self.storages.items()
-            if name not in self._skipped and place.stop - place.start <= largest
-        ]
-        return _joined([head, *early, *rest])
 
 
 def _copy(target: memoryview, source: memoryview) -> None:
@@ -429,24 +390,3 @@ def _copy(target: memoryview, source: memoryview) -> None:
     ctypes.memmove(
         ctypes.addressof(byte.from_buffer(target)), ctypes.addressof(byte.from_buffer(source)), target.nbytes
     )
-
-
-def _number(name: str) -> int | None:
-    """Return the number of the storage that a record is of, if it is one."""
-    way = name.split("/")
-    return int(way[2]) if len(way) == 3 and way[1] == "data" and way[2].isdecimal() else None
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges that follow each other, or nearly so: a small gap costs less than a request."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if start >= stop:
-            continue
-        if joined:
-            before, end = joined[-1]
-            if 0 <= start - end <= max(1024, (end - before) // 8):
-                joined[-1] = (before, stop)
-                continue
-        joined.append((start, stop))
-    return joined

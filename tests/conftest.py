@@ -10,6 +10,7 @@ import asyncio
 import faulthandler
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from hypothesis import settings
 
 #: Real object stores as fixtures.
 pytest_plugins = ["tests.servers"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores Ctrl-C for what it runs in the background; here, tests send it, to their own children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # dev: quick and new examples each time. ci: the same examples each time, so a red run is red again.
 # nightly: many. Timing is no property of ours to check, so no profile has a deadline.

@@ -79,7 +79,7 @@ class ServiceOptions:
         snapshot: how the picture of the state is taken; ``"auto"`` takes the best there is, ``"copy"``
             copies into reused host buffers.
         max_concurrent_saves: saves that are written at the same time.
-        part_size: bytes that one storage request carries at the most, as an int or ``"64MiB"``; a store may need
+        part_size: bytes that one storage request carries at the most, as an int or ``"128MiB"``; a store may need
             more for a very large file, and takes less where a connection would have nothing to do.
         max_concurrent_parts: storage requests of one save that are under way at the same time; on local
             disks no more than half the CPUs.
@@ -103,7 +103,7 @@ class ServiceOptions:
     overflow: Overflow = "block"
     snapshot: SnapshotStrategy = "auto"
     max_concurrent_saves: int = 1
-    part_size: int | str = "64MiB"
+    part_size: int | str = "128MiB"
     max_concurrent_parts: int = 4
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     durability: Durability = "fsync"

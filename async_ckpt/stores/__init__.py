@@ -110,7 +110,7 @@ def open_store(
     durability: Durability = "fsync",
     retry: RetryPolicy | None = None,
     overwrite: bool = True,
-    part_size: int = 64 << 20,
+    part_size: int = 128 << 20,
     max_concurrent_parts: int = 4,
 ) -> Store:
     """Make the store for *location* and all others of its group.
@@ -134,7 +134,7 @@ def open_store(
     if is_local(location):
         from async_ckpt.stores.local import LocalStore
 
-        return LocalStore(workers=workers, durability=durability, overwrite=overwrite)
+        return LocalStore(workers=workers, durability=durability, overwrite=overwrite, part_size=part_size)
     from async_ckpt.retry import RetryPolicy
 
     retry = retry or RetryPolicy()

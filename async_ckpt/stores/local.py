@@ -52,6 +52,7 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINV
 _BEGIN_ATTEMPTS = 10
 _CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 _HALF_OF_THE_CPUS = max(1, _CPUS // 2)
+_MOST_PART_BYTES = 32 << 20
 
 
 class LocalStore:
@@ -61,6 +62,8 @@ class LocalStore:
         workers: where system calls run.
         durability: ``"fsync"`` or ``"process"``.
         overwrite: whether a commit may replace what is there.
+        part_size: bytes a part should have; no more than 32 MiB, so that the kernel begins early to write them
+            out. ``None`` leaves it to the caller.
         disk: the system calls themselves.
     """
 
@@ -72,12 +75,14 @@ class LocalStore:
         workers: Workers,
         durability: Literal["fsync", "process"] = "fsync",
         overwrite: bool = True,
+        part_size: int | None = None,
         disk: Disk | None = None,
     ) -> None:
         self._workers = workers
         self._disk = disk or Disk()
         self._fsync = durability == "fsync"
         self._overwrite = overwrite
+        self._part_size = None if part_size is None else min(part_size, _MOST_PART_BYTES)
         self._directories = Directories(self._disk)
 
     async def begin(self, location: Location, nbytes: int) -> LocalUpload:
@@ -85,6 +90,7 @@ class LocalStore:
         upload = LocalUpload(
             location,
             nbytes,
+            part_size=self._part_size,
             workers=self._workers,
             disk=self._disk,
             fsync=self._fsync,
@@ -137,7 +143,6 @@ class LocalStore:
 class LocalUpload:
     """One temporary file on its way to becoming the target; made by ``LocalStore.begin``."""
 
-    part_size = None
     max_concurrent_parts = _HALF_OF_THE_CPUS  # the others are for training
     is_paced = False
 
@@ -146,12 +151,14 @@ class LocalUpload:
         location: Location,
         nbytes: int,
         *,
+        part_size: int | None,
         workers: Workers,
         disk: Disk,
         fsync: bool,
         overwrite: bool,
         directories: Directories,
     ) -> None:
+        self.part_size = part_size
         self.swept: tuple[str, ...] = ()
         self._location = location
         self._nbytes = nbytes

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 __all__ = ["fitting_part_size", "shared_part_size"]
 
+_MIB = 1 << 20
 _WORTH_BYTES = 16 << 20  # below, another request costs more than another connection gains
 
 
 def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
-    """Return *wanted*, or less where some connections would have nothing to do.
+    """Return *wanted*, or what lets all connections end at about the same time: they get as many parts each.
 
     Args:
         nbytes: length of the file.
-        wanted: bytes a part should have at the most.
+        wanted: bytes a part should have.
         at_a_time: parts under way at the same time.
 
     Returns:
-        Bytes, whole mebibytes where it is less than *wanted*.
+        Bytes; up to a mebibyte more than *wanted*, for what a file has on top of a round size.
     """
-    share = -(-nbytes // at_a_time // (1 << 20)) * (1 << 20)
-    return min(wanted, max(share, _WORTH_BYTES))
+    unit = max(1, min(_MIB, wanted // 64))
+    turns = max(1, -(-nbytes // (at_a_time * (wanted + unit))))
+    share = -(-nbytes // (turns * at_a_time))
+    return max(-(-share // unit) * unit, min(wanted, _WORTH_BYTES))
 
 
 def fitting_part_size(

@@ -81,7 +81,7 @@ def test_defaults() -> None:
     options = ServiceOptions()
     assert (options.queue_depth, options.max_concurrent_saves, options.max_concurrent_parts) == (2, 1, 4)
     assert (options.overflow, options.durability, options.on_error) == ("block", "fsync", "raise")
-    assert options.part_size_bytes == 64 << 20
+    assert options.part_size_bytes == 128 << 20
     assert options.flush_timeout == 1800
     assert 0 < options.memory_limit_bytes < 1 << 60
 

@@ -66,7 +66,7 @@ class AzureStore:
         workers: Workers,
         retry: RetryPolicy,
         overwrite: bool = True,
-        part_size: int = 64 << 20,
+        part_size: int = 128 << 20,
         max_concurrent_parts: int = 4,
     ) -> None:
         self._client = AzureClient(file_system_class, options, workers=workers)

@@ -61,7 +61,7 @@ class GCSStore:
         workers: Workers,
         retry: RetryPolicy | None = None,
         overwrite: bool = True,
-        part_size: int = 64 << 20,
+        part_size: int = 128 << 20,
         max_concurrent_parts: int = 4,
     ) -> None:
         self._workers = workers

@@ -63,7 +63,7 @@ class S3Store:
         workers: Workers,
         retry: RetryPolicy,
         overwrite: bool = True,
-        part_size: int = 64 << 20,
+        part_size: int = 128 << 20,
         max_concurrent_parts: int = 4,
         journal: Journal | None = None,
     ) -> None:

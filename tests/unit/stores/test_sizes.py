@@ -28,12 +28,28 @@ def test_sizes(nbytes: int, wanted: int, expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("nbytes", "expected"),
-    [(0, 16 * MIB), (40 * MIB, 16 * MIB), (100 * MIB + 1, 26 * MIB), (GIB, 64 * MIB), (5 * TIB, 64 * MIB)],
+    [
+        (0, 16 * MIB),
+        (40 * MIB, 16 * MIB),
+        (100 * MIB + 1, 26 * MIB),
+        (GIB, 128 * MIB),
+        (GIB + 9000, 129 * MIB),
+        (1126 * MIB, 94 * MIB),
+        (5 * TIB, 129 * MIB),
+    ],
 )
 def test_shares(nbytes: int, expected: int) -> None:
-    """Small files are cut so that all connections have work, as far as that is worth a request."""
-    assert shared_part_size(nbytes, 64 * MIB, at_a_time=4) == expected
-    assert shared_part_size(nbytes, MIB, at_a_time=4) == MIB
+    """Files are cut so that all connections have as much to do, as far as that is worth a request."""
+    assert shared_part_size(nbytes, 128 * MIB, at_a_time=4) == expected
+
+
+@given(nbytes=st.integers(0, 1 << 40), wanted=st.integers(1 << 16, 1 << 30), at_a_time=st.integers(1, 32))
+def test_shares_are_near_what_is_wanted(nbytes: int, wanted: int, at_a_time: int) -> None:
+    """A part is never much larger than wanted, and every connection gets as many, but for the last ones' rest."""
+    size = shared_part_size(nbytes, wanted, at_a_time=at_a_time)
+    assert 0 < size <= max(wanted + min(MIB, wanted // 64), 16 * MIB)
+    if size > 16 * MIB:
+        assert -(-nbytes // size) <= -(-nbytes // (at_a_time * wanted)) * at_a_time
 
 
 def test_too_large() -> None:

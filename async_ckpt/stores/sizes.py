@@ -20,7 +20,7 @@ def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
         at_a_time: parts under way at the same time.
 
     Returns:
-        Bytes; up to a mebibyte more than *wanted*, for what a file has on top of a round size.
+        Bytes; up to two mebibytes more than *wanted*, for what a file has on top of a round size.
     """
     unit = max(1, min(_MIB, wanted // 64))
     turns = max(1, -(-nbytes // (at_a_time * (wanted + unit))))

@@ -47,7 +47,7 @@ def test_shares(nbytes: int, expected: int) -> None:
 def test_shares_are_near_what_is_wanted(nbytes: int, wanted: int, at_a_time: int) -> None:
     """A part is never much larger than wanted, and every connection gets as many, but for the last ones' rest."""
     size = shared_part_size(nbytes, wanted, at_a_time=at_a_time)
-    assert 0 < size <= max(wanted + min(MIB, wanted // 64), 16 * MIB)
+    assert 0 < size <= wanted + 2 * min(MIB, wanted // 64)
     if size > 16 * MIB:
         assert -(-nbytes // size) <= -(-nbytes // (at_a_time * wanted)) * at_a_time
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
@@ -30,10 +30,6 @@ from async_ckpt.budget import Budget
 from async_ckpt.dispatch import Account, Request
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
 from async_ckpt.failures import Failures, tell
-from async_ckpt.format.file import CheckpointFile
-from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
-from async_ckpt.format.reader import read_checkpoint
-from async_ckpt.format.selection import as_patterns
 from async_ckpt.handle import Handle, Outcome, State, await_outcome
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
@@ -42,6 +38,9 @@ from async_ckpt.snapshot import HostPool, capture
 from async_ckpt.stores import check_target, is_local, locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.writers import StreamingWriter, Writer
+
+if TYPE_CHECKING:
+    from async_ckpt.format.file import CheckpointFile
 
 __all__ = ["CheckpointService", "StoreFactory", "load"]
 
@@ -199,6 +198,10 @@ class CheckpointService:
             Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
                 for among them; or ``torch.load`` refuses the file.
         """
+        # Here, because few programs load, and all import this module.
+        from async_ckpt.format.reader import read_checkpoint
+        from async_ckpt.format.selection import as_patterns
+
         patterns = None if keys is None else as_patterns(keys)
         location = locate(url, storage_options=self._options.storage_options)
         store = self._store(location)
@@ -222,6 +225,9 @@ class CheckpointService:
         self, location: Location, store: Store, moved: Callable[[int], None]
     ) -> Iterator[CheckpointFile]:
         """Make a file that is ended with the service, if that comes first."""
+        from async_ckpt.format.file import CheckpointFile
+        from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
+
         runtime = self._running()
         near = is_local(location)
         reads = self._options.max_concurrent_parts

@@ -10,6 +10,5 @@ from __future__ import annotations
 
 from async_ckpt.format.layout import Layout, lay_out
 from async_ckpt.format.parts import plan_parts
-from async_ckpt.format.reader import read_checkpoint
 
-__all__ = ["Layout", "lay_out", "plan_parts", "read_checkpoint"]
+__all__ = ["Layout", "lay_out", "plan_parts"]

@@ -66,9 +66,10 @@ class Staged(Event):
     stall_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Writing(Event):
     """A writer has taken the save from the queue."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,10 @@ class LaidOut(Event):
     parts: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Begun(Event):
     """The store has begun the file, under a name of its own."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +94,10 @@ class PartWritten(Event):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Committing(Event):
     """Every part is written; the file is about to become visible."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,29 +115,34 @@ class Failed(Event):
     error: BaseException
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Superseded(Event):
     """A newer save of the same location took its place before it had started."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class Cancelled(Event):
     """A removal of the same location came before it had started."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class Abandoned(Event):
     """The service was closed, or its caller interrupted, before it could finish."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class Removed(Event):
     """Nothing is at the location any more."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class RemovalDropped(Event):
     """Nothing was deleted, because a save before it did not become durable (D3)."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

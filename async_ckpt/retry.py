@@ -166,12 +166,28 @@ class Retrying:
 
     async def call(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Await ``function(*args, **kwargs)``, again after transient errors, as the policy allows."""
-        began = self._clock()
-        attempt = 1
+        return await self.advance(lambda: 0, function, *args, **kwargs)
+
+    async def advance(
+        self,
+        position: Callable[[], int],
+        function: Callable[P, Awaitable[T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Do the same for a *function* that goes on where it broke off: what got on has not failed.
+
+        Once *position* has changed, attempts and time are counted anew: how often a line breaks while something
+        large goes over it says nothing about whether it will arrive.
+        """
+        reached, began, attempt = position(), self._clock(), 1
         while True:
             try:
                 return await function(*args, **kwargs)
             except Exception as error:
+                if position() != reached:
+                    reached, began, attempt = position(), self._clock(), 1
                 if attempt >= self._policy.attempts or not is_transient(error):
                     raise
                 pause = self._policy.delay(attempt, self._random)

@@ -22,6 +22,7 @@ import anyio
 from async_ckpt.errors import StoreError, ThrottledError
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.scatter import Scatter
 
 __all__ = ["Explain", "Pace", "Requests", "Verdict", "patience"]
 
@@ -168,3 +169,10 @@ class Requests:
     async def again(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Await *function*, which translates and times itself, again after transient errors."""
         return await self._retrying.call(function, *args, **kwargs)
+
+    async def fill(
+        self, scatter: Scatter, function: Callable[P, Awaitable[None]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Do the same for a *function* that fills *scatter* from where it stands; what got on has not failed."""
+        if scatter.left:
+            await self._retrying.advance(lambda: scatter.done, function, *args, **kwargs)

@@ -53,12 +53,19 @@ def test_numpy_is_optional() -> None:
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
-    """``import async_ckpt`` adds less than 50 ms to ``import torch``.
+    """``import async_ckpt`` adds less than 50 ms to ``import torch``; on a slow machine, a thirtieth of that.
 
     Byte code is there, as an installed package has it. In processor time, and the least of up to twenty interpreters:
     what a busy neighbour adds is not our import.
     """
-    code = "import time, torch; start = time.process_time(); import async_ckpt; print(time.process_time() - start)"
+    code = """if True:
+        from time import process_time
+        start = process_time()
+        import torch
+        between = process_time()
+        import async_ckpt
+        print(between - start, process_time() - between)
+    """
     _python("import torch, async_ckpt", byte_code=tmp_path)
-    seconds = (float(_python(code, byte_code=tmp_path)) for _ in range(20))
-    assert any(each < LIMIT_SECONDS for each in seconds)
+    seconds = (map(float, _python(code, byte_code=tmp_path).split()) for _ in range(20))
+    assert any(ours < max(LIMIT_SECONDS, of_torch / 30) for of_torch, ours in seconds)

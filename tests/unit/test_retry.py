@@ -124,6 +124,29 @@ def test_gives_up_after_so_many_attempts() -> None:
     assert flaky.calls == 3
 
 
+def test_what_gets_on_has_not_failed() -> None:
+    """Attempts and time are counted from where something last moved, so ever new progress never gives up."""
+    clock, moved, ends = ManualClock(), [0], iter([1, 2, 3, 4])
+
+    async def broken_line() -> str:
+        moved[0] = next(ends)
+        if moved[0] < 4:
+            raise ConnectionResetError
+        return "done"
+
+    policy = RetryPolicy(attempts=2, initial_seconds=3.0, deadline_seconds=4.0)
+    assert anyio.run(retrying(policy, clock).advance, lambda: moved[0], broken_line) == "done"
+    assert clock.naps == [3.0] * 3
+
+
+def test_what_stays_where_it_is_has_failed() -> None:
+    """A line that breaks twice at the same place ends two attempts."""
+    clock, flaky = ManualClock(), Flaky(99, ConnectionResetError())
+    with pytest.raises(ConnectionResetError):
+        anyio.run(retrying(RetryPolicy(attempts=2), clock).advance, lambda: 7, flaky, "done")
+    assert flaky.calls == 2
+
+
 def test_permanent_errors_fail_at_once() -> None:
     """A permanent error is raised after one call and no wait (E3)."""
     clock, flaky = ManualClock(), Flaky(1, PermissionError(errno.EACCES, "x"))

@@ -78,8 +78,7 @@ class AzureSource:
                 if scatter.left:
                     raise ConnectionResetError(errno.ECONNRESET, "the answer ended early")
 
-        if scatter.left:
-            await self._requests.again(go_on)
+        await self._requests.fill(scatter, go_on)
 
     async def aclose(self) -> None:
         """Refuse further reads; there is nothing to free."""

@@ -79,10 +79,8 @@ class GCSSource:
             if scatter.left:
                 raise TransientStoreError.during("read", self._location.url, OSError("the answer broke off"))
 
-        if not scatter.left:
-            return
         try:
-            await self._requests.again(go_on)
+            await self._requests.fill(scatter, go_on)
         except FileNotFoundError as error:
             raise self._error("it was replaced or deleted while it was read") from error
 

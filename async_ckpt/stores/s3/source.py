@@ -46,8 +46,7 @@ class S3Source:
     async def read_into(self, start: int, *targets: memoryview) -> None:
         """Fill *targets* from *start* on."""
         scatter = Scatter(targets)
-        if scatter.left:
-            await self._requests.again(self._go_on, start, scatter)
+        await self._requests.fill(scatter, self._go_on, start, scatter)
 
     async def aclose(self) -> None:
         """Do nothing: nothing is held."""

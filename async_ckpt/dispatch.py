@@ -36,6 +36,7 @@ from async_ckpt.events import (
     Durable,
     Event,
     Failed,
+    Linked,
     Observer,
     RemovalDropped,
     Removed,
@@ -61,7 +62,7 @@ from async_ckpt.queue import (
 )
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot
 from async_ckpt.stores.base import Location
-from async_ckpt.writers import Writer
+from async_ckpt.writers import Linker, Writer
 
 __all__ = ["Account", "Dispatcher", "Request"]
 
@@ -79,12 +80,13 @@ class Account:
         self.observer = observer
         self.failures = failures
         self.closed = False
+        self.newest: tuple[Request, Snapshot] | None = None  # staged; its memory may serve another save
 
 
 class Request:
     """One operation from its arrival to its end; the handle is its public half."""
 
-    def __init__(self, op: Op, account: Account, location: Location, writer: Writer | None) -> None:
+    def __init__(self, op: Op, account: Account, location: Location, writer: Writer | Linker | None) -> None:
         self.op = op
         self.account = account
         self.location = location
@@ -93,11 +95,13 @@ class Request:
         self.handle = Handle(location.url, self.outcome)
         self.admitted: Outcome[None] = Outcome()
         self.buffer: HostBuffer | None = None
+        self.borrows = False  # the buffer, which is another save's
         self.snapshot: Snapshot | None = None
         self.scope: anyio.CancelScope | None = None  # of the task that runs it
         self.given_up = False  # because the service is closed
         self.started_seconds = monotonic()
         self.stall_seconds = 0.0
+        self.staged_at_seconds = 0.0  # since the epoch
 
     def emit(self, event: type[Event], **values: Any) -> None:
         """Tell the service's observer; what it raises goes no further."""
@@ -117,12 +121,39 @@ class Dispatcher:
         self._tasks = tasks
         self._queue = Queue()
         self._requests: dict[int, Request] = {}
+        self._comparing: set[Request] = set()  # they have borrowed memory, and have not come in
         self._drains: list[tuple[set[int], Outcome[None]]] = []
 
     # -- messages from callers
 
+    def lend(self, request: Request, lender: Request, snapshot: Snapshot) -> bool:
+        """Let *request*, not taken in yet, hold the memory of *snapshot*; tell whether that is still there."""
+        if lender.snapshot is not snapshot or lender.buffer is None:
+            return False
+        request.account.pool.share(lender.buffer)
+        request.buffer = lender.buffer
+        request.borrows = True
+        self._comparing.add(request)
+        return True
+
+    def take_back(self, request: Request) -> None:
+        """End what `lend` began; where nothing was lent, do nothing."""
+        self._comparing.discard(request)
+        if request.borrows:
+            self._return_memory(request)
+            if request.account.closed:  # nobody else will look after it
+                request.account.pool.close()
+            self._pump()
+
+    def _one_waits(self, account: Account) -> bool:
+        return any(op.phase is Phase.WAITING for op in self._queue.live(account.lane))
+
     def take_in(self, request: Request) -> None:
         """Queue a new request; ``request.admitted`` tells when its caller may go on."""
+        if request.account.closed or self._one_waits(request.account):
+            # First come, first served: who waits for that memory would wait for ever for who is behind it.
+            self.take_back(request)
+        self._comparing.discard(request)
         if request.account.closed:
             closed = ServiceClosedError("the service was closed meanwhile")
             request.admitted.set_exception(closed)
@@ -131,7 +162,14 @@ class Dispatcher:
         request.op.id = next(_ids)  # here, so that ids rise in the order in which threads come through
         request.handle._loop_thread = threading.get_ident()
         self._requests[request.op.id] = request
+        if request.borrows:
+            request.op.nbytes = 0
         self._queue.add(request.op)
+        if any(
+            other.account is request.account and other.op.thread == request.op.thread
+            for other in self._comparing
+        ):
+            request.op.urgent = True  # it interrupted that one, whose memory comes free only after it (L1)
         self._pump()
 
     def staged(self, request: Request, snapshot: Snapshot) -> None:
@@ -143,14 +181,17 @@ class Dispatcher:
             return
         request.snapshot = snapshot
         request.op.phase = Phase.QUEUED
-        request.emit(Staged, stall_seconds=request.stall_seconds)
+        request.emit(Staged, stall_seconds=request.stall_seconds, time_seconds=request.staged_at_seconds)
         self._pump()
 
     def withdraw(self, request: Request) -> None:
         """The caller of an unfinished request has gone: interrupted while it waited, or done reading."""
         op = request.op
         handed_over = op.kind is Kind.SAVE and op.phase not in (Phase.WAITING, Phase.STAGING)
-        if op.id not in self._requests or handed_over:
+        if op.id not in self._requests:
+            self.take_back(request)
+            return
+        if handed_over:
             return
         if op.phase is Phase.STAGING:
             request.emit(Abandoned)
@@ -190,6 +231,10 @@ class Dispatcher:
         ]
         return [self._requests[op.id].handle for op in live]
 
+    def is_idle(self, account: Account) -> bool:
+        """Tell whether nothing of *account* is under way, loads and who waits to be let in included."""
+        return not any(True for _ in self._queue.live(account.lane))
+
     def cancel_all(self, account: Account, reason: str) -> Outcome[None]:
         """End everything of *account*; return an outcome that is set when what was running has cleaned up."""
         running = []
@@ -228,6 +273,8 @@ class Dispatcher:
     def _lease(self, op: Op, instead_of: Op | None) -> bool:
         request = self._requests[op.id]
         pool = request.account.pool
+        if request.borrows:
+            return True
         if instead_of is not None:
             return pool.would_fit(op.nbytes, without=self._requests[instead_of.id].buffer)
         request.buffer = pool.lease(op.nbytes)
@@ -254,13 +301,11 @@ class Dispatcher:
                 self._finish(request, State.SUPERSEDED if superseded else State.CANCELLED, error)
             case Drop(op, _):
                 self._queue.withdraw(op)
-                logger.warning(
-                    "%r was not deleted: a save before it did not become durable", request.location.url
-                )
+                done = "linked" if op.kind is Kind.LINK else "deleted"
+                message = f"{request.location.url!r} was not {done}: a save before it did not become durable"
+                logger.warning("%s", message)
                 request.emit(RemovalDropped)
-                error = RemovalDroppedError(
-                    f"{request.location.url!r} was not deleted: a save accepted before it did not become durable"
-                )
+                error = RemovalDroppedError(message)
                 self._finish(request, State.DROPPED, error)
             case Start(op):
                 op.phase = Phase.RUNNING
@@ -289,7 +334,10 @@ class Dispatcher:
         else:
             self._queue.durable(request.op)
             seconds = monotonic() - request.started_seconds
-            if request.op.kind is Kind.SAVE:
+            if request.op.kind is Kind.LINK:
+                request.emit(Linked)
+                self._finish(request, State.DURABLE)
+            elif request.op.kind is Kind.SAVE:
                 request.emit(Durable, nbytes=nbytes, seconds=seconds)
                 self._finish(request, State.DURABLE, nbytes=nbytes)
             else:
@@ -300,6 +348,9 @@ class Dispatcher:
     async def _work(self, request: Request) -> int:
         writer = request.writer
         assert writer is not None
+        if isinstance(writer, Linker):
+            await writer.link(request.location)
+            return 0
         if request.op.kind is Kind.REMOVE:
             await writer.delete(request.location)
             return 0
@@ -347,9 +398,16 @@ class Dispatcher:
         if request.snapshot is not None:
             request.snapshot.close()
             request.snapshot = None
+        newest = request.account.newest
+        if newest is not None and newest[0] is request:
+            request.account.newest = None
+        self._return_memory(request)
+
+    def _return_memory(self, request: Request) -> None:
         if request.buffer is not None:
             request.account.pool.release(request.buffer)
             request.buffer = None
+            request.borrows = False
 
     def _out_of_the_way(self, request: Request) -> None:
         for remaining, drained in self._drains:

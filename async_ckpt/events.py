@@ -26,6 +26,7 @@ __all__ = [
     "Event",
     "Failed",
     "LaidOut",
+    "Linked",
     "Observer",
     "PartWritten",
     "RemovalDropped",
@@ -129,6 +130,12 @@ class Cancelled(Event):
 
 class Abandoned(Event):
     """The service was closed, or its caller interrupted, before it could finish."""
+
+    __slots__ = ()
+
+
+class Linked(Event):
+    """A second name leads to the checkpoint, which is durable."""
 
     __slots__ = ()
 

@@ -13,9 +13,12 @@ Rules:
    service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
    checkpoint, but the one to be removed, has become durable since.
 4. Where a queued save is cancelled or superseded, removals that waited for it wait for what its replacer
-   waits for. So the last good checkpoint outlives any sequence of the above. A save supersedes only where
-   that lets it in: nothing that is accepted ever waits for what is not (D4).
-5. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
+   waits for. So the last good checkpoint outlives any sequence of the above. A save supersedes only one of
+   its own service, and only where that lets it in: nothing that is accepted ever waits for what is not (D4).
+5. A link to a location, which makes it known by a second name, runs once the newest save of that location is
+   durable, and is dropped when it fails. Removals that come later wait for it as for a save (D3), so what the
+   second name stands for is never deleted beneath it.
+6. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
    interrupted ``save`` may save, wait and load (L1).
 """
 
@@ -48,6 +51,7 @@ class Kind(Enum):
     """What is asked for."""
 
     SAVE = "save"
+    LINK = "link"
     REMOVE = "remove"
     LOAD = "load"
 
@@ -66,14 +70,15 @@ class Lane:
     """One service's share of the queue.
 
     Attributes:
-        lost: per location, the save that failed there last, until one is durable or the location removed.
+        lost: per location, the save, and the link, that failed there last, until one of its kind takes effect or the
+            location is removed.
         newest: id and location of the newest save that is durable and not removed.
     """
 
     queue_depth: int
     max_concurrent_saves: int
     overflow: Overflow
-    lost: dict[str, int] = field(default_factory=dict)
+    lost: dict[tuple[Kind, str], int] = field(default_factory=dict)
     newest: tuple[int, str] | None = None
 
 
@@ -89,8 +94,9 @@ class Op:
         thread: the caller's thread.
         urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
             whose memory and place cannot come free before the caller returns. The queue finds out.
-        after: for a removal, the saves that must be durable first.
-        failed_save: for a removal, one of those that did not become durable.
+        target: for a link, the key of the location that it leads to.
+        after: for a removal and a link, the saves that must be durable first; for a removal, the links too.
+        failed_save: one of those that did not become durable.
     """
 
     id: int
@@ -102,6 +108,7 @@ class Op:
     group: str | None = None
     nbytes: int = 0
     urgent: bool = False
+    target: str | None = None
     after: set[int] = field(default_factory=set)
     failed_save: int | None = None
 
@@ -139,7 +146,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """End the removal *op* without deleting: the save *failed_save* failed."""
+    """End the removal or link *op* without effect: the save *failed_save* failed."""
 
     op: Op
     failed_save: int
@@ -169,7 +176,7 @@ class Queue:
         return (op for op in self._ops.values() if op.lane is lane)
 
     def add(self, op: Op) -> None:
-        """Take in a new operation. A removal learns here which saves it has to wait for (D3)."""
+        """Take in a new operation. A removal or a link learns here which saves it has to wait for (D3)."""
         if op.kind is Kind.SAVE:
             op.urgent = any(
                 other.kind is Kind.SAVE and _suspended_beneath(other, op) for other in self._ops.values()
@@ -178,32 +185,41 @@ class Queue:
             op.after = {
                 other.id
                 for other in self.live(op.lane)
-                if _is_accepted_save(other) and not _suspended_beneath(other, op)
+                if (_is_accepted_save(other) or other.kind is Kind.LINK) and not _suspended_beneath(other, op)
             }
             op.failed_save = _missing(op)
-            op.lane.lost.pop(op.key, None)  # the program counts on that one no longer
+            for kind in (Kind.SAVE, Kind.LINK):
+                op.lane.lost.pop((kind, op.key), None)  # the program counts on that one no longer
+        if op.kind is Kind.LINK:
+            saves = [
+                other.id
+                for other in self.live(op.lane)
+                if _is_accepted_save(other) and other.key == op.target
+            ]
+            op.after = set(saves[-1:])
+            op.failed_save = None if saves else op.lane.lost.get((Kind.SAVE, op.target or ""))
         self._ops[op.id] = op
 
     def durable(self, op: Op) -> None:
         """The operation has taken effect."""
         self._end(op)
         lane = op.lane
+        if lane.lost.get((op.kind, op.key), op.id) < op.id:
+            del lane.lost[op.kind, op.key]
         if op.kind is Kind.SAVE:
-            if lane.lost.get(op.key, op.id) < op.id:
-                del lane.lost[op.key]
             lane.newest = max(lane.newest or (0, ""), (op.id, op.key))
         elif op.kind is Kind.REMOVE and lane.newest is not None and lane.newest[1] == op.key:
             lane.newest = None
-        for removal in self._waiting_for(op):
-            removal.after.discard(op.id)
+        for other in self._waiting_for(op):
+            other.after.discard(op.id)
 
     def failed(self, op: Op) -> None:
-        """The operation has failed: removals that wait for it, or come later, must not run (D3)."""
+        """The operation has failed: what waits for it, and removals that come later, must not run (D3)."""
         self._end(op)
-        if op.kind is Kind.SAVE:
-            op.lane.lost[op.key] = op.id
-        for removal in self._waiting_for(op):
-            removal.failed_save = op.id
+        if op.kind in (Kind.SAVE, Kind.LINK):
+            op.lane.lost[op.kind, op.key] = op.id
+        for other in self._waiting_for(op):
+            other.failed_save = op.id
 
     def withdraw(self, op: Op) -> None:
         """The operation came to nothing: refused, dropped, or its caller was interrupted.
@@ -219,8 +235,8 @@ class Queue:
         """The queued save *op* ended in favour of *by*: what waited for it waits for what *by* stands for (rule 4)."""
         self._end(op)
         heirs = _stands_for(by) - {op.id}
-        for removal in self._waiting_for(op):
-            removal.after = (removal.after | heirs) - {op.id}
+        for other in self._waiting_for(op):
+            other.after = (other.after | heirs) - {op.id}
 
     def decide(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
         """Return the next thing to do, or ``None`` if nothing can be done now.
@@ -235,9 +251,9 @@ class Queue:
 
     def _next_ending(self) -> Action | None:
         for op in self._ops.values():
+            if op.phase is Phase.QUEUED and op.failed_save is not None:
+                return Drop(op, op.failed_save)
             if op.kind is Kind.REMOVE and op.phase is Phase.QUEUED:
-                if op.failed_save is not None:
-                    return Drop(op, op.failed_save)
                 victim = self._replaceable_save(op)
                 if victim is not None:
                     return Cancel(victim, op)
@@ -271,8 +287,8 @@ class Queue:
     def _may_start(self, op: Op) -> bool:
         if self._predecessors(op) or self._location_is_busy(op) or self._group_is_busy(op):
             return False
-        if op.kind is Kind.REMOVE:
-            return not any(save in self._ops for save in op.after)
+        if any(other in self._ops for other in op.after):
+            return False
         if op.kind is Kind.SAVE:
             running = sum(
                 1 for other in self.live(op.lane) if other.kind is Kind.SAVE and other.phase is Phase.RUNNING
@@ -281,7 +297,7 @@ class Queue:
         return True
 
     def _location_is_busy(self, op: Op) -> bool:
-        """Tell whether a *later* operation of the location runs: one that had to pass *op* by (rule 5)."""
+        """Tell whether a *later* operation of the location runs: one that had to pass *op* by (rule 6)."""
         return any(
             other.phase is Phase.RUNNING and other.key == op.key and not _suspended_beneath(other, op)
             for other in self._ops.values()
@@ -310,17 +326,21 @@ class Queue:
     def _replaceable_save(self, by: Op) -> Op | None:
         """Return a save that has not started and that *by* makes needless, if ending it harms nobody."""
         for op in self._ops.values():
+            if by.kind is Kind.SAVE and op.lane is not by.lane:
+                continue  # its removals do not wait for our saves, nor is its memory ours
             if op.kind is Kind.SAVE and op.phase is Phase.QUEUED and op.key == by.key and op.id < by.id:
                 if any(op.id < other.id < by.id for other in self._predecessors(by)):
                     continue  # somebody between the two counts on it: a load, a removal
+                if by.kind is Kind.REMOVE and any(w.kind is Kind.LINK for w in self._waiting_for(op)):
+                    continue  # a link leads to it
                 if not self._would_deadlock(op, by):
                     return op
         return None
 
     def _would_deadlock(self, op: Op, by: Op) -> bool:
-        """Tell whether a removal that inherits from *op* would wait for a save that itself waits for the removal."""
+        """Tell whether what inherits from *op* would wait for a save that itself waits for the heir."""
         heirs = [self._ops[i] for i in _stands_for(by) if i in self._ops]
-        return any(self._depends(heir, removal) for removal in self._waiting_for(op) for heir in heirs)
+        return any(self._depends(heir, waiter) for waiter in self._waiting_for(op) for heir in heirs)
 
     def _depends(self, op: Op, on: Op) -> bool:
         seen: set[int] = set()
@@ -336,8 +356,8 @@ class Queue:
             stack += [self._ops[i] for i in current.after if i in self._ops]
         return False
 
-    def _waiting_for(self, save: Op) -> list[Op]:
-        return [op for op in self._ops.values() if save.id in op.after]
+    def _waiting_for(self, other: Op) -> list[Op]:
+        return [op for op in self._ops.values() if other.id in op.after]
 
     def _end(self, op: Op) -> None:
         del self._ops[op.id]
@@ -352,7 +372,7 @@ def _stands_for(by: Op) -> set[int]:
 
 
 def _suspended_beneath(other: Op, op: Op) -> bool:
-    """Tell whether *other*'s caller cannot go on before *op*'s caller has returned (rule 5)."""
+    """Tell whether *other*'s caller cannot go on before *op*'s caller has returned (rule 6)."""
     return other.thread == op.thread and (
         other.phase in (Phase.WAITING, Phase.STAGING) or (other.kind is Kind.LOAD and other is not op)
     )

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
-from time import monotonic
+from time import monotonic, time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import anyio
 
@@ -31,16 +29,14 @@ from async_ckpt.dispatch import Account, Request
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
 from async_ckpt.failures import Failures, tell
 from async_ckpt.handle import Handle, Outcome, State, await_outcome
+from async_ckpt.loading import Loads
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
 from async_ckpt.runtime import PoolWorkers, Runtime
-from async_ckpt.snapshot import HostPool, capture
-from async_ckpt.stores import check_target, is_local, locate, open_store
+from async_ckpt.snapshot import Capture, HostPool, capture
+from async_ckpt.stores import check_target, locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.writers import StreamingWriter, Writer
-
-if TYPE_CHECKING:
-    from async_ckpt.format.file import CheckpointFile
+from async_ckpt.writers import Linker, StreamingWriter, Writer
 
 __all__ = ["CheckpointService", "StoreFactory", "load"]
 
@@ -95,7 +91,7 @@ class CheckpointService:
         self._closed = False
         self._runtime: Runtime | None = None
         self._stores: dict[str, Store] = {}
-        self._reading: list[CheckpointFile] = []
+        self._loads = Loads(options.max_concurrent_parts)
         self._account = Account(
             lane=Lane(
                 queue_depth=options.queue_depth,
@@ -139,9 +135,7 @@ class CheckpointService:
             Exception: an *earlier* save failed and nobody has been told yet; this one is accepted all the
                 same (E1, E2).
         """
-        location = locate(url, storage_options=self._options.storage_options)
-        check_target(location)
-        return self.submit(state, location, self._streaming_writer(location))
+        return self.submit(state, locate(url, storage_options=self._options.storage_options))
 
     def remove(self, url: str | os.PathLike[str]) -> Handle:
         """Have what is at *url* deleted, once every save accepted before is durable (D3).
@@ -160,7 +154,7 @@ class CheckpointService:
             Exception: an earlier request failed and nobody has been told yet; this one is accepted all the same.
         """
         location = locate(url, storage_options=self._options.storage_options, follow=False)
-        return self.submit_removal(location, self._streaming_writer(location))
+        return self.submit_removal(location)
 
     def load(
         self,
@@ -198,54 +192,18 @@ class CheckpointService:
             Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
                 for among them; or ``torch.load`` refuses the file.
         """
-        # Here, because few programs load, and all import this module.
-        from async_ckpt.format.reader import read_checkpoint
-        from async_ckpt.format.selection import as_patterns
-
-        patterns = None if keys is None else as_patterns(keys)
         location = locate(url, storage_options=self._options.storage_options)
         store = self._store(location)
         with self.turn(location):
-            try:
-                return read_checkpoint(
-                    partial(self._open_to_read, location, store),
-                    url=location.url,
-                    map_location=map_location,
-                    weights_only=weights_only,
-                    keys=patterns,
-                    progress=progress,
-                )
-            except Exception as error:  # torch.load's own, of many kinds, which name no file
-                if sys.version_info >= (3, 11):
-                    error.add_note(f"while {location.url!r} was read")
-                raise
-
-    @contextmanager
-    def _open_to_read(
-        self, location: Location, store: Store, moved: Callable[[int], None]
-    ) -> Iterator[CheckpointFile]:
-        """Make a file that is ended with the service, if that comes first."""
-        from async_ckpt.format.file import CheckpointFile
-        from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
-
-        runtime = self._running()
-        near = is_local(location)
-        reads = self._options.max_concurrent_parts
-        ahead = ReadAhead(
-            partial(store.source, location),
-            max_concurrent_reads=reads,
-            chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
-            longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
-        )
-        file = CheckpointFile(ahead, loop=runtime, url=location.url, is_near=near, moved=moved)
-        self._reading.append(file)
-        try:
-            if self._closed:  # just now, by one who does not know of the file
-                raise ServiceClosedError("the service was closed meanwhile")
-            yield file
-        finally:
-            file.close()
-            self._reading.remove(file)  # last: who interrupts the closing leaves it to the service's
+            return self._loads.read(
+                location,
+                store,
+                self._running(),
+                map_location=map_location,
+                weights_only=weights_only,
+                keys=keys,
+                progress=progress,
+            )
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.
@@ -264,6 +222,16 @@ class CheckpointService:
         except TimeoutError:
             raise self._too_late(limit) from None
         self.failures.raise_all()
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Do what ``wait`` does for who handles an error: ours is logged and added to that one's notes (E2)."""
+        drained = self._drained()
+        limit = self._options.flush_timeout if timeout is None else timeout
+        try:
+            drained.result(limit)
+        except TimeoutError:
+            logger.warning("%s", self._too_late(limit))
+        self.failures.raise_or_add()
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
@@ -295,6 +263,15 @@ class CheckpointService:
         """
         self._drain_and_free(self._options.flush_timeout if timeout is None else timeout)
         self.failures.raise_or_add()
+
+    def close_if_idle(self) -> bool:
+        """Close it, unless something is under way or a failure is untold; tell whether it is closed."""
+        runtime = self._held()
+        busy = runtime is not None and not runtime.call(runtime.dispatcher.is_idle, self._account)
+        if busy or self.failures.are_untold:
+            return False
+        self.close()
+        return True
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
@@ -348,17 +325,27 @@ class CheckpointService:
     # -- for plugins
 
     def submit(
-        self, state: Any, location: Location, writer: Writer, *, share_unpicklable: bool = False
+        self,
+        state: Any,
+        location: Location,
+        writer: Writer | None = None,
+        *,
+        share_unpicklable: bool = False,
+        tell: bool = True,
     ) -> Handle:
         """Do what ``save`` does, with any writer.
 
         Args:
             state: what to write.
             location: from ``locate``.
-            writer: what writes it.
+            writer: what writes it; ``None`` takes our own.
             share_unpicklable: pass what pickle refuses by reference, for writers that do not pickle.
+            tell: raise an earlier failure; else the next call does.
         """
         runtime = self._running()
+        if writer is None:
+            check_target(location)
+            writer = self._streaming_writer(location)
         started_seconds = monotonic()
         captured = capture(state, share_unpicklable=share_unpicklable)
         op = self._op(Kind.SAVE, location, writer, nbytes=captured.nbytes)
@@ -366,13 +353,18 @@ class CheckpointService:
         request.started_seconds = started_seconds
         dispatcher = runtime.dispatcher
         try:
+            if writer.only_reads:
+                self._borrow(request, captured, runtime)
             runtime.post(dispatcher.take_in, request)
             self._await_admission(request)
-            buffer = request.buffer
+            borrows, buffer = request.borrows, request.buffer  # in this order: closing takes both away
             if buffer is None:
                 raise ServiceClosedError("the service was closed meanwhile")
-            snapshot = captured.stage(buffer)
+            snapshot = captured.share(buffer) if borrows else captured.stage(buffer)
+            if writer.only_reads:
+                self._account.newest = request, snapshot
             request.stall_seconds = monotonic() - started_seconds
+            request.staged_at_seconds = time()
             request.handle._state = State.STAGED  # here, so that it is true when save returns
             runtime.post(dispatcher.staged, request, snapshot)
         except BaseException as error:
@@ -381,8 +373,19 @@ class CheckpointService:
             if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
-        self.failures.raise_unless_in_flight(but=request.handle)
+        if tell:
+            self.failures.raise_unless_in_flight(but=request.handle)
         return request.handle
+
+    def _borrow(self, request: Request, captured: Capture, runtime: Runtime) -> None:
+        """Have *request* hold the memory of the newest snapshot, if that is of the very same bytes (S1)."""
+        newest = self._account.newest
+        if newest is None or not captured.resembles(newest[1]):
+            return
+        if runtime.call(runtime.dispatcher.lend, request, *newest):
+            buffer = request.buffer
+            if buffer is None or not captured.equals(buffer):
+                runtime.post(runtime.dispatcher.take_back, request)
 
     def _await_admission(self, request: Request) -> None:
         """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
@@ -395,10 +398,27 @@ class CheckpointService:
                 f"pending: {self._pending_urls()}"
             ) from None
 
-    def submit_removal(self, location: Location, writer: Writer) -> Handle:
-        """Do what ``remove`` does, with any writer."""
+    def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
+        """Do what ``remove`` does, with any writer; ``None`` takes our own."""
         runtime = self._running()
+        writer = self._streaming_writer(location) if writer is None else writer
         request = Request(self._op(Kind.REMOVE, location, writer), self._account, location, writer)
+        runtime.post(runtime.dispatcher.take_in, request)
+        self.failures.raise_unless_in_flight(but=request.handle)
+        return request.handle
+
+    def submit_link(self, location: Location, target: Location) -> Handle:
+        """Have *location*, on a local disk, lead to *target* once the newest save of that is durable.
+
+        Args:
+            location: the second name, from ``locate(…, follow=False)``.
+            target: the checkpoint.
+        """
+        runtime = self._running()
+        linker = Linker(target, self._workers)
+        request = Request(
+            self._op(Kind.LINK, location, None, target=target.key), self._account, location, linker
+        )
         runtime.post(runtime.dispatcher.take_in, request)
         self.failures.raise_unless_in_flight(but=request.handle)
         return request.handle
@@ -490,7 +510,7 @@ class CheckpointService:
             try:
                 drained.result(limit)
             except TimeoutError:
-                stuck = self._abandon(runtime, f"not done {limit:g} s after its service was told to close")
+                stuck = self._abandon(runtime, f"not done{_after(limit)} when its service was closed")
         self._free(runtime, stuck=stuck)
 
     def _abandon(self, runtime: Runtime, reason: str) -> bool:
@@ -507,8 +527,7 @@ class CheckpointService:
         # Each step may be taken twice: by two threads, or again after an interruption.
         try:
             with suppress(RuntimeError):  # another thread was faster
-                for file in list(self._reading):
-                    file.end(ServiceClosedError("the service was closed meanwhile"))
+                self._loads.end()
                 if not stuck:
                     runtime.call_async(_close_all, self._stores).result()
                 runtime.call(self._account.pool.close)
@@ -517,7 +536,15 @@ class CheckpointService:
             runtimes.release(runtime, self, stuck=stuck)
             self._runtime = None
 
-    def _op(self, kind: Kind, location: Location, writer: Writer | None, *, nbytes: int = 0) -> Op:
+    def _op(
+        self,
+        kind: Kind,
+        location: Location,
+        writer: Writer | None,
+        *,
+        nbytes: int = 0,
+        target: str | None = None,
+    ) -> Op:
         return Op(
             id=0,  # it gets one where it comes in
             lane=self._account.lane,
@@ -527,6 +554,7 @@ class CheckpointService:
             thread=threading.get_ident(),
             group=None if writer is None else writer.group,
             nbytes=nbytes,
+            target=target,
         )
 
     def _streaming_writer(self, location: Location) -> StreamingWriter:
@@ -555,7 +583,7 @@ class CheckpointService:
         )
 
     def _too_late(self, limit: float) -> FlushTimeoutError:
-        return FlushTimeoutError(f"after {limit:g} s still pending, and going on: {self._pending_urls()}")
+        return FlushTimeoutError(f"still pending{_after(limit)}, and going on: {self._pending_urls()}")
 
     def _pending_urls(self) -> str:
         return ", ".join(repr(handle.url) for handle in self.pending)
@@ -611,6 +639,10 @@ def load(
         return service.load(
             url, map_location=map_location, weights_only=weights_only, keys=keys, progress=progress
         )
+
+
+def _after(limit: float) -> str:
+    return f" after {limit:g} s" if limit else ""  # none where its caller had waited already
 
 
 async def _close_all(stores: dict[str, Store]) -> None:

@@ -9,23 +9,30 @@ their own accord and know nothing of the queue.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import anyio
 
+from async_ckpt.errors import StoreError
 from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Swept
 from async_ckpt.format.layout import Layout, lay_out
+from async_ckpt.format.overlap import Overlap, find_overlap, plan_copies
 from async_ckpt.format.parts import plan_parts
 from async_ckpt.options import Durability, ServiceOptions
 from async_ckpt.retry import RetryPolicy, call_with_retry
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.stores import is_local
-from async_ckpt.stores.base import Location, Part, Receipt, Store, Upload, Workers
+from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers
+from async_ckpt.stores.link import make_link
 from async_ckpt.stores.local import sync_path
 
-__all__ = ["DelegatingWriter", "Emit", "StreamingWriter", "Writer"]
+__all__ = ["DelegatingWriter", "Emit", "Linker", "StreamingWriter", "Writer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Emit(Protocol):
@@ -36,7 +43,13 @@ class Emit(Protocol):
 
 
 class Writer(Protocol):
-    """What turns a snapshot into a durable checkpoint, and deletes checkpoints."""
+    """What turns a snapshot into a durable checkpoint, and deletes checkpoints.
+
+    Attributes:
+        only_reads: the snapshot's memory is neither changed nor kept, so that another save may share it.
+    """
+
+    only_reads: bool
 
     @property
     def group(self) -> str | None:
@@ -49,10 +62,29 @@ class Writer(Protocol):
         """Delete what is at *location*; nothing there is not an error."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A committed file, for a later one over the same memory."""
+
+    store: Store
+    layout: Layout
+    stored: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """The parts of a file; *copies*: by number, where in the file *stored* each begins that can be had from there."""
+
+    parts: tuple[Part, ...]
+    copies: dict[int, int] = field(default_factory=dict)
+    stored: object = None
+
+
 class StreamingWriter:
     """Our own writer: layout, parts, commit."""
 
     group = None
+    only_reads = True
 
     def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
         self._store = store
@@ -68,39 +100,68 @@ class StreamingWriter:
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
         layout = await self._workers.run(lay_out, snapshot)
-        upload, receipts = await call_with_retry(self._retry_file, self._send, layout, location, emit)
+        written = snapshot.written
+        upload, receipts = await call_with_retry(
+            self._retry_file, self._send, layout, location, emit, written
+        )
         async with _aborted_on_error(upload):
             emit(Committing)
             await upload.commit(receipts)
+        stored = getattr(upload, "stored", None)
+        if stored is not None:
+            snapshot.written = _Written(store=self._store, layout=layout, stored=stored)
         return layout.nbytes
 
     async def delete(self, location: Location) -> None:
         """Delete what is at *location*."""
         await self._store.delete(location)
 
-    async def _send(self, layout: Layout, location: Location, emit: Emit) -> tuple[Upload, list[Receipt]]:
+    async def _send(
+        self, layout: Layout, location: Location, emit: Emit, written: object
+    ) -> tuple[Upload, list[Receipt]]:
         """Send the whole file, all but the commit."""
         upload = await self._store.begin(location, layout.nbytes)
         async with _aborted_on_error(upload):
             if upload.swept:
                 emit(Swept, names=upload.swept)
-            parts = plan_parts(layout.nbytes, upload.part_size or self._part_size)
-            emit(LaidOut, nbytes=layout.nbytes, parts=len(parts))
+            plan = await self._plan(upload, layout, written)
+            emit(LaidOut, nbytes=layout.nbytes, parts=len(plan.parts))
             emit(Begun)
-            return upload, await self._put_all(upload, parts, layout, emit)
+            return upload, await self._put_all(upload, plan, layout, emit)
 
-    async def _put_all(
-        self, upload: Upload, parts: tuple[Part, ...], layout: Layout, emit: Emit
-    ) -> list[Receipt]:
+    async def _plan(self, upload: Upload, layout: Layout, written: object) -> _Plan:
+        """Cut the file, so that what *written* has of it need not be sent where the store can copy."""
+        part_size = upload.part_size or self._part_size
+        if isinstance(written, _Written) and written.store is self._store and hasattr(upload, "copy"):
+            overlap = await self._workers.run(_overlap, layout, written.layout)
+            if overlap is not None and layout.nbytes > part_size:
+                least = cast(Copying, upload).least_part_bytes
+                parts, copies = plan_copies(layout.nbytes, overlap, part_size=part_size, least=least)
+                if copies:
+                    return _Plan(parts=parts, copies=copies, stored=written.stored)
+        return _Plan(parts=plan_parts(layout.nbytes, part_size))
+
+    async def _put(self, upload: Upload, plan: _Plan, part: Part, layout: Layout) -> Receipt:
+        """Have the store copy a part from the other file; send it where that cannot be or is there no more."""
+        if part.index in plan.copies:
+            try:
+                copy, start = cast(Copying, upload).copy, plan.copies[part.index]
+                return await call_with_retry(self._retry_part, copy, part, layout, plan.stored, start)
+            except StoreError as error:
+                logger.info("sending what could not be copied: %s", error)
+                plan.copies.clear()  # nor can the others
+        return await call_with_retry(self._retry_part, upload.put, part, layout)
+
+    async def _put_all(self, upload: Upload, plan: _Plan, layout: Layout, emit: Emit) -> list[Receipt]:
         """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
         receipts: list[Receipt] = []
         errors: list[Exception] = []
-        remaining: Iterator[Part] = iter(parts)
+        remaining: Iterator[Part] = iter(plan.parts)
 
         async def send() -> None:
             for part in remaining:
                 try:
-                    receipts.append(await call_with_retry(self._retry_part, upload.put, part, layout))
+                    receipts.append(await self._put(upload, plan, part, layout))
                 except Exception as error:
                     errors.append(error)
                     senders.cancel_scope.cancel()
@@ -109,7 +170,7 @@ class StreamingWriter:
 
         async with anyio.create_task_group() as senders:
             at_a_time = self._max_concurrent_parts + upload.is_paced
-            for _ in range(min(len(parts), at_a_time, upload.max_concurrent_parts or len(parts))):
+            for _ in range(min(len(plan.parts), at_a_time, upload.max_concurrent_parts or len(plan.parts))):
                 senders.start_soon(send)
         if errors:
             raise errors[0]
@@ -122,6 +183,8 @@ class DelegatingWriter:
     Its errors are raised as they are. Where it wrote to a local disk, the bytes are synced after it (D1);
     whether a file of its is ever partly visible is the base's own affair.
     """
+
+    only_reads = False  # the base may do with its state what it likes
 
     def __init__(
         self,
@@ -151,6 +214,24 @@ class DelegatingWriter:
         self._save(snapshot.state())
         if self._durability == "fsync" and is_local(location):
             sync_path(location.path)
+
+
+class Linker:
+    """What gives a checkpoint on a local disk a second name."""
+
+    group = None
+
+    def __init__(self, target: Location, workers: Workers) -> None:
+        self._target = target
+        self._workers = workers
+
+    async def link(self, location: Location) -> None:
+        """Let *location* lead to the checkpoint, durably."""
+        await self._workers.run(make_link, location, self._target)
+
+
+def _overlap(layout: Layout, other: Layout) -> Overlap | None:
+    return find_overlap(layout.pieces(), other.pieces())
 
 
 @asynccontextmanager

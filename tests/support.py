@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
@@ -49,7 +50,7 @@ def lane(depth: int = 10, *, concurrent: int = 1, overflow: str = "block") -> La
 
 
 class Play:
-    """A queue with a hand that carries out what it decides at once, and a budget.
+    """A queue with a hand that carries out what it decides at once, and a budget for each lane.
 
     Attributes:
         actions: all that was decided, oldest first.
@@ -58,13 +59,21 @@ class Play:
     def __init__(self, limit: int = 10**9) -> None:
         self.queue = Queue()
         self.actions: list[Action] = []
-        self.held = 0
+        self._held: Counter[int] = Counter()  # by lane
         self._limit = limit
         self._ids = count(1)
         self._threads = count(1)  # every caller its own thread, where the test does not say
 
     def add(
-        self, of: Lane, kind: Kind, key: str, *, thread: int = 0, nbytes: int = 0, group: str | None = None
+        self,
+        of: Lane,
+        kind: Kind,
+        key: str,
+        *,
+        thread: int = 0,
+        nbytes: int = 0,
+        group: str | None = None,
+        target: str | None = None,
     ) -> Op:
         """Add an operation and let the queue decide."""
         phase = Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED
@@ -77,6 +86,7 @@ class Play:
             thread=thread or -next(self._threads),
             nbytes=nbytes,
             group=group,
+            target=target,
         )
         self.arrived(op)
         self.queue.add(op)
@@ -96,6 +106,10 @@ class Play:
     def remove(self, of: Lane, key: str, **more: Any) -> Op:
         """Add a removal."""
         return self.add(of, Kind.REMOVE, key, **more)
+
+    def link(self, of: Lane, key: str, target: str, **more: Any) -> Op:
+        """Add a link of *key* to *target*."""
+        return self.add(of, Kind.LINK, key, target=target, **more)
 
     def load(self, of: Lane, key: str, **more: Any) -> Op:
         """Add a load."""
@@ -130,7 +144,7 @@ class Play:
         """Do to the records what the dispatcher does."""
         match action:
             case Admit(op):
-                self.held += op.nbytes
+                self._held[id(op.lane)] += op.nbytes
                 op.phase = Phase.STAGING
             case Refuse(op) | Drop(op):
                 self.queue.withdraw(op)
@@ -141,12 +155,12 @@ class Play:
                 op.phase = Phase.RUNNING
 
     def _fits(self, op: Op, instead_of: Op | None) -> bool:
-        others = self.held - (instead_of.nbytes if instead_of is not None else 0)
+        others = self._held[id(op.lane)] - (instead_of.nbytes if instead_of is not None else 0)
         return others == 0 or others + op.nbytes <= self._limit
 
     def _give_back(self, op: Op) -> None:
         if op.kind is Kind.SAVE and op.phase is not Phase.WAITING:
-            self.held -= op.nbytes
+            self._held[id(op.lane)] -= op.nbytes
 
 
 # -- states and what became of them
@@ -338,6 +352,7 @@ def start_python(code: str | Path, *arguments: object, **options: Any) -> subpro
     """Start *code*, text or a file, in a fresh interpreter that finds this package and ``tests``."""
     script = [str(code)] if isinstance(code, Path) else ["-c", textwrap.dedent(code)]
     roots = [str(Path(async_ckpt.__file__).parents[1]), str(Path(__file__).parents[1])]
+    roots += filter(None, [os.environ.get("PYTHONPATH")])  # another Lightning, in tox
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), **options.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, *script, *map(str, arguments)],

@@ -21,6 +21,7 @@ import torch
 
 from async_ckpt.format.archive import Record, find_records
 from async_ckpt.format.checksum import combine, crc32, crc32_combine
+from async_ckpt.format.overlap import Piece
 from async_ckpt.format.recorder import Recorder, Reference, StandIns
 from async_ckpt.snapshot import Snapshot
 
@@ -136,6 +137,19 @@ class Layout:
             assert crc32_combine is not None
             value, at = crc32_combine(value, self._sum(begin, end), end - begin), end
         return self._crc32(at, stop, value)
+
+    def pieces(self) -> list[Piece]:
+        """Return what the file consists of, checksums in place: call it in a worker.
+
+        Works after the snapshot has been closed, if every byte was read before.
+        """
+        self._seal(0, self._nbytes)
+        return [self._piece(segment) for segment in self._segments]
+
+    def _piece(self, segment: bytearray | Reference) -> Piece:
+        if not isinstance(segment, Reference):
+            return segment
+        return self._snapshot.storages[segment.storage].start + segment.start, len(segment)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield what lies within the range of each record whose bytes are known before checksums are."""

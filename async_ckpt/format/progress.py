@@ -15,7 +15,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, TextIO
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "is_first_rank", "is_watched", "open_bar"]
 
 _log = logging.getLogger("async_ckpt.load")
 
@@ -44,7 +44,7 @@ class Progress:
         stream: TextIO | None = None,
     ) -> None:
         self._stream = stream or sys.stderr
-        self._tells = wanted or (wanted is None and _is_watched(self._stream))
+        self._tells = wanted or (wanted is None and is_first_rank() and is_watched(self._stream))
         self._asked = bool(wanted)
         self._url = url
         self._clock = clock
@@ -76,21 +76,14 @@ class Progress:
             self._log_line(now)
 
     def _open_bar(self) -> Any:
-        try:
-            tqdm = import_module("tqdm").tqdm
-        except ImportError:
-            self._bar = False
-            return False
-        self._bar = tqdm(
-            desc=self._url.rstrip("/").rpartition("/")[2],
+        self._bar = open_bar(
+            self._url.rstrip("/").rpartition("/")[2],
             total=self._total,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
+            before=0,
+            seconds=self._clock() - self._began,
             leave=self._asked,
-            file=self._stream,
+            stream=self._stream,
         )
-        self._bar.start_t -= self._clock() - self._began  # it has been going on for some time
         return self._bar
 
     def _log_line(self, now: float) -> None:
@@ -121,7 +114,47 @@ class Progress:
             self._bar.close()
 
 
-def _is_watched(stream: TextIO | None) -> bool:
-    """Tell whether somebody sees *stream*, and only one process of several writes to it."""
-    first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
-    return first and stream is not None and stream.isatty()
+def is_first_rank() -> bool:
+    """Tell whether this is the one process of several that tells."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def is_watched(stream: TextIO | None) -> bool:
+    """Tell whether somebody sees *stream*."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
+def open_bar(
+    what: str, *, total: int, before: int, seconds: float, leave: bool, stream: TextIO | None
+) -> Any:
+    """Return tqdm's bar of bytes, which leaves no thread; ``False`` where there is no tqdm.
+
+    Args:
+        what: stands before it.
+        total: how many there will be.
+        before: how many there were when it began.
+        seconds: how long ago that was.
+        leave: whether the bar stays when it is closed.
+        stream: where it is drawn.
+    """
+    try:
+        tqdm = import_module("tqdm").tqdm
+    except ImportError:
+        return False
+    bar = type(
+        "Bar", (tqdm,), {"monitor_interval": 0}
+    )(  # without tqdm's thread, which wakes bars that nobody updates
+        desc=what,
+        total=total,
+        initial=before,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=leave,
+        file=stream,
+    )
+    bar.start_t -= seconds
+    return bar

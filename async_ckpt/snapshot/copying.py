@@ -1,6 +1,7 @@
 """Host memory that is kept from save to save, and the copies into it.
 
-Guarantees: two leases never share memory, not even with what an earlier holder left behind; idle
+Guarantees: two leases never share memory, not even with what an earlier holder left behind, but for those who
+ask to `HostPool.share` one, which is counted once and ends with the last of them; idle
 buffers count against the budget (B1); a source is only ever read through const access, so that a
 copy-on-write source keeps sharing; when a copy returns, its source may be changed.
 
@@ -20,7 +21,7 @@ import torch
 from async_ckpt.budget import Budget
 from async_ckpt.snapshot.together import copy_together
 
-__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned", "copy_storages"]
+__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned", "bytes_of", "copy_storages"]
 
 logger = logging.getLogger("async_ckpt.snapshot")
 
@@ -48,13 +49,15 @@ class HostBuffer:
     Attributes:
         nbytes: how much of it there is.
         is_fresh: nothing has been copied into it yet.
+        written: what a writer knows of a file that has these bytes; nothing here.
     """
 
-    __slots__ = ("_map", "_pinned", "is_fresh", "nbytes")
+    __slots__ = ("_map", "_pinned", "is_fresh", "nbytes", "written")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = capacity_for(nbytes)
         self.is_fresh = True
+        self.written: object = None
         self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pinned: bool | None = None
 
@@ -118,7 +121,7 @@ class HostPool:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._idle: list[HostBuffer] = []  # the longest idle first
-        self._leased: set[int] = set()
+        self._leased: dict[int, int] = {}  # how many hold it
 
     @property
     def idle_bytes(self) -> int:
@@ -155,21 +158,29 @@ class HostPool:
             except BaseException:
                 self._budget.release(capacity)
                 raise
-        self._leased.add(id(buffer))
+        self._leased[id(buffer)] = 1
         return buffer
+
+    def share(self, buffer: HostBuffer) -> None:
+        """Let one more hold *buffer*, which is on lease; each of them gives it to `release` once."""
+        self._leased[id(buffer)] += 1
 
     def would_fit(self, nbytes: int, *, without: HostBuffer | None = None) -> bool:
         """Tell whether a buffer could be had once all idle ones were dropped.
 
         Args:
             nbytes: what the snapshot needs.
-            without: a buffer on lease, counted as if it had been given back.
+            without: a buffer on lease, counted as if one who holds it had given it back.
         """
-        others = self._budget.held_bytes - self.idle_bytes - (without.nbytes if without is not None else 0)
+        others = self._budget.held_bytes - self.idle_bytes
+        if without is not None and self._leased[id(without)] == 1:
+            others -= without.nbytes
         return self._budget.fits(capacity_for(nbytes), beside=others)
 
     def release(self, buffer: HostBuffer) -> None:
-        """Take back a leased buffer, and keep it for the next save if that is within the limit.
+        """Take back a leased buffer from one who holds it.
+
+        From the last of them it is kept for the next save, if that is within the limit.
 
         Args:
             buffer: what `lease` returned.
@@ -179,7 +190,11 @@ class HostPool:
         """
         if id(buffer) not in self._leased:
             raise ValueError("the buffer is not on lease from this pool")
-        self._leased.remove(id(buffer))
+        self._leased[id(buffer)] -= 1
+        if self._leased[id(buffer)]:
+            return
+        del self._leased[id(buffer)]
+        buffer.written = None
         if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
             logger.debug("a holder kept views of a %d byte buffer: not reused", buffer.nbytes)
             self._drop(buffer)
@@ -202,7 +217,7 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
     """Copy *sources* one after the other, each at the next aligned place, into *buffer*.
 
     Args:
-        sources: storages on any device.
+        sources: storages on any device; one on the meta device has a place, which is left as it is.
         sizes: their sizes in bytes.
         buffer: large enough for the sum of the aligned sizes.
     """
@@ -210,7 +225,7 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}
     with torch.no_grad():
-        views = [_bytes_of(source) for source in sources]
+        views = [bytes_of(source) for source in sources]
         runs = list(_runs(views, sizes))
         lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
         whole = buffer.as_tensor()
@@ -222,6 +237,8 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
                     torch.cat([piece for index in run for piece in _padded(views[index])], out=target)
                     continue
                 view, target = views[run.start], target[: sizes[run.start]]
+                if view.is_meta:
+                    continue
                 if view.is_cuda:
                     with torch.cuda.stream(_side_stream(view.device, streams)):
                         target.copy_(view, non_blocking=buffer.pin())
@@ -237,7 +254,8 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
                 stream.synchronize()
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return the whole storage as a tensor of bytes."""
     if storage.device.type == "cpu":
         return _NOTHING.detach().set_(storage)  # cheaper than a new tensor, and thousands are needed
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

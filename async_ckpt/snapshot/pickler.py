@@ -21,6 +21,7 @@ import torch
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
 from async_ckpt.snapshot.locations import location_of
 from async_ckpt.snapshot.reduced import reduce
+from async_ckpt.snapshot.xla import value_id
 
 __all__ = ["Lifted", "LiftingPickler"]
 
@@ -45,6 +46,7 @@ class Lifted:
         sizes: their sizes in bytes.
         locations: what ``torch.save`` would write for each.
         arrays: the place in ``entries`` of each numpy array, and the array.
+        remotes: the place in ``storages`` of what is to be brought by value, and the tensor.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Lifted:
     sizes: list[int] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
     arrays: list[tuple[int, Any]] = field(default_factory=list)
+    remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
 
 class LiftingPickler(pickle.Pickler):
@@ -70,6 +73,7 @@ class LiftingPickler(pickle.Pickler):
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []
         self._indices: dict[int, int] = {}
+        self._remote_indices: dict[int, int] = {}
         self._dtypes: list[torch.dtype] = []
 
     def persistent_id(self, obj: Any, /) -> int | None:
@@ -104,12 +108,26 @@ class LiftingPickler(pickle.Pickler):
         location = location_of(storage)
         if location == "meta":
             raise RuntimeError("a storage on the meta device has no data to save")
-        index = self._indices[storage._cdata] = len(self.lifted.storages)
+        index = self._indices[storage._cdata] = self._add_storage(storage, location, dtype)
+        return index
+
+    def _remote(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
+        """Return the storage that the value of a tensor without memory gets; in the file it is one of the CPU's."""
+        number = value_id(tensor)
+        index = self._remote_indices.get(number)
+        if index is None:
+            empty = torch.UntypedStorage(tensor.nbytes, device="meta")
+            index = self._remote_indices[number] = self._add_storage(empty, "cpu", dtype)
+            if tensor.nbytes:
+                self.lifted.remotes.append((index, tensor))
+        return index
+
+    def _add_storage(self, storage: torch.UntypedStorage, location: str, dtype: torch.dtype) -> int:
         self.lifted.storages.append(storage)
         self.lifted.sizes.append(storage.nbytes())
         self.lifted.locations.append(location)
         self._dtypes.append(dtype)
-        return index
+        return len(self._dtypes) - 1
 
 
 _Handler: TypeAlias = Callable[[LiftingPickler, Any], int | None]
@@ -138,7 +156,9 @@ def _choose(kind: type) -> _Handler | None:
 
 
 def _tensor(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
-    return None if tensor._backward_hooks else _parameter(pickler, tensor)  # torch warns of hooks
+    if tensor._backward_hooks and tensor.device.type != "xla":
+        return None  # torch warns of hooks
+    return _parameter(pickler, tensor)
 
 
 def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
@@ -154,7 +174,7 @@ def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
         or tensor.is_conj()
         or tensor.is_neg()
     ):
-        return None
+        return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
     dtype = tensor.dtype
     if dtype not in _DTYPES:
         return None
@@ -171,6 +191,19 @@ def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
         tensor.requires_grad,
         type(tensor) is not torch.Tensor,
     )
+    return pickler._lift(tensor, entry)
+
+
+def _on_xla(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
+    is_parameter, dtype = type(tensor) is not torch.Tensor, tensor.dtype
+    if dtype not in _DTYPES or (is_parameter and tensor.__dict__):
+        return (
+            None  # a parameter's data is met again, on its own; torch_xla leaves a tensor's attributes behind
+        )
+    index = pickler._remote(tensor, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
+    size = tensor.size()
+    stride = torch.empty(size, device="meta").stride()  # as it comes from the device, whatever it was there
+    entry = TensorEntry(index, dtype, 0, size, stride, tensor.requires_grad, is_parameter)
     return pickler._lift(tensor, entry)
 
 

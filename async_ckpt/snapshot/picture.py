@@ -18,6 +18,7 @@ from async_ckpt.snapshot.copying import HostBuffer
 from async_ckpt.snapshot.entries import Entry
 from async_ckpt.snapshot.locations import mark
 from async_ckpt.snapshot.rebuild import INERT, LIVE, Rebuilder
+from async_ckpt.snapshot.sharing import NOTHING, Outline
 
 __all__ = ["Snapshot", "SnapshotStorage"]
 
@@ -37,7 +38,7 @@ class SnapshotStorage(NamedTuple):
 
 
 class Snapshot:
-    """The picture of a state; made by ``Capture.stage``.
+    """The picture of a state; made by ``Capture.stage`` and ``Capture.share``.
 
     Args:
         skeleton: the pickled state, bulk data lifted out.
@@ -45,6 +46,7 @@ class Snapshot:
         storages: where each storage's bytes are.
         buffer: the leased memory.
         nbytes: what the snapshot needs of host memory.
+        outline: by which one of other bytes is told from it; stays when the snapshot is closed.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Snapshot:
         storages: Sequence[SnapshotStorage],
         buffer: HostBuffer,
         nbytes: int,
+        outline: Outline = NOTHING,
     ) -> None:
         self.nbytes = nbytes
+        self.outline = outline
         self.storages = tuple(storages)
         self._skeleton = skeleton
         self._entries = tuple(entries)
@@ -64,6 +68,16 @@ class Snapshot:
         self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
         self._held = set(range(len(self.storages)))
         self._lock = threading.Lock()
+
+    @property
+    def written(self) -> object:
+        """What a writer left here for who shares the memory: of a file that has these bytes."""
+        return None if self._buffer is None else self._buffer.written
+
+    @written.setter
+    def written(self, written: object) -> None:
+        if self._buffer is not None:
+            self._buffer.written = written
 
     def view(self, index: int) -> memoryview:
         """Return the bytes of a storage, read-only.
@@ -119,13 +133,14 @@ class Snapshot:
         Raises:
             ValueError: the snapshot has been closed.
         """
-        return self._unpickle(storage_for, INERT)
+        return self._unpickle(lambda index: mark(storage_for(index), self.storages[index].location), INERT)
 
     def state(self) -> Any:
         """Return the state itself, rebuilt over the snapshot's memory.
 
-        Its tensors lie on the CPU, but ``torch.save`` of it writes the locations of the originals. A
-        buffer to which anything refers when the snapshot is closed is not reused.
+        Its tensors lie on the CPU, but ``torch.save`` of it writes the locations of the originals; of HPUs' the
+        CPU's, where Lightning's CheckpointIO for HPUs would have moved them first. A buffer to which anything
+        refers when the snapshot is closed is not reused.
 
         Returns:
             A state equal to the captured one.
@@ -138,19 +153,18 @@ class Snapshot:
     def _unpickle(
         self, storage_for: Callable[[int], torch.UntypedStorage], globals_: dict[tuple[str, str], Any]
     ) -> Any:
-        def marked(index: int) -> torch.UntypedStorage:
-            return mark(storage_for(index), self.storages[index].location)
-
         memory = self._open_buffer().memory
         with torch.no_grad():
-            return Rebuilder(self._skeleton, self._entries, globals_, marked, memory).load()
+            return Rebuilder(self._skeleton, self._entries, globals_, storage_for, memory).load()
 
     def _over_memory(self, index: int) -> torch.UntypedStorage:
         storage = self.storages[index]
+        location = "cpu" if storage.location.startswith("hpu") else storage.location
         if storage.nbytes == 0:
-            return torch.UntypedStorage(0, device="cpu")
+            return mark(torch.UntypedStorage(0, device="cpu"), location)
         memory, count, start = self._open_buffer().memory, storage.nbytes, storage.start
-        return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start).untyped_storage()
+        host = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start).untyped_storage()
+        return mark(host, location)
 
     def _open_buffer(self) -> HostBuffer:
         if self._buffer is None:

@@ -1,6 +1,6 @@
-"""One large copy in host memory, made by a few threads that take pieces from one list.
+"""One large copy in host memory, or another pass over it, made by a few threads that take pieces from one list.
 
-Guarantees: when `copy_together` returns or raises, no thread of its touches the memory any more; sources are
+Guarantees: when `work_together` returns or raises, no thread of its touches the memory any more; sources are
 read through const access only, where torch has that.
 
 torch's own threads would do, but they wait for each other at the end of every tensor: beside busy processes,
@@ -14,16 +14,17 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-__all__ = ["copy_together", "populate"]
+__all__ = ["PIECE_BYTES", "const_address", "copy_together", "populate", "work_together"]
 
+T = TypeVar("T")
 _Piece: TypeAlias = tuple[int, int, int]  # target address, source address, bytes
 
-_PIECE_BYTES = 8 << 20
+PIECE_BYTES = 8 << 20
 _ALONE_BYTES = 16 << 20  # below this a second thread is not worth its start
 _MOST_THREADS = 8
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; older kernels refuse it, which does no harm
@@ -41,27 +42,43 @@ def copy_together(
             faster than one fault for each page.
     """
     pieces = iter([piece for pair in zip(targets, sources, strict=True) for piece in _pieces(*pair)])
+
+    def copy(piece: _Piece) -> None:
+        target, source, nbytes = piece
+        if fresh:
+            populate(target, nbytes)
+        ctypes.memmove(target, source, nbytes)
+
+    work_together(pieces, copy, nbytes=sum(target.numel() for target in targets), held=(targets, sources))
+
+
+def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: int, held: Any) -> None:
+    """Do *work* on every piece, on as many threads as it is worth.
+
+    Args:
+        pieces: a list's iterator: several threads may take from it.
+        work: lets other threads run while it is busy.
+        nbytes: what the pieces amount to.
+        held: the owners of the memory.
+    """
     errors: list[BaseException] = []
 
-    def copy(*held: object) -> None:
+    def take(held: object) -> None:
         try:
-            for target, source, nbytes in pieces:  # a list's iterator: several threads may take from it
-                if fresh:
-                    populate(target, nbytes)
-                ctypes.memmove(target, source, nbytes)
+            for piece in pieces:
+                work(piece)
         except BaseException as error:
             errors.append(error)
 
-    nbytes = sum(target.numel() for target in targets)
     helpers = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1
     threads: list[threading.Thread] = []
     try:
         for _ in range(helpers):
-            # Holding both: should an interruption come even between here and the join, neither memory is freed
+            # Holding the memory: should an interruption come even between here and the join, it is neither freed
             # nor the buffer reused before the thread has ended.
-            threads.append(threading.Thread(target=copy, args=(targets, sources), name="async_ckpt-copy"))
+            threads.append(threading.Thread(target=take, args=(held,), name="async_ckpt-copy"))
             threads[-1].start()
-        copy()
+        take(held)
     except BaseException as error:
         errors.append(error)
     finally:
@@ -73,14 +90,17 @@ def copy_together(
 def _pieces(target: torch.Tensor, source: torch.Tensor) -> Iterator[_Piece]:
     if target.numel() != source.numel():
         raise ValueError(f"cannot copy {source.numel()} bytes into {target.numel()}")
-    # data_ptr() would make a copy-on-write source own its memory
-    const_address = getattr(source, "const_data_ptr", source.data_ptr)()
-    address = target.data_ptr()
-    for start in range(0, target.numel(), _PIECE_BYTES):
-        yield address + start, const_address + start, min(_PIECE_BYTES, target.numel() - start)
+    from_address, address = const_address(source), target.data_ptr()
+    for start in range(0, target.numel(), PIECE_BYTES):
+        yield address + start, from_address + start, min(PIECE_BYTES, target.numel() - start)
 
 
-def _end(pieces: Iterator[_Piece], threads: Sequence[threading.Thread], errors: list[BaseException]) -> None:
+def const_address(tensor: torch.Tensor) -> int:
+    """Return where the data is, for reading: ``data_ptr()`` would make a copy-on-write tensor own its memory."""
+    return int(getattr(tensor, "const_data_ptr", tensor.data_ptr)())
+
+
+def _end(pieces: Iterator[Any], threads: Sequence[threading.Thread], errors: list[BaseException]) -> None:
     """Leave the threads nothing more to do, and join them, however often that is interrupted."""
     while any(thread.is_alive() for thread in threads):
         try:

@@ -20,10 +20,14 @@ from async_ckpt.snapshot.diagnosis import Offence, find_offences
 from async_ckpt.snapshot.entries import ArrayEntry
 from async_ckpt.snapshot.pickler import Lifted, LiftingPickler
 from async_ckpt.snapshot.picture import Snapshot, SnapshotStorage
+from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
+from async_ckpt.snapshot.xla import bring
 
 __all__ = ["Capture", "capture"]
 
 logger = logging.getLogger("async_ckpt.snapshot")
+
+_LEAST_SHARE = 20  # in the skeleton's own size: where memory is shared nobody counts the skeleton (B1)
 
 
 def capture(state: Any, *, share_unpicklable: bool = False) -> Capture:
@@ -62,28 +66,33 @@ def capture(state: Any, *, share_unpicklable: bool = False) -> Capture:
 
 
 class Capture:
-    """What a state consists of; made by `capture`, used once.
+    """What a state consists of; made by `capture`, used once: either staged or let share another's memory.
 
     Attributes:
         nbytes: the host memory that staging needs.
     """
 
-    __slots__ = ("_lifted", "_skeleton", "_storages", "nbytes")
+    __slots__ = ("_lifted", "_sizes", "_skeleton", "_starts", "_storages", "nbytes")
 
     def __init__(self, skeleton: bytes, lifted: Lifted) -> None:
         start = 0
+        starts: list[int] = []
         storages: list[SnapshotStorage] = []
         for nbytes, location in zip(lifted.sizes, lifted.locations, strict=True):
             storages.append(SnapshotStorage(nbytes, location, start))
+            starts.append(start)
             start += aligned(nbytes)
         for position, array in lifted.arrays:
             entry = lifted.entries[position]
             assert isinstance(entry, ArrayEntry)
             lifted.entries[position] = entry._replace(region=start)
+            starts.append(start)
             start += aligned(array.nbytes)
         self._skeleton = skeleton
         self._lifted: Lifted | None = lifted
         self._storages = tuple(storages)
+        self._sizes = sizes_of(lifted)
+        self._starts = starts
         self.nbytes = start + len(skeleton)
 
     @property
@@ -104,16 +113,39 @@ class Capture:
             ValueError: the buffer is too small.
             RuntimeError: the capture was staged before.
         """
-        lifted = self._lifted
-        if lifted is None:
-            raise RuntimeError("a capture can be staged once")
+        lifted = self._unused()
         if buffer.nbytes < self.nbytes:
             raise ValueError(f"a buffer of {buffer.nbytes} bytes cannot hold {self.nbytes}")
+        if lifted.remotes:
+            remotes = [(self._storages[index].start, tensor) for index, tensor in lifted.remotes]
+            bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
         copy_storages(lifted.storages, lifted.sizes, buffer)
         for position, array in lifted.arrays:
             entry = lifted.entries[position]
             assert isinstance(entry, ArrayEntry)
             _copy_array(array, entry, buffer)
+        return self._finish(lifted, buffer)
+
+    def resembles(self, snapshot: Snapshot) -> bool:
+        """Tell, in microseconds, whether `equals` is worth asking; *snapshot* may have been closed."""
+        if _LEAST_SHARE * len(self._skeleton) > self.nbytes:
+            return False
+        return resembles(self._unused(), self._sizes, snapshot.outline)
+
+    def equals(self, buffer: HostBuffer) -> bool:
+        """Tell whether *buffer*, of a snapshot that this `resembles`, holds the very bytes of the state."""
+        return are_same(self._unused(), self._sizes, buffer)
+
+    def share(self, buffer: HostBuffer) -> Snapshot:
+        """Do what `stage` does where the state `equals` what *buffer* holds, without copying anything."""
+        return self._finish(self._unused(), buffer)
+
+    def _unused(self) -> Lifted:
+        if self._lifted is None:
+            raise RuntimeError("a capture can be staged once")
+        return self._lifted
+
+    def _finish(self, lifted: Lifted, buffer: HostBuffer) -> Snapshot:
         self._lifted = None
         return Snapshot(
             skeleton=self._skeleton,
@@ -121,6 +153,7 @@ class Capture:
             storages=self._storages,
             buffer=buffer,
             nbytes=self.nbytes,
+            outline=outline(self._sizes, self._starts, buffer),
         )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
-__all__ = ["Content", "Location", "Part", "Receipt", "Source", "Store", "Upload", "Workers"]
+__all__ = ["Content", "Copying", "Location", "Part", "Receipt", "Source", "Store", "Upload", "Workers"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,6 +112,21 @@ class Upload(Protocol):
 
     async def abort(self) -> None:
         """Undo everything; errors of the cleaning itself are logged, not raised."""
+
+
+class Copying(Upload, Protocol):
+    """An upload to a store that can copy inside itself, which few can."""
+
+    @property
+    def least_part_bytes(self) -> int:
+        """Bytes that every part but the last must have."""
+
+    @property
+    def stored(self) -> object | None:
+        """By what another upload of the store knows the committed file; ``None`` where it cannot be copied from."""
+
+    async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
+        """Do what ``put`` does with bytes that the file *stored* has from *start* on; fails where it has changed."""
 
 
 class Source(Protocol):

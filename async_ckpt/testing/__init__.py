@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from async_ckpt.testing.conformance import StoreConformance, StoreRig
 from async_ckpt.testing.doubles import BytesContent, ManualClock, ThreadWorkers
-from async_ckpt.testing.faults import Fault, FaultyDisk, FaultyStore, Gate, crash
+from async_ckpt.testing.faults import Fault, FaultyDisk, FaultyStore, Gate, crash, slowed
 
 __all__ = [
     "BytesContent",
@@ -20,4 +20,5 @@ __all__ = [
     "StoreRig",
     "ThreadWorkers",
     "crash",
+    "slowed",
 ]

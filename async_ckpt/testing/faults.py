@@ -7,6 +7,7 @@ all threads; everything else goes to the real thing unchanged.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import threading
@@ -18,10 +19,11 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import anyio
 
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Source, Store, Upload
+from async_ckpt.stores import open_store
+from async_ckpt.stores.base import Content, Location, Part, Receipt, Source, Store, Upload, Workers
 from async_ckpt.stores.disk import Disk
 
-__all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash"]
+__all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash", "slowed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -193,6 +195,26 @@ class FaultyStore:
                 await self._sleep(fault.delay_seconds)
             if fault.error is not None:
                 raise fault.error()
+
+
+def slowed(seconds: float, **options: Any) -> Callable[[Location, Workers], Store]:
+    """Make every save take longer, as slow storage would: ``AsyncCheckpointIO(store_factory=slowed(0.15))``.
+
+    A test that passes with synchronous checkpoints and not with this one reads a file before it is durable.
+
+    Args:
+        seconds: what each save takes longer, all of it before the file is visible.
+        **options: as for ``async_ckpt.stores.open_store``; the service's own options do not reach its stores here.
+
+    Returns:
+        A ``store_factory`` that can be pickled, so that plugins with it can.
+    """
+    return functools.partial(_open_slowed, seconds, options)
+
+
+def _open_slowed(seconds: float, options: dict[str, Any], location: Location, workers: Workers) -> Store:
+    fault = Fault(operation="commit", delay_seconds=seconds)
+    return FaultyStore(open_store(location, workers=workers, **options), [fault])
 
 
 class _FaultyUpload:

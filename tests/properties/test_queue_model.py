@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,7 +22,9 @@ class Fate:
     op: Op
     outcome: str = "live"  # then: done, failed, dropped, withdrawn, refused, replaced
     heir: Op | None = None  # of a replaced save
-    saves_before: list[Op] = field(default_factory=list)  # of a removal
+    saves_before: list[Op] = field(
+        default_factory=list
+    )  # of a removal, links among them; of a link, the one it needs
 
 
 class Programs(RuleBasedStateMachine):
@@ -54,6 +57,11 @@ class Programs(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), key=KEYS)
     def remove(self, which: int, key: str) -> None:
         self._add(self.lanes[which], Kind.REMOVE, key)
+
+    @rule(which=st.integers(0, 1), key=KEYS, to=KEYS)
+    def link(self, which: int, key: str, to: str) -> None:
+        if key != to:
+            self._add(self.lanes[which], Kind.LINK, key, target=to)
 
     @rule(which=st.integers(0, 1), key=KEYS)
     def load(self, which: int, key: str) -> None:
@@ -90,8 +98,10 @@ class Programs(RuleBasedStateMachine):
     @invariant()
     def memory_is_kept(self) -> None:
         """Accepted saves fit the limit, or one is held alone (B1)."""
-        held = [op.nbytes for op in self._in(*set(Phase) - {Phase.WAITING}, kind=Kind.SAVE) if op.nbytes]
-        assert sum(held) <= LIMIT or len(held) == 1
+        accepted = self._in(*set(Phase) - {Phase.WAITING}, kind=Kind.SAVE)
+        for of in self.lanes:
+            held = [op.nbytes for op in accepted if op.lane is of and op.nbytes]
+            assert sum(held) <= LIMIT or len(held) == 1
 
     @invariant()
     def something_can_go_on(self) -> None:
@@ -127,18 +137,25 @@ class Programs(RuleBasedStateMachine):
         live = [fate.op for fate in self.fates.values() if fate.outcome == "live"]
         return [op for op in live if op.phase in phases and kind in (None, op.kind)]
 
-    def _add(self, of: Lane, kind: Kind, key: str, nbytes: int = 0) -> Op:
+    def _add(self, of: Lane, kind: Kind, key: str, nbytes: int = 0, target: str | None = None) -> Op:
         before = [
             fate.op
             for fate in self.fates.values()
-            if fate.op.lane is of and fate.op.kind is Kind.SAVE and self._was_accepted(fate)
+            if fate.op.lane is of and fate.op.kind in (Kind.SAVE, Kind.LINK) and self._was_accepted(fate)
         ]
+        if kind is Kind.LINK:
+            removed = [
+                f.op.id for f in self.fates.values() if f.op.kind is Kind.REMOVE and f.op.key == target
+            ]
+            since = max(removed, default=0)  # else the program itself has made it lead nowhere
+            before = [op for op in before if op.kind is Kind.SAVE and op.key == target and op.id > since][-1:]
         return self.play.add_watched(
             lambda op: self.fates.setdefault(op.id, Fate(op, saves_before=before)),
             of,
             kind,
             key,
             nbytes=nbytes,
+            target=target,
         )
 
     def _was_accepted(self, fate: Fate) -> bool:
@@ -155,7 +172,7 @@ class Programs(RuleBasedStateMachine):
         if ok:
             if op.kind is Kind.SAVE:
                 self.world[op.key] = op.id
-            else:
+            elif op.kind is Kind.REMOVE:
                 self.world.pop(op.key, None)
         self.play.end(op, ok=ok)
 
@@ -167,6 +184,8 @@ class Programs(RuleBasedStateMachine):
                 self._check_order(op)
                 if op.kind is Kind.REMOVE:
                     self._check_removal(fate)
+                if op.kind is Kind.LINK:
+                    assert all(self._end_of(save, set()) == "done" for save in fate.saves_before)
             case Supersede(op, by) | Cancel(op, by):
                 assert op.phase is Phase.QUEUED
                 assert op.key == by.key
@@ -182,7 +201,7 @@ class Programs(RuleBasedStateMachine):
         assert not [other for other in accepted if other.key == op.key and other.id < op.id]
 
     def _check_removal(self, removal: Fate) -> None:
-        """Every save accepted before it is durable, or was made needless by what is, or is made up for (D3, rule 4)."""
+        """Every save and link before it took effect, or was made needless by one that did, or is made up for (D3)."""
         for save in removal.saves_before:
             end = self._end_of(save, set())
             assert end != "live", (removal.op, save)
@@ -203,13 +222,15 @@ class Programs(RuleBasedStateMachine):
         newer = [
             fate.op
             for fate in self.fates.values()
-            if fate.op.kind is Kind.SAVE and fate.outcome == "done" and fate.op.id > save.id
+            if fate.op.kind in (Kind.SAVE, save.kind) and fate.outcome == "done" and fate.op.id > save.id
         ]
         asked_to_remove = any(
             fate.op.kind is Kind.REMOVE and fate.op.key == save.key and save.id < fate.op.id < removal.op.id
             for fate in self.fates.values()
         )
-        return asked_to_remove or any(op.key == save.key or op.key != removal.op.key for op in newer)
+        return asked_to_remove or any(
+            op.key == save.key or (op.kind is Kind.SAVE and op.key != removal.op.key) for op in newer
+        )
 
 
 class _Watched(Play):
@@ -219,9 +240,9 @@ class _Watched(Play):
         super().__init__(limit)
         self._see = see
 
-    def add_watched(self, note: object, of: Lane, kind: Kind, key: str, *, nbytes: int) -> Op:
+    def add_watched(self, note: object, of: Lane, kind: Kind, key: str, **more: Any) -> Op:
         self._note = note
-        return self.add(of, kind, key, nbytes=nbytes)
+        return self.add(of, kind, key, **more)
 
     def arrived(self, op: Op) -> None:
         self._note(op)  # type: ignore[operator]
@@ -241,6 +262,10 @@ class LastGoodCheckpoint(Programs):
     @rule(which=st.just(0), key=KEYS)
     def load(self, which: int, key: str) -> None:
         super().load(which, key)
+
+    @rule(which=st.just(0), key=KEYS, to=KEYS)
+    def link(self, which: int, key: str, to: str) -> None:
+        super().link(which, key, to)
 
     @rule(which=st.just(0), key=KEYS)
     def remove(self, which: int, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import anyio
 import pytest
 
+from async_ckpt import CheckpointService
 from async_ckpt.errors import StoreError
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.local import LocalStore
-from async_ckpt.testing import BytesContent, Fault, FaultyStore, Gate, ManualClock, ThreadWorkers
+from async_ckpt.testing import BytesContent, Fault, FaultyStore, Gate, ManualClock, ThreadWorkers, slowed
 
 DATA = b"x" * 100
 WHOLE = Part(index=0, start=0, stop=100)
+SLOWED_SECONDS = 0.2
 
 
 @pytest.fixture
@@ -134,3 +137,18 @@ def test_the_error_of_the_store_passes_through(tmp_path: Path, workers: ThreadWo
     store = FaultyStore(LocalStore(workers=workers))
     with pytest.raises(StoreError):
         anyio.run(save, store, tmp_path)
+
+
+def test_slowed_saves_take_longer(tmp_path: Path) -> None:
+    """A save, also by a factory that went through pickle, takes the seconds that were asked for, and is whole."""
+    with CheckpointService(store_factory=pickle.loads(pickle.dumps(slowed(SLOWED_SECONDS)))) as service:
+        assert service.save({"x": 1}, tmp_path / "x.ckpt").wait().seconds >= SLOWED_SECONDS
+        assert service.load(tmp_path / "x.ckpt") == {"x": 1}
+
+
+def test_slowed_hands_its_options_to_the_store(tmp_path: Path) -> None:
+    """With ``overwrite=False``, an option of ``open_store``, a second save of one location fails."""
+    with CheckpointService(store_factory=slowed(0.0, overwrite=False)) as service:
+        service.save({"x": 1}, tmp_path / "x.ckpt").wait()
+        with pytest.raises(StoreError):
+            service.save({"x": 2}, tmp_path / "x.ckpt").wait()

@@ -113,6 +113,7 @@ class S3Store:
                 requests=self._requests,
             ),
             part_size=part_size,
+            least_part_bytes=_LEAST_PART_BYTES,
             requests=self._requests,
             pace=self._pace,
             workers=self._workers,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from async_ckpt.errors import StoreError
@@ -20,13 +21,22 @@ from async_ckpt.stores.requests import Requests, patience
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import refuses_checksum
 
-__all__ = ["TOKEN", "Target"]
+__all__ = ["TOKEN", "S3Object", "Target"]
 
 _log = logging.getLogger("async_ckpt.stores.s3")
 
 TOKEN = "async-ckpt-upload"
 _CHECKSUM = "CRC32"
 _COMPLETE_SECONDS = 600.0  # putting many parts together takes S3 minutes; it sends spaces meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Object:
+    """An object as it was when it had this tag."""
+
+    bucket: str
+    key: str
+    tag: str
 
 
 class Target:
@@ -84,20 +94,42 @@ class Target:
             )
         return str(answer["ETag"])
 
-    async def complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> None:
-        """Make an object of *parts*: index, tag and checksum of each."""
+    async def copy(
+        self, upload_id: str, index: int, source: S3Object, start: int, stop: int
+    ) -> tuple[str, str]:
+        """Have S3 take the bytes *start* to *stop* of another object for a part; return its tag and checksum."""
+        with self._requests.translating("write", self._location), patience(_COMPLETE_SECONDS):
+            answer = await self._connection.call(
+                "upload_part_copy",
+                **self._name,
+                UploadId=upload_id,
+                PartNumber=index + 1,
+                CopySource={"Bucket": source.bucket, "Key": source.key},
+                CopySourceIfMatch=source.tag,
+                CopySourceRange=f"bytes={start}-{stop - 1}",
+            )
+        result = answer["CopyPartResult"]
+        return str(result["ETag"]), str(result.get(f"Checksum{_CHECKSUM}", ""))
+
+    def named(self, tag: str) -> S3Object:
+        """Return the object itself, as it is with *tag*."""
+        return S3Object(bucket=self._name["Bucket"], key=self._name["Key"], tag=tag)
+
+    async def complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> str:
+        """Make an object of *parts*: index, tag and checksum of each; return its tag."""
         named: list[dict[str, Any]] = [{"PartNumber": index + 1, "ETag": tag} for index, tag, _ in parts]
         if self._checked:
             for each, (_, _, checksum) in zip(named, parts, strict=True):
                 each[f"Checksum{_CHECKSUM}"] = checksum
         with self._requests.translating("commit", self._location), patience(_COMPLETE_SECONDS):
-            await self._connection.call(
+            answer = await self._connection.call(
                 "complete_multipart_upload",
                 **self._name,
                 **self._condition,
                 UploadId=upload_id,
                 MultipartUpload={"Parts": named},
             )
+        return str(answer.get("ETag", ""))
 
     async def put(self, pieces: Sequence[memoryview], checksum: str) -> None:
         """Make an object of *pieces*."""

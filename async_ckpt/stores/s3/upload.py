@@ -22,7 +22,7 @@ from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.checksums import as_text
 from async_ckpt.stores.requests import Pace, Requests
 from async_ckpt.stores.s3.errors import error_code
-from async_ckpt.stores.s3.target import Target
+from async_ckpt.stores.s3.target import S3Object, Target
 
 __all__ = ["S3Upload"]
 
@@ -43,6 +43,7 @@ class S3Upload:
         nbytes: length of the file.
         target: makes the requests.
         part_size: bytes of every part but the last.
+        least_part_bytes: the fewest that S3 takes for such a part.
         requests: repeats what failed.
         pace: how many parts at a time, over all uploads of the store.
         workers: where checksums are computed.
@@ -60,6 +61,7 @@ class S3Upload:
         target: Target,
         *,
         part_size: int,
+        least_part_bytes: int,
         requests: Requests,
         pace: Pace,
         workers: Workers,
@@ -67,6 +69,8 @@ class S3Upload:
         ended: Note,
     ) -> None:
         self.part_size = part_size
+        self.least_part_bytes = least_part_bytes
+        self.stored: S3Object | None = None
         self.swept: tuple[str, ...] = ()
         self._location = location
         self._nbytes = nbytes
@@ -97,6 +101,20 @@ class S3Upload:
         else:
             async with self._pace.turn():
                 tag = await self._target.send(self._upload_id, part.index, pieces, checksum)
+        self._put[part.index] = part.nbytes
+        return Receipt(index=part.index, token=tag)
+
+    async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
+        """Have S3 take a part from another object; a server that does not tell the right checksum is not believed."""
+        self._check_open("write")
+        if self._upload_id is None or not isinstance(stored, S3Object):
+            raise self._error("write", "there is nothing to copy to or from")
+        checksum = await self._workers.run(self._sum_up, part, content)
+        async with self._pace.turn():
+            stop = start + part.nbytes
+            tag, found = await self._target.copy(self._upload_id, part.index, stored, start, stop)
+        if found != checksum:
+            raise self._error("write", "what was copied is not known to be the same bytes")
         self._put[part.index] = part.nbytes
         return Receipt(index=part.index, token=tag)
 
@@ -147,7 +165,8 @@ class S3Upload:
                     await self._target.put(*self._single)
             else:
                 parts = [(each.index, each.token, self._checksums[each.index]) for each in receipts]
-                await self._target.complete(self._upload_id, parts)
+                tag = await self._target.complete(self._upload_id, parts)
+                self.stored = self._target.named(tag) if tag else None
         except StoreError as error:
             if isinstance(error, TransientStoreError) or error_code(error) == "NoSuchUpload":
                 self._in_doubt = True
@@ -176,9 +195,13 @@ class S3Upload:
                 await self._note_ended(upload_id)
 
     def _read(self, part: Part, content: Content) -> tuple[Sequence[memoryview], str]:
+        checksum = self._sum_up(part, content)
+        return content.read(part.start, part.stop), checksum
+
+    def _sum_up(self, part: Part, content: Content) -> str:
         if part.index not in self._checksums:
             self._checksums[part.index] = as_text(content.crc32(part.start, part.stop))
-        return content.read(part.start, part.stop), self._checksums[part.index]
+        return self._checksums[part.index]
 
     def _check_open(self, stage: str) -> None:
         if self._over:

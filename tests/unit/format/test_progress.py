@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,13 @@ def test_nobody_watches(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(terminal, "isatty", lambda: False)
     load(Progress(None, "x.ckpt", clock=clock, stream=terminal), clock, seconds=60)
     assert terminal.getvalue() == ""
+
+
+def test_closed_standard_error(tmp_path: Path) -> None:
+    """A load does without telling where standard error is closed."""
+    with open(tmp_path / "stderr", "w") as closed:
+        pass
+    load(Progress(None, "x.ckpt", clock=ManualClock(), stream=closed), ManualClock(), seconds=60)
 
 
 def test_lines_without_tqdm(

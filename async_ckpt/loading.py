@@ -1,0 +1,102 @@
+"""The loads of one service that are under way.
+
+Guarantees: a load ends with its service, whoever is closing it, and leaves nothing open.
+
+What does not belong here: waiting for pending saves (service), reading (format).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from async_ckpt.errors import ServiceClosedError
+from async_ckpt.runtime import Runtime
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location, Store
+
+if TYPE_CHECKING:
+    from async_ckpt.format.file import CheckpointFile
+
+__all__ = ["Loads"]
+
+
+class Loads:
+    """Reads checkpoints; threads may share it.
+
+    Args:
+        max_concurrent_reads: requests at a time of one load.
+    """
+
+    def __init__(self, max_concurrent_reads: int) -> None:
+        self._max_concurrent_reads = max_concurrent_reads
+        self._files: list[CheckpointFile] = []
+        self._is_over = False
+
+    def read(
+        self,
+        location: Location,
+        store: Store,
+        runtime: Runtime,
+        *,
+        map_location: Any,
+        weights_only: bool | None,
+        keys: str | Sequence[str] | None,
+        progress: bool | None,
+    ) -> Any:
+        """Return the state at *location*; the arguments are those of ``CheckpointService.load``."""
+        # Here, because few programs load, and all import this module.
+        from async_ckpt.format.reader import read_checkpoint
+        from async_ckpt.format.selection import as_patterns
+
+        try:
+            return read_checkpoint(
+                partial(self._open, location, store, runtime),
+                url=location.url,
+                map_location=map_location,
+                weights_only=weights_only,
+                keys=None if keys is None else as_patterns(keys),
+                progress=progress,
+            )
+        except Exception as error:  # torch.load's own, of many kinds, which name no file
+            if sys.version_info >= (3, 11):
+                error.add_note(f"while {location.url!r} was read")
+            raise
+
+    def end(self) -> None:
+        """End every load, now and later ones as well; may be called again, by several threads."""
+        self._is_over = True
+        for file in list(self._files):
+            file.end(_closed())
+
+    @contextmanager
+    def _open(
+        self, location: Location, store: Store, runtime: Runtime, moved: Callable[[int], None]
+    ) -> Iterator[CheckpointFile]:
+        from async_ckpt.format.file import CheckpointFile
+        from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
+
+        near = is_local(location)
+        reads = self._max_concurrent_reads
+        ahead = ReadAhead(
+            partial(store.source, location),
+            max_concurrent_reads=reads,
+            chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
+            longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
+        )
+        file = CheckpointFile(ahead, loop=runtime, url=location.url, is_near=near, moved=moved)
+        self._files.append(file)
+        try:
+            if self._is_over:  # just now, by one who does not know of the file
+                raise _closed()
+            yield file
+        finally:
+            file.close()
+            self._files.remove(file)  # last: who interrupts the closing leaves it to the service's
+
+
+def _closed() -> ServiceClosedError:
+    return ServiceClosedError("the service was closed meanwhile")

@@ -1,0 +1,149 @@
+"""Keeps a run for looking at: when the loop stalled, what was in flight, when it became durable.
+
+Guarantees: recording neither blocks nor locks, so it may be done on the service's loop thread and in signal
+handlers; memory is bounded (B2): past ``max_events`` the oldest are forgotten. The file is whole at any moment, as it
+is replaced at once; a killed process leaves the one that was written last.
+
+What does not belong here: what is drawn (trace), Lightning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from time import time
+from types import TracebackType
+from typing import Any
+
+from async_ckpt.events import Event, Failed
+from async_ckpt.trace import Span, trace_of
+
+__all__ = ["Timeline"]
+
+logger = logging.getLogger(__name__)
+
+
+class Timeline:
+    """An observer that writes a trace of the run: ``observer=Timeline("trace.json")``.
+
+    It is written by ``write``, at the end of a ``with`` block, and at the interpreter's exit, after pending saves
+    have ended. Several services may share one. Who has recorded nothing writes nothing; a copy, or a timeline that
+    came into another process, has recorded nothing yet.
+
+    Args:
+        path: the file, on a local disk; ui.perfetto.dev and chrome://tracing open it.
+        max_events: how many events are kept, the newest; and as many slices.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, max_events: int = 100_000) -> None:
+        self._path = os.fspath(path)
+        self._max_events = max_events
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._events: deque[Event] = deque(maxlen=self._max_events)
+        # Apart, so that a million training steps do not push the saves out.
+        self._spans: deque[Span] = deque(maxlen=self._max_events)
+        self._unwritten = False
+
+    def __call__(self, event: Event) -> None:
+        """Keep one event; the service calls this."""
+        if isinstance(event, Failed):
+            # Its words only: its traceback comes to hold the frames, and so the memory, of all who raise it.
+            event = replace(event, error=Exception(f"{type(event.error).__name__}: {event.error}"))
+        self._leave_to_parent()
+        self._events.append(event)
+        self._write_later()
+
+    def slice(self, track: str, name: str, began_seconds: float, ended_seconds: float) -> None:
+        """Show something of your own, such as a training step; from any thread.
+
+        Args:
+            track: where it belongs; what overlaps on a track gets further rows.
+            name: what is written on it.
+            began_seconds: when it began, by ``time.time``.
+            ended_seconds: when it ended.
+        """
+        self._leave_to_parent()
+        self._spans.append(Span(track, name, began_seconds, ended_seconds))
+        self._write_later()
+
+    def write(self) -> None:
+        """Write all that is kept, in place of what was written before; do nothing if nothing is new.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._leave_to_parent()
+        if not self._unwritten:
+            return
+        self._unwritten = False
+        atexit.unregister(self._write_or_log)
+        events, spans = self._events.copy(), self._spans.copy()  # in one step each, whoever appends
+        trace = trace_of(events, spans, now_seconds=time())
+        if self._max_events in (len(events), len(spans)):
+            trace["otherData"] = {"kept": f"the newest {self._max_events} events; there may have been more"}
+        try:
+            _replace(self._path, trace)
+        except BaseException:
+            self._write_later()
+            raise
+
+    def __enter__(self) -> Timeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.write()
+        else:
+            self._write_or_log()  # what is in flight is not replaced (E2)
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {"path": self._path, "max_events": self._max_events}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._path = state["path"]
+        self._max_events = state["max_events"]
+        self._reset()
+
+    def _write_later(self) -> None:
+        """See to it that what was kept just now will be written; called after that, lest a writing comes between."""
+        if not self._unwritten:
+            self._unwritten = True
+            atexit.register(self._write_or_log)  # comes after the service's own hook, which drains (D4)
+
+    def _leave_to_parent(self) -> None:
+        """Forget, in a forked child, what the parent has kept and will write."""
+        if os.getpid() != self._pid:
+            self._reset()
+
+    def _write_or_log(self) -> None:
+        try:
+            self.write()
+        except OSError:
+            logger.exception("the timeline was not written to %r", self._path)
+
+
+def _replace(path: str, trace: dict[str, Any]) -> None:
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    # An event a line, so that it can be searched and compared.
+    encode = json.JSONEncoder(separators=(",", ":")).encode
+    lines = ",\n".join(map(encode, trace.pop("traceEvents")))
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(f'{json.dumps(trace)[:-1]}, "traceEvents": [\n{lines}\n]}}\n')
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

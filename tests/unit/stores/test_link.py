@@ -1,0 +1,63 @@
+"""Second names for checkpoints on a local disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import StoreError
+from async_ckpt.stores import locate
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.link import make_link
+
+
+def at(path: Path) -> Location:
+    """Return the location of the name itself."""
+    return locate(path, follow=False)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A file to lead to."""
+    (tmp_path / "new.ckpt").write_text("new")
+    return tmp_path / "new.ckpt"
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "a link", "a dangling link", "a directory"])
+def test_whatever_was_there_is_replaced(tmp_path: Path, target: Path, before: str) -> None:
+    """The name leads to the target afterwards, and nothing else is left in the directory."""
+    last = tmp_path / "last.ckpt"
+    if before == "a file":
+        last.write_text("old")
+    elif before == "a link":
+        last.symlink_to("new.ckpt")
+    elif before == "a dangling link":
+        last.symlink_to("gone.ckpt")
+    elif before == "a directory":
+        last.mkdir()
+        (last / "shard").write_text("old")
+    make_link(at(last), at(target))
+    assert last.read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
+
+
+def test_the_link_is_relative(tmp_path: Path, target: Path) -> None:
+    """The directory may be moved as a whole."""
+    make_link(at(tmp_path / "sub" / "last.ckpt"), at(target))
+    assert os.readlink(tmp_path / "sub" / "last.ckpt") == os.path.join("..", "new.ckpt")
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path, target: Path) -> None:
+    """A link that was made but not renamed stays no longer than until the next."""
+    (tmp_path / ".last.ckpt.async_ckpt-link").symlink_to("anything")
+    make_link(at(tmp_path / "last.ckpt"), at(target))
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
+
+
+def test_what_cannot_be_made_is_told(tmp_path: Path, target: Path) -> None:
+    """The error names the location and the stage, and nothing is left behind."""
+    with pytest.raises(StoreError, match=r"link.*new\.ckpt/last\.ckpt"):
+        make_link(at(target / "last.ckpt"), at(target))
+    assert os.listdir(tmp_path) == ["new.ckpt"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from async_ckpt.errors import (
     AbandonedError,
     AsyncCheckpointError,
@@ -31,8 +33,12 @@ from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.service import CheckpointService, load
 
+if TYPE_CHECKING:
+    from async_ckpt.lightning.callback import AsyncCheckpointCallback
+
 __all__ = [
     "AbandonedError",
+    "AsyncCheckpointCallback",
     "AsyncCheckpointError",
     "AsyncCheckpointIO",
     "BackPressureError",
@@ -62,3 +68,12 @@ __all__ = [
     "UnpicklableStateError",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what only a Trainer needs when it is asked for."""
+    if name == "AsyncCheckpointCallback":
+        from async_ckpt.lightning.callback import AsyncCheckpointCallback
+
+        return AsyncCheckpointCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,29 +11,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from async_ckpt.events import Durable, Event, Failed, Observer, Removed
+from async_ckpt.events import Durable, Event, Failed, Removed
 
-__all__ = ["ListingsForgetter", "forget_listings"]
+__all__ = ["forget_changed", "forget_listings"]
 
 logger = logging.getLogger(__name__)
 
 
-class ListingsForgetter:
-    """An observer that forgets listings as things change, and then tells the user's observer.
-
-    Args:
-        observer: the user's, if there is one.
-    """
-
-    def __init__(self, observer: Observer | None) -> None:
-        self._observer = observer
-
-    def __call__(self, event: Event) -> None:
-        """Look at one event; whoever waits for its request has not been told yet."""
-        if isinstance(event, (Durable, Removed, Failed)):
-            forget_listings(event.url)
-        if self._observer is not None:
-            self._observer(event)
+def forget_changed(event: Event) -> None:
+    """Forget what *event* has changed; whoever waits for its request has not been told yet."""
+    if isinstance(event, (Durable, Removed, Failed)):
+        forget_listings(event.url)
 
 
 def forget_listings(url: str) -> None:

@@ -1,23 +1,43 @@
-"""Makes the two Lightning distributions take a class for a checkpoint plugin of their own.
+"""Makes the two Lightning distributions take our classes for their own.
 
-``pytorch_lightning`` and ``lightning.pytorch`` are two copies of the same code with two sets of classes. A
-virtual subclass is accepted by both, and needs neither to be imported with this package. What does not belong
-here: anything that the plugin does.
+``pytorch_lightning`` and ``lightning.pytorch`` are two copies of the same code with two sets of classes. A virtual
+subclass of ``CheckpointIO`` is accepted by both. ``Callback`` knows no virtual ones, so ours gets it as a base, of
+each copy. None needs to be imported with this package. What does not belong here: anything that the classes do.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["register"]
+from async_ckpt.lightning.repairs import repair
 
-_TREES = {
-    "pytorch_lightning": ("pytorch_lightning.plugins.io.wrapper", "_WrappingCheckpointIO"),
-    "lightning": ("lightning.pytorch.plugins.io.wrapper", "_WrappingCheckpointIO"),
-    "lightning_fabric": ("lightning_fabric.plugins.io.checkpoint_io", "CheckpointIO"),
+__all__ = ["default_weights_only", "found_callbacks", "inherit_callback", "register"]
+
+# Fabric's strategies for XLA take nothing but the CheckpointIO of their own, not even Lightning's wrappers.
+_PLUGINS = {
+    "pytorch_lightning": [("pytorch_lightning.plugins.io.wrapper", "_WrappingCheckpointIO")],
+    "lightning": [
+        ("lightning.pytorch.plugins.io.wrapper", "_WrappingCheckpointIO"),
+        ("lightning.fabric.plugins.io.xla", "XLACheckpointIO"),
+    ],
+    "lightning_fabric": [("lightning_fabric.plugins.io.xla", "XLACheckpointIO")],
 }
+_CALLBACKS = {
+    "pytorch_lightning": [("pytorch_lightning.callbacks.callback", "Callback")],
+    "lightning": [("lightning.pytorch.callbacks.callback", "Callback")],
+}
+_WRITERS = {
+    "pytorch_lightning": [("lightning_fabric.plugins.io.torch_io", "TorchCheckpointIO")],
+    "lightning": [("lightning.fabric.plugins.io.torch_io", "TorchCheckpointIO")],
+    "lightning_fabric": [("lightning_fabric.plugins.io.torch_io", "TorchCheckpointIO")],
+}
+
+_registered: set[type] = set()
 
 
 def register(plugin: type) -> None:
@@ -26,11 +46,44 @@ def register(plugin: type) -> None:
     Raises:
         ImportError: no Lightning is installed.
     """
-    trees = [tree for tree in _TREES if tree in sys.modules]
+    for base in _classes(_PLUGINS, "AsyncCheckpointIO"):
+        base.register(plugin)
+    _registered.add(plugin)
+    repair()
+
+
+def inherit_callback(callback: Any) -> None:
+    """Make ``Callback`` a base of *callback*, likewise.
+
+    Raises:
+        ImportError: no Lightning with a Trainer is installed.
+    """
+    for base in _classes(_CALLBACKS, "AsyncCheckpointCallback"):
+        if not issubclass(callback, base):
+            callback.__bases__ = (*callback.__bases__, base)
+
+
+def found_callbacks() -> list[Any]:
+    """Return what a Trainer finds by its entry points: the companion, if the program has ever made a plugin."""
+    if not _registered:
+        return []
+    from async_ckpt.lightning.callback import FoundCallback
+
+    return [FoundCallback()]
+
+
+def default_weights_only() -> bool | None:
+    """Return what a load means that does not say: torch's default, but before Lightning 2.6 anything was loaded."""
+    for writer in _classes(_WRITERS, "AsyncCheckpointIO"):
+        if "weights_only" not in inspect.signature(writer.load_checkpoint).parameters:
+            return False
+    return None
+
+
+def _classes(places: Mapping[str, list[tuple[str, str]]], what: str) -> list[Any]:
+    trees = [tree for tree in places if tree in sys.modules]
     if not trees:
-        trees = [tree for tree in _TREES if importlib.util.find_spec(tree) is not None]
+        trees = [tree for tree in places if importlib.util.find_spec(tree) is not None]
     if not trees:
-        raise ImportError('AsyncCheckpointIO needs Lightning: pip install "async-ckpt[lightning]"')
-    for tree in trees:
-        module, name = _TREES[tree]
-        getattr(importlib.import_module(module), name).register(plugin)
+        raise ImportError(f'{what} needs Lightning: pip install "async-ckpt[lightning]"')
+    return [getattr(importlib.import_module(module), name) for tree in trees for module, name in places[tree]]

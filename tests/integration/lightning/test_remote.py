@@ -129,7 +129,7 @@ def test_load_of_a_pending_save(tree: Any, root: str, faults: Any) -> None:
     model = tree.model()
     trainer.fit(model)
     trainer.save_checkpoint(f"{root}/a.ckpt")
-    loaded = trainer.strategy.load_checkpoint(f"{root}/a.ckpt", weights_only=True)
+    loaded = trainer.strategy.load_checkpoint(f"{root}/a.ckpt")
     assert torch.equal(loaded["state_dict"]["layer.weight"], model.layer.weight)
     plugin.teardown()
 
@@ -172,19 +172,27 @@ def test_two_runs_in_one_folder_do_not_share_names(tree: Any, root: str) -> None
     assert _names(root) == ["epoch=0-step=4-v1.ckpt", "epoch=0-step=4.ckpt", "last-v1.ckpt", "last.ckpt"]
 
 
+@everywhere
+@pytest.mark.parametrize("named", [True, False], ids=["dirpath", "default_root_dir"])
+def test_resume_by_the_word_last(tree: Any, root: str, named: bool) -> None:
+    """``ckpt_path="last"`` finds ``last.ckpt`` in a bucket (Lightning issue 18261)."""
+    _resume_by_the_word_last(tree, root, named, [AsyncCheckpointIO()])
+
+
 @on_s3
-@pytest.mark.parametrize("ours", [True, False], ids=["ours", "Lightning's"])
-@pytest.mark.xfail(
-    strict=True, reason="ModelCheckpoint drops the protocol of what it finds (Lightning issue 18261)"
-)
-def test_resume_by_the_word_last(tree: Any, root: str, ours: bool) -> None:
-    """``ckpt_path="last"`` finds ``last.ckpt`` in a bucket."""
+def test_resume_by_the_word_last_without_the_plugin(tree: Any, root: str) -> None:
+    """A program that has made our plugin may resume so with any CheckpointIO."""
+    AsyncCheckpointIO()
+    _resume_by_the_word_last(tree, root, True, [])
+
+
+def _resume_by_the_word_last(tree: Any, root: str, named: bool, plugins: list[Any]) -> None:
     for epochs in (1, 2):
-        checkpoint = tree.checkpoints(root, save_last=True)
-        plugins = [AsyncCheckpointIO()] if ours else []
+        checkpoint = tree.checkpoints(root if named else None, save_last=True)
         trainer = tree.trainer(root, max_epochs=epochs, plugins=plugins, callbacks=[checkpoint])
         trainer.fit(tree.model(), ckpt_path="last" if epochs == 2 else None)
-    assert trainer.ckpt_path == f"{root}/last.ckpt"
+    assert trainer.ckpt_path == f"{root}{'' if named else '/checkpoints'}/last.ckpt"
+    assert trainer.global_step == 8
 
 
 @on_s3

@@ -10,8 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from async_ckpt import AsyncCheckpointIO
-from async_ckpt.events import Durable, Event, Removed, Staged
-from async_ckpt.lightning.listings import ListingsForgetter, forget_listings
+from async_ckpt.events import Event
+from async_ckpt.lightning.listings import forget_listings
 
 
 class Remembering(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped
@@ -61,21 +61,20 @@ def test_what_remembers_nothing_is_passed_over(url: str) -> None:
 
 
 def test_forgotten_before_the_user_is_told(file_system: Remembering) -> None:
-    """The user's observer gets every event, and sees what a save has changed."""
+    """The user's observer sees what a save or a removal has changed as soon as it hears of it."""
     seen: list[tuple[str, bool]] = []
 
     def observer(event: Event) -> None:
         seen.append((type(event).__name__, "/run" in file_system.dircache))
-
-    forgetter = ListingsForgetter(observer)
-    for event in (
-        Staged(request_id=1, url="remembering://run/a.ckpt", stall_seconds=0.0),
-        Durable(request_id=1, url="remembering://run/a.ckpt", nbytes=1, seconds=0.0),
-        Removed(request_id=2, url="remembering://run/a.ckpt"),
-    ):
         file_system.dircache["/run"] = []
-        forgetter(event)
-    assert seen == [("Staged", True), ("Durable", False), ("Removed", False)]
+
+    plugin = AsyncCheckpointIO(observer=observer)
+    plugin.save_checkpoint({"step": 1}, "remembering://run/a.ckpt")
+    plugin.remove_checkpoint("remembering://run/a.ckpt")
+    plugin.teardown()
+    assert ("Writing", True) in seen
+    assert ("Durable", False) in seen
+    assert ("Removed", False) in seen
 
 
 def test_the_plugin_forgets(file_system: Remembering) -> None:

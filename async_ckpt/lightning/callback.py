@@ -1,0 +1,201 @@
+"""``AsyncCheckpointCallback``: what a Trainer does around asynchronous checkpoints, beside the plugin.
+
+Guarantees: it does nothing in a Trainer whose checkpoints do not go through ``AsyncCheckpointIO``, and of several in a
+Trainer exactly one acts; nothing of it is in any checkpoint. No collective operation is called.
+
+What does not belong here: what happens during a fit; that is the companion's.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from time import time
+from typing import Any
+from weakref import WeakSet
+
+from async_ckpt.lightning.companion import Companion
+from async_ckpt.lightning.notifications import Notifications
+from async_ckpt.lightning.plugin import AsyncCheckpointIO
+from async_ckpt.lightning.registration import inherit_callback
+from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.lightning.strategies import bypass, plugin_of
+from async_ckpt.timeline import Timeline
+
+__all__ = ["AsyncCheckpointCallback", "FoundCallback"]
+
+_accompanied: WeakSet[AsyncCheckpointIO] = WeakSet()
+"""The plugins that some Trainer has used, so that their saves outside of ``fit`` are synchronous."""
+
+
+class _Base:
+    """What takes the place of Lightning's classes until the program has imported them."""
+
+
+class AsyncCheckpointCallback(_Base):
+    """Goes with ``AsyncCheckpointIO`` in a Trainer, which finds it by itself where entry points are installed.
+
+    During ``fit`` it has ``ModelCheckpoint`` know of pending files, tells loggers of a checkpoint once it is durable,
+    calls ``on_checkpoint_write_end(trainer, path)`` of callbacks and of the LightningModule, and waits for all at
+    the end. Outside of ``fit``, a save returns when it is durable.
+
+    Args:
+        log_metrics: give what each durable save took to the trainer's loggers: ``checkpoint/stall_seconds`` and so on.
+        progress_bar: show pending saves in the training's progress bar.
+        timeline: where to write a trace of the run; see ``Timeline``.
+
+    Raises:
+        ImportError: no Lightning with a Trainer is installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_metrics: bool = True,
+        progress_bar: bool = True,
+        timeline: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._log_metrics = log_metrics
+        self._progress_bar = progress_bar
+        self._timeline = None if timeline is None else Timeline(timeline)
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        inherit_callback(AsyncCheckpointCallback)
+        self._plugin: AsyncCheckpointIO | None = None
+        self._notifications: Notifications | None = None
+        self._companion: Companion | None = None
+        self._step_began_seconds = 0.0
+        self._has_warned = False
+
+    # -- Lightning's hooks
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the plugin, and see to it that its saves outside of ``fit`` are synchronous."""
+        if self._companion is not None:  # whatever was to end it was itself interrupted
+            self._companion.end()
+        self._companion = None
+        self._plugin = plugin = plugin_of(trainer) if self._acts_in(trainer) else None
+        if plugin is None:
+            return
+        if plugin not in _accompanied:
+            _accompanied.add(plugin)
+            plugin.synchronous = True
+        self._warn_of_bypass(trainer)
+        _see_to_teardown(trainer, plugin, self)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to accompany the fit, once every ``setup`` is done."""
+        plugin = self._plugin
+        if plugin is None:
+            return
+        if self._notifications is None or self._notifications.meter is not plugin.meter:
+            self._notifications = Notifications(plugin.meter, log_metrics=self._log_metrics)
+        timeline = self._timeline if trainer.is_global_zero else None
+        if timeline is not None:
+            plugin.observe(timeline)
+        self._companion = Companion(
+            trainer, plugin, self._notifications, progress_bar=self._progress_bar, timeline=timeline
+        )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Take the time."""
+        self._step_began_seconds = time()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell of what has become durable."""
+        if self._companion is not None:
+            self._companion.step_ended(f"batch {batch_idx}", self._step_began_seconds)
+            self._companion.keep_up()
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Tell of what has become durable; a validation may be long."""
+        if self._companion is not None:
+            self._companion.keep_up()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for everything, before ``fit`` calls itself done.
+
+        Raises:
+            Exception: a save failed.
+        """
+        if self._companion is not None:
+            self._companion.flush()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Wait for everything; what failed is added to the error's notes."""
+        if self._companion is not None:
+            self._companion.settle()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Tell of what has become durable since, while loggers listen."""
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.end()
+
+    # -- ours
+
+    def strategy_ends(self) -> None:
+        """The strategy, and the plugin with it, is about to be torn down."""
+        if self._companion is not None:
+            self._companion.strategy_ends()
+
+    def strategy_ended(self) -> None:
+        """The strategy has been torn down, and the plugin with it."""
+        if self._companion is not None:
+            self._companion.strategy_ended()
+
+    def _acts_in(self, trainer: Any) -> bool:
+        """Tell whether it is this one that acts: the user's own comes before one that was found."""
+        candidates = [each for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]
+        candidates.sort(key=lambda each: isinstance(each, FoundCallback))
+        return candidates[:1] == [self]
+
+    def _warn_of_bypass(self, trainer: Any) -> None:
+        advice = bypass(trainer.strategy)
+        if advice is not None and not self._has_warned and trainer.is_global_zero:
+            self._has_warned = True
+            warnings.warn(advice, stacklevel=2)
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {
+            "log_metrics": self._log_metrics,
+            "progress_bar": self._progress_bar,
+            "timeline": self._timeline,
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._log_metrics = state["log_metrics"]
+        self._progress_bar = state["progress_bar"]
+        self._timeline = state["timeline"]
+        self._begin_afresh()
+
+
+class FoundCallback(AsyncCheckpointCallback):
+    """The one that a Trainer has found by itself."""
+
+
+def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:
+    if plugin.is_used:
+        strategy.checkpoint_io.teardown()
+
+
+def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncCheckpointCallback) -> None:
+    """Have the plugin torn down with the strategy, also where that does not: FSDP's, ModelParallel's."""
+    strategy = trainer.strategy
+    shadows = Shadows()
+    tear_down = strategy.teardown
+
+    def teardown() -> None:
+        shadows.lift()
+        with ExitStack() as steps:  # whatever fails in between; last first
+            steps.callback(callback.strategy_ended)
+            steps.callback(_tear_down_plugin, plugin, strategy)
+            steps.callback(tear_down)
+            callback.strategy_ends()
+
+    shadows.cast(strategy, "teardown", teardown)

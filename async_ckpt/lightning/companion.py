@@ -1,0 +1,137 @@
+"""One fit in the company of the plugin: all that has to happen around it, from its start to its teardown.
+
+Guarantees: whatever is put in the way of callbacks, loggers and the progress bar is gone when the fit has been torn
+down, also after an error; an error in flight is never replaced (E2). No collective operation is called.
+
+What does not belong here: Lightning's hooks (callback).
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from time import time
+from typing import Any
+
+from async_ckpt.lightning.bars import show_pending
+from async_ckpt.lightning.model_checkpoint import make_aware
+from async_ckpt.lightning.notifications import Notifications
+from async_ckpt.lightning.plugin import AsyncCheckpointIO
+from async_ckpt.lightning.removals import Removals
+from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.timeline import Timeline
+
+__all__ = ["Companion"]
+
+logger = logging.getLogger(__name__)
+
+
+class Companion:
+    """What accompanies one fit of *trainer*, whose checkpoints *plugin* writes."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        plugin: AsyncCheckpointIO,
+        notifications: Notifications,
+        *,
+        progress_bar: bool,
+        timeline: Timeline | None,
+    ) -> None:
+        self._trainer = trainer
+        self._plugin = plugin
+        self._notifications = notifications
+        self._timeline = timeline
+        self._failing = False
+        self._shadows = Shadows()
+        # False where another Trainer's fit, around this one, has the plugin, too.
+        self._was_synchronous = plugin.synchronous
+        plugin.synchronous = False
+        try:
+            self._removals = Removals(plugin, self._shadows, is_awaited=notifications.awaits)
+            self._begin(progress_bar)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _begin(self, progress_bar: bool) -> None:
+        trainer = self._trainer
+        self._notifications.forget()
+        for callback in trainer.callbacks:
+            make_aware(callback, self._plugin, self._removals, self._shadows)
+        for each in trainer.loggers:
+            hold_back = partial(self._hold_back, each.after_save_checkpoint)
+            self._shadows.cast(each, "after_save_checkpoint", hold_back)
+        bar = trainer.progress_bar_callback
+        if progress_bar and hasattr(bar, "get_metrics"):
+            show_pending(bar, self._plugin.meter, self._shadows)
+
+    def keep_up(self) -> None:
+        """Tell of what has become durable; called after each batch, so it costs next to nothing."""
+        self._notifications.tell(self._trainer)
+        self._removals.release()
+
+    def flush(self) -> None:
+        """Wait for everything, raise what failed, tell of the rest."""
+        began_seconds = time()
+        try:
+            if self._plugin.is_used:
+                self._plugin.wait()
+        finally:
+            self._record("training thread", "flush", began_seconds)
+        self.keep_up()
+
+    def settle(self) -> None:
+        """Do what ``flush`` does for who handles an error; what is saved from now on is waited for at once."""
+        self._failing = True
+        began_seconds = time()
+        self._settle()
+        self._record("training thread", "flush", began_seconds)
+
+    def strategy_ends(self) -> None:
+        """Have removed what was to be, before the plugin is torn down."""
+        self._removals.release(everything=True)
+
+    def strategy_ended(self) -> None:
+        """Nobody waits for what is saved from now on, so each save does."""
+        self._plugin.synchronous = self._was_synchronous
+        if self._failing:  # no hook follows
+            self.end()
+
+    def end(self) -> None:
+        """Tell of the rest and be gone."""
+        try:
+            if not self._failing:
+                self.keep_up()
+        finally:
+            self._leave()
+            self._write_timeline()
+
+    def step_ended(self, name: str, began_seconds: float) -> None:
+        """Show a step of the training in the timeline."""
+        self._record("steps", name, began_seconds)
+
+    def _leave(self) -> None:
+        self._plugin.synchronous = self._was_synchronous
+        self._shadows.lift()
+
+    def _hold_back(self, tell: Any, checkpoint_callback: Any) -> None:
+        self._notifications.hold_back(self._trainer, tell, checkpoint_callback)
+        if self._failing:  # loggers are finalized before there is another occasion
+            self._settle()
+
+    def _settle(self) -> None:
+        self._plugin.settle()
+        self._notifications.tell_or_log(self._trainer)
+        self._removals.release()
+
+    def _record(self, track: str, name: str, began_seconds: float) -> None:
+        if self._timeline is not None:
+            self._timeline.slice(track, name, began_seconds, time())
+
+    def _write_timeline(self) -> None:
+        if self._timeline is not None:
+            try:
+                self._timeline.write()
+            except OSError:
+                logger.exception("the timeline was not written")

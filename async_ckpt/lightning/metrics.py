@@ -1,0 +1,41 @@
+"""What a durable save looks like in the trainer's loggers.
+
+What does not belong here: when they are told (notifications).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from async_ckpt.meter import SaveProgress
+
+__all__ = ["figures", "log_figures"]
+
+
+def figures(save: SaveProgress, pending: int) -> dict[str, float]:
+    """Return what is logged of *save*, which is durable.
+
+    Args:
+        save: the save.
+        pending: how many others are under way now.
+    """
+    values = {
+        "stall_seconds": save.stall_seconds,
+        "staged_seconds": save.staged_seconds,
+        "durable_seconds": save.durable_seconds,
+        "pending": float(pending),
+        "bytes": float(save.nbytes),
+    }
+    if save.durable_seconds > 0:
+        values["throughput"] = save.nbytes / save.durable_seconds
+    return {f"checkpoint/{name}": value for name, value in values.items()}
+
+
+def log_figures(trainer: Any, values: dict[str, float]) -> None:
+    """Give *values* to the loggers, on the axis of what the training itself logs; to nobody else."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    step = getattr(
+        epoch_loop, "_batches_that_stepped", trainer.global_step
+    )  # differs with several optimizers
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)

@@ -1,0 +1,133 @@
+"""Tells of saves when they are durable, not before: loggers, and who has ``on_checkpoint_write_end``.
+
+Guarantees: all on the training thread, each once; hooks in the order in which the saves became durable, a logger in
+the order in which they were made; nobody is told of a save that failed. A logger sees the checkpoint callback as it
+was when that was saved, as after a synchronous save.
+
+What does not belong here: when it is time to tell (companion), and that files are there until then (removals).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from async_ckpt.events import Durable
+from async_ckpt.lightning.metrics import figures, log_figures
+from async_ckpt.meter import Meter, SaveProgress
+
+__all__ = ["Notifications"]
+
+logger = logging.getLogger(__name__)
+
+HOOK = "on_checkpoint_write_end"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Call:
+    """A call of a logger's, held back until the saves that it is about have ended."""
+
+    saves: list[SaveProgress]
+    tell: Callable[[Any], Any]
+    view: Any
+    attributes: dict[str, Any] | None
+
+
+class Notifications:
+    """The saves of one plugin, to be told of.
+
+    Attributes:
+        meter: the plugin's.
+    """
+
+    def __init__(self, meter: Meter, *, log_metrics: bool) -> None:
+        self.meter = meter
+        self._log_metrics = log_metrics
+        self._ended: deque[SaveProgress] = deque()
+        self._held: list[_Call] = []
+        self._views: dict[int, tuple[Any, Any]] = {}
+
+    def forget(self) -> None:
+        """Begin anew; what has ended before is nobody's business."""
+        self.meter.take_ended()
+        self._ended.clear()
+        self._held.clear()
+        self._views.clear()
+
+    def hold_back(self, trainer: Any, tell: Callable[[Any], Any], checkpoint_callback: Any) -> None:
+        """Have *tell*, a logger's ``after_save_checkpoint``, called when what was just saved is durable."""
+        view, attributes = self._as_it_is(trainer, checkpoint_callback)
+        saves = self._just_saved(checkpoint_callback)
+        # Without any, it was not the plugin that saved.
+        self._held.append(_Call(saves=saves, tell=tell, view=view, attributes=attributes))
+
+    def awaits(self, path: str) -> bool:
+        """Tell whether a logger has yet to be told of *path*."""
+        return any(save.url == path for call in self._held for save in call.saves)
+
+    def tell(self, trainer: Any) -> None:
+        """Tell of all that has become durable since the last time."""
+        self._ended.extend(self.meter.take_ended())
+        while self._ended:
+            save = self._ended.popleft()
+            if isinstance(save.end, Durable):
+                if self._log_metrics:
+                    log_figures(trainer, figures(save, len(self.meter.pending)))
+                self._tell_loggers()
+                _call_hooks(trainer, save.url)
+        if self._held:
+            self._tell_loggers()
+
+    def tell_or_log(self, trainer: Any) -> None:
+        """Do the same for who handles an error, which must not be replaced (E2)."""
+        while True:
+            try:
+                return self.tell(trainer)
+            except Exception:
+                logger.exception("told of a durable checkpoint, somebody failed")
+
+    def _tell_loggers(self) -> None:
+        for call in tuple(self._held):
+            if any(save.end is None for save in call.saves):
+                continue
+            self._held.remove(call)
+            if all(isinstance(save.end, Durable) for save in call.saves):
+                if call.attributes is not None:
+                    vars(call.view).clear()
+                    vars(call.view).update(call.attributes)
+                call.tell(call.view)
+
+    def _just_saved(self, checkpoint_callback: Any) -> list[SaveProgress]:
+        """Return the save that a callback has just made, or all that may be it."""
+        self._ended.extend(self.meter.take_ended())
+        path = getattr(checkpoint_callback, "_last_checkpoint_saved", "")
+        saves = self.meter.pending
+        for save in reversed([*self._ended, *saves]):
+            if path and save.url == os.fspath(path):
+                return [save]
+        return saves
+
+    def _as_it_is(self, trainer: Any, checkpoint_callback: Any) -> tuple[Any, dict[str, Any] | None]:
+        """Return what stands for a ``ModelCheckpoint`` before loggers, and its attributes at this moment."""
+        for callback in trainer.callbacks:
+            # A logger may have been given a weak reference, which equals what it refers to.
+            if callback == checkpoint_callback and hasattr(callback, "best_k_models"):
+                if id(callback) not in self._views:  # one for all saves: loggers know them by identity
+                    self._views[id(callback)] = callback, object.__new__(type(callback))
+                attributes = {
+                    name: dict(value) if isinstance(value, dict) else value
+                    for name, value in vars(callback).items()
+                }
+                return self._views[id(callback)][1], attributes
+        return checkpoint_callback, None
+
+
+def _call_hooks(trainer: Any, path: str) -> None:
+    for listener in (*trainer.callbacks, trainer.lightning_module):
+        hook = getattr(listener, HOOK, None)
+        if callable(hook):
+            hook(trainer, path)

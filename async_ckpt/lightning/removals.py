@@ -1,0 +1,68 @@
+"""Holds back the removal of files that somebody still has to be told of, or that a link still leads to.
+
+``ModelCheckpoint`` removes the checkpoint before and links to the new one afterwards, and it has told its loggers of
+each file before that is removed.
+
+Guarantees: what is held back is asked of the plugin in the end, and before the same path is saved to (O1). What the
+plugin itself promises of removals (D3) stays as it is: they only come later.
+
+What does not belong here: links, loggers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from async_ckpt.lightning.plugin import AsyncCheckpointIO
+from async_ckpt.lightning.shadows import Shadows
+
+__all__ = ["Removals"]
+
+
+class Removals:
+    """The removals of one plugin during a fit.
+
+    Attributes:
+        wait_for_links: whether any may have to wait for a link.
+    """
+
+    def __init__(
+        self, plugin: AsyncCheckpointIO, shadows: Shadows, *, is_awaited: Callable[[str], bool]
+    ) -> None:
+        self.wait_for_links = False
+        self._plugin = plugin
+        self._is_awaited = is_awaited
+        self._held: dict[str, tuple[str, Callable[[], None]]] = {}
+        self._remove, self._save = plugin.remove_checkpoint, plugin.save_checkpoint
+        shadows.cast(plugin, "remove_checkpoint", self._remove_later)
+        shadows.cast(plugin, "save_checkpoint", self._remove_and_save)
+
+    def release(self, *, everything: bool = False) -> None:
+        """Have removed what nobody waits for any longer."""
+        for key, (path, remove) in list(self._held.items()):
+            if everything or not self._is_awaited(path):
+                self._held.pop(key)
+                remove()
+
+    def release_path(self, path: Any) -> None:
+        """Have *path* removed now, if it is to be: it is about to be used again."""
+        if self._held:
+            _, remove = self._held.pop(self._plugin.key_of(path), (None, None))
+            if remove is not None:
+                remove()
+
+    def _remove_later(self, *args: Any, **kwargs: Any) -> None:
+        path = os.fspath(next(iter((*args, *kwargs.values()))))
+        if self.wait_for_links or self._is_awaited(path):
+            self._held[self._plugin.key_of(path)] = path, partial(self._remove, *args, **kwargs)
+        else:
+            self._remove(*args, **kwargs)
+
+    def _remove_and_save(self, *args: Any, **kwargs: Any) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, (str, os.PathLike)):
+                self.release_path(value)
+        self._save(*args, **kwargs)

@@ -1,0 +1,366 @@
+"""The companion callback in whole trainings: which one acts, where it is inert, when saves wait, who tears down."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
+from async_ckpt.lightning.registration import found_callbacks
+from tests.support import python
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[3]
+
+#: Prints what a Trainer has found before and after a plugin was made, and whether it acts.
+DISCOVERY = """
+    import importlib, logging, os, sys
+
+    logging.disable(logging.WARNING)
+    pl = importlib.import_module(sys.argv[1])
+    from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
+
+    def trainer(*callbacks, **options):
+        return pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, callbacks=list(callbacks), default_root_dir=sys.argv[2], **options
+        )
+
+    def found(trainer):
+        return [type(each).__name__ for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]
+
+    class Model(pl.LightningModule):
+        def training_step(self, batch, batch_idx):
+            self.trainer.save_checkpoint(sys.argv[2] + f"/{batch_idx}.ckpt")
+
+        def configure_optimizers(self):
+            pass
+
+        def on_checkpoint_write_end(self, trainer, path):
+            print("written", os.path.basename(path))
+
+    print(found(trainer()))
+    plugin = AsyncCheckpointIO()
+    print(found(trainer(plugins=[plugin])), found(trainer()))
+    trainer(plugins=[plugin], max_epochs=1).fit(Model(), [1, 2])
+    print(plugin.synchronous)
+"""
+
+
+def _metadata(folder: Path) -> Path:
+    """Write the metadata of an installed package with the entry points that ours declares."""
+    tables = re.findall(
+        r'^\[project\.entry-points\."(.+)"\]\n((?:\w+ = ".+"\n)+)',
+        (ROOT / "pyproject.toml").read_text(),
+        re.M,
+    )
+    info = folder / "async_ckpt-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: async-ckpt\nVersion: 1\n")
+    groups = (f"[{name}]\n" + entries.replace('"', "") for name, entries in tables)
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    return folder
+
+
+def test_is_found_where_the_package_is_installed(tree: Any, tmp_path: Path) -> None:
+    """A Trainer finds the companion by its entry point, but only in a program that has made a plugin; it acts."""
+    done = python(
+        DISCOVERY, tree.pl.__name__, tmp_path, env={"PYTHONPATH": f"{_metadata(tmp_path / 'site')}:{ROOT}"}
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "['FoundCallback'] ['FoundCallback']",
+        "written 0.ckpt",
+        "written 1.ckpt",
+        "True",
+    ], done.stderr
+
+
+def test_the_users_own_acts_alone(tree: Any, tmp_path: Path) -> None:
+    """Of a found one and two of the user's, the user's first acts, and listeners are told once of each save."""
+    plugin = AsyncCheckpointIO()
+    told: list[str] = []
+    own, other = AsyncCheckpointCallback(), AsyncCheckpointCallback()
+    trainer = tree.trainer(
+        tmp_path, plugins=[plugin], callbacks=[own, other, tree.checkpoints(tmp_path / "ckpt")]
+    )
+    trainer.callbacks[:0] = found_callbacks()
+    assert len([each for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]) == 3
+    trainer.fit(tree.model(on_checkpoint_write_end=lambda self, trainer, path: told.append(Path(path).name)))
+    assert told == ["epoch=0-step=4.ckpt"]
+    assert [each._plugin for each in trainer.callbacks[:3]] == [None, plugin, None]
+
+
+def test_is_one_of_lightnings_callbacks(tree: Any, tmp_path: Path) -> None:
+    """It may be given without a list, as Lightning's own may be, and be replaced by ``configure_callbacks``."""
+    callback = AsyncCheckpointCallback()
+    assert isinstance(callback, tree.pl.Callback)
+    trainer = tree.pl.Trainer(callbacks=callback, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    assert callback in trainer.callbacks
+
+
+def test_is_inert_without_the_plugin(tree: Any, tmp_path: Path) -> None:
+    """In a Trainer with another CheckpointIO it changes nothing and calls nobody."""
+    told: list[str] = []
+    checkpoint = tree.checkpoints(tmp_path / "ckpt")
+    before: list[Any] = []
+
+    class Looks(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            before.append(type(checkpoint._fs))
+            before.append("teardown" in vars(trainer.strategy))
+
+    trainer = tree.trainer(tmp_path, callbacks=[AsyncCheckpointCallback(), Looks(), checkpoint])
+    trainer.fit(tree.model(on_checkpoint_write_end=lambda self, trainer, path: told.append(path)))
+    assert told == []
+    assert before == [type(checkpoint._fs), False]
+
+
+def test_finds_the_plugin_below_wrappers(tree: Any, tmp_path: Path) -> None:
+    """It acts, too, where another wrapper is around the plugin."""
+    wrapper: Any = tree.module("plugins.io.wrapper")
+
+    class Around(wrapper._WrappingCheckpointIO):  # type: ignore[misc]
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.checkpoint_io.save_checkpoint(*args, **kwargs)
+
+        def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.checkpoint_io.remove_checkpoint(*args, **kwargs)
+
+        def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+            return self.checkpoint_io.load_checkpoint(*args, **kwargs)
+
+    told: list[str] = []
+    plugin = AsyncCheckpointIO()
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[Around(plugin)],
+        callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path / "ckpt")],
+    )
+    trainer.fit(tree.model(on_checkpoint_write_end=lambda self, trainer, path: told.append(path)))
+    plugin.teardown()
+    assert len(told) == 1
+
+
+def test_is_in_no_checkpoint(tree: Any, tmp_path: Path) -> None:
+    """A checkpoint has the same keys, and the same callbacks in it, as that of a run without the companion."""
+    found = []
+    for name, callbacks in (("with", [AsyncCheckpointCallback()]), ("without", [])):
+        checkpoint = tree.checkpoints(tmp_path / name)
+        trainer = tree.trainer(tmp_path, plugins=[AsyncCheckpointIO()], callbacks=[*callbacks, checkpoint])
+        trainer.fit(tree.model())
+        saved = torch.load(checkpoint.best_model_path)
+        found.append((saved.keys(), saved["callbacks"].keys()))
+    assert found[0] == found[1]
+
+
+def test_can_be_copied_and_pickled(tree: Any, tmp_path: Path) -> None:
+    """A copy, as a spawned process gets it, has the options and works, also of one that has been in use."""
+    callback = AsyncCheckpointCallback(log_metrics=False, timeline=tmp_path / "trace.json")
+    for companion in (callback, pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        (tmp_path / "trace.json").unlink(missing_ok=True)
+        trainer = tree.trainer(
+            tmp_path,
+            plugins=[AsyncCheckpointIO()],
+            callbacks=[companion, tree.checkpoints(tmp_path / "ckpt")],
+        )
+        trainer.fit(tree.model())
+        assert (tmp_path / "trace.json").exists()
+        assert not companion._log_metrics
+
+
+def test_saves_outside_of_fit_are_durable_when_they_return(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """In ``validate`` and ``test``, before and after ``fit``, ``save_checkpoint`` waits; in ``fit`` it does not."""
+    seen: dict[str, bool] = {}
+
+    class Saves(tree.pl.Callback):  # type: ignore[misc]
+        def save(self, trainer: Any, when: str) -> None:
+            trainer.save_checkpoint(tmp_path / f"{when}.ckpt")
+            seen[when] = (tmp_path / f"{when}.ckpt").exists()
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.state.fn == "validate":
+                self.save(trainer, "validate")
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            gate = faults.hold()
+            self.save(trainer, "fit")
+            gate.open()
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            self.save(trainer, "fit end")
+
+        def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+            self.save(trainer, "test")
+
+    saves = Saves()
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    trainer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[saves, AsyncCheckpointCallback()])
+    model = tree.model()
+    trainer.validate(model, verbose=False)
+    trainer.fit(model)
+    trainer.test(model, verbose=False)
+    saves.save(trainer, "after")
+    plugin.teardown()
+    assert seen == {"validate": True, "fit": False, "fit end": True, "test": True, "after": True}
+
+
+def test_a_fit_within_a_fit(tree: Any, tmp_path: Path) -> None:
+    """A Trainer that fits inside another's fit, with the same plugin, leaves that one asynchronous."""
+    plugin = AsyncCheckpointIO()
+    seen: list[bool] = []
+
+    class Inner(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            inner = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback()])
+            inner.fit(tree.model())
+            seen.append(plugin.synchronous)
+
+    outer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), Inner()])
+    outer.fit(tree.model())
+    assert [*seen, plugin.synchronous] == [False, True]
+
+
+def test_after_an_error_nothing_is_left_in_the_way(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """An error ends the fit as its own; saves are synchronous again and every part of the Trainer is as it was."""
+    faults.fail(1, error=lambda: OSError("no space"))
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    checkpoint = tree.checkpoints(tmp_path / "ckpt", save_last="link", every_n_train_steps=1)
+    logger = tree.module("loggers").CSVLogger(tmp_path)
+    bar = tree.pl.callbacks.TQDMProgressBar(refresh_rate=0)
+    parts = (checkpoint, logger, bar, plugin)
+
+    class Fails(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, *args: Any) -> None:
+            if args[-1] == 1:
+                faults.faults.clear()
+                raise RuntimeError("of the training")
+
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[plugin],
+        callbacks=[AsyncCheckpointCallback(), Fails(), checkpoint, bar],
+        logger=logger,
+        enable_progress_bar=True,
+    )
+    before = [set(vars(part)) for part in (*parts, trainer.strategy)]
+    with pytest.raises(RuntimeError, match="of the training"):
+        trainer.fit(tree.model())
+    assert plugin.synchronous
+    assert type(checkpoint._fs).__name__ == "LocalFileSystem"
+    after = [set(vars(part)) - seen for part, seen in zip((*parts, trainer.strategy), before, strict=True)]
+    shadowed = {"_link_checkpoint", "after_save_checkpoint", "get_metrics", "save_checkpoint", "teardown"}
+    assert not shadowed & set().union(*after)
+
+
+def test_what_failed_is_raised_by_fit(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """The last save's failure is raised before ``fit`` calls the training done: ``on_fit_end`` is not reached."""
+    faults.fail(error=lambda: OSError("no space"))
+    ended: list[str] = []
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[AsyncCheckpointIO(store_factory=faults.make)],
+        callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path / "ckpt")],
+    )
+    with pytest.raises(OSError, match="no space"):
+        trainer.fit(tree.model(on_train_end=lambda self: ended.append("train")))
+    assert ended == []
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "error"])
+def test_strategies_that_never_tear_down(tree: Any, tmp_path: Path, faults: Any, fails: bool) -> None:
+    """With a strategy that, like FSDP's, leaves its CheckpointIO alone, the plugin is torn down all the same, once."""
+    faults.slow(0.05)
+    strategies: Any = tree.module("strategies")
+
+    class Forgetful(strategies.SingleDeviceStrategy):  # type: ignore[misc]
+        def teardown(self) -> None:
+            self.accelerator.teardown()
+
+    class Base(tree.fabric.plugins.TorchCheckpointIO):  # type: ignore[misc]
+        ended = 0
+
+        def teardown(self) -> None:
+            self.ended += 1
+
+    def on_train_batch_end(self: Any, *args: Any) -> None:
+        if fails and self.global_step == 3:
+            raise RuntimeError("of the training")
+
+    base = Base()
+    plugin = AsyncCheckpointIO(base)
+    checkpoint = tree.checkpoints(tmp_path / "ckpt", save_top_k=-1, every_n_train_steps=1)
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[plugin],
+        strategy=Forgetful("cpu"),
+        callbacks=[AsyncCheckpointCallback(), checkpoint],
+    )
+    try:
+        trainer.fit(tree.model(on_train_batch_end=on_train_batch_end))
+    except RuntimeError:
+        assert fails
+    assert len(list((tmp_path / "ckpt").iterdir())) == (3 if fails else 4)
+    assert base.ended == 1
+    assert not plugin.is_used
+
+
+#: Fits with the real strategy, in one process, whose process group ends with it.
+MODEL_PARALLEL = """
+    import importlib, logging, sys
+
+    logging.disable(logging.WARNING)
+    pl = importlib.import_module(sys.argv[1])
+    import torch
+    from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
+
+    class Model(pl.LightningModule):
+        def configure_model(self):
+            self.layer = torch.nn.Linear(2, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    plugin = AsyncCheckpointIO()
+    checkpoint = pl.callbacks.ModelCheckpoint(sys.argv[2])
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, plugins=[plugin],
+        callbacks=[AsyncCheckpointCallback(), checkpoint],
+        strategy=pl.strategies.ModelParallelStrategy(
+            save_distributed_checkpoint=False, process_group_backend="gloo"
+        ),
+    )
+    trainer.fit(Model(), torch.utils.data.DataLoader(torch.ones(2, 2)))
+    print(torch.load(checkpoint.best_model_path)["global_step"], plugin.is_used)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_model_parallel_is_torn_down(tree: Any, tmp_path: Path) -> None:
+    """With the real ModelParallelStrategy, full checkpoints are written by us and all is ended after ``fit``."""
+    done = python(MODEL_PARALLEL, tree.pl.__name__, tmp_path / "ckpt")
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_warns_once_where_the_strategy_bypasses_it(tree: Any, tmp_path: Path) -> None:
+    """A sharded ModelParallelStrategy is warned of when the Trainer is set up, once."""
+    single = tree.module("strategies").SingleDeviceStrategy
+    strategy = type("ModelParallelStrategy", (single,), {"_save_distributed_checkpoint": True})("cpu")
+    trainer = tree.trainer(
+        tmp_path, plugins=[AsyncCheckpointIO()], strategy=strategy, callbacks=[AsyncCheckpointCallback()]
+    )
+    model = tree.model()
+    with pytest.warns(UserWarning, match=r"^ModelParallelStrategy, .*save_distributed_checkpoint=False"):
+        trainer.fit(model)
+    trainer.validate(model, verbose=False)  # a second warning would be an error

@@ -1,0 +1,195 @@
+"""The parts of the companion callback, each by itself: shadows, foresight, links, figures, the bar's text, advice."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from async_ckpt import AsyncCheckpointIO
+from async_ckpt.lightning.bars import pending_text
+from async_ckpt.lightning.metrics import figures
+from async_ckpt.lightning.model_checkpoint import Foresight
+from async_ckpt.lightning.removals import Removals
+from async_ckpt.lightning.repairs import keep_protocol
+from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.lightning.strategies import bypass
+from async_ckpt.meter import SaveProgress
+from async_ckpt.stores import open_store
+from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+
+
+def _save(**fields: Any) -> SaveProgress:
+    return SaveProgress(**{"request_id": 1, "url": "a", "nbytes": 100, "accepted_seconds": 0.0, **fields})
+
+
+def _foresight(file_system: Any, plugin: AsyncCheckpointIO | None = None) -> Any:
+    plugin = plugin or AsyncCheckpointIO()
+    return Foresight(file_system, plugin, Removals(plugin, Shadows(), is_awaited=lambda path: False))
+
+
+class _Part:
+    def speak(self) -> str:
+        return "as ever"
+
+
+def test_shadows_are_lifted_newest_first() -> None:
+    """What was there, the class's own or the object's, is there again; other objects never saw a change."""
+    part, other = _Part(), _Part()
+    other.speak = lambda: "its own"  # type: ignore[method-assign]
+    shadows = Shadows()
+    for owner in (part, part, other):
+        shadows.cast(owner, "speak", lambda: "shadowed")
+    assert [part.speak(), other.speak(), _Part().speak()] == ["shadowed", "shadowed", "as ever"]
+    shadows.lift()
+    assert [part.speak(), other.speak()] == ["as ever", "its own"]
+    assert vars(part) == {}
+
+
+def test_what_somebody_else_has_put_there_since_stays() -> None:
+    """A shadow that is no longer there is not put back over what came after it."""
+    part = _Part()
+    shadows = Shadows()
+    shadows.cast(part, "speak", lambda: "shadowed")
+    part.speak = lambda: "newer"  # type: ignore[method-assign]
+    shadows.lift()
+    assert part.speak() == "newer"
+
+
+def test_foresight_knows_what_will_be_there(tmp_path: Path) -> None:
+    """A pending save exists, a file whose removal is pending does not; all else is asked of the file system."""
+    gate = Gate()
+    plugin = AsyncCheckpointIO(
+        store_factory=lambda location, workers: FaultyStore(
+            open_store(location, workers=workers), [Fault(operation="begin", gate=gate)]
+        )
+    )
+    old = tmp_path / "old.ckpt"
+    old.write_bytes(b"")
+    sight = _foresight(LocalFileSystem(), plugin)
+    try:
+        plugin.save_checkpoint({}, tmp_path / "new.ckpt")
+        plugin.remove_checkpoint(old)
+        assert not (tmp_path / "new.ckpt").exists()
+        assert old.exists()
+        assert [sight.exists(str(path)) for path in (tmp_path / "new.ckpt", old, tmp_path)] == [
+            True,
+            False,
+            True,
+        ]
+        assert not sight.exists(str(tmp_path / "other"))
+    finally:
+        gate.open()
+        plugin.teardown()
+    assert [sight.exists(str(path)) for path in (tmp_path / "new.ckpt", old)] == [True, False]
+
+
+def test_foresight_passes_for_the_file_system(tmp_path: Path) -> None:
+    """Lightning asks for its class, its methods and copies; a copy is the file system alone."""
+    file_system = LocalFileSystem()
+    sight = _foresight(file_system)
+    assert isinstance(sight, LocalFileSystem)
+    assert sight.ls(str(tmp_path)) == []
+    assert sight.protocol == file_system.protocol
+    assert copy.deepcopy(sight) == pickle.loads(pickle.dumps(sight)) == file_system
+
+
+@pytest.mark.parametrize("path", ["unknown-protocol://a/b", "memory://", ""])
+def test_foresight_leaves_what_can_be_no_checkpoint(path: str) -> None:
+    """The file system alone is asked for a path that no checkpoint can have."""
+    asked: list[str] = []
+    file_system = SimpleNamespace(exists=lambda path: asked.append(path) or False)  # type: ignore[func-returns-value]
+    assert not _foresight(file_system).exists(path)
+    assert asked == [path]
+
+
+@pytest.mark.parametrize(
+    ("saves", "text"),
+    [
+        ([], ""),
+        ([_save()], "1"),
+        ([_save(), _save(written_bytes=50)], "2 (25%)"),
+        ([_save(written_bytes=101)], "1 (99%)"),
+        ([_save(nbytes=0)], "1"),
+    ],
+)
+def test_text_of_pending_saves(saves: list[SaveProgress], text: str) -> None:
+    """The bar shows their number, and how far they are once something is written."""
+    assert pending_text(saves) == text
+
+
+def test_figures_of_a_save() -> None:
+    """Durations in seconds, bytes, bytes a second from the call until it was durable, and what else is pending."""
+    save = _save(nbytes=100, stall_seconds=0.5, staged_seconds=0.25, durable_seconds=2.0)
+    assert figures(save, 3) == {
+        "checkpoint/stall_seconds": 0.5,
+        "checkpoint/staged_seconds": 0.25,
+        "checkpoint/durable_seconds": 2.0,
+        "checkpoint/pending": 3.0,
+        "checkpoint/bytes": 100.0,
+        "checkpoint/throughput": 50.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("protocol", "listed", "kept"),
+    [
+        ("memory", "/run/last.ckpt", "memory:///run/last.ckpt"),
+        ("memory", "memory:/run/last.ckpt", "memory://run/last.ckpt"),
+        ("memory", "memory:///run/last.ckpt", "memory:///run/last.ckpt"),
+        ("file", "/run/last.ckpt", "/run/last.ckpt"),
+    ],
+)
+def test_protocol_is_kept(protocol: str, listed: str, kept: str) -> None:
+    """What a remote file system lists becomes a URL, once; a local path stays as it is."""
+    assert keep_protocol(listed, fsspec.filesystem(protocol)) == kept
+
+
+class FSDPStrategy:
+    """Sharded, by its name."""
+
+    _state_dict_type = "sharded"
+
+
+class Full(FSDPStrategy):
+    """Not sharded."""
+
+    _state_dict_type = "full"
+
+
+class ModelParallelStrategy:
+    """Sharded, by its name."""
+
+    _save_distributed_checkpoint = True
+
+
+class DeepSpeedStrategy:
+    """Known by its name alone."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "instead"),
+    [
+        (FSDPStrategy(), 'FSDPStrategy(state_dict_type="full")'),
+        (ModelParallelStrategy(), "ModelParallelStrategy(save_distributed_checkpoint=False)"),
+        (DeepSpeedStrategy(), 'FSDPStrategy(state_dict_type="full") or DDPStrategy()'),
+    ],
+)
+def test_strategies_that_write_past_any_plugin(strategy: Any, instead: str) -> None:
+    """The advice names the strategy and what to use instead."""
+    advice = bypass(strategy)
+    assert advice is not None
+    assert advice.startswith(type(strategy).__name__)
+    assert advice.endswith(f"use {instead}.")
+
+
+def test_strategies_that_write_through_the_plugin() -> None:
+    """There is no advice where full checkpoints go through the plugin."""
+    assert bypass(Full()) is None
+    assert bypass(object()) is None

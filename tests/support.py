@@ -286,7 +286,8 @@ class Rig:
         self.events: list[Event] = []
         # A server that is slow to answer is asked again before the test has lost its patience.
         retry = RetryPolicy(stall_seconds=PATIENCE_SECONDS / 4)
-        self._real = {"storage_options": options.get("storage_options"), "retry": retry} if real else None
+        real_options: dict[str, Any] = {"storage_options": options.get("storage_options"), "retry": retry}
+        self._real = real_options if real else None
         self.memory = MemoryStore() if memory else None
         self.store = FaultyStore(self.memory or _NoStore(), faults)
         self._faults = faults

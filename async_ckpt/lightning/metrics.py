@@ -38,4 +38,4 @@ def log_figures(trainer: Any, values: dict[str, float]) -> None:
         epoch_loop, "_batches_that_stepped", trainer.global_step
     )  # differs with several optimizers
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+        logger.log_metrics(metrics=dict(values), step=step)  # by name, as Lightning calls it

@@ -33,9 +33,8 @@ def make_link(location: Location, target: Location) -> None:
     made = os.path.join(directory, f".{name}.async_ckpt-link")
     try:
         os.makedirs(directory, exist_ok=True)
-        if os.path.isdir(path) and not os.path.islink(
-            path
-        ):  # a checkpoint of many files, from another strategy
+        # A checkpoint of many files, which another strategy has written.
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         with suppress(FileNotFoundError):
             os.remove(made)

@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import assert_type
 
-from async_ckpt import AsyncCheckpointIO, CheckpointService, load
+from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointService, load
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
@@ -80,3 +80,10 @@ def loading(url: str) -> None:
     load(url, keys="state_dict.*", progress=True, storage_options={"anon": True})
     load(url, keys=["state_dict.encoder.*", "epoch"], progress=None)
     assert_type(state, Any)
+
+
+def a_companion(path: Path) -> None:
+    """The callback takes three options, by name."""
+    assert_type(AsyncCheckpointCallback(), AsyncCheckpointCallback)
+    AsyncCheckpointCallback(log_metrics=False, progress_bar=False, timeline=path)
+    AsyncCheckpointCallback(False)  # type: ignore[call-arg]

@@ -7,8 +7,6 @@ processors, and their saving. ``scripts/strategies.py`` says what FSDP needed to
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +62,7 @@ class Launched:
 
 def _launch(tree: str, folder: Path, runs: list[str]) -> Launched:
     """Run the script; the launchers start, and end, what else there is of processes."""
-    same_packages = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = python(SCRIPT, tree, folder, *runs, timeout=RUN_SECONDS, env=same_packages)
+    done = python(SCRIPT, tree, folder, *runs, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stderr
     records = {
         kind: [json.loads(line) for line in (folder / f"{kind}.jsonl").read_text().splitlines()]

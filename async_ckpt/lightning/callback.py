@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from time import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from async_ckpt.lightning.companion import Companion
@@ -30,11 +30,15 @@ _accompanied: WeakSet[AsyncCheckpointIO] = WeakSet()
 """The plugins that some Trainer has used, so that their saves outside of ``fit`` are synchronous."""
 
 
-class _Base:
-    """What takes the place of Lightning's classes until the program has imported them."""
+if TYPE_CHECKING:  # the Trainers of both Lightnings take it, whose classes have nothing in common
+    from typing import Any as Callback
+else:
+
+    class Callback:
+        """What takes the place of Lightning's classes until the program has imported them."""
 
 
-class AsyncCheckpointCallback(_Base):
+class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
     """Goes with ``AsyncCheckpointIO`` in a Trainer, which finds it by itself where entry points are installed.
 
     During ``fit`` it has ``ModelCheckpoint`` know of pending files, tells loggers of a checkpoint once it is durable,

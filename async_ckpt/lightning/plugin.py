@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Event, Observer
@@ -38,7 +38,13 @@ _REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
 _READ_BACK = re.compile(r"(.*[/\\])?(\.temp\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)")
 
 
-class AsyncCheckpointIO:
+if TYPE_CHECKING:  # the Trainers of both Lightnings take it, whose classes have nothing in common
+    from typing import Any as CheckpointIO
+else:
+    CheckpointIO = object
+
+
+class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     """Makes checkpoints of Lightning asynchronous: ``Trainer(plugins=[AsyncCheckpointIO()])``.
 
     Both Trainers and both Fabrics take it (``lightning`` and ``pytorch_lightning``). Without a base it writes

@@ -15,6 +15,7 @@ from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointSer
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
+from async_ckpt.meter import SaveProgress
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
 
@@ -87,3 +88,19 @@ def a_companion(path: Path) -> None:
     assert_type(AsyncCheckpointCallback(), AsyncCheckpointCallback)
     AsyncCheckpointCallback(log_metrics=False, progress_bar=False, timeline=path)
     AsyncCheckpointCallback(False)  # type: ignore[call-arg]
+
+
+def trainers() -> None:
+    """Both Trainers and both Fabrics take the plugin, and the Trainers the callback."""
+    import lightning.fabric
+    import lightning.pytorch
+    import lightning_fabric
+    import pytorch_lightning
+
+    plugin = AsyncCheckpointIO(queue_depth=2)
+    lightning.pytorch.Trainer(plugins=[plugin], callbacks=[AsyncCheckpointCallback()])
+    pytorch_lightning.Trainer(plugins=[plugin], callbacks=[AsyncCheckpointCallback(timeline="run.json")])
+    lightning.fabric.Fabric(plugins=[plugin])
+    lightning_fabric.Fabric(plugins=[plugin])
+    assert_type(plugin.will_exist("a.ckpt"), bool | None)
+    assert_type(plugin.meter.pending, list[SaveProgress])

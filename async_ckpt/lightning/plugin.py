@@ -10,19 +10,16 @@ What does not belong here: anything that also concerns a loop without Lightning;
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.errors import OptionError
-from async_ckpt.events import Event, Observer
-from async_ckpt.handle import Handle
+from async_ckpt.events import Observer
 from async_ckpt.lightning.calls import argument, place_of, slot_of
-from async_ckpt.lightning.flushing import give_up, patiently
-from async_ckpt.lightning.listings import forget_changed
+from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.meter import Meter
 from async_ckpt.service import CheckpointService
@@ -31,11 +28,6 @@ from async_ckpt.stores.base import Location
 from async_ckpt.writers import DelegatingWriter
 
 __all__ = ["AsyncCheckpointIO"]
-
-# What Lightning reads back without asking the plugin that has written it: the requeued job; the process that has
-# spawned the training; Fabric's XLAFSDPStrategy, which makes one file of them.
-_REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
-_READ_BACK = re.compile(r"(.*[/\\])?(\.temp\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)")
 
 
 if TYPE_CHECKING:  # the Trainers of both Lightnings take it, whose classes have nothing in common
@@ -68,12 +60,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        self._service: CheckpointService | None = None
-        self._meter = Meter()
-        self._observers: list[Observer] = []
-        self._foreseen: dict[str, tuple[Handle, bool]] = {}
-        self._synchronous = False
-        self._under_way: set[object] = set()
+        self._desk = Desk(self._options)
         register(type(self))
 
     # -- Lightning's interface
@@ -134,7 +121,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
                 save(*args, **{**kwargs, slot: snapshot})
 
         writer = self._delegate(place, save=save_snapshot)
-        self._submit(argument(slot, args, kwargs), place, writer)
+        self._desk.save(argument(slot, args, kwargs), place, writer)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint, after the pending saves of that path; the arguments are those of the base's method.
@@ -146,7 +133,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return self._load(*args, **kwargs)
         load = self._base.load_checkpoint
         place = place_of(argument(slot_of(load, 0, "path", args, kwargs), args, kwargs))
-        with self._at_rest_after(place, loads=True), self.service.turn(place):
+        with self._desk.loading(place) as service, service.turn(place):
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +143,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return
         remove = self._base.remove_checkpoint
         place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs), follow=False)
-        self._submit_removal(place, self._delegate(place, delete=partial(remove, *args, **kwargs)))
+        self._desk.remove(place, self._delegate(place, delete=partial(remove, *args, **kwargs)))
 
     def teardown(self) -> None:
         """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
@@ -164,15 +151,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         Raises:
             Exception: as ``CheckpointService.close``.
         """
-        service = self._service
         try:
-            if service is not None:
-                left = self._wait_for(service)
-                self._service = None
-                service.close(left)
+            self._desk.end()
         finally:
-            # Else Ctrl-C came while we waited: what is pending goes on, and Lightning comes again.
-            if self._service is None and self._base is not None:
+            if self._desk.held is None and self._base is not None:
                 self._base.teardown()
 
     # -- ours
@@ -180,25 +162,18 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @property
     def service(self) -> CheckpointService:
         """The service behind the plugin; a new one after each teardown."""
-        if self._service is None:
-            self._service = CheckpointService(**{**self._options, "observer": self._tell})
-            self._service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
-        return self._service
+        return self._desk.service
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended; see ``CheckpointService.wait``."""
-        service = self.service
-        service.wait(self._wait_for(service, limit=timeout))
+        self._desk.wait(timeout)
 
     def settle(self) -> None:
         """Wait for everything; raise what failed, or where an error is in flight, log it and add it to its notes (E2).
 
         What does not end within ``flush_timeout`` goes on.
         """
-        service = self._service
-        if service is None:
-            return
-        service.settle(self._wait_for(service))
+        self._desk.settle()
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited; see ``CheckpointService.flush``."""
@@ -207,34 +182,29 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @property
     def meter(self) -> Meter:
         """How far the plugin's saves are, and which have ended."""
-        return self._meter
+        return self._desk.meter
 
     @property
     def is_used(self) -> bool:
         """Whether there is something for ``teardown`` to end."""
-        return self._service is not None
+        return self._desk.held is not None
 
     @property
     def synchronous(self) -> bool:
         """Whether a save returns only once it is durable; the companion callback sets it outside of ``fit``."""
-        return self._synchronous
+        return self._desk.synchronous
 
     @synchronous.setter
     def synchronous(self, synchronous: bool) -> None:
-        self._synchronous = synchronous
+        self._desk.synchronous = synchronous
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""
-        if observer not in self._observers:
-            self._observers.append(observer)
+        self._desk.observe(observer)
 
     def will_exist(self, path: str | os.PathLike[str]) -> bool | None:
         """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending."""
-        try:
-            handle, there = self._foreseen[self._locate(path, follow=False).key]
-        except KeyError:
-            return None
-        return None if handle.done() else there
+        return self._desk.will_exist(self._locate(path, follow=False))
 
     def key_of(self, path: str | os.PathLike[str]) -> str:
         """Return what is the same for every spelling of *path*."""
@@ -242,9 +212,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def link(self, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
         """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is."""
-        place = self._locate(path, follow=False)
-        handle = self.service.submit_link(place, self._locate(target))
-        self._foresee(place, handle, there=True)
+        self._desk.link(self._locate(path, follow=False), self._locate(target))
 
     def __enter__(self) -> AsyncCheckpointIO:
         return self
@@ -272,102 +240,27 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def _save(self, checkpoint: Any, path: str | os.PathLike[str], storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
-        place = locate(path, storage_options=self._options.get("storage_options"))
-        if is_local(
-            place
-        ):  # as after a synchronous save: ModelCheckpoint(save_last="link") links into it at once
+        place = self._locate(path)
+        if is_local(place):  # as after a synchronous save: who puts something beside it finds the directory
             with suppress(OSError):  # the save itself says it better
                 os.makedirs(os.path.dirname(place.path), exist_ok=True)
-        self._submit(checkpoint, place, None)
+        self._desk.save(checkpoint, place, None)
+
+    def _load(self, path: str | os.PathLike[str], map_location: Any = "cpu", **options: Any) -> Any:
+        options.setdefault("weights_only", default_weights_only())
+        with self._desk.loading(self._locate(path)) as service:
+            try:
+                return service.load(path, map_location=map_location, **options)
+            except FileNotFoundError as error:  # in Lightning's words
+                raise FileNotFoundError(f"Checkpoint file not found: {path}") from error
 
     def _remove(self, path: str | os.PathLike[str]) -> None:
-        self._submit_removal(self._locate(path, follow=False), None)
-
-    def _submit(self, checkpoint: Any, place: Location, writer: DelegatingWriter | None) -> None:
-        """Have it written; wait for that where nobody else would."""
-        service = self.service
-        requeue = _REQUEUE.fullmatch(place.url) is not None
-        waits = requeue or self._is_synchronous(place)
-        with self._at_rest_after(place):
-            # A job is requeued whatever became of an earlier checkpoint; who tears down is told of it.
-            handle = service.submit(
-                checkpoint, place, writer, share_unpicklable=writer is not None, tell=not waits
-            )
-            self._foresee(place, handle, there=True)
-            if waits:
-                left = self._wait_for(service, handle)
-                if self._service is not service:  # given up
-                    return
-                handle.wait(left)
-                if not requeue:
-                    service.failures.raise_unless_in_flight(but=handle)
-
-    def _submit_removal(self, place: Location, writer: DelegatingWriter | None) -> None:
-        """Have it deleted; wait for that where nobody else would."""
-        with self._at_rest_after(place):
-            handle = self.service.submit_removal(place, writer)
-            self._foresee(place, handle, there=False)
-            # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
-            if self._is_synchronous(place) or (is_local(place) and os.path.isdir(place.path)):
-                handle.wait(self._wait_for(self.service, handle))
-
-    def _is_synchronous(self, place: Location) -> bool:
-        return self._synchronous or _READ_BACK.fullmatch(place.url) is not None
-
-    @contextmanager
-    def _at_rest_after(self, place: Location, *, loads: bool = False) -> Iterator[None]:
-        """Keep no thread after an operation that nothing may follow: outside of a run nobody tears us down."""
-        rests = self._is_synchronous(place) or _REQUEUE.fullmatch(place.url) is not None
-        rests = rests or (loads and self._service is None)
-        operation = object()
-        self._under_way.add(operation)
-        try:
-            yield
-        finally:
-            self._under_way.discard(operation)
-            service = self._service
-            # Not beneath another one, which a signal handler may have interrupted.
-            if rests and service is not None and not self._under_way and service.close_if_idle():
-                self._service = None
-
-    def _wait_for(
-        self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
-    ) -> float:
-        """Wait for *handle*, or for everything; return how long the caller may go on waiting.
-
-        Where the user does not want to wait any longer, everything is given up; the next save begins afresh.
-        """
-        limit = service.options.flush_timeout if limit is None else limit
-        left = patiently(service, self._meter, limit=limit, handle=handle)
-        if left is None:
-            self._service = None
-            give_up(service)
-        return left or 0.0
-
-    def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        for key in [key for key, (earlier, _) in self._foreseen.items() if earlier.done()]:
-            del self._foreseen[key]
-        self._foreseen[place.key] = handle, there
+        self._desk.remove(self._locate(path, follow=False), None)
 
     def _locate(self, path: str | os.PathLike[str], *, follow: bool = True) -> Location:
         if self._base is not None:
             return place_of(path, follow=follow)
         return locate(path, storage_options=self._options.get("storage_options"), follow=follow)
-
-    def _tell(self, event: Event) -> None:
-        forget_changed(event)  # ModelCheckpoint asks fsspec what is there, and fsspec remembers
-        self._meter(event)
-        for observer in (*self._observers, self._options.get("observer")):
-            if observer is not None:
-                observer(event)
-
-    def _load(self, path: str | os.PathLike[str], map_location: Any = "cpu", **options: Any) -> Any:
-        options.setdefault("weights_only", default_weights_only())
-        with self._at_rest_after(self._locate(path), loads=True):
-            try:
-                return self.service.load(path, map_location=map_location, **options)
-            except FileNotFoundError as error:  # in Lightning's words
-                raise FileNotFoundError(f"Checkpoint file not found: {path}") from error
 
     def _delegate(self, location: Location, *, save: Any = None, delete: Any = None) -> DelegatingWriter:
         return DelegatingWriter(

@@ -1,0 +1,180 @@
+"""Where a plugin's saves, loads and removals go: to a service that is made on demand, each waited for or not.
+
+Guarantees: what Lightning reads back without asking is durable when its save returns; outside of a run no thread
+stays behind; after ``end``, and after Ctrl-C where the user does not want to wait, the next request begins afresh (L1).
+
+What does not belong here: how Lightning calls a CheckpointIO, and what a base does (plugin).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from async_ckpt.events import Event, Observer
+from async_ckpt.handle import Handle
+from async_ckpt.lightning.flushing import give_up, patiently
+from async_ckpt.lightning.listings import forget_changed
+from async_ckpt.meter import Meter
+from async_ckpt.service import CheckpointService
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location
+from async_ckpt.writers import Writer
+
+__all__ = ["Desk"]
+
+# What Lightning reads back without asking the plugin that has written it: the requeued job; the process that has
+# spawned the training; Fabric's XLAFSDPStrategy, which makes one file of them.
+_REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
+_READ_BACK = re.compile(r"(.*[/\\])?(\.temp\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)")
+
+
+class Desk:
+    """The requests of one plugin.
+
+    Args:
+        options: of the service.
+
+    Attributes:
+        held: the service, if there is one now.
+        meter: how far the saves are.
+        synchronous: whether a save returns only once it is durable.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.held: CheckpointService | None = None
+        self.meter = Meter()
+        self.synchronous = False
+        self._options = options
+        self._observers: list[Observer] = []
+        self._foreseen: dict[str, tuple[Handle, bool]] = {}
+        self._under_way: set[object] = set()
+
+    @property
+    def service(self) -> CheckpointService:
+        """The service, made if there is none."""
+        if self.held is None:
+            self.held = CheckpointService(**{**self._options, "observer": self._tell})
+            self.held.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
+        return self.held
+
+    def observe(self, observer: Observer) -> None:
+        """Tell *observer* of every event from now on; again does nothing."""
+        if observer not in self._observers:
+            self._observers.append(observer)
+
+    def save(self, checkpoint: Any, place: Location, writer: Writer | None) -> None:
+        """Have *checkpoint* written; wait for that where nobody else would."""
+        service = self.service
+        requeue = _REQUEUE.fullmatch(place.url) is not None
+        waits = requeue or self._is_synchronous(place)
+        with self._at_rest_after(place):
+            # A job is requeued whatever became of an earlier checkpoint; who tears down is told of it.
+            handle = service.submit(
+                checkpoint, place, writer, share_unpicklable=writer is not None, tell=not waits
+            )
+            self._foresee(place, handle, there=True)
+            if waits and self._wait_for_one(service, handle) and not requeue:
+                service.failures.raise_unless_in_flight(but=handle)
+
+    def remove(self, place: Location, writer: Writer | None) -> None:
+        """Have what is there deleted; wait for that where nobody else would."""
+        service = self.service
+        with self._at_rest_after(place):
+            handle = service.submit_removal(place, writer)
+            self._foresee(place, handle, there=False)
+            # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
+            if self._is_synchronous(place) or (is_local(place) and os.path.isdir(place.path)):
+                self._wait_for_one(service, handle)
+
+    def link(self, place: Location, target: Location) -> None:
+        """Have *place* lead to *target* once that is durable."""
+        self._foresee(place, self.service.submit_link(place, target), there=True)
+
+    @contextmanager
+    def loading(self, place: Location) -> Iterator[CheckpointService]:
+        """Lend the service for a load."""
+        with self._at_rest_after(place, even_if=self.held is None):
+            yield self.service
+
+    def will_exist(self, place: Location) -> bool | None:
+        """Tell whether *place* will be there; ``None`` where nothing of it is pending."""
+        handle, there = self._foreseen.get(place.key, (None, False))
+        return None if handle is None or handle.done() else there
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait for everything, and raise what failed."""
+        service = self.service
+        service.wait(self._wait(service, limit=timeout))
+
+    def settle(self) -> None:
+        """Do the same for who may be handling an error, which is not replaced (E2)."""
+        service = self.held
+        if service is not None:
+            service.settle(self._wait(service))
+
+    def end(self) -> None:
+        """See everything to its end and free the service.
+
+        Where Ctrl-C comes while this waits, what is pending goes on, and Lightning comes again.
+        """
+        service = self.held
+        if service is not None:
+            left = self._wait(service)
+            self.held = None
+            service.close(left)
+
+    def _wait(
+        self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
+    ) -> float:
+        """Wait for *handle*, or for everything; return how long the caller may go on waiting.
+
+        Where the user does not want to wait any longer, everything is given up; the next save begins afresh.
+        """
+        limit = service.options.flush_timeout if limit is None else limit
+        left = patiently(service, self.meter, limit=limit, handle=handle)
+        if left is None:
+            self.held = None
+            give_up(service)
+        return left or 0.0
+
+    def _wait_for_one(self, service: CheckpointService, handle: Handle) -> bool:
+        """Wait for *handle* and raise what failed; tell whether it was waited for to the end."""
+        left = self._wait(service, handle)
+        given_up = self.held is not service
+        if not given_up:
+            handle.wait(left)
+        return not given_up
+
+    def _is_synchronous(self, place: Location) -> bool:
+        return self.synchronous or _READ_BACK.fullmatch(place.url) is not None
+
+    @contextmanager
+    def _at_rest_after(self, place: Location, *, even_if: bool = False) -> Iterator[None]:
+        """Keep no thread after an operation that nothing may follow: outside of a run nobody tears us down."""
+        rests = even_if or self._is_synchronous(place) or _REQUEUE.fullmatch(place.url) is not None
+        operation = object()
+        self._under_way.add(operation)
+        try:
+            yield
+        finally:
+            self._under_way.discard(operation)
+            service = self.held
+            # Not beneath another one, which a signal handler may have interrupted.
+            if rests and service is not None and not self._under_way and service.close_if_idle():
+                self.held = None
+
+    def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
+        for key in [key for key, (earlier, _) in self._foreseen.items() if earlier.done()]:
+            del self._foreseen[key]
+        self._foreseen[place.key] = handle, there
+
+    def _tell(self, event: Event) -> None:
+        forget_changed(event)  # ModelCheckpoint asks fsspec what is there, and fsspec remembers
+        self.meter(event)
+        for observer in (*self._observers, self._options.get("observer")):
+            if observer is not None:
+                observer(event)

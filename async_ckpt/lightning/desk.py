@@ -27,9 +27,12 @@ from async_ckpt.writers import Writer
 __all__ = ["Desk"]
 
 # What Lightning reads back without asking the plugin that has written it: the requeued job; the process that has
-# spawned the training; Fabric's XLAFSDPStrategy, which makes one file of them.
+# spawned the training; all ranks, when a tuner is done; Fabric's XLAFSDPStrategy, which makes one file of many.
 _REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
-_READ_BACK = re.compile(r"(.*[/\\])?(\.temp\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)")
+_READ_BACK = re.compile(
+    r"(.*[/\\])?"
+    r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
+)
 
 
 class Desk:
@@ -97,7 +100,7 @@ class Desk:
     @contextmanager
     def loading(self, place: Location) -> Iterator[CheckpointService]:
         """Lend the service for a load."""
-        with self._at_rest_after(place, even_if=self.held is None):
+        with self._at_rest_after(place, even_if=True):  # Fabric loads, and never tears down
             yield self.service
 
     def will_exist(self, place: Location) -> bool | None:

@@ -116,7 +116,15 @@ def test_synchronous_saves_are_durable_when_they_return(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hpc_ckpt_1.ckpt", "hpc_ckpt_12.ckpt", ".temp.ckpt", "checkpoint_rank-0-of-2.pth"]
+    "name",
+    [
+        "hpc_ckpt_1.ckpt",
+        "hpc_ckpt_12.ckpt",
+        ".temp.ckpt",
+        ".lr_find_1f-2e.ckpt",
+        ".scale_batch_size_1f-2e.ckpt",
+        "checkpoint_rank-0-of-2.pth",
+    ],
 )
 def test_what_is_read_without_asking_is_written_at_once(tmp_path: Path, name: str) -> None:
     """A requeued job's checkpoint and a spawned child's are durable when ``save_checkpoint`` returns."""

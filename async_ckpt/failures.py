@@ -38,11 +38,6 @@ class Failures:
         """Take in a failure that nobody has been told of."""
         self._waiting.append(failure)
 
-    @property
-    def are_untold(self) -> bool:
-        """Whether there is a failure that somebody should be told of."""
-        return bool(self._waiting)
-
     def keep_ambient_error(self) -> None:
         """Count an error that was being handled when this was made as in flight, like later ones (E2).
 

@@ -43,7 +43,7 @@ class SaveProgress:
         stall_seconds: how long ``save`` held its caller.
         staged_seconds: the part of it for the snapshot's copy; the rest was waiting for room.
         durable_seconds: from the call until it was durable.
-        end: the event it ended with; ``None`` while it is pending.
+        end: the kind of event it ended with; ``None`` while it is pending.
     """
 
     request_id: int
@@ -54,7 +54,7 @@ class SaveProgress:
     stall_seconds: float = 0.0
     staged_seconds: float = 0.0
     durable_seconds: float = 0.0
-    end: Event | None = None
+    end: type[Event] | None = None
 
 
 class Meter:
@@ -89,7 +89,7 @@ class Meter:
             if isinstance(event, Durable):
                 save.durable_seconds = event.seconds
                 save.nbytes = event.nbytes or save.nbytes
-            save.end = event
+            save.end = type(event)  # no more: an error would keep its frames, and what is in them
             self._ended.append(save)  # first, so that it is never in neither
             del self._pending[event.request_id]
 

@@ -17,7 +17,7 @@ Rules:
    its own service, and only where that lets it in: nothing that is accepted ever waits for what is not (D4).
 5. A link to a location, which makes it known by a second name, runs once the newest save of that location is
    durable, and is dropped when it fails. Removals that come later wait for it as for a save (D3), so what the
-   second name stands for is never deleted beneath it.
+   second name has stood for until then is not deleted beneath it.
 6. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
    interrupted ``save`` may save, wait and load (L1).
 """

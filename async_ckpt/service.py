@@ -34,7 +34,7 @@ from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Kind, Lane, Op, Phase
 from async_ckpt.runtime import PoolWorkers, Runtime
 from async_ckpt.snapshot import Capture, HostPool, capture
-from async_ckpt.stores import check_target, locate, open_store
+from async_ckpt.stores import check_target, is_local, locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.writers import Linker, StreamingWriter, Writer
 
@@ -91,7 +91,7 @@ class CheckpointService:
         self._closed = False
         self._runtime: Runtime | None = None
         self._stores: dict[str, Store] = {}
-        self._loads = Loads(options.max_concurrent_parts)
+        self._loads = self._new_loads()
         self._account = Account(
             lane=Lane(
                 queue_depth=options.queue_depth,
@@ -103,7 +103,13 @@ class CheckpointService:
             failures=Failures(warn=options.on_error == "warn"),
         )
         # No thread starts before it is needed. Made here, so that threads which come first together share them.
-        self._workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
+        self._workers = self._new_workers()
+
+    def _new_loads(self) -> Loads:
+        return Loads(self._options.max_concurrent_parts)
+
+    def _new_workers(self) -> PoolWorkers:
+        return PoolWorkers(self._options.max_concurrent_parts + self._options.max_concurrent_saves)
 
     @property
     def options(self) -> ServiceOptions:
@@ -264,14 +270,20 @@ class CheckpointService:
         self._drain_and_free(self._options.flush_timeout if timeout is None else timeout)
         self.failures.raise_or_add()
 
-    def close_if_idle(self) -> bool:
-        """Close it, unless something is under way or a failure is untold; tell whether it is closed."""
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds threads, memory or connections."""
+        return self._held() is not None
+
+    def rest(self) -> None:
+        """Free threads, memory and connections, unless something is under way; the next request starts them anew.
+
+        What failed, and what is durable, stays known.
+        """
         runtime = self._held()
-        busy = runtime is not None and not runtime.call(runtime.dispatcher.is_idle, self._account)
-        if busy or self.failures.are_untold:
-            return False
-        self.close()
-        return True
+        if runtime is not None and runtime.call(runtime.dispatcher.is_idle, self._account):
+            self._free(runtime, stuck=False)
+            self._loads, self._workers = self._new_loads(), self._new_workers()
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
@@ -361,7 +373,7 @@ class CheckpointService:
             if buffer is None:
                 raise ServiceClosedError("the service was closed meanwhile")
             snapshot = captured.share(buffer) if borrows else captured.stage(buffer)
-            if writer.only_reads:
+            if writer.only_reads and not request.given_up:
                 self._account.newest = request, snapshot
             request.stall_seconds = monotonic() - started_seconds
             request.staged_at_seconds = time()
@@ -415,7 +427,7 @@ class CheckpointService:
             target: the checkpoint.
         """
         runtime = self._running()
-        linker = Linker(target, self._workers)
+        linker = Linker(target, self._workers, self._options.durability)
         request = Request(
             self._op(Kind.LINK, location, None, target=target.key), self._account, location, linker
         )
@@ -431,6 +443,14 @@ class CheckpointService:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
             Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
         """
+        if is_local(location) and os.path.islink(location.path):  # it may be about to lead elsewhere
+            with self._turn(locate(location.url, follow=False)):
+                location = locate(location.url)
+        with self._turn(location):
+            yield
+
+    @contextmanager
+    def _turn(self, location: Location) -> Iterator[None]:
         self.failures.raise_all()
         if runtimes.current() is None:  # nothing is under way in this process
             yield

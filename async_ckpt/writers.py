@@ -137,7 +137,7 @@ class StreamingWriter:
             if overlap is not None and layout.nbytes > part_size:
                 least = cast(Copying, upload).least_part_bytes
                 parts, copies = plan_copies(layout.nbytes, overlap, part_size=part_size, least=least)
-                if copies:
+                if copies and len(parts) <= cast(Copying, upload).max_parts:
                     return _Plan(parts=parts, copies=copies, stored=written.stored)
         return _Plan(parts=plan_parts(layout.nbytes, part_size))
 
@@ -221,13 +221,14 @@ class Linker:
 
     group = None
 
-    def __init__(self, target: Location, workers: Workers) -> None:
+    def __init__(self, target: Location, workers: Workers, durability: Durability) -> None:
         self._target = target
         self._workers = workers
+        self._durability = durability
 
     async def link(self, location: Location) -> None:
         """Let *location* lead to the checkpoint, durably."""
-        await self._workers.run(make_link, location, self._target)
+        await self._workers.run(make_link, location, self._target, self._durability)
 
 
 def _overlap(layout: Layout, other: Layout) -> Overlap | None:

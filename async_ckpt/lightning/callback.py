@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from async_ckpt.lightning.companion import Companion
-from async_ckpt.lightning.notifications import Notifications
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
 from async_ckpt.lightning.shadows import Shadows
@@ -69,7 +68,6 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
     def _begin_afresh(self) -> None:
         inherit_callback(AsyncCheckpointCallback)
         self._plugin: AsyncCheckpointIO | None = None
-        self._notifications: Notifications | None = None
         self._companion: Companion | None = None
         self._step_began_seconds = 0.0
         self._has_warned = False
@@ -95,13 +93,12 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         plugin = self._plugin
         if plugin is None:
             return
-        if self._notifications is None or self._notifications.meter is not plugin.meter:
-            self._notifications = Notifications(plugin.meter, log_metrics=self._log_metrics)
-        timeline = self._timeline if trainer.is_global_zero else None
-        if timeline is not None:
-            plugin.observe(timeline)
         self._companion = Companion(
-            trainer, plugin, self._notifications, progress_bar=self._progress_bar, timeline=timeline
+            trainer,
+            plugin,
+            log_metrics=self._log_metrics,
+            progress_bar=self._progress_bar,
+            timeline=self._timeline if trainer.is_global_zero else None,
         )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

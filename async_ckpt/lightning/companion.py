@@ -1,7 +1,8 @@
 """One fit in the company of the plugin: all that has to happen around it, from its start to its teardown.
 
 Guarantees: whatever is put in the way of callbacks, loggers and the progress bar is gone when the fit has been torn
-down, also after an error; an error in flight is never replaced (E2). No collective operation is called.
+down, also after an error; an error in flight is never replaced (E2); once a wait at the end has run out of time,
+nobody waits again. Of fits one within another, each knows of its own saves. No collective operation is called.
 
 What does not belong here: Lightning's hooks (callback).
 """
@@ -12,18 +13,25 @@ import logging
 from functools import partial
 from time import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.events import Accepted, Event
 from async_ckpt.lightning.bars import show_pending
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.meter import Meter
 from async_ckpt.timeline import Timeline
 
 __all__ = ["Companion"]
 
 logger = logging.getLogger(__name__)
+
+_meters: WeakKeyDictionary[AsyncCheckpointIO, list[Meter]] = WeakKeyDictionary()
+"""Of the fits that a plugin is in, one within another; what is saved now belongs to the last."""
 
 
 class Companion:
@@ -33,22 +41,24 @@ class Companion:
         self,
         trainer: Any,
         plugin: AsyncCheckpointIO,
-        notifications: Notifications,
         *,
+        log_metrics: bool,
         progress_bar: bool,
         timeline: Timeline | None,
     ) -> None:
         self._trainer = trainer
         self._plugin = plugin
-        self._notifications = notifications
+        self._meter = Meter()
+        self._notifications = Notifications(self._meter, log_metrics=log_metrics)
         self._timeline = timeline
         self._failing = False
+        self._out_of_time = False
         self._shadows = Shadows()
         # False where another Trainer's fit, around this one, has the plugin, too.
         self._was_synchronous = plugin.synchronous
         plugin.synchronous = False
         try:
-            self._removals = Removals(plugin, self._shadows, is_awaited=notifications.awaits)
+            self._removals = Removals(plugin, self._shadows, is_awaited=self._notifications.awaits)
             self._begin(progress_bar)
         except BaseException:
             self._leave()
@@ -56,7 +66,10 @@ class Companion:
 
     def _begin(self, progress_bar: bool) -> None:
         trainer = self._trainer
-        self._notifications.forget()
+        _meters.setdefault(self._plugin, []).append(self._meter)
+        self._plugin.observe(self._take_in)
+        if self._timeline is not None:
+            self._plugin.observe(self._timeline)
         for callback in trainer.callbacks:
             make_aware(callback, self._plugin, self._removals, self._shadows)
         for each in trainer.loggers:
@@ -77,6 +90,9 @@ class Companion:
         try:
             if self._plugin.is_used:
                 self._plugin.wait()
+        except FlushTimeoutError:
+            self._out_of_time = True
+            raise
         finally:
             self._record("training thread", "flush", began_seconds)
         self.keep_up()
@@ -101,7 +117,10 @@ class Companion:
     def end(self) -> None:
         """Tell of the rest and be gone."""
         try:
-            if not self._failing:
+            if self._failing:
+                self._notifications.leave_loggers()
+                self._notifications.tell_or_log(self._trainer)
+            else:
                 self.keep_up()
         finally:
             self._leave()
@@ -114,6 +133,17 @@ class Companion:
     def _leave(self) -> None:
         self._plugin.synchronous = self._was_synchronous
         self._shadows.lift()
+        self._plugin.disregard(self._take_in)
+        if self._timeline is not None:
+            self._plugin.disregard(self._timeline)
+        meters = _meters.get(self._plugin, [])
+        if self._meter in meters:
+            meters.remove(self._meter)
+
+    def _take_in(self, event: Event) -> None:
+        """Hand on an event, but not of what a fit within this one saves."""
+        if not isinstance(event, Accepted) or _meters[self._plugin][-1:] == [self._meter]:
+            self._meter(event)
 
     def _hold_back(self, tell: Any, checkpoint_callback: Any) -> None:
         self._notifications.hold_back(self._trainer, tell, checkpoint_callback)
@@ -121,7 +151,9 @@ class Companion:
             self._settle()
 
     def _settle(self) -> None:
-        self._plugin.settle()
+        if not self._out_of_time:
+            self._plugin.settle()
+            self._out_of_time = self._plugin.is_used and bool(self._plugin.service.pending)
         self._notifications.tell_or_log(self._trainer)
         self._removals.release()
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeAlias
 
+from async_ckpt.errors import NotDurableError
 from async_ckpt.events import Event, Observer
 from async_ckpt.handle import Handle
 from async_ckpt.lightning.flushing import give_up, patiently
@@ -34,6 +35,21 @@ _READ_BACK = re.compile(
     r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
 )
 
+MakeWriter: TypeAlias = Callable[[CheckpointService], Writer]
+"""Makes the writer of one request; where there is none, our own writes."""
+
+
+class _Prospect:
+    """What one request will make of its location; not the handle, whose error would keep what its frames hold."""
+
+    def __init__(self, is_there: bool) -> None:
+        self.is_there = is_there
+        self.has_ended = False
+
+    def end(self, _: Handle) -> None:
+        """It has come true, or not."""
+        self.has_ended = True
+
 
 class Desk:
     """The requests of one plugin.
@@ -42,39 +58,71 @@ class Desk:
         options: of the service.
 
     Attributes:
-        held: the service, if there is one now.
-        meter: how far the saves are.
         synchronous: whether a save returns only once it is durable.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.held: CheckpointService | None = None
-        self.meter = Meter()
         self.synchronous = False
         self._options = options
         self._observers: list[Observer] = []
-        self._foreseen: dict[str, tuple[Handle, bool]] = {}
+        self._service: CheckpointService | None = None
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        self._pid = os.getpid()
+        self._meter = Meter()
+        self._foreseen: dict[str, _Prospect] = {}
         self._under_way: set[object] = set()
+        self._is_late = False
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child, know nothing of what the parent has pending (L1)."""
+        if os.getpid() != self._pid:
+            self._begin_afresh()
+
+    @property
+    def meter(self) -> Meter:
+        """How far the saves are."""
+        self._leave_to_parent()
+        return self._meter
 
     @property
     def service(self) -> CheckpointService:
         """The service, made if there is none."""
-        if self.held is None:
-            self.held = CheckpointService(**{**self._options, "observer": self._tell})
-            self.held.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
-        return self.held
+        self._leave_to_parent()
+        if self._service is None:
+            self._service = CheckpointService(**{**self._options, "observer": self._tell})
+            self._service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
+        return self._service
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is something for ``end`` to free."""
+        return self._service is not None and self._service.is_running
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is held."""
+        return self._service is None
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on; again does nothing."""
         if observer not in self._observers:
             self._observers.append(observer)
 
-    def save(self, checkpoint: Any, place: Location, writer: Writer | None) -> None:
+    def disregard(self, observer: Observer) -> None:
+        """Tell *observer* no more."""
+        if observer in self._observers:
+            self._observers.remove(observer)
+
+    def save(self, checkpoint: Any, place: Location, make_writer: MakeWriter | None) -> None:
         """Have *checkpoint* written; wait for that where nobody else would."""
-        service = self.service
         requeue = _REQUEUE.fullmatch(place.url) is not None
         waits = requeue or self._is_synchronous(place)
-        with self._at_rest_after(place):
+        with self._at_rest_after(place):  # first: a signal handler may come from here on
+            service = self.service
+            writer = None if make_writer is None else make_writer(service)
+            self._is_late = False
             # A job is requeued whatever became of an earlier checkpoint; who tears down is told of it.
             handle = service.submit(
                 checkpoint, place, writer, share_unpicklable=writer is not None, tell=not waits
@@ -83,19 +131,25 @@ class Desk:
             if waits and self._wait_for_one(service, handle) and not requeue:
                 service.failures.raise_unless_in_flight(but=handle)
 
-    def remove(self, place: Location, writer: Writer | None) -> None:
+    def remove(self, place: Location, make_writer: MakeWriter | None) -> None:
         """Have what is there deleted; wait for that where nobody else would."""
-        service = self.service
         with self._at_rest_after(place):
+            service = self.service
+            writer = None if make_writer is None else make_writer(service)
             handle = service.submit_removal(place, writer)
             self._foresee(place, handle, there=False)
             # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
-            if self._is_synchronous(place) or (is_local(place) and os.path.isdir(place.path)):
-                self._wait_for_one(service, handle)
+            foreign = writer is None and is_local(place) and os.path.isdir(place.path)
+            if foreign or self._is_synchronous(place):
+                with suppress(
+                    NotDurableError
+                ):  # it was dropped, as the log says, because of another's failure
+                    self._wait_for_one(service, handle)
 
     def link(self, place: Location, target: Location) -> None:
         """Have *place* lead to *target* once that is durable."""
-        self._foresee(place, self.service.submit_link(place, target), there=True)
+        if place.key != target.key:  # it is that file already, by another spelling
+            self._foresee(place, self.service.submit_link(place, target), there=True)
 
     @contextmanager
     def loading(self, place: Location) -> Iterator[CheckpointService]:
@@ -105,8 +159,9 @@ class Desk:
 
     def will_exist(self, place: Location) -> bool | None:
         """Tell whether *place* will be there; ``None`` where nothing of it is pending."""
-        handle, there = self._foreseen.get(place.key, (None, False))
-        return None if handle is None or handle.done() else there
+        self._leave_to_parent()
+        prospect = self._foreseen.get(place.key)
+        return None if prospect is None or prospect.has_ended else prospect.is_there
 
     def wait(self, timeout: float | None) -> None:
         """Wait for everything, and raise what failed."""
@@ -115,7 +170,7 @@ class Desk:
 
     def settle(self) -> None:
         """Do the same for who may be handling an error, which is not replaced (E2)."""
-        service = self.held
+        service = self._service
         if service is not None:
             service.settle(self._wait(service))
 
@@ -124,10 +179,10 @@ class Desk:
 
         Where Ctrl-C comes while this waits, what is pending goes on, and Lightning comes again.
         """
-        service = self.held
+        service = self._service
         if service is not None:
             left = self._wait(service)
-            self.held = None
+            self._service = None
             service.close(left)
 
     def _wait(
@@ -135,19 +190,23 @@ class Desk:
     ) -> float:
         """Wait for *handle*, or for everything; return how long the caller may go on waiting.
 
-        Where the user does not want to wait any longer, everything is given up; the next save begins afresh.
+        Where the user does not want to wait any longer, everything is given up; the next save begins afresh. Where
+        ``flush_timeout`` has passed once, nobody waits for as long again until something new is saved.
         """
-        limit = service.options.flush_timeout if limit is None else limit
+        if limit is None:
+            limit = 0.0 if self._is_late else service.options.flush_timeout
         left = patiently(service, self.meter, limit=limit, handle=handle)
         if left is None:
-            self.held = None
+            self._service = None
             give_up(service)
+        elif left == 0.0 and handle is None and limit == service.options.flush_timeout:
+            self._is_late = True
         return left or 0.0
 
     def _wait_for_one(self, service: CheckpointService, handle: Handle) -> bool:
         """Wait for *handle* and raise what failed; tell whether it was waited for to the end."""
         left = self._wait(service, handle)
-        given_up = self.held is not service
+        given_up = self._service is not service
         if not given_up:
             handle.wait(left)
         return not given_up
@@ -160,24 +219,25 @@ class Desk:
         """Keep no thread after an operation that nothing may follow: outside of a run nobody tears us down."""
         rests = even_if or self._is_synchronous(place) or _REQUEUE.fullmatch(place.url) is not None
         operation = object()
+        self._leave_to_parent()
         self._under_way.add(operation)
         try:
             yield
         finally:
             self._under_way.discard(operation)
-            service = self.held
             # Not beneath another one, which a signal handler may have interrupted.
-            if rests and service is not None and not self._under_way and service.close_if_idle():
-                self.held = None
+            if rests and self._service is not None and not self._under_way:
+                self._service.rest()
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        for key in [key for key, (earlier, _) in self._foreseen.items() if earlier.done()]:
+        for key in [key for key, earlier in self._foreseen.items() if earlier.has_ended]:
             del self._foreseen[key]
-        self._foreseen[place.key] = handle, there
+        self._foreseen[place.key] = prospect = _Prospect(there)
+        handle.add_done_callback(prospect.end)
 
     def _tell(self, event: Event) -> None:
         forget_changed(event)  # ModelCheckpoint asks fsspec what is there, and fsspec remembers
-        self.meter(event)
+        self._meter(event)
         for observer in (*self._observers, self._options.get("observer")):
             if observer is not None:
                 observer(event)

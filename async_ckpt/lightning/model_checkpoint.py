@@ -14,6 +14,8 @@ import os
 from functools import partial
 from typing import Any
 
+from fsspec import AbstractFileSystem
+
 from async_ckpt.errors import MissingDependencyError, OptionError, UnknownProtocolError
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
@@ -24,8 +26,9 @@ __all__ = ["Foresight", "make_aware"]
 
 def make_aware(checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, shadows: Shadows) -> None:
     """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files."""
-    if hasattr(checkpoint, "_fs"):
-        shadows.cast(checkpoint, "_fs", Foresight(checkpoint._fs, plugin, removals))
+    file_system = getattr(checkpoint, "_fs", None)
+    if isinstance(file_system, AbstractFileSystem):  # else it is something else's short name
+        shadows.cast(checkpoint, "_fs", Foresight(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
         removals.wait_for_links = True
         link = partial(_link, plugin, removals, checkpoint._link_checkpoint)

@@ -38,25 +38,19 @@ class _Call:
 
 
 class Notifications:
-    """The saves of one plugin, to be told of.
+    """The saves of one fit, to be told of.
 
-    Attributes:
-        meter: the plugin's.
+    Args:
+        meter: knows of them; nobody else may take those that have ended.
+        log_metrics: whether loggers get figures.
     """
 
     def __init__(self, meter: Meter, *, log_metrics: bool) -> None:
-        self.meter = meter
+        self._meter = meter
         self._log_metrics = log_metrics
         self._ended: deque[SaveProgress] = deque()
         self._held: list[_Call] = []
         self._views: dict[int, tuple[Any, Any]] = {}
-
-    def forget(self) -> None:
-        """Begin anew; what has ended before is nobody's business."""
-        self.meter.take_ended()
-        self._ended.clear()
-        self._held.clear()
-        self._views.clear()
 
     def hold_back(self, trainer: Any, tell: Callable[[Any], Any], checkpoint_callback: Any) -> None:
         """Have *tell*, a logger's ``after_save_checkpoint``, called when what was just saved is durable."""
@@ -71,12 +65,12 @@ class Notifications:
 
     def tell(self, trainer: Any) -> None:
         """Tell of all that has become durable since the last time."""
-        self._ended.extend(self.meter.take_ended())
+        self._ended.extend(self._meter.take_ended())
         while self._ended:
             save = self._ended.popleft()
-            if isinstance(save.end, Durable):
+            if save.end is Durable:
                 if self._log_metrics:
-                    log_figures(trainer, figures(save, len(self.meter.pending)))
+                    log_figures(trainer, figures(save, len(self._meter.pending)))
                 self._tell_loggers()
                 _call_hooks(trainer, save.url)
         if self._held:
@@ -90,12 +84,17 @@ class Notifications:
             except Exception:
                 logger.exception("told of a durable checkpoint, somebody failed")
 
+    def leave_loggers(self) -> None:
+        """Tell them no more, but hooks: they have been finalized."""
+        self._log_metrics = False
+        self._held.clear()
+
     def _tell_loggers(self) -> None:
         for call in tuple(self._held):
             if any(save.end is None for save in call.saves):
                 continue
             self._held.remove(call)
-            if all(isinstance(save.end, Durable) for save in call.saves):
+            if all(save.end is Durable for save in call.saves):
                 if call.attributes is not None:
                     vars(call.view).clear()
                     vars(call.view).update(call.attributes)
@@ -103,13 +102,15 @@ class Notifications:
 
     def _just_saved(self, checkpoint_callback: Any) -> list[SaveProgress]:
         """Return the save that a callback has just made, or all that may be it."""
-        self._ended.extend(self.meter.take_ended())
+        pending = (
+            self._meter.pending
+        )  # first: what ends meanwhile is in both then, else it would be in neither
+        self._ended.extend(self._meter.take_ended())
         path = getattr(checkpoint_callback, "_last_checkpoint_saved", "")
-        saves = self.meter.pending
-        for save in reversed([*self._ended, *saves]):
+        for save in reversed([*self._ended, *pending]):
             if path and save.url == os.fspath(path):
                 return [save]
-        return saves
+        return pending
 
     def _as_it_is(self, trainer: Any, checkpoint_callback: Any) -> tuple[Any, dict[str, Any] | None]:
         """Return what stands for a ``ModelCheckpoint`` before loggers, and its attributes at this moment."""

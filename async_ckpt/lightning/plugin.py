@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
 from async_ckpt.lightning.calls import argument, place_of, slot_of
-from async_ckpt.lightning.desk import Desk
+from async_ckpt.lightning.desk import Desk, MakeWriter
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.meter import Meter
 from async_ckpt.service import CheckpointService
@@ -120,8 +120,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             else:
                 save(*args, **{**kwargs, slot: snapshot})
 
-        writer = self._delegate(place, save=save_snapshot)
-        self._desk.save(argument(slot, args, kwargs), place, writer)
+        self._desk.save(argument(slot, args, kwargs), place, _delegating(place, save=save_snapshot))
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint, after the pending saves of that path; the arguments are those of the base's method.
@@ -137,13 +136,16 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Have a checkpoint deleted, once every save accepted before is durable (D3)."""
+        """Have a checkpoint deleted, once every save accepted before is durable (D3).
+
+        Without a base, a directory, which another strategy has written, has gone when this returns.
+        """
         if self._base is None:
             self._remove(*args, **kwargs)
             return
         remove = self._base.remove_checkpoint
         place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs), follow=False)
-        self._desk.remove(place, self._delegate(place, delete=partial(remove, *args, **kwargs)))
+        self._desk.remove(place, _delegating(place, delete=partial(remove, *args, **kwargs)))
 
     def teardown(self) -> None:
         """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
@@ -154,7 +156,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         try:
             self._desk.end()
         finally:
-            if self._desk.held is None and self._base is not None:
+            if self._desk.has_ended and self._base is not None:
                 self._base.teardown()
 
     # -- ours
@@ -187,7 +189,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @property
     def is_used(self) -> bool:
         """Whether there is something for ``teardown`` to end."""
-        return self._desk.held is not None
+        return self._desk.is_used
 
     @property
     def synchronous(self) -> bool:
@@ -201,6 +203,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""
         self._desk.observe(observer)
+
+    def disregard(self, observer: Observer) -> None:
+        """Tell *observer* no more."""
+        self._desk.disregard(observer)
 
     def will_exist(self, path: str | os.PathLike[str]) -> bool | None:
         """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending."""
@@ -262,14 +268,20 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return place_of(path, follow=follow)
         return locate(path, storage_options=self._options.get("storage_options"), follow=follow)
 
-    def _delegate(self, location: Location, *, save: Any = None, delete: Any = None) -> DelegatingWriter:
+
+def _delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
+    """Return what makes a base's writer."""
+
+    def make(service: CheckpointService) -> DelegatingWriter:
         return DelegatingWriter(
             save=save,
             delete=delete,
-            group=location.group,
-            workers=self.service.workers(),
-            durability=self.service.options.durability,
+            group=place.group,
+            workers=service.workers(),
+            durability=service.options.durability,
         )
+
+    return make
 
 
 def _refuse_asynchronous(base: Any) -> None:

@@ -11,6 +11,7 @@ What does not belong here: links, loggers.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.shadows import Shadows
 
 __all__ = ["Removals"]
+
+logger = logging.getLogger(__name__)
 
 
 class Removals:
@@ -41,11 +44,23 @@ class Removals:
         shadows.cast(plugin, "save_checkpoint", self._remove_and_save)
 
     def release(self, *, everything: bool = False) -> None:
-        """Have removed what nobody waits for any longer."""
+        """Have removed what nobody waits for any longer: all of it, also where asking for one raises an error."""
+        first: Exception | None = None
         for key, (path, remove) in list(self._held.items()):
             if everything or not self._is_awaited(path):
                 self._held.pop(key)
-                remove()
+                try:
+                    remove()
+                except Exception as error:
+                    if first is None:
+                        first = error
+                    else:  # only one can be raised (E1)
+                        logger.exception("while %r was to be removed", path)
+        if first is not None:
+            try:
+                raise first
+            finally:
+                del first  # else it would keep its own frames
 
     def release_path(self, path: Any) -> None:
         """Have *path* removed now, if it is to be: it is about to be used again."""

@@ -122,6 +122,10 @@ class Copying(Upload, Protocol):
         """Bytes that every part but the last must have."""
 
     @property
+    def max_parts(self) -> int:
+        """How many parts there may be."""
+
+    @property
     def stored(self) -> object | None:
         """By what another upload of the store knows the committed file; ``None`` where it cannot be copied from."""
 

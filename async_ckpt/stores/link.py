@@ -1,17 +1,20 @@
 """A second name for a checkpoint on a local disk: a symbolic link, replaced in one step.
 
-Guarantees: whoever looks at the name finds what it was before or what it is now, never nothing (D2); when this
-returns, the link survives the loss of power (D1). What a killed process left, the next link of that name removes.
+Guarantees: whoever looks at the name of a file or link finds what it was before or what it is now, never nothing (D2);
+what the name stood for is not written to. When this returns, the link survives the loss of power (D1). What a killed
+process left, the next link of that name removes.
 
 What does not belong here: when the link may be made; that is the queue's (rule 5).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from contextlib import suppress
 
+from async_ckpt.options import Durability
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.local import sync_path
 from async_ckpt.stores.target import translated
@@ -19,14 +22,17 @@ from async_ckpt.stores.target import translated
 __all__ = ["make_link"]
 
 
-def make_link(location: Location, target: Location) -> None:
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def make_link(location: Location, target: Location, durability: Durability) -> None:
     """Let *location* lead to *target*, in place of what was there.
 
     The link is relative, so that the directory may be moved as a whole. Where the file system has no links, it is
     a copy.
 
     Raises:
-        StoreError: it could not be made; what was there stays.
+        StoreError: it could not be made; a file or link that was there stays.
     """
     path = location.path
     directory, name = os.path.split(path)
@@ -39,15 +45,25 @@ def make_link(location: Location, target: Location) -> None:
         with suppress(FileNotFoundError):
             os.remove(made)
         try:
-            try:
-                os.symlink(os.path.relpath(target.path, directory), made)
-            except OSError:
-                shutil.copy(target.path, made)
+            _make(made, target.path, directory)
             os.replace(made, path)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.remove(made)
             raise
-        sync_path(path)
+        if durability == "fsync":
+            sync_path(path)
     except OSError as error:
         raise translated("link", location, error) from error
+
+
+def _make(made: str, target: str, directory: str) -> None:
+    try:
+        os.symlink(os.path.relpath(target, directory), made)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with open(target, "rb") as source, open(made, "xb") as copy:  # never through a link that is there
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())

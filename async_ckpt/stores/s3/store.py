@@ -114,6 +114,7 @@ class S3Store:
             ),
             part_size=part_size,
             least_part_bytes=_LEAST_PART_BYTES,
+            max_parts=_MAX_PARTS,
             requests=self._requests,
             pace=self._pace,
             workers=self._workers,

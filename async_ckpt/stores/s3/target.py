@@ -108,8 +108,8 @@ class Target:
                 CopySourceIfMatch=source.tag,
                 CopySourceRange=f"bytes={start}-{stop - 1}",
             )
-        result = answer["CopyPartResult"]
-        return str(result["ETag"]), str(result.get(f"Checksum{_CHECKSUM}", ""))
+        result = answer.get("CopyPartResult", {})
+        return str(result.get("ETag", "")), str(result.get(f"Checksum{_CHECKSUM}", ""))
 
     def named(self, tag: str) -> S3Object:
         """Return the object itself, as it is with *tag*."""

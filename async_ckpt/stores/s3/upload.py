@@ -44,6 +44,7 @@ class S3Upload:
         target: makes the requests.
         part_size: bytes of every part but the last.
         least_part_bytes: the fewest that S3 takes for such a part.
+        max_parts: how many parts it takes.
         requests: repeats what failed.
         pace: how many parts at a time, over all uploads of the store.
         workers: where checksums are computed.
@@ -62,6 +63,7 @@ class S3Upload:
         *,
         part_size: int,
         least_part_bytes: int,
+        max_parts: int,
         requests: Requests,
         pace: Pace,
         workers: Workers,
@@ -70,6 +72,7 @@ class S3Upload:
     ) -> None:
         self.part_size = part_size
         self.least_part_bytes = least_part_bytes
+        self.max_parts = max_parts
         self.stored: S3Object | None = None
         self.swept: tuple[str, ...] = ()
         self._location = location
@@ -113,7 +116,7 @@ class S3Upload:
         async with self._pace.turn():
             stop = start + part.nbytes
             tag, found = await self._target.copy(self._upload_id, part.index, stored, start, stop)
-        if found != checksum:
+        if found != checksum or not tag:
             raise self._error("write", "what was copied is not known to be the same bytes")
         self._put[part.index] = part.nbytes
         return Receipt(index=part.index, token=tag)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
+from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.lightning.registration import found_callbacks
 from tests.support import python
 
@@ -226,6 +227,83 @@ def test_a_fit_within_a_fit(tree: Any, tmp_path: Path) -> None:
     outer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), Inner()])
     outer.fit(tree.model())
     assert [*seen, plugin.synchronous] == [False, True]
+
+
+def test_fits_within_each_other_tell_of_their_own_saves(tree: Any, tmp_path: Path) -> None:
+    """Each of two Trainers that fit one within the other is told of its own saves, also of what ended meanwhile."""
+    told: dict[str, list[str]] = {"outer": [], "inner": []}
+
+    def model(which: str) -> Any:
+        def saves(self: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / f"{which}-1.ckpt")
+
+        def ends(self: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / f"{which}-2.ckpt")
+
+        def hook(self: Any, trainer: Any, path: str) -> None:
+            assert self.trainer is trainer
+            told[which].append(Path(path).name)
+
+        return tree.model(on_train_start=saves, on_train_epoch_end=ends, on_checkpoint_write_end=hook)
+
+    plugin = AsyncCheckpointIO(queue_depth=8)
+
+    class Inner(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                inner = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback()])
+                inner.fit(model("inner"))
+
+    outer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), Inner()])
+    outer.fit(model("outer"))
+    assert told == {which: [f"{which}-1.ckpt", f"{which}-2.ckpt"] for which in ("outer", "inner")}
+
+
+class _Counting(AsyncCheckpointIO):
+    """The plugin; counts who waits for everything."""
+
+    waits = 0
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.waits += 1
+        super().wait(timeout)
+
+    def settle(self, *args: Any) -> None:
+        self.waits += 1
+        super().settle(*args)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "error"])
+def test_a_storage_that_hangs_is_waited_for_once(tree: Any, tmp_path: Path, faults: Any, fails: bool) -> None:
+    """When ``flush_timeout`` has passed at the end of a fit, nobody waits again, whatever is saved after that."""
+    gate = faults.hold()
+    plugin = _Counting(store_factory=faults.make, queue_depth=8, flush_timeout=0.2)
+
+    class Own(tree.pl.callbacks.Checkpoint):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self._last_checkpoint_saved = str(tmp_path / f"{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(self._last_checkpoint_saved)
+            trainer.loggers[0].after_save_checkpoint(self)
+            if fails:
+                raise RuntimeError("of the training")
+
+        def on_exception(self, trainer: Any, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "rescued.ckpt")
+            trainer.loggers[0].after_save_checkpoint(self)
+
+        def teardown(self, *args: Any) -> None:
+            gate.open()
+
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[plugin],
+        callbacks=[AsyncCheckpointCallback(), Own()],
+        logger=tree.module("loggers").CSVLogger(tmp_path),
+    )
+    with pytest.raises(RuntimeError if fails else FlushTimeoutError):
+        trainer.fit(tree.model())
+    gate.open()
+    assert plugin.waits == 1
 
 
 def test_after_an_error_nothing_is_left_in_the_way(tree: Any, tmp_path: Path, faults: Any) -> None:

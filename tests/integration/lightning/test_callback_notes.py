@@ -209,6 +209,33 @@ def test_what_is_saved_because_of_an_error(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=")  # of Lightning, which looks for the file of a run before
+def test_hooks_are_called_of_what_is_saved_because_of_an_error(
+    tree: Any, tmp_path: Path, notes: Notes
+) -> None:
+    """``OnExceptionCheckpoint``'s file is told of to hooks; not to loggers, which are finalized by then."""
+
+    def fail() -> None:
+        raise RuntimeError("of the training")
+
+    hook = {"on_checkpoint_write_end": lambda self, trainer, path: notes.note("hook", Path(path).name)}
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[AsyncCheckpointIO()],
+        logger=_logger(tree, notes),
+        callbacks=[
+            AsyncCheckpointCallback(),
+            _at(tree, notes, {2: fail}),
+            tree.pl.callbacks.OnExceptionCheckpoint(tmp_path, "rescued"),
+        ],
+    )
+    with pytest.raises(RuntimeError, match="of the training"):
+        trainer.fit(tree.model(**hook))
+    assert torch.load(tmp_path / "rescued.ckpt")["global_step"] == 2
+    assert notes.of("hook") == [("rescued.ckpt", 2)]
+    assert [entry[0] for entry in notes.entries if entry[0] != "hook"] == ["finalized"]
+
+
 def test_mlflow_uploads_every_checkpoint(tree: Any, tmp_path: Path, faults: Any) -> None:
     """Lightning's MLflow logger with ``log_model="all"`` uploads whole files, as many as with synchronous saves."""
     uploads: dict[str, list[tuple[str, int]]] = {"ours": [], "theirs": []}
@@ -406,3 +433,21 @@ def test_timeline_shows_saves_and_steps(tree: Any, tmp_path: Path) -> None:
     assert [name for name in names if name.startswith("batch")] == [f"batch {n}" for n in range(4)]
     assert names.count("flush") == 1
     assert any("epoch=0-step=4.ckpt" in name for name in names)
+
+
+def test_timeline_shows_its_own_fit(tree: Any, tmp_path: Path) -> None:
+    """Of two Trainers' fits with one plugin, each with a timeline, each file shows one."""
+    plugin = AsyncCheckpointIO()
+    callbacks = [
+        AsyncCheckpointCallback(timeline=tmp_path / f"{which}.json") for which in ("first", "second")
+    ]
+    for which, callback in zip(("first", "second"), callbacks, strict=True):
+        checkpoint = tree.checkpoints(tmp_path / which)
+        tree.trainer(tmp_path, plugins=[plugin], callbacks=[callback, checkpoint]).fit(tree.model())
+    assert callbacks[0]._timeline is not None
+    callbacks[0]._timeline.slice("after", "all", 0.0, 1.0)  # so that it is written anew
+    callbacks[0]._timeline.write()
+    for which, other in (("first", "second"), ("second", "first")):
+        trace = (tmp_path / f"{which}.json").read_text()
+        assert str(tmp_path / which) in trace
+        assert str(tmp_path / other / "epoch") not in trace

@@ -13,14 +13,16 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from async_ckpt import AsyncCheckpointIO
+from async_ckpt.events import Accepted, Event, Failed
 from async_ckpt.lightning.bars import pending_text
 from async_ckpt.lightning.metrics import figures
-from async_ckpt.lightning.model_checkpoint import Foresight
+from async_ckpt.lightning.model_checkpoint import Foresight, make_aware
+from async_ckpt.lightning.notifications import Notifications
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.repairs import keep_protocol
 from async_ckpt.lightning.shadows import Shadows
 from async_ckpt.lightning.strategies import bypass
-from async_ckpt.meter import SaveProgress
+from async_ckpt.meter import Meter, SaveProgress
 from async_ckpt.stores import open_store
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
 
@@ -98,6 +100,75 @@ def test_foresight_passes_for_the_file_system(tmp_path: Path) -> None:
     assert sight.ls(str(tmp_path)) == []
     assert sight.protocol == file_system.protocol
     assert copy.deepcopy(sight) == pickle.loads(pickle.dumps(sight)) == file_system
+
+
+@pytest.mark.parametrize("value", [16000, None, "fs"])
+def test_what_is_no_file_system_is_left_alone(value: Any) -> None:
+    """A callback's attribute ``_fs`` that is, say, a sampling rate stays what it is; a file system is wrapped."""
+    plugin, shadows = AsyncCheckpointIO(), Shadows()
+    removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
+    other, checkpoint = SimpleNamespace(_fs=value), SimpleNamespace(_fs=LocalFileSystem())
+    for callback in (other, checkpoint):
+        make_aware(callback, plugin, removals, shadows)
+    assert other._fs is value
+    assert type(checkpoint._fs) is Foresight
+
+
+def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Of four removals, two fail: all are asked for, once; the first error is raised, the other one logged (E1)."""
+    asked: list[str] = []
+
+    class Base:
+        def remove_checkpoint(self, path: str) -> None:
+            asked.append(path)
+            if path in "bc":
+                raise OSError(path)
+
+        save_checkpoint = key_of = staticmethod(str)
+
+    plugin: Any = Base()
+    removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
+    removals.wait_for_links = True
+    for path in "abcd":
+        plugin.remove_checkpoint(path)
+    with pytest.raises(OSError, match=r"^b$"):
+        removals.release(everything=True)
+    removals.release(everything=True)
+    assert asked == list("abcd")
+    assert [record.getMessage() for record in caplog.records] == ["while 'c' was to be removed"]
+
+
+class _Overtaken(Meter):
+    """A meter whose save fails between two looks at it."""
+
+    def _fail(self) -> None:
+        event: Event = Failed(request_id=1, url="a", error=OSError("no space"))
+        self(event)
+
+    def take_ended(self) -> list[SaveProgress]:
+        ended = super().take_ended()
+        self._fail()
+        return ended
+
+    @property
+    def pending(self) -> list[SaveProgress]:
+        saves = super().pending
+        self._fail()
+        return saves
+
+
+@pytest.mark.parametrize("path", ["a", ""])
+def test_a_save_that_fails_while_it_is_looked_for_is_not_told_of(path: str) -> None:
+    """A save that ends at the very moment when a logger's call is held back is known, and its failure, too."""
+    meter = _Overtaken()
+    meter(Accepted(request_id=1, url="a", nbytes=1))
+    told: list[Any] = []
+    notifications = Notifications(meter, log_metrics=False)
+    trainer = SimpleNamespace(callbacks=[], lightning_module=None)
+    notifications.hold_back(trainer, told.append, SimpleNamespace(_last_checkpoint_saved=path))
+    notifications.tell(trainer)
+    assert told == []
+    assert not notifications.awaits("a")
 
 
 @pytest.mark.parametrize("path", ["unknown-protocol://a/b", "memory://", ""])

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import StoreError
-from async_ckpt.stores import locate
+from async_ckpt.stores import link, locate
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.link import make_link
+
+
+def make_link(location: Location, target: Location) -> None:
+    """Make a link that survives the loss of power."""
+    link.make_link(location, target, "fsync")
 
 
 def at(path: Path) -> Location:

@@ -106,7 +106,7 @@ def fit() -> None:
 
 def open_when_told() -> None:
     """Open the gate at a line of standard input, or at its end."""
-    sys.stdin.readline()
+    os.read(sys.stdin.fileno(), 1000)  # not readline, whose lock the older Lightnings' exit() would wait for
     gate.open()
 
 

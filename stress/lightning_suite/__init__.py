@@ -1,0 +1,1 @@
+"""Lightning's own tests, run as by a user of Lightning who has replaced the checkpoint plugin."""

@@ -177,7 +177,10 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
 
 
 class FoundCallback(AsyncCheckpointCallback):
-    """The one that a Trainer has found by itself."""
+    """The one that a Trainer has found by itself; it logs nothing, as nobody has asked for that."""
+
+    def __init__(self) -> None:
+        super().__init__(log_metrics=False)
 
 
 def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:

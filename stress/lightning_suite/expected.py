@@ -20,7 +20,6 @@ _RANKS = (
 )
 _THEIRS = "is about the inside of Lightning's own plugin: a base that it is given, one wrapped into another"
 _CALLBACKS = "wants no other callbacks in the Trainer than its own; ours is one, by its entry point"
-_METRICS = "wants no other calls of the logger than its own; ours has its checkpoint/ metrics logged, too"
 
 _REASONS = {
     "checkpointing/test_checkpoint_callback_frequency.py::test_default_checkpoint_freq": _MOCKED,
@@ -30,7 +29,6 @@ _REASONS = {
     "checkpointing/test_model_checkpoint.py::test_none_monitor_saves_correct_best_model_path": _BY_HAND,
     "checkpointing/test_model_checkpoint.py::test_save_last_saves_correct_last_model_path": _BY_HAND,
     "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": _MOCKED,
-    "loggers/test_all.py::test_loggers_fit_test_all": _METRICS,
     "models/test_hooks.py::test_load_from_checkpoint_hook_calls": _BY_HAND,
     "plugins/test_checkpoint_io_plugin.py::test_async_checkpoint_plugin": _THEIRS,
     "plugins/test_checkpoint_io_plugin.py::test_multi_wrapped_checkpoint_io_initialization": _THEIRS,
@@ -39,7 +37,6 @@ _REASONS = {
     "trainer/connectors/test_callback_connector.py::test_attach_model_callbacks": _CALLBACKS,
     "trainer/connectors/test_callback_connector.py::test_checkpoint_callbacks_are_last": _CALLBACKS,
     "trainer/connectors/test_callback_connector.py::test_configure_external_callbacks": _CALLBACKS,
-    "trainer/test_trainer.py::test_log_every_n_steps": _METRICS,
     "trainer/test_trainer.py::test_model_checkpoint_options": _BY_HAND,
     "tests/tests_fabric/strategies/test_ddp_integration.py::test_ddp_save_load": _RANKS,
 }

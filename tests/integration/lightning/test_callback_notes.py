@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
 from async_ckpt.events import Durable, Event
+from async_ckpt.lightning.registration import found_callbacks
 from tests.support import PATIENCE_SECONDS
 
 pytestmark = [
@@ -349,11 +350,11 @@ def test_hooks_are_called_during_a_long_validation(
     assert kinds.index(("hook", "epoch=0-step=4.ckpt")) < kinds.index(("validation", 2))
 
 
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("wanted", [True, False, None])
 def test_figures_of_each_save_are_logged(
-    tree: Any, tmp_path: Path, faults: Any, notes: Notes, wanted: bool
+    tree: Any, tmp_path: Path, faults: Any, notes: Notes, wanted: bool | None
 ) -> None:
-    """Loggers get six figures a durable save, at the step of the batch; nobody does with ``log_metrics=False``."""
+    """Loggers get six figures a durable save, at the step of the batch; none if unwanted, or with a found callback."""
     gate = faults.hold(1)
     plugin = AsyncCheckpointIO(store_factory=faults.make, queue_depth=8, observer=notes)
 
@@ -368,10 +369,12 @@ def test_figures_of_each_save_are_logged(
         log_every_n_steps=100,
         callbacks=[
             _at(tree, notes, {3: open_gate}),
-            AsyncCheckpointCallback(log_metrics=wanted),
+            *([] if wanted is None else [AsyncCheckpointCallback(log_metrics=wanted)]),
             tree.checkpoints(tmp_path / "ckpt", every_n_train_steps=2, save_top_k=-1),
         ],
     )
+    if wanted is None:
+        trainer.callbacks[:0] = found_callbacks()
     trainer.fit(tree.model())
     logged = [(metrics, step) for metrics, step, _ in notes.of("metrics") if "checkpoint/bytes" in metrics]
     assert len(logged) == (2 if wanted else 0)

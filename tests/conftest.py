@@ -39,6 +39,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 ALLOWED_THREADS = (
     "MainThread",
     "fsspecIO",  # fsspec's own loop: one a process, started by its first synchronous call, never ended
+    "gcsfs-deferred-close",  # gcsfs' own: one a process, started by the first file that is opened with it, never ended
     "tqdm_monitor",  # tqdm's, behind Lightning's progress bar: one a process
     "Trio thread",  # trio keeps its idle worker threads for ten seconds
     "pytest_timeout",  # guards the test itself

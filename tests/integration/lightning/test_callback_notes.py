@@ -257,7 +257,7 @@ def test_mlflow_uploads_every_checkpoint(tree: Any, tmp_path: Path, faults: Any)
 
         def __init__(self, uploaded: list[tuple[str, int]]) -> None:  # without the package
             self._client = Client(uploaded)
-            self._run_id, self._log_model = "run", "all"
+            self._run_id, self._log_model, self._checkpoint_path_prefix = "run", "all", ""
             self._logged_model_time: dict[str, float] = {}
             self._checkpoint_callback = None
             self._initialized = False

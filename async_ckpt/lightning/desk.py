@@ -91,8 +91,10 @@ class Desk:
         """The service, made if there is none."""
         self._leave_to_parent()
         if self._service is None:
-            self._service = CheckpointService(**{**self._options, "observer": self._tell})
-            self._service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
+            service = CheckpointService(**{**self._options, "observer": self._tell})
+            service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
+            if self._service is None:  # else a signal handler was faster
+                self._service = service
         return self._service
 
     @property
@@ -143,7 +145,7 @@ class Desk:
             if foreign or self._is_synchronous(place):
                 with suppress(
                     NotDurableError
-                ):  # it was dropped, as the log says, because of another's failure
+                ):  # it was dropped because of another's failure, as the log says
                     self._wait_for_one(service, handle)
 
     def link(self, place: Location, target: Location) -> None:
@@ -230,8 +232,11 @@ class Desk:
                 self._service.rest()
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        for key in [key for key, earlier in self._foreseen.items() if earlier.has_ended]:
-            del self._foreseen[key]
+        for key, earlier in list(
+            self._foreseen.items()
+        ):  # a signal handler may come in between, and do the same
+            if earlier.has_ended:
+                self._foreseen.pop(key, None)
         self._foreseen[place.key] = prospect = _Prospect(there)
         handle.add_done_callback(prospect.end)
 

@@ -59,13 +59,15 @@ class Desk:
 
     Attributes:
         synchronous: whether a save returns only once it is durable.
+        has_ended: whether the last ``end`` came to its end.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.synchronous = False
         self._options = options
         self._observers: list[Observer] = []
-        self._service: CheckpointService | None = None
+        self._service = self._new_service()  # here, as a signal handler may come where one is made on demand
+        self.has_ended = True
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -88,24 +90,20 @@ class Desk:
 
     @property
     def service(self) -> CheckpointService:
-        """The service, made if there is none."""
+        """The service; a new one after each end."""
         self._leave_to_parent()
-        if self._service is None:
-            service = CheckpointService(**{**self._options, "observer": self._tell})
-            service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
-            if self._service is None:  # else a signal handler was faster
-                self._service = service
         return self._service
+
+    def _new_service(self) -> CheckpointService:
+        """Make a service, which has no thread before its first request."""
+        service = CheckpointService(**{**self._options, "observer": self._tell})
+        service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
+        return service
 
     @property
     def is_used(self) -> bool:
         """Whether there is something for ``end`` to free."""
-        return self._service is not None and self._service.is_running
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing is held."""
-        return self._service is None
+        return self._service.is_running
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on; again does nothing."""
@@ -173,19 +171,19 @@ class Desk:
     def settle(self) -> None:
         """Do the same for who may be handling an error, which is not replaced (E2)."""
         service = self._service
-        if service is not None:
-            service.settle(self._wait(service))
+        service.settle(self._wait(service))
 
     def end(self) -> None:
         """See everything to its end and free the service.
 
         Where Ctrl-C comes while this waits, what is pending goes on, and Lightning comes again.
         """
+        self.has_ended = False
         service = self._service
-        if service is not None:
-            left = self._wait(service)
-            self._service = None
-            service.close(left)
+        left = self._wait(service)
+        self._service = self._new_service()
+        self.has_ended = True
+        service.close(left)
 
     def _wait(
         self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
@@ -199,7 +197,7 @@ class Desk:
             limit = 0.0 if self._is_late else service.options.flush_timeout
         left = patiently(service, self.meter, limit=limit, handle=handle)
         if left is None:
-            self._service = None
+            self._service = self._new_service()
             give_up(service)
         elif left == 0.0 and handle is None and limit == service.options.flush_timeout:
             self._is_late = True
@@ -228,7 +226,7 @@ class Desk:
         finally:
             self._under_way.discard(operation)
             # Not beneath another one, which a signal handler may have interrupted.
-            if rests and self._service is not None and not self._under_way:
+            if rests and not self._under_way:
                 self._service.rest()
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:

@@ -56,7 +56,6 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._base = checkpoint_io
         self._options = options
         _refuse_asynchronous(checkpoint_io)
-        CheckpointService(**options)  # what cannot work is refused here, not at the first save
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:

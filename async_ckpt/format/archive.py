@@ -7,8 +7,8 @@ reads headers through a function it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,36 +21,38 @@ from async_ckpt.format.directory import (
     list_entries,
 )
 
-__all__ = ["Record", "find_records"]
+__all__ = ["Records", "find_records"]
 
 _END_BYTES = 98  # of the three structures that end an archive without a comment
 _HAS_DESCRIPTOR = 0x0008
 _Read = Callable[[int, int], bytes]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One file in the archive.
+@dataclass(slots=True, kw_only=True)
+class Records:
+    """The files in an archive, in the order in which they were written; one list for each of their attributes.
+
+    A list of objects would be one object a tensor more for Python's garbage collector to look at, in every save.
 
     Attributes:
-        name: as in the archive.
-        start: where its bytes begin.
-        stop: where they end.
-        checksum: what torch gave as its CRC-32.
-        near: where the checksum stands beside the record: in the data descriptor behind it, or in the
+        names: as in the archive.
+        starts: where their bytes begin.
+        stops: where they end.
+        checksums: what torch gave as their CRC-32.
+        nears: where the checksum stands beside the record: in the data descriptor behind it, or in the
             local header of an archive without descriptors.
-        central: where it stands in the central directory.
+        centrals: where it stands in the central directory.
     """
 
-    name: str
-    start: int
-    stop: int
-    checksum: int
-    near: int
-    central: int
+    names: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
+    nears: list[int] = field(default_factory=list)
+    centrals: list[int] = field(default_factory=list)
 
 
-def find_records(nbytes: int, read: _Read) -> tuple[list[Record], int]:
+def find_records(nbytes: int, read: _Read) -> tuple[Records, int]:
     """Find the records of an archive.
 
     Args:
@@ -58,14 +60,14 @@ def find_records(nbytes: int, read: _Read) -> tuple[list[Record], int]:
         read: returns a number of bytes from a place on; only asked for headers.
 
     Returns:
-        The records in the order in which they were written, and where the central directory begins.
+        The records, and where the central directory begins.
 
     Raises:
         AsyncCheckpointError: the archive is not of the kind that torch is known to write.
     """
     try:
         start, stop = _central_directory(nbytes, read)
-        return list(_records(start, stop, read)), start
+        return _records(start, stop, read), start
     except NOT_UNDERSTOOD as error:
         raise AsyncCheckpointError(
             f"torch {torch.__version__} writes checkpoints in a way that is not known here ({error}); "
@@ -78,7 +80,8 @@ def _central_directory(nbytes: int, read: _Read) -> tuple[int, int]:
     return find_directory(read(nbytes - tail, tail), nbytes)
 
 
-def _records(start: int, stop: int, read: _Read) -> Iterator[Record]:
+def _records(start: int, stop: int, read: _Read) -> Records:
+    records = Records()
     for entry in list_entries(read(start, stop - start)):
         _expect(entry.method == 0, "a record is compressed")
         _expect(entry.nbytes == entry.packed_nbytes, "a stored record has two lengths")
@@ -87,14 +90,13 @@ def _records(start: int, stop: int, read: _Read) -> Iterator[Record]:
         descriptor = bool(entry.flags & _HAS_DESCRIPTOR)
         if descriptor:
             _expect(read(end, 4) == b"PK\x07\x08", "no data descriptor")
-        yield Record(
-            name=entry.name,
-            start=begin,
-            stop=end,
-            checksum=entry.checksum,
-            near=end + 4 if descriptor else entry.header + 14,
-            central=start + entry.at + 16,
-        )
+        records.names.append(entry.name)
+        records.starts.append(begin)
+        records.stops.append(end)
+        records.checksums.append(entry.checksum)
+        records.nears.append(end + 4 if descriptor else entry.header + 14)
+        records.centrals.append(start + entry.at + 16)
+    return records
 
 
 def _expect(condition: bool, otherwise: str) -> None:

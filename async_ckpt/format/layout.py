@@ -12,17 +12,14 @@ What does not belong here: how zip archives are built (`archive`), what is done 
 
 from __future__ import annotations
 
-import pickle
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import torch
-
-from async_ckpt.format.archive import Record, find_records
+from async_ckpt.format.archive import Records, find_records
 from async_ckpt.format.checksum import combine, crc32, crc32_combine
 from async_ckpt.format.overlap import Piece
-from async_ckpt.format.recorder import Recorder, Reference, StandIns
+from async_ckpt.format.recorder import Reference, Segment, record_writing
+from async_ckpt.format.writing import write
 from async_ckpt.snapshot import Snapshot
 
 __all__ = ["Layout", "lay_out"]
@@ -32,7 +29,7 @@ _DIGITS = 20  # of each half of the fingerprint: names, checksums
 
 
 def lay_out(snapshot: Snapshot) -> Layout:
-    """Lay out the file of *snapshot*. Blocks for 50 to 100 µs a tensor: call it in a worker.
+    """Lay out the file of *snapshot*. Blocks for about 15 µs a tensor: call it in a worker.
 
     Args:
         snapshot: must stay open as long as the layout is read.
@@ -43,37 +40,8 @@ def lay_out(snapshot: Snapshot) -> Layout:
     Raises:
         AsyncCheckpointError: torch writes archives in a way that is not known here.
     """
-    stand_ins = StandIns(snapshot.storages)
-    recorder = Recorder(stand_ins, snapshot.view)
-    _emit(snapshot.rebuild(stand_ins.storage), recorder)
-    return Layout(snapshot, recorder)
-
-
-def _emit(picture: Any, recorder: Recorder) -> None:
-    """Have torch write *picture*, without checksums where its version allows that.
-
-    The option that ``torch.save`` has for it is global and would change the user's own saves, so its
-    parts are called; where a version lacks them, ``torch.save`` reads the stand-ins, which costs time
-    but not correctness.
-    """
-    writer = _open_writer(recorder)
-    save = getattr(torch.serialization, "_save", None)
-    if writer is None or save is None:
-        torch.save(picture, recorder)  # type: ignore[arg-type]
-        return
-    save(picture, writer, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
-    writer.write_end_of_file()
-
-
-def _open_writer(recorder: Recorder) -> Any:
-    open_writer: Any = torch._C.PyTorchFileWriter
-    alignment = getattr(torch.serialization, "_get_storage_alignment", lambda: 64)()
-    for arguments in ((False, alignment), (False,), ()):  # torch 2.7 on, 2.6, before
-        try:
-            return open_writer(recorder, *arguments)
-        except TypeError:
-            continue
-    return None
+    segments = write(snapshot)
+    return Layout(snapshot, record_writing(snapshot) if segments is None else segments)
 
 
 class Layout:
@@ -81,21 +49,19 @@ class Layout:
 
     Args:
         snapshot: where the bytes of storages are.
-        recorder: what torch wrote.
+        segments: what torch wrote.
     """
 
-    def __init__(self, snapshot: Snapshot, recorder: Recorder) -> None:
+    def __init__(self, snapshot: Snapshot, segments: Sequence[Segment]) -> None:
         self._snapshot = snapshot
-        self._segments = recorder.segments
+        self._segments = segments
         self._starts: list[int] = []
         self._nbytes = 0
         for segment in self._segments:
             self._starts.append(self._nbytes)
             self._nbytes += len(segment)
         self._records, self._tail = find_records(self._nbytes, self._read_header)
-        self._near = [record.near for record in self._records]
-        self._begins = [record.start for record in self._records]
-        self._checksums: dict[str, int] = {}
+        self._checksums: dict[int, int] = {}  # by the record's place in the archive
         self._sums: dict[int, tuple[int, int]] = {}  # of pieces of records, by their beginning: end, CRC-32
         self._fingerprint = self._find_fingerprint()
 
@@ -146,19 +112,19 @@ class Layout:
         self._seal(0, self._nbytes)
         return [self._piece(segment) for segment in self._segments]
 
-    def _piece(self, segment: bytearray | Reference) -> Piece:
+    def _piece(self, segment: Segment) -> Piece:
         if not isinstance(segment, Reference):
             return segment
         return self._snapshot.storages[segment.storage].start + segment.start, len(segment)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield what lies within the range of each record whose bytes are known before checksums are."""
-        index = max(0, bisect_right(self._begins, start) - 1)
-        for record in self._records[index:]:
-            if record.start >= stop:
+        records = self._records
+        for record in range(max(0, bisect_right(records.starts, start) - 1), len(records.starts)):
+            if records.starts[record] >= stop:
                 return
-            begin, end = max(start, record.start), min(stop, record.stop)
-            if begin < end and record is not self._fingerprint:
+            begin, end = max(start, records.starts[record]), min(stop, records.stops[record])
+            if begin < end and record != self._fingerprint:
                 yield begin, end
 
     def _sum(self, start: int, stop: int) -> int:
@@ -185,12 +151,16 @@ class Layout:
             index += 1
         return views
 
-    def _slice(self, segment: bytearray | Reference, start: int, stop: int) -> memoryview:
+    def _slice(self, segment: Segment, start: int, stop: int) -> memoryview:
         if isinstance(segment, Reference):
             return self._snapshot.view(segment.storage)[segment.start + start : segment.start + stop]
         return memoryview(segment).toreadonly()[start:stop]
 
     def _read_header(self, start: int, nbytes: int) -> bytes:
+        index = bisect_right(self._starts, start) - 1
+        segment, at = self._segments[index], start - self._starts[index]
+        if isinstance(segment, bytearray) and at + nbytes <= len(segment):  # views are too slow for thousands
+            return bytes(segment[at : at + nbytes])
         return b"".join(self._views(start, start + nbytes)) if start >= 0 else b""
 
     def _seal(self, start: int, stop: int) -> None:
@@ -198,44 +168,45 @@ class Layout:
 
         Several threads may do so at once: all write the same values.
         """
-        first, last = bisect_left(self._near, start - 3), bisect_left(self._near, stop)
-        for record in self._records[first:last]:
-            if record is not self._fingerprint:
-                self._patch(record.near, self._checksum(record))
+        nears = self._records.nears
+        for record in range(bisect_left(nears, start - 3), bisect_left(nears, stop)):
+            if record != self._fingerprint:
+                self._patch(nears[record], self._checksum(record))
         if stop > self._tail:
             self._seal_tail()
 
     def _seal_tail(self) -> None:
         if self._fingerprint is not None:
-            digits = _digits(self._records[:-1], self._checksum)
-            self._overwrite(self._fingerprint.start + _DIGITS, digits)
-            self._patch(self._fingerprint.near, self._checksum(self._fingerprint))
-        for record in self._records:
-            self._patch(record.central, self._checksum(record))
+            digits = _digits(self._records, self._fingerprint, self._checksum)
+            self._overwrite(self._records.starts[self._fingerprint] + _DIGITS, digits)
+            self._patch(self._records.nears[self._fingerprint], self._checksum(self._fingerprint))
+        for record, central in enumerate(self._records.centrals):
+            self._patch(central, self._checksum(record))
 
-    def _checksum(self, record: Record) -> int:
-        checksum = self._checksums.get(record.name)
+    def _checksum(self, record: int) -> int:
+        checksum = self._checksums.get(record)
         if checksum is None:
-            checksum, at = 0, record.start
-            while at < record.stop and at in self._sums and crc32_combine is not None:
+            checksum, at, stop = 0, self._records.starts[record], self._records.stops[record]
+            while at < stop and at in self._sums and crc32_combine is not None:
                 end, piece = self._sums[at]
                 checksum, at = crc32_combine(checksum, piece, end - at), end
-            checksum = self._crc32(at, record.stop, checksum)
-            self._checksums[record.name] = checksum
+            checksum = self._checksums[record] = self._crc32(at, stop, checksum)
         return checksum
 
-    def _find_fingerprint(self) -> Record | None:
+    def _find_fingerprint(self) -> int | None:
         """Find the record that depends on all other checksums, if torch made it in the way known here.
 
-        The fingerprint is a best effort of torch's that loading does not look at.
+        The fingerprint is a best effort of torch's that loading does not look at. It is the last record, and the
+        only one whose checksum cannot be known before the others are.
         """
-        for position, record in enumerate(self._records):
-            if record.name.endswith(_FINGERPRINT) and record.stop - record.start == 2 * _DIGITS:
-                written = self._read_header(record.start + _DIGITS, _DIGITS)
-                known = _digits(self._records[:position], lambda earlier: earlier.checksum)
-                if written == known and position == len(self._records) - 1:
-                    self._tail = record.start
-                    return record
+        records = self._records
+        last = len(records.names) - 1
+        start, stop = records.starts[last], records.stops[last]
+        if records.names[last].endswith(_FINGERPRINT) and stop - start == 2 * _DIGITS:
+            written = self._read_header(start + _DIGITS, _DIGITS)
+            if written == _digits(records, last, records.checksums.__getitem__):
+                self._tail = start
+                return last
         return None
 
     def _patch(self, where: int, checksum: int) -> None:
@@ -249,10 +220,10 @@ class Layout:
         gap[at : at + len(value)] = value
 
 
-def _digits(records: Sequence[Record], checksum: Callable[[Record], int]) -> bytes:
-    """Return the half of the fingerprint that is made from checksums; torch leaves out empty records."""
+def _digits(records: Records, count: int, checksum: Callable[[int], int]) -> bytes:
+    """Return the half of the fingerprint made from the checksums before it; torch leaves out empty records."""
     seed = 0
-    for record in records:
-        if record.start < record.stop:
+    for record in range(count):
+        if records.starts[record] < records.stops[record]:
             seed = combine(seed, checksum(record))
     return f"{seed:0{_DIGITS}d}".encode()

@@ -9,7 +9,7 @@ What does not belong here: the bytes of the file, the queue, waiting for memory.
 from __future__ import annotations
 
 from async_ckpt.snapshot.copying import HostBuffer, HostPool
-from async_ckpt.snapshot.picture import Snapshot, SnapshotStorage
+from async_ckpt.snapshot.picture import Snapshot, Storages
 from async_ckpt.snapshot.tree import Capture, capture
 
-__all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "SnapshotStorage", "capture"]
+__all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "Storages", "capture"]

@@ -44,7 +44,7 @@ class HostBuffer:
     """Page-aligned anonymous memory; no page of it exists before it is written.
 
     Args:
-        nbytes: how much of it, at least; rounded up to whole pages.
+        nbytes: how much of it, at least.
 
     Attributes:
         nbytes: how much of it there is.
@@ -107,8 +107,12 @@ class HostBuffer:
 
 
 def capacity_for(nbytes: int) -> int:
-    """Return the size of the buffer that a request of *nbytes* gets."""
-    return max(1, -(-nbytes // _PAGE)) * _PAGE
+    """Return the size of the buffer that a request of *nbytes* gets.
+
+    Up to a 64th is left for growth: a state whose list of losses grows would need another buffer at every save.
+    """
+    step = max(_PAGE, (1 << nbytes.bit_length()) // 128)
+    return max(1, -(-nbytes // step)) * step
 
 
 class HostPool:
@@ -131,8 +135,8 @@ class HostPool:
     def lease(self, nbytes: int, *, force: bool = False) -> HostBuffer | None:
         """Hand out a buffer of at least *nbytes*.
 
-        The smallest idle buffer that fits without wasting more than a quarter is reused; else idle
-        ones are dropped, oldest first, until a new one fits the budget.
+        The smallest idle buffer that fits without wasting more than a quarter is reused; else a new one takes
+        the place of an idle one that was too small, and of more, the longest idle first, until it fits the budget.
 
         Args:
             nbytes: what the snapshot needs.
@@ -150,6 +154,10 @@ class HostPool:
         else:
             if not force and not self.would_fit(nbytes):
                 return None  # dropping the idle ones would not help either
+            outgrown = next((idle for idle in self._idle if idle.nbytes < capacity), None)
+            if outgrown is not None:  # else a state that grows would leave a buffer behind at every save
+                self._idle.remove(outgrown)
+                self._drop(outgrown)
             while self._idle and not self._budget.fits(capacity):
                 self._drop(self._idle.pop(0))
             self._budget.reserve(capacity)
@@ -213,11 +221,11 @@ class HostPool:
         self._budget.release(buffer.nbytes)
 
 
-def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int], buffer: HostBuffer) -> None:
-    """Copy *sources* one after the other, each at the next aligned place, into *buffer*.
+def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: HostBuffer) -> None:
+    """Copy storages one after the other, each at the next aligned place, into *buffer*.
 
     Args:
-        sources: storages on any device; one on the meta device has a place, which is left as it is.
+        views: the bytes of each, on any device; one on the meta device has a place, which is left as it is.
         sizes: their sizes in bytes.
         buffer: large enough for the sum of the aligned sizes.
     """
@@ -225,7 +233,6 @@ def copy_storages(sources: Sequence[torch.UntypedStorage], sizes: Sequence[int],
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}
     with torch.no_grad():
-        views = [bytes_of(source) for source in sources]
         runs = list(_runs(views, sizes))
         lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
         whole = buffer.as_tensor()

@@ -68,6 +68,13 @@ def find_offences(
 
 
 def _children(parent: Offence, into_objects: bool) -> _Children:
+    try:
+        yield from _parts(parent, into_objects)
+    except Exception:  # maybe the very reason, and the probe has it already; we look no further
+        return
+
+
+def _parts(parent: Offence, into_objects: bool) -> _Children:
     where, value = parent.where, parent.value
     kind = type(value)
     if kind is dict:
@@ -91,10 +98,7 @@ def _of_items(where: str, items: Any) -> _Children:
 
 
 def _of_reduced(where: str, value: Any) -> _Children:
-    try:
-        parts = value.__reduce_ex__(PROTOCOL)
-    except Exception:  # this very failure is the reason, and the probe has it already
-        return
+    parts = value.__reduce_ex__(PROTOCOL)
     if not isinstance(parts, tuple):
         return
     _, arguments, state, items, pairs, *_ = (*parts, None, None, None, None)

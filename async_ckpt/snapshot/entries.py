@@ -2,6 +2,9 @@
 
 Each entry is a plain value that holds nothing of the live state, but for `SharedEntry`, whose value
 is immutable or knowingly shared.
+
+In a picture the entries of tensors and storages stand where those were, in sets and as keys too: as those, an entry
+equals itself alone.
 """
 
 from __future__ import annotations
@@ -27,12 +30,24 @@ class TensorEntry(NamedTuple):
     requires_grad: bool
     is_parameter: bool
 
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
 
 class StorageEntry(NamedTuple):
     """A storage on its own; ``dtype`` is that of a TypedStorage, ``None`` for an UntypedStorage."""
 
     storage: int
     dtype: torch.dtype | None
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 class ArrayEntry(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
+from async_ckpt.snapshot.copying import bytes_of
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
 from async_ckpt.snapshot.locations import location_of
 from async_ckpt.snapshot.reduced import reduce
@@ -27,8 +28,12 @@ __all__ = ["Lifted", "LiftingPickler"]
 
 _SHARED_LENGTH = 64 << 10  # immutable values from this length on are passed by reference
 
-# torch.save writes these very objects, and once each: a state that holds one must go on holding that one.
+# torch.save writes these very objects, and once each: a state that holds one must go on holding that one. Python has
+# more than one object for a text of one character; unpickled, it would be one.
 _TORCH_WORDS = frozenset({"cpu", "storage"})
+
+# Until torch 2.12.
+_has_names: Callable[[torch.Tensor], bool] | None = getattr(torch.Tensor, "has_names", None)
 
 # Tensors of these dtypes are saved with an UntypedStorage, which torch counts as one of uint8.
 _UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
@@ -42,7 +47,7 @@ class Lifted:
 
     Attributes:
         entries: what the skeleton refers to by number.
-        storages: each storage once.
+        storages: each storage once, as a tensor of its bytes.
         sizes: their sizes in bytes.
         locations: what ``torch.save`` would write for each.
         arrays: the place in ``entries`` of each numpy array, and the array.
@@ -50,7 +55,7 @@ class Lifted:
     """
 
     entries: list[Entry] = field(default_factory=list)
-    storages: list[torch.UntypedStorage] = field(default_factory=list)
+    storages: list[torch.Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
     arrays: list[tuple[int, Any]] = field(default_factory=list)
@@ -123,7 +128,7 @@ class LiftingPickler(pickle.Pickler):
         return index
 
     def _add_storage(self, storage: torch.UntypedStorage, location: str, dtype: torch.dtype) -> int:
-        self.lifted.storages.append(storage)
+        self.lifted.storages.append(bytes_of(storage))
         self.lifted.sizes.append(storage.nbytes())
         self.lifted.locations.append(location)
         self._dtypes.append(dtype)
@@ -173,6 +178,8 @@ def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
         or tensor.__dict__
         or tensor.is_conj()
         or tensor.is_neg()
+        or tensor._is_zerotensor()  # has no memory; torch refuses it
+        or (_has_names is not None and _has_names(tensor))  # torch refuses those, too
     ):
         return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
     dtype = tensor.dtype
@@ -186,7 +193,7 @@ def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
         index,
         dtype,
         int(tensor.storage_offset()),
-        tensor.size(),
+        tuple(tensor.size()),
         tensor.stride(),
         tensor.requires_grad,
         type(tensor) is not torch.Tensor,
@@ -239,7 +246,9 @@ def _share(pickler: LiftingPickler, value: Any) -> int:
 
 
 def _text(pickler: LiftingPickler, value: str | bytes) -> int | None:
-    return _share(pickler, value) if len(value) >= _SHARED_LENGTH or value in _TORCH_WORDS else None
+    if len(value) >= _SHARED_LENGTH or len(value) < 2 or value in _TORCH_WORDS:
+        return _share(pickler, value)
+    return None
 
 
 _HANDLERS: dict[type, _Handler | None] = {

@@ -9,7 +9,7 @@ What does not belong here: how the bytes came here (`copying`), what is done wit
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from async_ckpt.snapshot.locations import mark
 from async_ckpt.snapshot.rebuild import INERT, LIVE, Rebuilder
 from async_ckpt.snapshot.sharing import NOTHING, Outline
 
-__all__ = ["Snapshot", "SnapshotStorage"]
+__all__ = ["Snapshot", "SnapshotStorage", "Storages"]
 
 
 class SnapshotStorage(NamedTuple):
@@ -35,6 +35,30 @@ class SnapshotStorage(NamedTuple):
     nbytes: int
     location: str
     start: int
+
+
+class Storages:
+    """All storages of a state, as columns: thousands of objects, kept, would have Python's collector run more often.
+
+    Args:
+        sizes: in bytes.
+        locations: where the originals are.
+        starts: where each one's bytes begin in the host buffer.
+    """
+
+    def __init__(self, sizes: Sequence[int], locations: Sequence[str], starts: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._locations = locations
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[SnapshotStorage]:
+        return map(SnapshotStorage, self._sizes, self._locations, self._starts)
+
+    def __getitem__(self, index: int) -> SnapshotStorage:
+        return SnapshotStorage(self._sizes[index], self._locations[index], self._starts[index])
 
 
 class Snapshot:
@@ -54,14 +78,14 @@ class Snapshot:
         *,
         skeleton: bytes,
         entries: Sequence[Entry],
-        storages: Sequence[SnapshotStorage],
+        storages: Storages,
         buffer: HostBuffer,
         nbytes: int,
         outline: Outline = NOTHING,
     ) -> None:
         self.nbytes = nbytes
         self.outline = outline
-        self.storages = tuple(storages)
+        self.storages = storages
         self._skeleton = skeleton
         self._entries = tuple(entries)
         self._buffer: HostBuffer | None = buffer
@@ -78,6 +102,11 @@ class Snapshot:
     def written(self, written: object) -> None:
         if self._buffer is not None:
             self._buffer.written = written
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What the state consists of, beside what pickle itself makes."""
+        return self._entries
 
     def view(self, index: int) -> memoryview:
         """Return the bytes of a storage, read-only.
@@ -114,21 +143,31 @@ class Snapshot:
             self._entries = ()
             self._skeleton = b""
 
-    def rebuild(self, storage_for: Callable[[int], torch.UntypedStorage]) -> Any:
-        """Return an inert picture of the state, over storages of the caller's choice.
+    def picture(self) -> Any:
+        """Return an inert picture of the state, with the entries of tensors and storages in their places.
 
-        ``torch.save`` of the picture writes what ``torch.save`` of the state would have written. Plain
-        tensors, arrays and builtin containers are themselves; any other object is a
-        `async_ckpt.snapshot.reduced.Reduced`. Two things may differ in the bytes, neither in what is
-        loaded: the order of a set, and whether an attribute's name and an equal string elsewhere are
-        written once or twice.
+        Plain arrays and builtin containers are themselves; any other object is a
+        `async_ckpt.snapshot.reduced.Reduced`, which pickles to what the object would have pickled to. Two things
+        may differ in the bytes, neither in what is loaded: the order of a set, and whether an attribute's name and
+        an equal string elsewhere are written once or twice.
+
+        Returns:
+            The picture.
+
+        Raises:
+            ValueError: the snapshot has been closed.
+        """
+        return self._unpickle(None, INERT)
+
+    def rebuild(self, storage_for: Callable[[int], torch.UntypedStorage]) -> Any:
+        """Return what `picture` does, with tensors and storages over storages of the caller's choice.
 
         Args:
             storage_for: gives the storage with a number, of the right size; called once for each
                 number that is needed.
 
         Returns:
-            The picture.
+            The picture, of which ``torch.save`` writes what it would have written of the state.
 
         Raises:
             ValueError: the snapshot has been closed.
@@ -151,7 +190,9 @@ class Snapshot:
         return self._unpickle(self._over_memory, LIVE)
 
     def _unpickle(
-        self, storage_for: Callable[[int], torch.UntypedStorage], globals_: dict[tuple[str, str], Any]
+        self,
+        storage_for: Callable[[int], torch.UntypedStorage] | None,
+        globals_: dict[tuple[str, str], Any],
     ) -> Any:
         memory = self._open_buffer().memory
         with torch.no_grad():

@@ -26,7 +26,7 @@ class Rebuilder(pickle.Unpickler):
         skeleton: the pickled state, bulk data lifted out.
         entries: what it refers to by number.
         globals_: `INERT` or `LIVE`: what some names in the skeleton mean.
-        storage_for: gives the storage with a number.
+        storage_for: gives the storage with a number; ``None`` leaves tensors and storages as entries.
         memory: holds the bytes of arrays.
     """
 
@@ -35,7 +35,7 @@ class Rebuilder(pickle.Unpickler):
         skeleton: bytes,
         entries: Sequence[Entry],
         globals_: dict[tuple[str, str], Any],
-        storage_for: Callable[[int], torch.UntypedStorage],
+        storage_for: Callable[[int], torch.UntypedStorage] | None,
         memory: Any,
     ) -> None:
         super().__init__(io.BytesIO(skeleton))
@@ -58,6 +58,8 @@ class Rebuilder(pickle.Unpickler):
         return self._objects[pid]
 
     def _make(self, entry: Entry) -> Any:
+        if self._storage_for is None and isinstance(entry, (TensorEntry, StorageEntry)):
+            return entry
         if isinstance(entry, TensorEntry):
             return self._tensor(entry)
         if isinstance(entry, StorageEntry):
@@ -67,6 +69,7 @@ class Rebuilder(pickle.Unpickler):
 
     def _storage(self, index: int) -> torch.UntypedStorage:
         if index not in self._storages:
+            assert self._storage_for is not None
             self._storages[index] = self._storage_for(index)
         return self._storages[index]
 

@@ -11,6 +11,7 @@ decides what the call means: a `Reduced`, or the object itself.
 from __future__ import annotations
 
 import copyreg
+import pickle
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
@@ -23,13 +24,12 @@ PROTOCOL = 2  # what torch.save asks objects for
 class Reduced:
     """An object as the parts that its ``__reduce_ex__`` returned."""
 
-    __slots__ = ("arguments", "function", "has_state", "items", "pairs", "setter", "state")
+    __slots__ = ("arguments", "function", "items", "pairs", "setter", "state")
 
     def __init__(self, function: Any, arguments: Any) -> None:
         self.function = function
         self.arguments = arguments
         self.state: Any = None
-        self.has_state = False
         self.setter: Any = None
         self.items: list[Any] = []
         self.pairs: list[tuple[Any, Any]] = []
@@ -46,7 +46,6 @@ class Reduced:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
-        self.has_state = True
 
     def append(self, item: Any) -> None:
         """Note a list item."""
@@ -63,7 +62,7 @@ class Reduced:
         value = (
             self.function,
             self.arguments,
-            self.state if self.has_state else None,
+            self.state,
             iter(self.items) if self.items else None,
             iter(self.pairs) if self.pairs else None,
         )
@@ -78,7 +77,6 @@ def reduced(function: Any, arguments: Any) -> Any:
 def set_state(target: Any, setter_and_state: Any) -> None:
     """Mark in a skeleton a state with a setter of its own; `apply_state` when live."""
     target.setter, target.state = setter_and_state
-    target.has_state = True
 
 
 def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -100,20 +98,43 @@ def reduce(obj: Any) -> Any:
 
     Returns:
         The value; ``NotImplemented`` or a string for what pickle stores by name.
+
+    Raises:
+        PicklingError: pickle would refuse what *obj* says about itself, once the file is laid out.
     """
     cls = type(obj)
     function = copyreg.dispatch_table.get(cls)
     if function is not None:
         value = function(obj)
     elif cls is FunctionType or issubclass(cls, type):
-        return NotImplemented
+        value = NotImplemented
     else:
         value = obj.__reduce_ex__(PROTOCOL)
+    if value is NotImplemented or isinstance(value, str):
+        pickle.dumps(obj, PROTOCOL)  # which knows fewer names: only ASCII, none that leads through a module
+        return value
     if not (isinstance(value, tuple) and 2 <= len(value) <= 6 and callable(value[0])):
-        return value  # a name, or what pickle will refuse with a good message
+        return value  # pickle will refuse it with a good message
     if not isinstance(value[1], tuple):
         return value
+    _check_new(obj, *value[:2])
     head = (reduced, value[:2])
     if len(value) == 6 and value[5] is not None and value[2] is not None:
+        if not callable(value[5]):
+            raise pickle.PicklingError("the sixth item of what __reduce__ returned is not a function")
         return (*head, (value[5], value[2]), *value[3:5], set_state)
     return head + value[2:5]
+
+
+def _check_new(obj: Any, function: Any, arguments: tuple[Any, ...]) -> None:
+    """Refuse what pickle has no opcode for; it does not get to see that *function* makes new objects."""
+    name = getattr(function, "__name__", "")
+    if name == "__newobj__":
+        fits = arguments and arguments[0] is obj.__class__
+    elif name == "__newobj_ex__":
+        kinds = (type, tuple, dict)
+        fits = len(arguments) == len(kinds) and all(map(isinstance, arguments, kinds))
+    else:
+        return
+    if not fits:
+        raise pickle.PicklingError(f"its class and what it gives to {name} do not fit")

@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from async_ckpt.snapshot.copying import HostBuffer, aligned, bytes_of
+from async_ckpt.snapshot.copying import HostBuffer, aligned
 from async_ckpt.snapshot.pickler import Lifted
 from async_ckpt.snapshot.together import PIECE_BYTES, const_address, work_together
 
@@ -113,7 +113,7 @@ def _sampled(sizes: Sequence[int]) -> range:
 def _address_of(lifted: Lifted, index: int, nbytes: int) -> int | None:
     """Return where the bytes of a storage or an array lie, ``None`` where they are not in one piece."""
     if index < len(lifted.storages):
-        view = bytes_of(lifted.storages[index])
+        view = lifted.storages[index]
         return const_address(view) if view.numel() == nbytes else None
     array = lifted.arrays[index - len(lifted.storages)][1]
     flags = array.flags

@@ -19,7 +19,7 @@ from async_ckpt.snapshot.copying import HostBuffer, aligned, copy_storages
 from async_ckpt.snapshot.diagnosis import Offence, find_offences
 from async_ckpt.snapshot.entries import ArrayEntry
 from async_ckpt.snapshot.pickler import Lifted, LiftingPickler
-from async_ckpt.snapshot.picture import Snapshot, SnapshotStorage
+from async_ckpt.snapshot.picture import Snapshot, Storages
 from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
 from async_ckpt.snapshot.xla import bring
 
@@ -77,9 +77,7 @@ class Capture:
     def __init__(self, skeleton: bytes, lifted: Lifted) -> None:
         start = 0
         starts: list[int] = []
-        storages: list[SnapshotStorage] = []
-        for nbytes, location in zip(lifted.sizes, lifted.locations, strict=True):
-            storages.append(SnapshotStorage(nbytes, location, start))
+        for nbytes in lifted.sizes:
             starts.append(start)
             start += aligned(nbytes)
         for position, array in lifted.arrays:
@@ -90,13 +88,13 @@ class Capture:
             start += aligned(array.nbytes)
         self._skeleton = skeleton
         self._lifted: Lifted | None = lifted
-        self._storages = tuple(storages)
+        self._storages = Storages(lifted.sizes, lifted.locations, starts)
         self._sizes = sizes_of(lifted)
         self._starts = starts
         self.nbytes = start + len(skeleton)
 
     @property
-    def storages(self) -> tuple[SnapshotStorage, ...]:
+    def storages(self) -> Storages:
         """The state's storages, once each."""
         return self._storages
 

@@ -6,6 +6,7 @@ import io
 from collections import OrderedDict
 from typing import Any
 
+import numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +43,21 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return tensor
 
 
+@st.composite
+def arrays(draw: st.DrawFn) -> Any:
+    """Numpy arrays of any shape and order, some of them scattered."""
+    array = numpy.full(
+        draw(st.lists(st.integers(0, 4), max_size=3)), 7, draw(st.sampled_from(["f4", ">i2", "c8"]))
+    )
+    array = array.T if draw(st.booleans()) else array
+    return array[::2] if array.ndim and draw(st.booleans()) else array
+
+
+def tied(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor twice, and a view of all of it."""
+    return [tensor, tensor, tensor.detach().expand(2, *tensor.shape)]
+
+
 LEAVES = st.one_of(
     st.none(),
     st.booleans(),
@@ -49,7 +65,10 @@ LEAVES = st.one_of(
     st.floats(),
     st.text(max_size=5),
     st.binary(max_size=5),
+    st.binary(max_size=5).map(bytearray),
     tensors(),
+    tensors().map(tied),
+    arrays(),
 )
 STATES = st.recursive(
     LEAVES,
@@ -64,13 +83,27 @@ STATES = st.recursive(
 )
 
 
+def overwrite(state: Any) -> None:
+    """Change everything in a state that can be changed, inside out."""
+    if isinstance(state, torch.Tensor):
+        torch.empty(0, dtype=torch.uint8).set_(state.untyped_storage()).fill_(171)
+    elif isinstance(state, numpy.ndarray):
+        state[...] = 11
+    elif isinstance(state, (list, tuple, dict)):
+        for inner in state.values() if isinstance(state, dict) else state:
+            overwrite(inner)
+    if isinstance(state, (list, dict, bytearray)):
+        state.clear()
+
+
 @given(STATES, st.integers(1, 500))
 def test_any_state_becomes_the_file_that_torch_save_writes(state: Any, part_size: int) -> None:
-    """A file put together from parts of any size equals torch.save's of the state at the time of the snapshot."""
+    """A file put together from parts of any size equals torch.save's, whatever became of the state since (S1)."""
     file = io.BytesIO()
     torch.save(state, file)
     captured = capture(state)
     snapshot = captured.stage(HostBuffer(captured.nbytes))
+    overwrite(state)
     layout = lay_out(snapshot)
     parts = plan_parts(layout.nbytes, part_size)
     content = {part.index: b"".join(layout.read(part.start, part.stop)) for part in reversed(parts)}
@@ -100,6 +133,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        """Let one more hold a buffer."""
+        self.leases.append(data.draw(st.sampled_from(self.leases)))
+        self.pool.share(self.leases[-1])
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         """Give one back."""
         self.pool.release(self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1))))
@@ -111,17 +151,19 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
-        """Never is more held than the limit, but by one buffer alone; every byte is accounted for (B1)."""
-        leased = sum(buffer.nbytes for buffer in self.leases)
-        assert self.budget.held_bytes == leased + self.pool.idle_bytes
-        alone = len(self.leases) == 1 and not self.pool.idle_bytes
+        """Never is more held than the limit, but by one buffer alone; every byte is accounted for, once (B1)."""
+        leased = {id(buffer): buffer.nbytes for buffer in self.leases}
+        assert self.budget.held_bytes == sum(leased.values()) + self.pool.idle_bytes
+        alone = len(leased) == 1 and not self.pool.idle_bytes
         assert self.budget.held_bytes <= self.LIMIT_BYTES or alone
 
     @invariant()
     def apart(self) -> None:
-        """No two leases share memory."""
-        assert len({id(buffer.memory) for buffer in self.leases}) == len(self.leases)
-        assert all(int(buffer.as_tensor()[0]) == id(buffer) % 251 for buffer in self.leases)
+        """No two buffers on lease share memory, and none is idle too."""
+        leased = {id(buffer): buffer for buffer in self.leases}.values()
+        assert len({id(buffer.memory) for buffer in leased}) == len(leased)
+        assert all(int(buffer.as_tensor()[0]) == id(buffer) % 251 for buffer in leased)
+        assert not any(buffer in self.pool._idle for buffer in leased)
 
 
 TestPool = PoolMachine.TestCase

@@ -21,7 +21,7 @@ import torch
 from async_ckpt.errors import AsyncCheckpointError
 from async_ckpt.format import Layout, lay_out
 from async_ckpt.format.archive import find_records
-from async_ckpt.snapshot import HostBuffer, Snapshot, SnapshotStorage, capture
+from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, capture
 from async_ckpt.snapshot.entries import TensorEntry
 
 Take = Callable[[Any], Snapshot]
@@ -169,7 +169,7 @@ def _untouched(nbytes: int) -> Snapshot:
     return Snapshot(
         skeleton=shape._skeleton,
         entries=[entry],
-        storages=[SnapshotStorage(nbytes, "cpu", 0)],
+        storages=Storages([nbytes], ["cpu"], [0]),
         buffer=HostBuffer(nbytes),
         nbytes=nbytes,
     )
@@ -193,7 +193,7 @@ def test_a_storage_larger_than_a_classic_zip_allows(tmp_path: Path) -> None:
     # everything but the storage's own bytes goes into a sparse file; those are zeros in any case
     path = tmp_path / "large.ckpt"
     half = mmap.PAGESIZE * 2
-    layout._checksums["archive/data/0"] = 0x1234
+    layout._checksums[layout._records.names.index("archive/data/0")] = 0x1234
     with path.open("wb") as file:
         os.truncate(path, layout.nbytes)
         for start, stop in ((0, half), (layout.nbytes - half, layout.nbytes)):
@@ -224,12 +224,13 @@ def test_records_of_any_zip_archive_are_found() -> None:
         archive.writestr("two", b"")
     content = file.getvalue()
     records, start = find_records(len(content), lambda start, nbytes: content[start : start + nbytes])
-    assert [content[record.start : record.stop] for record in records] == [b"first", b""]
+    bounds = zip(records.starts, records.stops, strict=True)
+    assert [content[begin:end] for begin, end in bounds] == [b"first", b""]
     assert content[start : start + 4] == b"PK\x01\x02"
-    for record in records:
-        sealed = record.checksum.to_bytes(4, "little")
-        assert content[record.near : record.near + 4] == sealed
-        assert content[record.central : record.central + 4] == sealed
+    for checksum, near, central in zip(records.checksums, records.nears, records.centrals, strict=True):
+        sealed = checksum.to_bytes(4, "little")
+        assert content[near : near + 4] == sealed
+        assert content[central : central + 4] == sealed
 
 
 def test_compressed_records_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from async_ckpt.snapshot import HostBuffer, HostPool, capture
 from async_ckpt.snapshot.together import copy_together
 
 PAGE = mmap.PAGESIZE
+_is_cow: Any = getattr(torch._C, "_is_cow_tensor", None)
 
 
 def _lease(pool: HostPool, nbytes: int) -> HostBuffer:
@@ -46,6 +48,36 @@ def test_a_much_larger_buffer_is_not_wasted() -> None:
     small = _lease(pool, 2 << 20)
     assert small is not large
     assert small.nbytes == 2 << 20
+
+
+def test_a_state_that_grows_a_little_keeps_its_buffer() -> None:
+    """A list of losses that grows from save to save costs no new memory, up to a 128th of the state."""
+    pool = HostPool(Budget(1 << 40))
+    first = _lease(pool, (64 << 20) + 1)
+    pool.release(first)
+    assert _lease(pool, (64 << 20) + (1 << 19)) is first
+    assert first.nbytes <= (64 << 20) * 65 // 64
+
+
+def test_a_state_that_grows_leaves_no_buffers_behind() -> None:
+    """A buffer that became too small makes way for the new one, though there would be room for both (B1)."""
+    budget = Budget(1 << 40)
+    pool = HostPool(budget)
+    sizes = [pages * PAGE for pages in range(10, 60)]
+    for nbytes in sizes:
+        pool.release(_lease(pool, nbytes))
+    assert budget.held_bytes == pool.idle_bytes == sizes[-1]
+
+
+def test_two_sizes_in_turn_keep_a_buffer_each() -> None:
+    """Saves of the weights alone between saves of everything take no memory from each other."""
+    pool = HostPool(Budget(1 << 40))
+    for nbytes in (1 << 20, 30 << 20, 1 << 20):
+        pool.release(_lease(pool, nbytes))
+    held = pool.idle_bytes
+    for nbytes in (30 << 20, 1 << 20) * 3:
+        pool.release(_lease(pool, nbytes))
+    assert pool.idle_bytes == held == 31 << 20
 
 
 def test_idle_buffers_make_room() -> None:
@@ -130,7 +162,7 @@ def test_large_copies_are_made_together_and_whole(fresh: bool) -> None:
     copy_together(targets, lazy, fresh=fresh)
     assert all(map(torch.equal, targets, originals))
     if hasattr(torch.Tensor, "const_data_ptr"):
-        assert torch._C._is_cow_tensor(lazy[4])
+        assert _is_cow(lazy[4])
 
 
 def test_what_does_not_fit_is_not_copied() -> None:

@@ -14,29 +14,31 @@ from dataclasses import dataclass, field
 from async_ckpt.format.checksum import crc32, crc32_combine
 from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 
-__all__ = ["Range", "Wanted", "plan_ranges"]
+__all__ = ["Range", "Wanted", "expected_start", "plan_ranges"]
 
-_ALIGNMENT = 64
 _SATURATED = 0xFFFFFFFF
 _WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
 
 
 @dataclass(slots=True, kw_only=True)
 class Wanted:
-    """A record, and the memory for its bytes."""
+    """A record, and the memory for its bytes.
+
+    Attributes:
+        entry: of the record.
+        target: the memory.
+        start: where the bytes are expected to begin.
+        sums: length and CRC-32 of the pieces that have come, in order.
+    """
 
     entry: Entry
     target: memoryview
-    sums: list[tuple[int, int]] = field(default_factory=list)  # length and CRC-32 of its pieces, in order
+    start: int
+    sums: list[tuple[int, int]] = field(default_factory=list)
 
-    @property
-    def start(self) -> int:
-        """Where the bytes begin: ``getPadding`` of torch's caffe2/serialize/inline_container.cc aligns them."""
-        entry = self.entry
-        start = entry.header + LOCAL_HEADER.size + len(entry.name.encode()) + 4
-        if max(entry.nbytes, entry.header) >= _SATURATED:
-            start += 4 + 16 * (entry.nbytes >= _SATURATED) + 8 * (entry.header >= _SATURATED)
-        return -(-start // _ALIGNMENT) * _ALIGNMENT
+    def fits(self, nbytes: int) -> bool:
+        """Tell whether the memory is as long as the record, all of which lies in a file of *nbytes* bytes."""
+        return self.target.nbytes == self.entry.nbytes <= nbytes - self.start
 
     @property
     def checksum(self) -> int:
@@ -94,6 +96,14 @@ class Range:
     def _add(self, target: memoryview) -> None:
         self.targets.append(target)
         self.nbytes += target.nbytes
+
+
+def expected_start(entry: Entry, alignment: int) -> int:
+    """Tell where torch lets the bytes of a record begin: ``getPadding`` of its inline_container.cc aligns them."""
+    start = entry.header + LOCAL_HEADER.size + len(entry.name.encode()) + 4
+    if max(entry.nbytes, entry.header) >= _SATURATED:
+        start += 4 + 16 * (entry.nbytes >= _SATURATED) + 8 * (entry.header >= _SATURATED)
+    return -(-start // alignment) * alignment
 
 
 def plan_ranges(records: Iterable[Wanted], *, longest_bytes: int) -> list[Range]:

@@ -67,6 +67,7 @@ def find_directory(tail: bytes | memoryview, nbytes: int) -> tuple[int, int]:
     base = nbytes - len(tail)
     at = tail.rfind(b"PK\x05\x06")
     _expect(at >= 0, "no end of central directory")
+    end = base + at
     *_, size, offset, _ = _END.unpack_from(tail, at)
     if _SATURATED in (size, offset):
         at -= _END64_LOCATOR.size
@@ -75,7 +76,13 @@ def find_directory(tail: bytes | memoryview, nbytes: int) -> tuple[int, int]:
         _expect(magic == b"PK\x06\x07" and where >= base, "no zip64 locator")
         magic, *_, size, offset = _END64.unpack_from(tail, where - base)
         _expect(magic == b"PK\x06\x06", "no zip64 end of central directory")
-    _expect(offset + size <= nbytes, "the central directory is not within the file")
+        end = where
+    # Before its end come zip64's structures, or nothing. A number that is wrong could else have nearly all of the file
+    # taken for the directory, and kept in memory.
+    between = end - (offset + size)
+    _expect(
+        between in (0, _END64.size + _END64_LOCATOR.size), "the central directory is not where it should be"
+    )
     return offset, offset + size
 
 
@@ -108,6 +115,7 @@ def list_entries(directory: bytes | memoryview) -> Iterator[Entry]:
             at=at,
         )
         at = name_stop + extra_length + comment_length
+    _expect(at == len(directory), "the last entry is cut short")
 
 
 def data_start(header: int, local_header: bytes | memoryview) -> int:

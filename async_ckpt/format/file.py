@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.direct import Wanted, plan_ranges
+from async_ckpt.format.direct import Wanted, expected_start, plan_ranges
 from async_ckpt.format.directory import (
     LOCAL_HEADER,
     NOT_UNDERSTOOD,
@@ -41,6 +41,7 @@ _TAIL_BYTES = 64 << 10
 _LEAD_BYTES = 4 << 10
 _MANY_BYTES = 256 << 10
 _SMALL_FILE_BYTES = 256 << 10  # read at once
+_ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
 
 LONGEST_BYTES = 32 << 20
 """Length of the reads that go straight into the memory of storages, where there is much to read."""
@@ -72,7 +73,8 @@ class CheckpointFile(io.RawIOBase):
         ended_early: more was asked for than there is.
         has_directory: it ends as an archive does.
         storages: the records of storages by name, in the order in which they are probably read; None where the
-            file is no archive of stored records.
+            file is no archive of stored records, each with a name and a place of its own.
+        alignment: of the records; None before `keep_beginning`, and where it was not torch that laid out the archive.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class CheckpointFile(io.RawIOBase):
         self.ended_early = False
         self.has_directory = False
         self.storages: dict[str, Storage] | None = None
+        self.alignment: int | None = None
         self._ahead = ahead
         self._loop = loop
         self._url = url
@@ -146,14 +149,20 @@ class CheckpointFile(io.RawIOBase):
             if 0 < stop <= self._kept_from:
                 self._kept.append((0, stop, self._fetch(0, stop)))
                 self._kept_to = stop
+        alignment = _ALIGNMENT
+        with suppress(ValueError):
+            alignment = max(1, int(self.record(".storage_alignment") or _ALIGNMENT))
+        pickled = self._entry("data.pkl")
+        if pickled is not None and self._start_of(pickled) == expected_start(pickled, alignment):
+            self.alignment = alignment
 
     def record(self, name: str) -> bytes | None:
-        """Return what is in the record of that name, whatever the archive's own name before it; None without one."""
-        entry = next((each for each in self._headers.values() if each.name.partition("/")[2] == name), None)
-        if entry is None:
+        """Return what is in the record of that name, less the archive's own name before it; None without one."""
+        entry = self._entry(name)
+        start = None if entry is None else self._start_of(entry)
+        if entry is None or start is None:
             return None
-        self.seek(entry.header)
-        self.seek(data_start(entry.header, self.read(LOCAL_HEADER.size)))
+        self.seek(start)
         return self.read(entry.nbytes)
 
     def read_storages(self, targets: Mapping[str, memoryview]) -> bool:
@@ -163,7 +172,8 @@ class CheckpointFile(io.RawIOBase):
             targets: for each storage, the memory that it fills. It must not go away before this returns.
 
         Returns:
-            False where the archive is laid out otherwise than torch does it: then nothing is known of the memory.
+            False where the archive is laid out otherwise than torch does it, or has more or fewer bytes than there
+            is memory for: then nothing is known of the memory.
 
         Raises:
             CorruptCheckpointError: a storage has not the checksum that the file gives for it.
@@ -171,7 +181,13 @@ class CheckpointFile(io.RawIOBase):
         """
         with self._failing():
             entries = {entry.name: entry for entry in self._headers.values()}
-            wanted = [Wanted(entry=entries[name], target=target) for name, target in targets.items()]
+            wanted = [
+                Wanted(entry=entry, target=target, start=expected_start(entry, self.alignment or _ALIGNMENT))
+                for entry, target in ((entries[name], target) for name, target in targets.items())
+            ]
+            # The lengths of the memory are what the pickle says, and older torch believes it.
+            if not all(each.fits(self.nbytes) for each in wanted):
+                return False
             share = sum(target.nbytes for target in targets.values()) // (2 * self._ahead.readers)
             longest_bytes = min(max(share, CHUNK_BYTES), LONGEST_BYTES)
             ranges = plan_ranges(wanted, longest_bytes=longest_bytes)
@@ -300,6 +316,18 @@ class CheckpointFile(io.RawIOBase):
             with suppress(*NOT_UNDERSTOOD):
                 self._records[data_start(start, view)] = header
 
+    def _entry(self, name: str) -> Entry | None:
+        """Return the entry of that name, less the archive's own, which torch takes from the first entry."""
+        entries = {entry.name: entry for entry in self._headers.values()}
+        return entries.get(f"{next(iter(entries), '').partition('/')[0]}/{name}")
+
+    def _start_of(self, entry: Entry) -> int | None:
+        """Tell where the bytes of a record begin, if its local header is one."""
+        self.seek(entry.header)
+        with suppress(*NOT_UNDERSTOOD):
+            return data_start(entry.header, self.read(LOCAL_HEADER.size))
+        return None
+
     def _compare(self, record: Entry, checksum: int) -> None:
         if record.checksum not in (checksum, 0):  # torch writes 0 where its user wants no checksums
             raise CorruptCheckpointError(
@@ -374,7 +402,8 @@ class CheckpointFile(io.RawIOBase):
             entries = list(list_entries(tail[start - first : stop - first]))
             if all(entry.method == 0 for entry in entries):
                 self._headers = {entry.header: entry for entry in entries}
-                self.storages = storages_of(entries, start)
+                if len(entries) == len(self._headers) == len({entry.name for entry in entries}):
+                    self.storages = storages_of(entries, start)
         except NOT_UNDERSTOOD:
             pass
         self._kept_from = self.nbytes - tail.nbytes

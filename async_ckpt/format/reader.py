@@ -34,6 +34,7 @@ _log = logging.getLogger("async_ckpt.format")
 _BUFFER_BYTES = 1 << 20
 _WORTH_BYTES = 1 << 20
 _ZIP = b"PK\x03\x04"
+_DAMAGED = ("archive is corrupted", "file read failed")  # what miniz, which torch reads archives with, says
 
 
 def read_checkpoint(
@@ -117,8 +118,10 @@ class _Reading:
         if callable(self._map_location):  # it may look at what it is given
             return False
         self._leave_storages_out()
-        order, pickled = self._file.record("byteorder"), self._file.record("data.pkl")
-        return order in (None, sys.byteorder.encode()) and pickled is not None and is_plain(pickled)
+        if self._file.alignment is None or not _is_native(self._file.record("byteorder")):
+            return False
+        pickled = self._file.record("data.pkl")
+        return pickled is not None and is_plain(pickled)
 
     def _gathered(self) -> Iterator[Any]:
         """Yield the state; nothing if it cannot be loaded in this way."""
@@ -134,8 +137,10 @@ class _Reading:
 
         try:
             state = self._load(keep)
-        except _Elsewhere:
-            return
+        except Exception:
+            if self._file.error is not None:
+                raise
+            return  # with the caller's own map_location, torch.load raises its own error, or none
         if self._file.read_storages({name: _memory_of(storage) for name, storage in found.items()}):
             yield state
 
@@ -220,16 +225,32 @@ class _Reading:
             if file.error is not None and file.error is not error:
                 raise file.error from error
             if file.ended_early or (is_zip and not file.has_directory):
-                raise CorruptCheckpointError(
-                    f"{self._url!r} is no whole checkpoint: it ends too early, after {file.nbytes} bytes. "
-                    "Load an earlier one.",
-                    location=self._url,
-                    stage="read",
+                raise self._corrupt(
+                    f"it ends too early, after {file.nbytes} bytes, or its end is damaged"
                 ) from error
+            if is_zip and any(words in str(error) for words in _DAMAGED):
+                raise self._corrupt(f"its archive is damaged ({error})") from error
             raise
         finally:
             if buffered is not None:
                 buffered.detach()
+
+    def _corrupt(self, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._url!r} is no whole checkpoint: {reason}. Load an earlier one.",
+            location=self._url,
+            stage="read",
+        )
+
+
+def _is_native(order: bytes | None) -> bool:
+    """Tell whether torch.load takes the bytes of numbers as they are, given the archive's own word on that."""
+    if order is None:  # from torch before 2.1
+        default = torch.serialization.get_default_load_endianness()
+        if default is torch.serialization.LoadEndianness.NATIVE:
+            return True
+        order = b"big" if default is torch.serialization.LoadEndianness.BIG else b"little"
+    return order == sys.byteorder.encode()
 
 
 def _memory_of(storage: torch.UntypedStorage) -> memoryview:

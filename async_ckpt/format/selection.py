@@ -1,8 +1,8 @@
 """Parts of a state by name. Pure.
 
 A path is made of the keys of nested mappings and the positions in nested lists, joined by dots:
-``state_dict.layer1.weight``, ``optimizer_states.0.state.3.exp_avg``. A pattern is what ``fnmatch`` takes, where
-``*`` stands for dots as well; one that matches a path takes everything below it.
+``state_dict.layer1.weight``, ``optimizer_states.0.state.3.exp_avg``. A pattern is a path as it is, or what
+``fnmatch`` takes, where ``*`` stands for dots as well; one that matches a path takes everything below it.
 
 What does not belong here: what the values are.
 """
@@ -10,15 +10,17 @@ What does not belong here: what the values are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import Any
 
 from async_ckpt.errors import OptionError
 
 __all__ = ["as_patterns", "part_of"]
 
+_WILD = frozenset("*?[")
 _SUGGESTIONS = 3
 _MOST_COMPARED = 20_000  # paths; difflib takes about 10 µs for each
 
@@ -44,11 +46,17 @@ def part_of(state: Any, patterns: Sequence[str]) -> Any:
     Raises:
         KeyError: a pattern matches nothing.
     """
-    paths = list(_paths(state, "", ()))
+    paths = dict.fromkeys(_paths(state, "", ()))
+    exact = frozenset(patterns)
+    wild = {pattern: re.compile(translate(pattern)) for pattern in exact if not _WILD.isdisjoint(pattern)}
     for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise KeyError(_nothing(pattern, paths))
-    return _pruned(state, "", (), patterns)[0]
+        if pattern not in paths and not (pattern in wild and any(map(wild[pattern].match, paths))):
+            raise KeyError(_nothing(pattern, list(paths)))
+
+    def matches(path: str) -> bool:
+        return path in exact or any(each.match(path) for each in wild.values())
+
+    return _pruned(state, "", (), matches)[0]
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -67,16 +75,18 @@ def _paths(value: Any, path: str, around: tuple[int, ...]) -> Iterator[str]:
         yield from _paths(inner, below, (*around, id(value)))
 
 
-def _pruned(value: Any, path: str, around: tuple[int, ...], patterns: Sequence[str]) -> tuple[Any, ...]:
+def _pruned(
+    value: Any, path: str, around: tuple[int, ...], matches: Callable[[str], bool]
+) -> tuple[Any, ...]:
     """Return what is left of *value*, or nothing."""
-    if path and any(fnmatchcase(path, pattern) for pattern in patterns):
+    if path and matches(path):
         return (value,)
     if id(value) in around:
         return ()
     kept = {}
     for key, inner in _items(value):
         below = f"{path}.{key}" if path else str(key)
-        for left in _pruned(inner, below, (*around, id(value)), patterns):
+        for left in _pruned(inner, below, (*around, id(value)), matches):
             kept[key] = left
     if not kept:
         return ()

@@ -8,34 +8,35 @@ import os
 import pickle
 import re
 import signal
+import struct
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import async_ckpt
 from async_ckpt import CheckpointService
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError, StoreError
+from async_ckpt.format.direct import expected_start
 from async_ckpt.stores.base import Location
 from async_ckpt.testing import Fault, FaultyStore, Gate
+from tests.archives import edited, entries_of, set_in_directory, with_pickle, written
 from tests.support import PATIENCE_SECONDS, MemorySource, MemoryStore, python
 from tests.unit.format.test_fidelity import STATES
 
 FAR = "memory://x.ckpt"
 NEAR = "/nowhere/x.ckpt"
-PADDING = {"a": torch.arange(150_000), "b": [torch.full((20_000,), number) for number in range(20)]}
+PADDING: dict[str, Any] = {
+    "a": torch.arange(150_000),
+    "b": [torch.full((20_000,), number) for number in range(20)],
+}
 NEVER_LIVE = {"an object that cannot be rebuilt here", "a freed storage"}  # torch.load itself raises
-
-
-def written(state: Any, **options: Any) -> bytes:
-    """Return what torch.save writes."""
-    file = io.BytesIO()
-    torch.save(state, file, **options)
-    return file.getvalue()
 
 
 class Counting(MemoryStore):
@@ -123,6 +124,18 @@ def test_map_location_is_torch_loads(map_location: Any) -> None:
             torch.testing.assert_close(loaded, expected)
 
 
+def test_a_device_with_memory_of_its_own() -> None:
+    """A tensor that goes to where its storage is copied to has the values of the file."""
+
+    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+        return storage.clone() if location == "async_ckpt-test" else None
+
+    torch.serialization.register_package(99, lambda _: None, move)
+    data = written(PADDING)
+    for keys in (None, "*"):
+        torch.testing.assert_close(load(data, map_location="async_ckpt-test", keys=keys), PADDING)
+
+
 def test_files_of_other_kinds() -> None:
     """Files without checksums, of the old format, and of another pickle protocol load as well, in part too."""
     options = torch.serialization
@@ -143,6 +156,45 @@ def test_files_of_other_kinds() -> None:
         torch.testing.assert_close(load(data, weights_only=weights_only), PADDING)
         part = load(data, weights_only=weights_only, keys="b.3")
         torch.testing.assert_close(part, {"b": [PADDING["b"][3]]})
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_whole_files_move_once(alignment: int) -> None:
+    """However torch was told to align storages, and if an archiver has laid them out anew, a file is read once."""
+    data = written(_model(40), alignment=alignment)
+    for each in (data, edited(data, lambda _, content: content)):
+        store = Counting(each)
+        with CheckpointService(store_factory=lambda *_, store=store: store) as service:
+            torch.testing.assert_close(service.load(FAR), torch.load(io.BytesIO(each)))
+        assert store.moved <= 1.05 * len(each)
+
+
+@pytest.mark.parametrize("default", [None, "NATIVE", "LITTLE", "BIG"])
+def test_the_order_of_bytes_is_torch_loads(default: str | None) -> None:
+    """A file that names an order, and one that does not, load as torch.load's default for that has it."""
+    options = torch.serialization
+    data = written(PADDING)
+    unnamed = data.replace(b"/byteorder", b"/otherendi")
+    files = [data, unnamed, edited(data, lambda name, content: b"big" if name == "byteorder" else content)]
+    before = options.get_default_load_endianness()
+    options.set_default_load_endianness(None if default is None else options.LoadEndianness[default])
+    try:
+        for each in files:
+            expected = torch.load(io.BytesIO(each))
+            torch.testing.assert_close(load(each), expected)
+            torch.testing.assert_close(load(each, keys="a"), {"a": expected["a"]})
+    finally:
+        options.set_default_load_endianness(before)
+
+
+def test_fake_tensors() -> None:
+    """Where torch.load makes fake tensors, so does a load, in whole and in part."""
+    data = written(PADDING)
+    with FakeTensorMode():
+        expected = torch.load(io.BytesIO(data), weights_only=True)["a"]
+        for keys in (None, "a"):
+            loaded = load(data, keys=keys)["a"]
+            assert (type(loaded), loaded.shape) == (type(expected), expected.shape)
 
 
 def test_torchscript_is_refused_as_torch_load_refuses_it() -> None:
@@ -166,11 +218,75 @@ def test_a_file_that_is_cut_short(new: bool) -> None:
         assert caught.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("name", ["data.pkl", "data/0", "data/7", "data/20"])
+def test_a_bit_that_flipped(name: str) -> None:
+    """One wrong bit in what is loaded is found, and the record named, from any kind of store, in whole and in part."""
+    data = bytearray(written(PADDING))
+    entry = entries_of(bytes(data))[name]
+    data[expected_start(entry, 64) + entry.nbytes - 1] ^= 0x80
+    for url in (FAR, NEAR):
+        for keys in (None, "*"):
+            with pytest.raises(CorruptCheckpointError, match=rf"{url}.*archive/{name}"):
+                load(bytes(data), url, keys=keys)
+
+
+@pytest.mark.parametrize("name", ["version", "data.pkl", "data/0", "data/7"])
+def test_an_archive_that_is_damaged(name: str) -> None:
+    """A header that is damaged, beside a record or in the directory, is said to be so, in whole and in part."""
+    data = written(PADDING)
+    files = [set_in_directory(data, name, header=place) for place in (5, len(data) - 5)]
+    if header := entries_of(data)[name].header:  # what the file itself begins with, torch tells it by
+        files.append(data[:header] + b"JUNK" + data[header + 4 :])
+    for each in files:
+        for keys in (None, "*"):
+            with pytest.raises(CorruptCheckpointError, match=r"memory://x\.ckpt.*damaged"):
+                load(each, keys=keys)
+
+
+def test_records_at_one_place() -> None:
+    """Where two records are said to begin at one place, a load has both bytes right or tells that they are not."""
+    data = written(PADDING)
+    first = entries_of(data)["data/1"]
+    same = set_in_directory(data, "data/2", header=first.header, checksum=first.checksum)
+    for keys in (None, "b"):
+        torch.testing.assert_close(load(same, keys=keys)["b"], torch.load(io.BytesIO(same))["b"])
+        with pytest.raises(CorruptCheckpointError, match="checksum"):
+            load(set_in_directory(data, "data/2", header=first.header), keys=keys)
+
+
+def test_a_name_twice() -> None:
+    """Of two records of one name, a load takes the one that torch.load takes."""
+    file = io.BytesIO(written(PADDING))
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr("archive/data/0", bytes(PADDING["a"].nbytes))
+    expected = torch.load(io.BytesIO(file.getvalue()))
+    torch.testing.assert_close(load(file.getvalue()), expected)
+    torch.testing.assert_close(load(file.getvalue(), keys="a")["a"], expected["a"])
+
+
+@pytest.mark.parametrize("numel", [149_999, 150_001, 1 << 30])
+def test_a_pickle_with_wrong_lengths(numel: int) -> None:
+    """A pickle that claims more or fewer numbers than its record has raises torch's own error, if torch has one."""
+    lie, truth = (b"J" + struct.pack("<i", number) for number in (numel, 150_000))
+    data = with_pickle(written(PADDING), lambda pickled: pickled.replace(truth, lie, 1))
+    outcomes: list[Any] = []
+    for read in (torch.load, lambda file, **options: load(file.getvalue(), **options)):
+        try:
+            outcomes.append(read(io.BytesIO(data), weights_only=True)["a"].untyped_storage().nbytes())
+        except Exception as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_what_is_no_checkpoint() -> None:
     """Some other file raises torch's own error, with the name of the file in its notes."""
-    for data in (b"some text, and more of it\n" * 100, b"hello", bytes(1000)):
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("word/document.xml", "text" * 1000)
+    for data in (b"some text, and more of it\n" * 100, b"hello", bytes(1000), other.getvalue()):
         with pytest.raises(Exception) as theirs:
-            torch.load(io.BytesIO(data))
+            torch.load(io.BytesIO(data), weights_only=True)
         with pytest.raises(theirs.type) as ours:
             load(data)
         assert FAR in str(getattr(ours.value, "__notes__", FAR))

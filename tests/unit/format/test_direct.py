@@ -13,22 +13,20 @@ import pytest
 import torch
 from hypothesis import given
 
-from async_ckpt.format.direct import Wanted, plan_ranges
-from async_ckpt.format.directory import Entry, data_start, find_directory, list_entries
+from async_ckpt.format.direct import Wanted, expected_start, plan_ranges
+from async_ckpt.format.directory import Entry, data_start
 from async_ckpt.format.plain import is_plain
+from tests.archives import entries_of, written
 
 
-def saved(state: Any) -> bytes:
-    """Return what torch.save writes."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def entries_of(data: bytes) -> list[Entry]:
+def storages(data: bytes) -> list[Entry]:
     """Return the entries of all records of storages."""
-    start, stop = find_directory(data, len(data))
-    return [entry for entry in list_entries(data[start:stop]) if "/data/" in entry.name and entry.nbytes]
+    return [entry for name, entry in entries_of(data).items() if name.startswith("data/") and entry.nbytes]
+
+
+def wanting(entry: Entry) -> Wanted:
+    """Return a record with memory of its own."""
+    return Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes)), start=expected_start(entry, 64))
 
 
 def pickle_of(data: bytes) -> bytes:
@@ -37,14 +35,16 @@ def pickle_of(data: bytes) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
-def test_where_torch_puts_records() -> None:
-    """The bytes of every record that torch writes begin where they are expected."""
-    data = saved({str(number): torch.randn(number + 1) for number in range(200)})
-    entries = entries_of(data)
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_where_torch_puts_records(alignment: int) -> None:
+    """The bytes of every record that torch writes begin where they are expected, as torch was told to align them."""
+    data = written({str(number): torch.randn(number + 1) for number in range(200)}, alignment=alignment)
+    entries = storages(data)
     assert len(entries) == 200
     for entry in entries:
-        wanted = Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes)))
-        assert wanted.start == data_start(entry.header, data[entry.header : entry.header + 30])
+        assert expected_start(entry, alignment) == data_start(
+            entry.header, data[entry.header : entry.header + 30]
+        )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_records_of_any_size(header: int, nbytes: int, extra: int) -> None:
         header=header,
         at=0,
     )
-    start = Wanted(entry=entry, target=memoryview(b"")).start
+    start = expected_start(entry, 64)
     assert start % 64 == 0
     assert 0 <= start - (header + 30 + 8 + 4 + extra) < 64
 
@@ -74,9 +74,9 @@ def test_records_of_any_size(header: int, nbytes: int, extra: int) -> None:
 )
 def test_ranges_cover_what_is_wanted(sizes: list[int], left_out: set[int], longest: int) -> None:
     """However records are cut into ranges, each is filled with its own bytes, and has its own checksum."""
-    data = saved([torch.randint(0, 99, (size,), dtype=torch.uint8) for size in sizes])
-    entries = [entry for number, entry in enumerate(entries_of(data)) if number not in left_out]
-    wanted = [Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes))) for entry in entries]
+    data = written([torch.randint(0, 99, (size,), dtype=torch.uint8) for size in sizes])
+    entries = [entry for number, entry in enumerate(storages(data)) if number not in left_out]
+    wanted = [wanting(entry) for entry in entries]
     ranges = plan_ranges(wanted, longest_bytes=longest)
     for each in ranges:
         at = each.start
@@ -92,9 +92,9 @@ def test_ranges_cover_what_is_wanted(sizes: list[int], left_out: set[int], longe
 
 def test_a_record_elsewhere_is_noticed() -> None:
     """Where a record does not begin as expected, the range says so."""
-    data = saved([torch.arange(9)])
-    (entry,) = entries_of(data)
-    wanted = Wanted(entry=entry, target=memoryview(bytearray(entry.nbytes)))
+    data = written([torch.arange(9)])
+    (entry,) = storages(data)
+    wanted = wanting(entry)
     (only,) = plan_ranges([wanted], longest_bytes=1000)
     moved = bytearray(data)
     moved[entry.header + 28] += 64  # the length of the extra field
@@ -131,7 +131,7 @@ class Peeking:
 )
 def test_plain(state: Any) -> None:
     """States of tensors, containers and numbers rebuild whatever is in the tensors."""
-    assert is_plain(pickle_of(saved(state)))
+    assert is_plain(pickle_of(written(state)))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_plain(state: Any) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_not_plain(state: Any) -> None:
     """What is rebuilt by a look at tensors, or by code that is not known, is told."""
-    assert not is_plain(pickle_of(saved({"state": state})))
+    assert not is_plain(pickle_of(written({"state": state})))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,28 @@ def test_an_end_beyond_32_bits() -> None:
         find_directory(tail[10:], nbytes)
 
 
+@pytest.mark.parametrize("field", [12, 16], ids=["size", "offset"])
+@pytest.mark.parametrize("change", [-1, 1, -100, 77, 1 << 24])
+def test_a_directory_ends_where_the_file_does(field: int, change: int) -> None:
+    """A wrong length or place, which could have the whole file taken for a directory, is noticed."""
+    data = bytearray(archive())
+    place = data.rindex(b"PK\x05\x06") + field
+    number = int.from_bytes(data[place : place + 4], "little")
+    data[place : place + 4] = ((number + change) % (1 << 32)).to_bytes(4, "little")
+    with pytest.raises(NOT_UNDERSTOOD):
+        _entries(bytes(data))
+
+
+def test_an_entry_is_not_cut_short() -> None:
+    """A directory that ends in the middle of an entry, even of its name, is an error."""
+    data = archive()
+    start, stop = find_directory(data, len(data))
+    for end in range(stop - 60, stop):
+        if data[end : end + 2] != b"PK":  # there the second entry begins
+            with pytest.raises(NOT_UNDERSTOOD):
+                list(list_entries(data[start:end]))
+
+
 @pytest.mark.parametrize("data", [b"", b"PK", bytes(100), b"PK\x05\x06", archive()[:-30], archive()[30:]])
 def test_what_is_no_archive(data: bytes) -> None:
     """Anything else raises one of the errors that callers expect, or makes no sense as a whole."""

@@ -10,7 +10,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -24,7 +24,9 @@ from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError, StoreE
 from async_ckpt.format.file import CheckpointFile
 from async_ckpt.format.readahead import ReadAhead
 from async_ckpt.runtime import Runtime
+from async_ckpt.stores.base import Source
 from async_ckpt.testing import Gate
+from tests.archives import edited, written
 from tests.support import PATIENCE_SECONDS
 
 CHUNK_BYTES = 4096
@@ -76,12 +78,13 @@ class Bytes:
         self._failing = failing
         self.gate: Gate | None = None
 
-    async def open(self) -> Bytes:
+    async def open(self) -> Source:
         return self
 
-    async def read_into(self, start: int, target: memoryview) -> None:
-        assert 0 < target.nbytes <= self.nbytes - start
-        self.reads.append((start, start + target.nbytes))
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        stop = start + sum(target.nbytes for target in targets)
+        assert start < stop <= self.nbytes
+        self.reads.append((start, stop))
         number = len(self.reads)
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -92,7 +95,9 @@ class Bytes:
                 await anyio.lowlevel.checkpoint()
             if (error := self._failing(number)) is not None:
                 raise error
-            target[:] = self._data[start : start + target.nbytes]
+            for target in targets:
+                target[:] = self._data[start : start + target.nbytes]
+                start += target.nbytes
         finally:
             self.under_way -= 1
 
@@ -121,7 +126,12 @@ def opened(source: Bytes, loop: Runtime, *, readers: int = 3, **options: Any) ->
     return file
 
 
-def archive(*, names: list[str] | None = None, **state: Any) -> bytes:
+def torch_load(file: CheckpointFile) -> Any:
+    """Call torch.load, which says that it wants more than it needs."""
+    return torch.load(cast(IO[bytes], file), weights_only=True)
+
+
+def archive(state: dict[str, Any], *, names: list[str] | None = None) -> bytes:
     """Return what torch.save writes; with *names*, its records in that order and nothing else."""
     file = io.BytesIO()
     torch.save(state, file)
@@ -136,7 +146,7 @@ def archive(*, names: list[str] | None = None, **state: Any) -> bytes:
 
 STATE = {"large": torch.arange(40_000), "more": torch.arange(30_000.0), "few": torch.ones(3)}
 STATE |= {f"small{number}": torch.full((100 + number,), number) for number in range(60)}
-ARCHIVE = archive(**STATE)
+ARCHIVE = archive(STATE)
 
 OPERATIONS = st.lists(
     st.one_of(
@@ -183,7 +193,7 @@ def test_torch_loads_over_it(loop: Runtime, seed: int, readers: int) -> None:
     """torch.load returns the state whatever order the bytes come in, and most bytes move once."""
     source = Bytes(ARCHIVE, seed=seed)
     with opened(source, loop, readers=readers) as file:
-        torch.testing.assert_close(torch.load(file, weights_only=True), STATE)
+        torch.testing.assert_close(torch_load(file), STATE)
     assert source.moved <= len(ARCHIVE) * 1.2  # the pickle is longer than a chunk here
     assert source.most == readers
 
@@ -200,11 +210,11 @@ def test_records_in_any_order(loop: Runtime) -> None:
     """Storages that are written in the order of their numbers as text, as torch once did, are each fetched once."""
     numbers = sorted(map(str, range(len(STATE))))
     data = archive(
-        names=["data.pkl", "byteorder", *(f"data/{number}" for number in numbers), "version"], **STATE
+        STATE, names=["data.pkl", "byteorder", *(f"data/{number}" for number in numbers), "version"]
     )
     source = Bytes(data, seed=3)
     with opened(source, loop) as file:
-        torch.testing.assert_close(torch.load(file, weights_only=True), STATE)
+        torch.testing.assert_close(torch_load(file), STATE)
     assert source.moved <= len(data) * 1.2
 
 
@@ -219,9 +229,9 @@ def test_archives_of_other_kinds(loop: Runtime) -> None:
         for name in before.namelist():
             after.writestr(name, before.read(name))
     many = {str(number): torch.full((3,), number) for number in range(2000)}
-    for data, state in ((bytes(with_comment), STATE), (packed.getvalue(), STATE), (archive(**many), many)):
+    for data, state in ((bytes(with_comment), STATE), (packed.getvalue(), STATE), (archive(many), many)):
         with opened(Bytes(data, seed=1), loop) as file:
-            torch.testing.assert_close(torch.load(file, weights_only=True), state)
+            torch.testing.assert_close(torch_load(file), state)
 
 
 def test_a_wrong_byte_is_found(loop: Runtime) -> None:
@@ -239,21 +249,21 @@ def test_a_wrong_byte_is_found(loop: Runtime) -> None:
         data = ARCHIVE[:at] + bytes([ARCHIVE[at] ^ 1]) + ARCHIVE[at + 1 :]
         with opened(Bytes(data), loop) as file:
             with pytest.raises(CorruptCheckpointError, match=rf"memory://x.ckpt.*'{name}'"):
-                torch.load(file, weights_only=True)
+                torch_load(file)
 
 
 def test_every_failing_read_is_raised(loop: Runtime) -> None:
     """Whichever read fails, that error is raised, unless nobody wanted what was read ahead; the source is closed."""
     calm = Bytes(ARCHIVE)
     with opened(calm, loop) as file:
-        torch.load(file, weights_only=True)
+        torch_load(file)
     raised = 0
     for number in range(1, len(calm.reads) + 1):
         source = Bytes(ARCHIVE, seed=number, failing=_fails_at(number))
         errors: list[str] = []
         try:
             with opened(source, loop) as file:
-                torch.testing.assert_close(torch.load(file, weights_only=True), STATE)
+                torch.testing.assert_close(torch_load(file), STATE)
         except StoreError as error:
             errors.append(str(error))
             raised += 1
@@ -269,7 +279,7 @@ def _fails_at(number: int) -> Callable[[int], Exception | None]:
 def test_a_file_that_cannot_be_opened(loop: Runtime) -> None:
     """What opening raises is raised."""
 
-    async def fail() -> Bytes:
+    async def fail() -> Source:
         raise FileNotFoundError("no such thing")
 
     with pytest.raises(FileNotFoundError, match="no such thing"):
@@ -337,9 +347,34 @@ def test_skipped_storages_are_not_fetched(loop: Runtime) -> None:
         small = {name for name, place in file.storages.items() if place.stop - place.start < 10_000}
         file.fetch_all_but(file.storages.keys() - small)
         before = source.moved
-        loaded = torch.load(file, weights_only=True)
+        loaded = torch_load(file)
         assert source.moved - before < 120_000
     torch.testing.assert_close(
         {name: loaded[name] for name in STATE if "small" in name},
         {name: STATE[name] for name in STATE if "small" in name},
     )
+
+
+@pytest.mark.parametrize("more", [-1, 1, 1 << 20])
+def test_memory_of_another_length_is_not_filled(loop: Runtime, more: int) -> None:
+    """More or less memory than a record has bytes, as a wrong pickle asks for, is not written to."""
+    with opened(Bytes(ARCHIVE), loop) as file:
+        assert file.storages is not None
+        file.keep_beginning()
+        name = next(iter(file.storages))
+        right = STATE["large"].nbytes
+        memory = bytearray(right + more)
+        assert not file.read_storages({name: memoryview(memory)})
+        assert not any(memory)
+        assert file.read_storages({name: memoryview(memory := bytearray(right))})
+        assert memory == STATE["large"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_the_alignment_is_told(loop: Runtime, alignment: int) -> None:
+    """How records are aligned is learned from a file that torch laid out, and not of one that something else did."""
+    data = written(STATE, alignment=alignment)
+    for each, expected in ((data, alignment), (edited(data, lambda _, content: content), None)):
+        with opened(Bytes(each), loop) as file:
+            file.keep_beginning()
+            assert file.alignment == expected

@@ -15,6 +15,7 @@ STATE: dict[str, Any] = {
     "optimizers": [{"state": {0: {"m": 4, "v": 5}, 1: {"m": 6}}}, {"state": {}}],
     "pair": (7, 8),
     "epoch": 9,
+    "blocks[0]": 10,
 }
 
 
@@ -31,6 +32,8 @@ STATE: dict[str, Any] = {
         (["state_dict"], {"state_dict": STATE["state_dict"]}),
         (["state_dict", "state_dict.encoder.bias"], {"state_dict": STATE["state_dict"]}),
         (["*"], STATE),
+        (["blocks[0]"], {"blocks[0]": 10}),
+        (["blocks[[]0]"], {"blocks[0]": 10}),
         (["[ep]*o[cd]h"], {"epoch": 9}),
     ],
 )

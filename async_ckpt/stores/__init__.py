@@ -6,13 +6,14 @@ Guarantees: ``locate`` and ``check_target`` touch no network; two spellings of o
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from async_ckpt.errors import MissingDependencyError, OptionError, UnknownProtocolError
+from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.stores.base import Location, Store, Workers
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _NATIVE = {  # by the package that brings the file system
     "gcsfs": ("async_ckpt.stores.gcs", "GCSStore"),
     "adlfs": ("async_ckpt.stores.azure", "AzureStore"),
 }
+# File systems that fsspec brings and nothing can be saved to: read-only ones, and archives, which nothing moves in.
+_UNWRITABLE = frozenset({"data", "gist", "git", "github", "http", "libarchive", "reference", "tar", "zip"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
 # What pathlib makes of "s3://bucket/…".
 _EATEN_SLASH = re.compile(rf"({'|'.join(_EXTRAS)}|file|local|memory|https?):/(?!/)")
@@ -87,19 +90,25 @@ def is_local(location: Location) -> bool:
 
 
 def check_target(location: Location) -> None:
-    """Refuse at once a local path that no save could end in: a few system calls, no change.
+    """Refuse at once a place that no save could end in: a few system calls, no change, no network.
 
     Args:
-        location: where a save is to go; a remote one is not looked at.
+        location: where a save is to go; of a remote one, only the kind of file system is looked at.
 
     Raises:
-        StoreError: a directory is there, or no regular file, or this user may not write there.
+        StoreError: a directory is there, or no regular file, or this user may not write there, or nobody may.
     """
     if is_local(location):
         from async_ckpt.stores.disk import Disk
         from async_ckpt.stores.target import check_local_target
 
         check_local_target(location, os.path.realpath(location.path), Disk())
+        return
+    package, _, module = _file_system_of(location).__module__.rpartition(".")
+    if package == "fsspec.implementations" and module in _UNWRITABLE:
+        cause = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        advice = "Such a place can be loaded from, at most; save to another."
+        raise StoreError.during("begin", location.url, cause, advice) from cause
 
 
 def open_store(
@@ -128,8 +137,6 @@ def open_store(
     Returns:
         A store; close it with ``aclose``.
 
-    Raises:
-        StoreError: the file system refuses its options.
     """
     if is_local(location):
         from async_ckpt.stores.local import LocalStore
@@ -138,9 +145,7 @@ def open_store(
     from async_ckpt.retry import RetryPolicy
 
     retry = retry or RetryPolicy()
-    scheme = _SCHEME.match(location.url)
-    assert scheme is not None, location
-    file_system = _file_system_class(scheme[1], location.url)
+    file_system = _file_system_of(location)
     options = _file_system_options(file_system, location.url, storage_options)
     native = _NATIVE.get(file_system.__module__.partition(".")[0])
     if native is None:  # a class of the user's own behind s3:// is not what ours are written for
@@ -170,8 +175,12 @@ def _text(url: str | os.PathLike[str]) -> str:
         raise OptionError("a checkpoint's place must not be empty")
     if "\0" in text:
         raise OptionError(f"{text!r} contains a null character")
-    if "::" in text and "://" in text:
-        raise OptionError(f"{text!r}: chained URLs cannot be written to safely; give the storage's own URL")
+    first, chained, _ = text.partition("::")
+    if chained and ("://" in text or _is_protocol(first)):
+        raise OptionError(
+            f"{text!r} is chained, and what is written through a chain cannot be committed safely; "
+            "give the storage's own URL"
+        )
     if eaten := _EATEN_SLASH.match(text):
         raise OptionError(
             f"{text!r} lost a slash, as in pathlib.Path('{eaten[1]}://…'); pass the URL as a str"
@@ -179,7 +188,15 @@ def _text(url: str | os.PathLike[str]) -> str:
     return text
 
 
+def _is_protocol(text: str) -> bool:
+    import fsspec
+
+    return text in fsspec.available_protocols()
+
+
 def _locate_local(url: str, path: str, follow: bool) -> Location:
+    if path.startswith("~"):
+        path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
     if not path.strip("/") or "\0" in path:
         raise OptionError(f"{url!r} names no file")
     parent, name = os.path.split(path.rstrip("/"))
@@ -190,6 +207,12 @@ def _locate_local(url: str, path: str, follow: bool) -> Location:
     # A save goes through a symlink, as open() does, so both are one file; a deletion takes the link itself.
     key = os.path.realpath(own) if follow and os.path.islink(own) else own
     return Location(url=url, path=own, key=f"{LOCAL_GROUP}:{key}", group=LOCAL_GROUP)
+
+
+def _file_system_of(location: Location) -> Any:
+    scheme = _SCHEME.match(location.url)
+    assert scheme is not None, location
+    return _file_system_class(scheme[1], location.url)
 
 
 def _file_system_class(protocol: str, url: str) -> Any:

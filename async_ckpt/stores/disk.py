@@ -12,18 +12,40 @@ import fcntl
 import functools
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["Disk"]
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
+_ACCESS_LIST = "system.posix_acl_access"
+_RMTREE_ATTEMPTS = 10
 _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 # What these mean, preallocation can tell before the first byte is written; any other number only says
 # that this file system or sandbox cannot preallocate.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
+#: Descriptors that no child of ours shall keep: it would keep the lock, and the room of a file that is deleted.
+_OWNED: set[int] = set()
+
+
+def _owned(fd: int) -> int:
+    _OWNED.add(fd)
+    return fd
+
+
+def _disown() -> None:
+    while _OWNED:
+        with suppress(OSError):
+            os.close(_OWNED.pop())
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 class Disk:
@@ -31,7 +53,7 @@ class Disk:
 
     def create(self, path: str) -> int:
         """Create a file that is not there yet; the umask and default ACLs apply as for ``open``."""
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        return _owned(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
 
     def open_existing(self, path: str) -> int:
         """Open a file for a lock."""
@@ -43,10 +65,11 @@ class Disk:
 
     def duplicate(self, fd: int) -> int:
         """Return a second descriptor of the same open file."""
-        return os.dup(fd)
+        return _owned(os.dup(fd))
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
+        _OWNED.discard(fd)  # first: its number may be another file's at once
         os.close(fd)
 
     def lock(self, fd: int) -> None:
@@ -84,15 +107,19 @@ class Disk:
         mode = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
         return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
-    def take_after(self, fd: int, model: os.stat_result) -> None:
-        """Give the file the mode of *model*, and its owner where that is permitted."""
-        own = os.fstat(fd)
-        if (own.st_uid, own.st_gid) != (model.st_uid, model.st_gid):
-            try:
-                os.fchown(fd, model.st_uid, model.st_gid)
-            except PermissionError:
-                pass
-        os.fchmod(fd, model.st_mode & 0o7777)  # last: a change of owner clears set-id bits
+    def take_after(self, fd: int, path: str, model: os.stat_result) -> None:
+        """Give the file the mode and the access list of the one at *path*, and its owner and group where possible."""
+        for uid, gid in ((-1, model.st_gid), (model.st_uid, -1)):
+            with suppress(OSError):  # not permitted, unknown in this user namespace, not of this file system
+                os.fchown(fd, uid, gid)
+        access = _access_list(path)
+        if access is None and _access_list(fd) is not None:
+            os.removexattr(fd, _ACCESS_LIST)  # what the directory gives to new files
+        # After the owner, whose change clears set-id bits. Some file systems refuse whatever call there is.
+        if stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(model.st_mode):
+            os.fchmod(fd, stat.S_IMODE(model.st_mode))
+        if access is not None:
+            os.setxattr(fd, _ACCESS_LIST, access)
 
     def preallocate(self, fd: int, nbytes: int) -> None:
         """Reserve room, where the kernel can; raise only if there surely is none."""
@@ -175,12 +202,25 @@ class Disk:
         os.rmdir(path)
 
     def rmtree(self, path: str) -> None:
-        """Remove a directory and all that is in it."""
-        shutil.rmtree(path)
+        """Remove a directory and all that is in it, also when somebody else does the same."""
+        for _ in range(_RMTREE_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
+            if not os.path.lexists(path):
+                return
+        raise OSError(errno.EBUSY, "others change what is in it")
 
     def names(self, path: str) -> list[str]:
         """List a directory."""
         return os.listdir(path)
+
+
+def _access_list(file: int | str) -> bytes | None:
+    """Return the POSIX access list as the kernel has it; None where there is none but the mode."""
+    try:
+        return os.getxattr(file, _ACCESS_LIST)
+    except (OSError, AttributeError):  # no list, no such thing on this file system; none on this system
+        return None
 
 
 @functools.cache

@@ -4,9 +4,9 @@ Guarantees: where the file system is asynchronous, as HTTP is, ranges are read s
 through one handle, opened once, one read after the other. A server that sends the whole file whatever it is
 asked for is served from memory.
 
-fsspec has no notion of one version of a file. A handle of most file systems holds on to what it has opened; of
-a file read by ranges, length, time and tag are looked at after each of them, as far as the file system tells
-them. Who loads a checkpoint compares checksums as well.
+fsspec has no notion of one version of a file. Some handles hold on to what they have opened; of a file read by
+ranges, as others do behind their handles, length, time and tag are looked at after each of them, as far as the file
+system tells them. Who loads a checkpoint compares checksums as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import io
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
+
+from fsspec.spec import AbstractBufferedFile
 
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.scatter import Scatter
@@ -28,7 +30,12 @@ _VERSION = (
     "Last-Modified",
     "LastModified",
     "last_modified",
+    "created",
     "mtime",
+    "modified",
+    "modificationTime",
+    "modify",  # of FTP, as the next
+    "unique",
     "ino",
     "generation",
 )
@@ -58,15 +65,20 @@ class HandleSource:
         self._location = location
         self._step = step
         self._handle: Any = None
+        self._version: list[Any] | None = None
 
     def start(self) -> None:
-        """Open the file; blocks."""
-        handle = self._fs.open(self._location.path, "rb")
+        """Open the file; blocks. Whoever calls this must close if it raises."""
+        self._close()  # what an earlier attempt has opened
+        self._handle = handle = self._fs.open(self._location.path, "rb")
         if isinstance(handle, io.BytesIO):
             # The memory file system gives every reader the same object, and with it one position.
-            handle = io.BytesIO(handle.getvalue())
-        self._handle = handle
-        self.nbytes = handle.seek(0, io.SEEK_END)
+            self._handle = handle = io.BytesIO(handle.getvalue())
+        elif isinstance(handle, AbstractBufferedFile):  # asks for ranges, by the name
+            self._version = _version_of(self._fs, self._location.path)
+        handle.seek(0, io.SEEK_END)
+        # Not what seek returns, which over SFTP is nothing; and 0 may mean there that it could not be told.
+        self.nbytes = handle.tell() or _info(self._fs, self._location.path).get("size") or 0
 
     async def read_into(self, start: int, *targets: memoryview) -> None:
         """Fill *targets* from the file."""
@@ -74,9 +86,13 @@ class HandleSource:
 
     async def aclose(self) -> None:
         """Close the handle."""
+        if self._handle is not None:
+            await self._step(self._close)
+
+    def _close(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
-            await self._step(handle.close)
+            handle.close()
 
     def _read_into(self, start: int, targets: Sequence[memoryview]) -> None:
         if self._handle is None:
@@ -88,6 +104,8 @@ class HandleSource:
             if not data:
                 raise OSError(errno.EIO, "it has become shorter while it was read")
             scatter.take(data)
+        if self._version is not None and _version_of(self._fs, self._location.path) != self._version:
+            raise _replaced()
 
 
 class RangeSource:
@@ -105,7 +123,7 @@ class RangeSource:
 
     def start(self) -> None:
         """Learn the length of the file; blocks."""
-        info = self._info()
+        info = _info(self._fs, self._location.path)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         self._version = _version(info)
@@ -136,17 +154,26 @@ class RangeSource:
                 raise OSError(errno.EIO, f"{len(data)} bytes came instead of {wanted}")
         if self._whole is not None:
             scatter.take(self._whole[start + scatter.done :])
-        elif _version(self._info()) != self._version:
-            raise OSError(errno.ESTALE, "it was replaced while it was read")
+        elif _version_of(self._fs, self._location.path) != self._version:
+            raise _replaced()
 
     def _keep(self, data: bytes) -> None:
         self._whole = memoryview(data)
         self.nbytes = len(data)
 
-    def _info(self) -> dict[str, Any]:
-        self._fs.invalidate_cache()
-        return dict(self._fs.info(self._location.path))
+
+def _info(file_system: Any, path: str) -> dict[str, Any]:
+    file_system.invalidate_cache()
+    return dict(file_system.info(path))
 
 
 def _version(info: dict[str, Any]) -> list[Any]:
     return [info.get(key) for key in _VERSION]
+
+
+def _version_of(file_system: Any, path: str) -> list[Any]:
+    return _version(_info(file_system, path))
+
+
+def _replaced() -> OSError:
+    return OSError(errno.ESTALE, "it was replaced while it was read")

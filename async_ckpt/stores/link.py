@@ -10,6 +10,7 @@ What does not belong here: when the link may be made; that is the queue's (rule 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -36,16 +37,19 @@ def make_link(location: Location, target: Location, durability: Durability) -> N
     """
     path = location.path
     directory, name = os.path.split(path)
-    made = os.path.join(directory, f".{name}.async_ckpt-link")
+    digest = hashlib.blake2b(
+        os.fsencode(name), digest_size=8
+    ).hexdigest()  # the name itself may be as long as can be
+    made = os.path.join(directory, f".async_ckpt-link.{digest}")
     try:
         os.makedirs(directory, exist_ok=True)
-        # A checkpoint of many files, which another strategy has written.
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
         with suppress(FileNotFoundError):
             os.remove(made)
         try:
             _make(made, target.path, directory)
+            # A checkpoint of many files, which another strategy has written.
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
             os.replace(made, path)
         except BaseException:
             with suppress(FileNotFoundError):

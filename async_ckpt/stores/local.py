@@ -1,57 +1,29 @@
-"""Checkpoints on a local, or mounted, file system.
+"""Checkpoints on a local, or mounted, file system: the store, and the syncing of what others wrote.
 
-Guarantees, beyond those of every store:
+Guarantees: how a file gets there is said in `local_upload`, how one is read in `local_source`. A deletion takes a
+symlink, not what it leads to.
 
-* The bytes go to a temporary file beside the target, which takes the target's place by one rename
-  (D2). A symlink is written through, as ``open`` does; permissions are those that ``open`` gives.
-* ``durability="fsync"``: ``commit`` returns once the file, its name and the directories that lead to it
-  would survive the loss of power (D1). ``"process"`` leaves that to the kernel.
-* ``overwrite=False``: the file takes its name by a hard link, which fails if the name is taken. Where there
-  are no hard links, it looks and then renames: of two writers in that instant, the later one wins.
-* A temporary file is locked while its owner lives; whoever gets the lock may sweep it.
-
-When ``commit`` fails, the old file is in place and whole, except where the error says otherwise: if the
-rename succeeded and only the directory could not be synced, the *new* file is in place and whole, but
-might not be after a loss of power. Neither is ever torn.
+What does not belong here: the system calls (`disk`), and what is known about directories (`directories`).
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import stat
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, TypeVar
+from contextlib import suppress
+from typing import Literal
 
 import anyio
 
-from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.base import Location, Workers
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.stores.local_source import LocalSource
-from async_ckpt.stores.target import check_local_target, exists_already, translated
+from async_ckpt.stores.local_upload import HALF_OF_THE_CPUS, LocalUpload
+from async_ckpt.stores.target import translated
 
 __all__ = ["LocalStore", "sync_path"]
 
-T = TypeVar("T")
-
-_log = logging.getLogger("async_ckpt.stores.local")
-
-_NO_HARD_LINKS = frozenset(
-    {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EMLINK}
-)
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
-# Another process may remove a directory or a fresh file of ours in the moment before we hold it; that
-# cannot go on for long.
-_BEGIN_ATTEMPTS = 10
-_CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-_HALF_OF_THE_CPUS = max(1, _CPUS // 2)
 _MOST_PART_BYTES = 32 << 20
 
 
@@ -116,7 +88,7 @@ class LocalStore:
     async def source(self, location: Location) -> LocalSource:
         """Open the file for reading."""
         source = LocalSource(
-            location, workers=self._workers, disk=self._disk, max_concurrent_reads=_HALF_OF_THE_CPUS
+            location, workers=self._workers, disk=self._disk, max_concurrent_reads=HALF_OF_THE_CPUS
         )
         try:
             await self._workers.run(source.start)
@@ -140,219 +112,34 @@ class LocalStore:
             raise translated("delete", location, error) from error
 
 
-class LocalUpload:
-    """One temporary file on its way to becoming the target; made by ``LocalStore.begin``."""
-
-    max_concurrent_parts = _HALF_OF_THE_CPUS  # the others are for training
-    is_paced = False
-
-    def __init__(
-        self,
-        location: Location,
-        nbytes: int,
-        *,
-        part_size: int | None,
-        workers: Workers,
-        disk: Disk,
-        fsync: bool,
-        overwrite: bool,
-        directories: Directories,
-    ) -> None:
-        self.part_size = part_size
-        self.swept: tuple[str, ...] = ()
-        self._location = location
-        self._nbytes = nbytes
-        self._workers = workers
-        self._disk = disk
-        self._fsync = fsync
-        self._overwrite = overwrite
-        self._directories = directories
-        self._target = location.path
-        self._directory = os.path.dirname(location.path)
-        self._made: list[str] = []  # directories, outermost first
-        self._lock = threading.Lock()  # guards what follows
-        self._fd: int | None = None
-        self._temporary: str | None = None
-        self._put: dict[int, int] = {}
-
-    async def put(self, part: Part, content: Content) -> Receipt:
-        """Write one part where it belongs."""
-        return await self._workers.run(self._write, part, content)
-
-    async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Sync, rename, sync the directory; see the module about a failure in between."""
-        await self._workers.run(self._commit)
-
-    async def abort(self) -> None:
-        """Remove the temporary file, and the directories that were made for it and are empty."""
-        await self._workers.run(self._clean)
-
-    def start(self) -> None:
-        """Do what ``begin`` does. Whoever calls this must abort if it raises."""
-        with self._translating("begin"):
-            self._target = os.path.realpath(self._location.path)
-            self._directory = os.path.dirname(self._target)
-            earlier = check_local_target(self._location, self._target, self._disk)
-            if earlier is not None and not self._overwrite:  # sooner than after gigabytes
-                raise exists_already("begin", self._location)
-            self._create()
-            assert self._fd is not None
-            if earlier is not None:
-                self._disk.take_after(self._fd, earlier)
-            self._disk.preallocate(self._fd, self._nbytes)
-        self.swept = self._directories.sweep(self._directory)
-
-    def _create(self) -> None:
-        """Make the locked temporary file, and the directories on the way."""
-        for _ in range(_BEGIN_ATTEMPTS):
-            path = os.path.join(self._directory, temporary_name())
-            try:
-                self._made += self._directories.make(self._directory)
-                fd = self._disk.create(path)
-            except FileNotFoundError:
-                continue  # another upload's abort took a directory away
-            with self._lock:
-                self._fd, self._temporary = fd, path
-            if self._hold(fd):
-                return
-            self._drop_file()
-        raise OSError(errno.EBUSY, "what is made there vanishes at once")
-
-    def _hold(self, fd: int) -> bool:
-        """Lock the fresh file; False if a sweeper was faster."""
-        try:
-            self._disk.lock(fd)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        return self._disk.fstat(fd).st_nlink > 0
-
-    def _write(self, part: Part, content: Content) -> Receipt:
-        pieces = content.read(part.start, part.stop)
-        with self._translating("write"):
-            # A descriptor of its own: were the file aborted meanwhile, its number could be another file's.
-            with self._lock:
-                if self._fd is None:
-                    raise OSError(errno.EBADF, "the upload has ended")
-                fd = self._disk.duplicate(self._fd)
-            try:
-                written = self._disk.write(fd, pieces, part.start)
-                if written != part.nbytes:
-                    raise OSError(
-                        errno.EIO, f"part {part.index} has {written} bytes instead of {part.nbytes}"
-                    )
-                if self._fsync:
-                    self._disk.start_writeback(fd, part.start, part.nbytes)
-            finally:
-                self._disk.close(fd)
-        with self._lock:
-            self._put[part.index] = written
-        return Receipt(index=part.index)
-
-    def _commit(self) -> None:
-        with self._translating("commit"):
-            with self._lock:
-                fd, temporary = self._fd, self._temporary
-                complete = sum(self._put.values()) == self._nbytes
-            if fd is None or temporary is None:
-                raise OSError(errno.EBADF, "the upload has ended")
-            if not complete or self._disk.fstat(fd).st_size != self._nbytes:
-                raise OSError(errno.EINVAL, "not every byte was put")
-            if self._fsync:
-                self._disk.fsync(fd)
-            else:
-                # Some file systems (NFS) tell only at a close that the bytes could not be stored. A second
-                # descriptor's does, and the first keeps the lock.
-                self._disk.close(self._disk.duplicate(fd))
-            if self._overwrite:
-                self._rename(fd, temporary)
-            else:
-                self._link(fd, temporary)
-            self._made.clear()
-            with self._lock:
-                self._temporary = None
-        if self._fsync:
-            advice = "The new file is in place and whole, but might not survive a loss of power."
-            with self._translating("commit", advice):
-                self._directories.sync(self._directory)
-        self._clean()
-
-    def _rename(self, fd: int, temporary: str) -> None:
-        try:
-            self._disk.replace(temporary, self._target)
-        except OSError:
-            # A network file system may lose the answer alone: look before claiming either (E3).
-            if not self._is_at_target(fd):
-                raise
-
-    def _link(self, fd: int, temporary: str) -> None:
-        """Take the name unless something has it, in one step where the file system has hard links."""
-        try:
-            self._disk.link(temporary, self._target)
-        except OSError as error:
-            if not self._is_at_target(fd):  # it may be, as for the rename (E3)
-                if error.errno == errno.EEXIST or os.path.lexists(self._target):
-                    raise exists_already("commit", self._location) from error
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                self._rename(fd, temporary)
-                return
-        self._quietly(self._disk.unlink, temporary)
-
-    def _is_at_target(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(self._disk.lstat(self._target), self._disk.fstat(fd))
-        except OSError:
-            return False
-
-    def _clean(self) -> None:
-        """Close and remove what there is; again and again does no harm."""
-        self._drop_file()
-        self._directories.unmake(self._made)
-
-    def _drop_file(self) -> None:
-        with self._lock:
-            fd, self._fd = self._fd, None
-            path, self._temporary = self._temporary, None
-        # Unlinked while the lock is held: after the close, a sweeper may have it.
-        if path is not None:
-            self._quietly(self._disk.unlink, path)
-        if fd is not None:
-            self._quietly(self._disk.close, fd)
-
-    def _quietly(self, function: Callable[[T], object], argument: T) -> None:
-        try:
-            function(argument)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            _log.warning("cleaning up after a save to %s: %s", self._location.url, error)
-
-    @contextmanager
-    def _translating(self, stage: str, advice: str = "") -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except OSError as error:
-            raise translated(stage, self._location, error, advice) from error
-
-
-def sync_path(path: str) -> None:
+def sync_path(path: str, disk: Disk | None = None) -> None:
     """Make what somebody else wrote at *path*, a file or a directory tree, survive the loss of power (D1).
 
+    Args:
+        path: where; nothing there is not an error.
+        disk: the system calls themselves.
+
     Raises:
-        OSError: it cannot be synced. Nothing at *path* is not an error.
+        OSError: it cannot be synced.
     """
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in [*names, ""]]
-    for each in [*(found or [path]), os.path.dirname(os.path.abspath(path))]:
+    disk = disk or Disk()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync_file(disk, os.path.join(folder, name))
+        with suppress(FileNotFoundError):
+            disk.sync_directory(folder)
+    if not os.path.isdir(path):
+        _sync_file(disk, path)
+    directories = Directories(disk)
+    for each in {os.path.abspath(path), os.path.realpath(path)}:  # a link, and what it leads to
+        with suppress(FileNotFoundError):
+            directories.sync(os.path.dirname(each))
+
+
+def _sync_file(disk: Disk, path: str) -> None:
+    with suppress(FileNotFoundError):
+        fd = disk.open_to_read(path)
         try:
-            fd = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            os.fsync(fd)
+            disk.fsync(fd)
         finally:
-            os.close(fd)
+            disk.close(fd)

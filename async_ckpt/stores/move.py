@@ -19,6 +19,7 @@ import fsspec.spec
 
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import is_transient
+from async_ckpt.stores.fsspec_calls import info_of, remove_file
 
 __all__ = ["Move"]
 
@@ -54,7 +55,7 @@ class Move:
             return
         if not self._tried:
             self._check_length(self._source)
-            self._earlier = self._info(self._target)
+            self._earlier = info_of(self._fs, self._target)
             self._tried = True
         try:
             self._rename(self._source, self._target)
@@ -81,14 +82,14 @@ class Move:
             self._put_back(aside, error)
             raise
         try:
-            self._fs.rm_file(aside)
+            remove_file(self._fs, aside)
         except Exception as error:
             _log.warning("cannot remove %s, which the new file has replaced: %s", aside, error)
 
     def _put_back(self, aside: str, error: BaseException) -> None:
         try:
-            if self._info(self._target) is not None:
-                self._fs.rm_file(self._target)
+            if info_of(self._fs, self._target) is not None:
+                remove_file(self._fs, self._target)
             self._rename(aside, self._target)
         except Exception as second:
             raise StoreError(
@@ -102,30 +103,23 @@ class Move:
         if type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv:
             # The same two steps as there, but it takes "[" and "*" in names for patterns.
             self._fs.cp_file(source, target)
-            self._fs.rm_file(source)
+            remove_file(self._fs, source)
         else:
             self._fs.mv(source, target)
 
-    def _info(self, path: str) -> dict[str, Any] | None:
-        self._fs.invalidate_cache()
-        try:
-            return dict(self._fs.info(path))
-        except FileNotFoundError:
-            return None
-
     def _has_landed(self) -> bool:
         """Tell whether the new file has the name. The earlier one is often just as long."""
-        now = self._info(self._target)
+        now = info_of(self._fs, self._target)
         if now is None or now.get("size", self._nbytes) != self._nbytes:
             return False
-        return now != self._earlier or self._info(self._source) is None
+        return now != self._earlier or info_of(self._fs, self._source) is None
 
     def _earlier_is_in_place(self) -> bool:
-        now = self._info(self._target)
-        return now is not None and now == self._earlier and self._info(self._source) is not None
+        now = info_of(self._fs, self._target)
+        return now is not None and now == self._earlier and info_of(self._fs, self._source) is not None
 
     def _check_length(self, path: str) -> None:
-        info = self._info(path)
+        info = info_of(self._fs, path)
         if info is None:
             raise OSError(errno.EIO, f"{path!r} is not there after it was written")
         if (size := info.get("size")) not in (None, self._nbytes):

@@ -17,7 +17,7 @@ from aiohttp.payload import Payload
 
 __all__ = ["PartPayload"]
 
-_SLICE_BYTES = 1 << 20
+_SLICE_BYTES = 256 << 10  # seen to have moved as a whole; larger ones cost as much
 
 
 def _ignore() -> None:

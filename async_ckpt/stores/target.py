@@ -13,13 +13,13 @@ from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
 
-__all__ = ["check_local_target", "translated"]
+__all__ = ["check_local_target", "exists_already", "translated"]
 
 _ADVICE = {
     errno.ENOSPC: "Free space there, or save elsewhere. What was there before is untouched.",
     errno.EDQUOT: "Free space within the quota, or save elsewhere. What was there before is untouched.",
     errno.EACCES: "Save where this user may write.",
-    errno.EROFS: "The file system is mounted read-only; save elsewhere.",
+    errno.EROFS: "Save elsewhere.",
     errno.EISDIR: "Give the path of a file.",
 }
 
@@ -50,7 +50,7 @@ def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_r
         if not stat.S_ISREG(earlier.st_mode):
             raise _refusal(location, errno.EINVAL, "Only a regular file can be replaced.")
         if _is_refused(target, disk):
-            raise _refusal(location, errno.EACCES)
+            raise _refusal(location, _reason(target))
     elif location.url.endswith("/"):
         raise _refusal(location, errno.EISDIR)
     directory = os.path.dirname(target)
@@ -59,13 +59,22 @@ def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_r
     if not os.path.isdir(directory):
         raise _refusal(location, errno.ENOTDIR, f"{directory!r} is no directory.")
     if _is_refused(directory, disk):
-        raise _refusal(location, errno.EACCES, f"The directory {directory!r} does not let this user write.")
+        raise _refusal(
+            location, _reason(directory), f"It is the directory {directory!r} that cannot be written to."
+        )
     return earlier
 
 
 def _is_refused(path: str, disk: Disk) -> bool:
     """Tell whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
     return not disk.writable(path) and os.path.lexists(path)
+
+
+def _reason(path: str) -> int:
+    try:
+        return errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
+    except OSError:
+        return errno.EACCES
 
 
 def _refusal(location: Location, number: int, advice: str = "") -> StoreError:

@@ -63,7 +63,11 @@ class Wire:
 
 
 @contextmanager
-def wire(server: Server, answer: Answer = lambda kind, headers: None) -> Iterator[Wire]:
+def wire(
+    server: Server,
+    answer: Answer = lambda kind, headers: None,
+    lose: Callable[[str], bool] = lambda target: False,
+) -> Iterator[Wire]:
     """Yield a service with a bucket of its own and a wire on which all is counted, held before its first upload."""
     bucket = fresh_bucket(server)
 
@@ -85,7 +89,7 @@ def wire(server: Server, answer: Answer = lambda kind, headers: None) -> Iterato
     def ask(method: str, target: str, body: bytes = b"") -> bytes:
         return s3.call(server.url, method, f"{bucket}/{target}", body)
 
-    with FaultProxy(server.url, answer=seen) as proxy:
+    with FaultProxy(server.url, answer=seen, lose_answer=lambda _, target: lose(target)) as proxy:
         options = {**server.storage_options, "endpoint_url": proxy.url}
         with CheckpointService(storage_options=options, part_size=5 * MIB, flush_timeout=60) as service:
             made = Wire(service=service, url=f"s3://{bucket}/run", ask=ask)
@@ -168,6 +172,24 @@ def test_a_failing_copy_is_repeated(seaweedfs: Server) -> None:
         assert refused.is_set()
         assert place.read("last") == expected[1]
         assert place.copied == {"last": 3}
+        assert place.sent["last"] < 6 * MIB
+
+
+def test_a_lost_answer_to_a_copy(seaweedfs: Server) -> None:
+    """A copy whose answer was lost is asked for again, as copying twice changes nothing (E3)."""
+    lost = threading.Event()
+
+    def lose(target: str) -> bool:
+        if lost.is_set() or not ("last.ckpt" in target and "partNumber=2" in target):
+            return False
+        lost.set()
+        return True
+
+    with wire(seaweedfs, lose=lose) as place:
+        expected = place.save_both(weights())
+        place.service.wait(60)
+        assert lost.is_set()
+        assert place.read("last") == expected[1]
         assert place.sent["last"] < 6 * MIB
 
 

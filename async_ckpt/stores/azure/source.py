@@ -95,8 +95,8 @@ class AzureSource:
             return response.internal_response
         try:
             await response.load_body()
-            if response.status_code == HTTPStatus.PRECONDITION_FAILED:
-                raise OSError(errno.ESTALE, "it was replaced while it was read")
+            if response.status_code in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND):
+                raise OSError(errno.ESTALE, "it was replaced or deleted while it was read")
             raise HttpResponseError(response=response)
         finally:
             response.internal_response.close()

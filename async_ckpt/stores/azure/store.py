@@ -33,12 +33,14 @@ from async_ckpt.stores.requests import Pace, Requests, patience
 from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
 from async_ckpt.stores.target import exists_already
 
-__all__ = ["AzureStore"]
+__all__ = ["AzureStore", "block_size"]
 
 _log = logging.getLogger("async_ckpt.stores.azure")
 
 _MAX_BLOCKS = 50_000
 _MAX_BLOCK_BYTES = 4000 << 20
+# What a listing is answered that this identity, or a SAS token for blobs alone, is not allowed.
+_NOT_ALLOWED = ("AuthorizationPermissionMismatch", "AuthorizationResourceTypeMismatch")
 # In the metadata of a blob that stands for a directory; adlfs knows both spellings too.
 _FOLDER_MARKS = ("hdi_isfolder", "Hdi_isfolder", "is_directory")
 
@@ -82,13 +84,7 @@ class AzureStore:
         """Look whether the blob may be written; nothing is sent yet."""
         blob = await self._blob("begin", location)
         with self._requests.translating("begin", location):
-            part_size = fitting_part_size(
-                nbytes,
-                shared_part_size(nbytes, self._part_size, at_a_time=self._max_concurrent_parts),
-                least=1,
-                most=_MAX_BLOCK_BYTES,
-                max_parts=_MAX_BLOCKS,
-            )
+            part_size = block_size(nbytes, wanted=self._part_size, at_a_time=self._max_concurrent_parts)
             if self._address(location)[2] is not None:
                 raise ValueError("a version of a blob cannot be written, leave ?versionid= out")
         await self._refuse_directory(location)
@@ -198,7 +194,7 @@ class AzureStore:
         try:
             found = await self._below("begin", location, most=1)
         except StoreError as error:
-            if code_of(error) != "AuthorizationPermissionMismatch":
+            if code_of(error) not in _NOT_ALLOWED:
                 raise
             _log.debug("not allowed to see whether a directory is there: %s", error)
             return
@@ -218,6 +214,12 @@ class AzureStore:
                     raise
 
         await self._requests.step("delete", location, delete)
+
+
+def block_size(nbytes: int, *, wanted: int, at_a_time: int) -> int:
+    """Return how many bytes each block but the last has; raises ValueError where a file is larger than Azure takes."""
+    shared = shared_part_size(nbytes, wanted, at_a_time=at_a_time)
+    return fitting_part_size(nbytes, shared, least=1, most=_MAX_BLOCK_BYTES, max_parts=_MAX_BLOCKS)
 
 
 def _is_folder(properties: Any) -> bool:

@@ -7,7 +7,7 @@ Guarantees:
   claimed only of what is not there, and a success only of what is (E3).
 * Whoever commits a name drops what others have staged for it. What was dropped is staged again.
 
-What does not belong here: whether the name may be written at all (`azure`).
+What does not belong here: whether the name may be written at all (`store`).
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class AzureUpload:
             return bool((found.metadata or {}).get(_TOKEN) == self._token)
 
         try:
-            return await self._requests.step("commit", self._location, look)
+            # Once: whoever repeats the commit repeats this too.
+            return await self._requests.once("commit", self._location, look)
         except StoreError as error:
             advice = f"Whether it took effect is not known, for the blob could not be looked at: {error}"
             raise StoreError.during("commit", self._location.url, doubt, advice) from doubt

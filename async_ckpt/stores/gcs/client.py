@@ -1,8 +1,8 @@
 """Requests to Google Cloud Storage: gcsfs's session and credentials, its JSON interface spoken by ourselves.
 
 Guarantees: one call is one request (gcsfs's own would be repeated six times, beneath our retries, E3); what
-is not a success raises a ``Refusal``; a redirect is an answer, as a resumable upload's 308 is. Nothing
-blocks the loop: credentials are looked for and refreshed in a worker.
+is not a success, or not what Google would say, raises a ``Refusal``; a resumable upload's 308 is an answer.
+Nothing blocks the loop: credentials are looked for and refreshed in a worker.
 
 The file system is gcsfs's plain one, whatever gcsfs offers under its protocol: the extended one asks another
 interface (gRPC) about each bucket first, and keeps threads of its own.
@@ -72,8 +72,13 @@ class Answer:
     body: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return the object that the body describes."""
-        value: dict[str, Any] = json.loads(self.body)
+        """Return what the body describes; a Refusal if that is nothing, as where somebody else has answered."""
+        try:
+            value: Any = json.loads(self.body)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise Refusal(self.status, self.body)
         return value
 
 
@@ -125,6 +130,10 @@ class Client:
         async with self.open(method, path, root=root, params=params, headers=headers, body=body) as response:
             return Answer(status=response.status, headers=response.headers, body=await response.read())
 
+    async def describe(self, path: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Ask for what is described in JSON."""
+        return (await self.call("GET", path, params=params)).json()
+
     @asynccontextmanager
     async def open(
         self,
@@ -138,7 +147,8 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Make one request, and leave the body of the answer to be read; see ``call``."""
         fs = await self._file_system()
-        if path.startswith(("http://", "https://")):
+        in_session = path.startswith(("http://", "https://"))
+        if in_session:
             url = path
         else:
             query = urlencode(fs._get_params(dict(params or {})), quote_via=quote)
@@ -153,7 +163,7 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=fs.requests_timeout),
             read_bufsize=_READ_BYTES,
         ) as response:
-            if response.status >= 300 and response.status != CONTINUE:
+            if response.status >= 300 and not (in_session and response.status == CONTINUE):
                 anonymous = fs.credentials.credentials is None
                 raise Refusal(response.status, await response.read(), anonymous=anonymous)
             yield response

@@ -20,7 +20,7 @@ import google.auth.exceptions
 import requests.exceptions
 from gcsfs.retry import HttpError
 
-from async_ckpt.errors import CheckpointExistsError, ThrottledError, TransientStoreError
+from async_ckpt.errors import CheckpointExistsError, StoreError, ThrottledError, TransientStoreError
 from async_ckpt.stores.requests import Verdict
 
 __all__ = ["EXISTS", "Refusal", "explain", "refused_with"]
@@ -43,11 +43,14 @@ _RIGHTS = (
     "Saving needs storage.objects.create, to replace a checkpoint also storage.objects.delete, loading "
     "storage.objects.get and removing storage.objects.delete and storage.objects.list."
 )
+_ENDPOINT = (
+    "That is no answer of Google's: check endpoint_url, STORAGE_EMULATOR_HOST and the proxies on the way."
+)
 _ANONYMOUS = f"No credentials were found, so the request was anonymous. {_LOG_IN}"
 
 
 class Refusal(Exception):
-    """An answer that says no.
+    """An answer that says no, or nothing that is to be expected.
 
     Attributes:
         status: HTTP's number.
@@ -89,11 +92,15 @@ def _explain_refusal(error: Refusal) -> Verdict:
         return Verdict(kind=ThrottledError)
     if error.status in _PASSING:
         return Verdict(kind=TransientStoreError)
+    if error.status < 400:
+        return Verdict(kind=TransientStoreError if error.status < 300 else StoreError, advice=_ENDPOINT)
     if error.status == 401:
         return Verdict(advice=_ANONYMOUS if error.anonymous else f"The credentials are not valid. {_LOG_IN}")
     if error.status == 403:
         if error.reason in _HELD:
             return Verdict(advice="The checkpoint there is under a hold or a retention policy.")
+        if "billing account" in error.message:
+            return Verdict(advice="Enable billing for the project that owns the bucket.")
         return Verdict(advice=_ANONYMOUS if error.anonymous else _RIGHTS)
     if error.status == 404:
         return Verdict(missing=True, advice="Check that there is a bucket of this name.")

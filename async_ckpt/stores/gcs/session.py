@@ -1,8 +1,9 @@
 """The resumable session behind one upload: begun, asked, fed in order, cancelled.
 
-Guarantees: bytes for which no answer came are not sent again before the server was asked what it holds; a
-session that the server has lost is forgotten, and the next attempt begins a new one, from the first byte; one
-that was begun is known to whoever has to cancel it, even if beginning it was cancelled.
+Guarantees: bytes for which no answer came are not sent again before the server was asked what it holds; sending
+goes on from where the server says; a session that the server has lost, or that is of no use any more, makes room for
+a new one, from the first byte; one that was begun is known to whoever has to cancel it, even if beginning it was
+cancelled.
 
 A session is invisible and costs nothing; one that nobody cancels, as after a crash, expires after a week.
 
@@ -14,23 +15,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import anyio
 
 from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.gcs.client import CONTINUE, Answer, Client, Target
-from async_ckpt.stores.gcs.errors import refused_with
+from async_ckpt.stores.gcs.errors import Refusal, refused_with
 from async_ckpt.stores.payload import PartPayload
 from async_ckpt.stores.requests import Pace, Requests, patience
 
-__all__ = ["CHUNK_MULTIPLE", "LOST", "ResumableSession"]
+__all__ = ["CHUNK_MULTIPLE", "ResumableSession"]
 
 #: Every request but the last carries a multiple of this.
 CHUNK_MULTIPLE = 256 * 1024
 
-#: How the server says that it has no such session: expired or unknown; broken; cancelled.
-LOST = frozenset({404, 410, 499})
+# How the server says that it has no such session: expired or unknown; broken; cancelled.
+_LOST = frozenset({404, 410, 499})
 
 
 class ResumableSession:
@@ -72,7 +74,9 @@ class ResumableSession:
         self._requests = requests
         self._pace = pace
         self._url: str | None = None
-        self._unsure = False  # bytes were sent, and no answer came
+        self._sent = 0  # bytes from the first on, with or without an answer
+        self._unsure = False  # no answer came to the last of them
+        self._useless: str | None = None  # one that is still to be cancelled
 
     @property
     def is_open(self) -> bool:
@@ -81,13 +85,14 @@ class ResumableSession:
 
     async def open(self, stage: str) -> None:
         """Begin one, if there is none; one attempt."""
-        if self._url is not None:
-            return
-        # Whoever is cancelled still learns the session's name, to cancel it.
-        with anyio.CancelScope(shield=True):
-            answer = await self._requests.once(stage, self._location, self._begin)
-        self._url = answer.headers["Location"]
-        self.held, self._unsure = 0, False
+        if self._useless is not None:
+            with suppress(StoreError):  # it expires by itself
+                await self._requests.once("abort", self._location, self._client.call, "DELETE", self._useless)
+            self._useless = None
+        if self._url is None:
+            # Whoever is cancelled still learns the session's name, to cancel it.
+            with anyio.CancelScope(shield=True):
+                self._url = await self._requests.once(stage, self._location, self._begin)
 
     async def ask(self, stage: str) -> Answer | None:
         """Learn what the server holds, where that is not known; return what it says of the whole object."""
@@ -95,15 +100,15 @@ class ResumableSession:
             return None
         try:
             # Not */NBYTES, by which a server may understand that this is the end.
-            answer = await self._requests.once(stage, self._location, self._feed, b"", "bytes */*", {})
+            answer = await self._requests.once(stage, self._location, self._feed, "PUT", b"", "bytes */*", {})
         except StoreError as error:
-            if not refused_with(error, LOST):
+            if not refused_with(error, _LOST):
                 raise
             self.forget()
             return None
         if answer.status != CONTINUE:
             return answer
-        self.note(answer, 0, self._nbytes, stage)
+        self.note(answer, stage)
         return None
 
     async def send(
@@ -117,45 +122,48 @@ class ResumableSession:
                     self._requests.translating(stage, self._location),
                     patience(self._requests.stall_seconds) as moved,
                 ):
-                    self._unsure = True
-                    return await self._feed(PartPayload(pieces, moved=moved), span, headers)
+                    self._sent, self._unsure = max(self._sent, stop), True
+                    # Not PUT: aiohttp sends that again by itself when a kept connection breaks.
+                    return await self._feed("POST", PartPayload(pieces, moved=moved), span, headers)
         except StoreError as error:
-            # After the last bytes, a session is also gone where all went well: it is then asked for.
-            if refused_with(error, LOST) and stop < self._nbytes:
-                raise self.broken(stage, "the server has lost the upload") from error
-            raise
+            if not refused_with(error, _LOST):
+                raise
+            self.forget()
+            reason = OSError("the server has lost the upload")
+            raise TransientStoreError.during(stage, self._location.url, reason) from error
 
-    def note(self, answer: Answer, least: int, most: int, stage: str) -> None:
-        """Take down how much the server says it holds."""
+    def note(self, answer: Answer, stage: str) -> None:
+        """Take down how much the server says it holds; it may be less than was sent, or nothing."""
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
         held = int(match[1]) + 1 if match else 0
-        if answer.status != CONTINUE or not max(least, self.held) <= held <= most:
-            raise self.broken(stage, f"of {most} bytes the server says it holds {held}")
+        if answer.status != CONTINUE or held > self._sent:
+            raise self.broken(stage, f"of {self._sent} bytes the server says it holds {held}")
         self.held, self._unsure = held, False
 
     def forget(self) -> None:
         """Begin a new one next time."""
-        self._url, self.held, self._unsure = None, 0, False
+        self._url, self.held, self._sent, self._unsure = None, 0, 0, False
 
     def broken(self, stage: str, reason: str) -> StoreError:
-        """Forget the session; return the error that has the next attempt begin a new one."""
+        """Return the error that has the next attempt cancel the session and begin a new one."""
+        self._useless = self._url
         self.forget()
         return TransientStoreError.during(stage, self._location.url, OSError(reason))
 
     async def cancel(self) -> None:
         """Cancel the session, if there is one."""
-        if self._url is None:
-            return
-        try:
-            await self._requests.step("abort", self._location, self._client.call, "DELETE", self._url)
-        except StoreError as error:
-            if not refused_with(error, LOST):  # 499 is how a cancellation is confirmed
-                raise
+        for url in filter(None, (self._useless, self._url)):
+            try:
+                await self._requests.step("abort", self._location, self._client.call, "DELETE", url)
+            except StoreError as error:
+                if not refused_with(error, _LOST):  # 499 is how a cancellation is confirmed
+                    raise
+        self._useless = None
         self.forget()
 
-    async def _begin(self) -> Answer:
+    async def _begin(self) -> str:
         description = {"metadata": self._metadata, "contentType": "application/octet-stream"}
-        return await self._client.call(
+        answer = await self._client.call(
             "POST",
             self._target.bucket_path,
             root="upload/storage/v1",
@@ -171,10 +179,17 @@ class ResumableSession:
             },
             body=json.dumps(description).encode(),
         )
+        if "Location" not in answer.headers:
+            raise Refusal(answer.status, answer.body)
+        return answer.headers["Location"]
 
-    async def _feed(self, body: PartPayload | bytes, span: str, headers: Mapping[str, str]) -> Answer:
+    async def _feed(
+        self, method: str, body: PartPayload | bytes, span: str, headers: Mapping[str, str]
+    ) -> Answer:
         assert self._url is not None
-        # Not PUT: aiohttp sends that again by itself when a kept connection breaks.
-        return await self._client.call(
-            "POST", self._url, headers={"Content-Range": span, **headers}, body=body
+        answer = await self._client.call(
+            method, self._url, headers={"Content-Range": span, **headers}, body=body
         )
+        if answer.status != CONTINUE and "generation" not in answer.json():
+            raise Refusal(answer.status, answer.body)  # no object came to be
+        return answer

@@ -177,16 +177,13 @@ class GCSStore:
         """Return the object's description; None if there is no such object."""
         params = {"generation": target.generation}
         try:
-            answer = await self._requests.step(
-                stage, location, self._client.call, "GET", target.path, params=params
-            )
+            return await self._requests.step(stage, location, self._client.describe, target.path, params)
         except FileNotFoundError:
             return None
         except StoreError as error:
             if refused_with(error, {404}):
                 return None
             raise
-        return answer.json()
 
     async def _children(
         self,
@@ -206,14 +203,13 @@ class GCSStore:
             "fields": "items/name,nextPageToken",
         }
         try:
-            answer = await self._requests.step(
-                stage, location, self._client.call, "GET", target.bucket_path, params=params
+            found = await self._requests.step(
+                stage, location, self._client.describe, target.bucket_path, params
             )
         except StoreError as error:
             if missing_ok and refused_with(error, {404}):
                 return [], None
             raise
-        found = answer.json()
         return [item["name"] for item in found.get("items", ())], found.get("nextPageToken")
 
     async def _delete(self, target: Target) -> None:

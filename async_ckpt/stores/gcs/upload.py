@@ -5,8 +5,8 @@ Guarantees, beyond those of every store:
 * The last bytes, at most 256 KiB of them, go with ``commit``: until then the server cannot end the upload (D2).
 * The server is told the file's CRC-32C with the last bytes, and refuses other ones; what it says it has
   stored is compared as well.
-* Where the answer to the last bytes was lost, the session is asked, or the object itself, whether they
-  arrived: it carries a token of this upload's (E3).
+* Where the answer to the last bytes was lost, the session is asked, or the object itself, whether they arrived: it
+  carries a token of this upload's. A failure is claimed only of what is not there (E3).
 
 What does not belong here: the session and what the server holds (`session`).
 """
@@ -17,17 +17,17 @@ import errno
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
 
-from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
+from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.checksums import as_text, crc32c
-from async_ckpt.stores.gcs.client import CONTINUE, Answer, Client, Target
+from async_ckpt.stores.gcs.client import CONTINUE, Client, Target
 from async_ckpt.stores.gcs.errors import Refusal, refused_with
-from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE, LOST, ResumableSession
+from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE, ResumableSession
 from async_ckpt.stores.requests import Pace, Requests
 
 __all__ = ["TOKEN_KEY", "ResumableUpload"]
@@ -95,7 +95,7 @@ class ResumableUpload:
         self._put = 0  # bytes of the parts that are through
         self._checksum = 0  # CRC-32C of the first so many bytes:
         self._summed = 0
-        self._last_sent = False  # the last bytes have been sent, so the object may be there
+        self._in_doubt = False  # the last bytes were sent without an answer, so the object may be there
         self._ended = False
 
     async def start(self) -> None:
@@ -120,8 +120,8 @@ class ResumableUpload:
         self._check(complete, "commit", "not every byte was put")
         try:
             await self._requests.again(self._finish)
-        except CheckpointExistsError:
-            if await self._stored_object() is None:
+        except StoreError as error:
+            if not self._in_doubt or not await self._is_there(error):
                 raise
         self._ended = True
 
@@ -141,7 +141,7 @@ class ResumableUpload:
     async def _send_until(self, goal: int, stage: str) -> None:
         """Have the server hold the first *goal* bytes at least: one attempt, however many requests."""
         if (early := await self._session.ask(stage)) is not None:
-            await self._verify(early)  # it raises, as bytes are missing
+            await self._verify(early.json())  # it raises, as bytes are missing
         await self._session.open(stage)
         while self._session.held < goal:
             start = self._session.held
@@ -149,8 +149,9 @@ class ResumableUpload:
             if start < self._summed:  # sent again: no further than that, for each byte is summed once
                 stop = min(stop, self._summed)
             pieces = await self._workers.run(self._read, start, stop)
-            answer = await self._session.send(pieces, start, stop, stage, {})
-            self._session.note(answer, start + 1, stop, stage)
+            self._session.note(await self._session.send(pieces, start, stop, stage, {}), stage)
+            if self._session.held <= start:
+                raise self._passing(stage, "the server took nothing of what it was sent")
 
     def _read(self, start: int, stop: int) -> Sequence[memoryview]:
         """Return bytes, and sum them if they are new; blocks."""
@@ -169,53 +170,62 @@ class ResumableUpload:
 
     async def _finish(self) -> None:
         """Have the object come to be: one attempt, which first looks whether an earlier one succeeded."""
-        if self._last_sent:
+        if self._in_doubt:
             answer = await self._session.ask("commit")
-            if answer is None and not self._session.is_open:
-                answer = await self._stored_object()
-                self._last_sent = False
             if answer is not None:
-                return await self._verify(answer)
+                return await self._verify(answer.json())
+            if not self._session.is_open and (stored := await self._stored_object()) is not None:
+                return await self._verify(stored)
         await self._send_until(self._withheld_from(), "commit")
         start, stop = self._session.held, self._nbytes
         pieces = await self._workers.run(self._read, start, stop)
-        self._last_sent = True
         try:
             headers = {"X-Goog-Hash": f"crc32c={as_text(self._checksum)}"}
             answer = await self._session.send(pieces, start, stop, "commit", headers)
+        except TransientStoreError:
+            self._in_doubt = True
+            raise
         except StoreError as error:
             if refused_with(error, {400}) and _OTHER_BYTES.search(str(error.__cause__)):
-                raise self._anew("other bytes arrived than were sent") from error
-            if refused_with(error, LOST):
-                raise self._anew("the server has lost the upload") from error
+                raise self._session.broken("commit", "other bytes arrived than were sent") from error
             raise
         if answer.status == CONTINUE:
-            self._session.note(answer, start, stop, "commit")
-            reason = OSError("the server did not take the last bytes")
-            raise TransientStoreError.during("commit", self._location.url, reason)
-        return await self._verify(answer)
+            self._session.note(answer, "commit")
+            raise self._passing("commit", "the server did not take the last bytes")
+        return await self._verify(answer.json())
 
-    async def _verify(self, answer: Answer) -> None:
+    async def _verify(self, stored: Mapping[str, Any]) -> None:
         """Compare what was stored; take it away again if it is not what was sent."""
-        stored: dict[str, Any] = answer.json() if answer.body else {}
-        sent = {"size": str(self._nbytes), "crc32c": as_text(self._checksum)}
-        if all(stored.get(name, value) == value for name, value in sent.items()):
+        checksum = as_text(self._checksum)
+        if stored["size"] == str(self._nbytes) and stored.get("crc32c", checksum) == checksum:
             return
         _log.warning("%s: other bytes were stored than were sent; deleting them", self._location.url)
         await self._requests.step("commit", self._location, self._delete_generation, stored["generation"])
-        raise self._anew("other bytes were stored than were sent")
+        self._session.forget()
+        raise self._passing("commit", "other bytes were stored than were sent")
 
-    async def _stored_object(self) -> Answer | None:
-        """Return the object's description if it came from this upload."""
+    async def _is_there(self, doubt: StoreError) -> bool:
+        """Tell whether the object is there in spite of *doubt*, and came from this upload."""
         try:
-            answer = await self._requests.step(
-                "commit", self._location, self._client.call, "GET", self._target.path
+            stored = await self._requests.again(self._stored_object)
+        except StoreError as error:
+            advice = f"Whether it took effect is not known, for the object could not be looked at: {error}"
+            raise StoreError.during("commit", self._location.url, doubt.__cause__ or doubt, advice) from doubt
+        if stored is not None:
+            await self._verify(stored)
+        return stored is not None
+
+    async def _stored_object(self) -> dict[str, Any] | None:
+        """Return the object's description if it came from this upload; one attempt."""
+        try:
+            stored = await self._requests.once(
+                "commit", self._location, self._client.describe, self._target.path
             )
         except StoreError as error:
             if refused_with(error, {404}):
                 return None
             raise
-        return answer if (answer.json().get("metadata") or {}).get(TOKEN_KEY) == self._token else None
+        return stored if (stored.get("metadata") or {}).get(TOKEN_KEY) == self._token else None
 
     async def _delete_generation(self, generation: str) -> None:
         try:
@@ -226,10 +236,8 @@ class ResumableUpload:
 
     # -- errors
 
-    def _anew(self, reason: str) -> StoreError:
-        """Return the error that has the next attempt begin a new session."""
-        self._last_sent = False
-        return self._session.broken("commit", reason)
+    def _passing(self, stage: str, reason: str) -> StoreError:
+        return TransientStoreError.during(stage, self._location.url, OSError(reason))
 
     def _check(self, holds: bool, stage: str, reason: str) -> None:
         if not holds:

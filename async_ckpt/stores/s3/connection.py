@@ -2,21 +2,21 @@
 
 Guarantees: whatever s3fs takes settings from (storage_options, fsspec's configuration, the environment, AWS
 profiles) counts here too; a request is made once, as repeating is the store's affair (E3); expired credentials
-are read afresh where they can be; ``aclose`` leaves no connection behind.
+are read afresh where they can be, and the clients that had them are closed (B2); ``aclose`` leaves none behind.
 
 What does not belong here: which requests there are.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import botocore.config
+from botocore.parsers import ResponseParserError
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Workers
@@ -28,6 +28,14 @@ _log = logging.getLogger("async_ckpt.stores.s3")
 
 _CONNECT_SECONDS = 10.0
 _CONNECTIONS_BESIDE_PARTS = 28  # for reading and small requests
+# What S3 tells in each answer; where it is missing, somebody in between has answered.
+_TOLD = {
+    "complete_multipart_upload": "ETag",
+    "create_multipart_upload": "UploadId",
+    "head_object": "ContentLength",
+    "put_object": "ETag",
+    "upload_part": "ETag",
+}
 
 
 def with_our_settings(config: dict[str, Any], *, stall_seconds: float, parts: int) -> dict[str, Any]:
@@ -61,6 +69,18 @@ def with_our_settings(config: dict[str, Any], *, stall_seconds: float, parts: in
     return merged
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Client:
+    """A connected file system, and how many requests it is making."""
+
+    file_system: Any
+    requests: int = 0
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.file_system._s3creator.__aexit__(None, None, None)
+
+
 class Connection:
     """Requests to one S3 with one set of storage options.
 
@@ -90,8 +110,8 @@ class Connection:
         self._stall_seconds = stall_seconds
         self._parts = parts
         self._lock = anyio.Lock()
-        self._file_system: Any = None
-        self._closing = AsyncExitStack()
+        self._client: _Client | None = None
+        self._clients: set[_Client] = set()  # those before it as well, while a request of theirs is under way
 
     async def call(self, operation: str, **arguments: Any) -> Any:
         """Make one request; what s3fs's ``s3_additional_kwargs`` says for it is added.
@@ -101,52 +121,69 @@ class Connection:
             **arguments: its parameters.
 
         Returns:
-            botocore's answer.
+            botocore's answer; it tells what S3 tells.
         """
-        file_system = await self.file_system()
+        client = await self._connected()
+        client.requests += 1
+        try:
+            return await self._call(client.file_system, operation, arguments)
+        except Exception as error:
+            if is_expired(error):
+                self._forget(client)
+            raise
+        finally:
+            client.requests -= 1
+            if client is not self._client and not client.requests and client in self._clients:
+                self._clients.remove(client)
+                await client.aclose()
+
+    async def file_system(self) -> Any:
+        """Return the file system; the first time, make and connect it."""
+        return (await self._connected()).file_system
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        self._client = None
+        while self._clients:
+            await self._clients.pop().aclose()
+
+    async def _connected(self) -> _Client:
+        async with self._lock:
+            if self._client is None:
+                file_system = await self._workers.run(self._make)
+                client = await file_system.set_session()
+                self._client = _Client(file_system=file_system)
+                self._clients.add(self._client)
+                client.meta.events.register("before-send.s3.UploadPart", self._expect_nothing)
+            return self._client
+
+    async def _call(self, file_system: Any, operation: str, arguments: dict[str, Any]) -> Any:
         client = await file_system.get_s3(arguments.get("Bucket"))
         method = getattr(client, operation)
         allowed = file_system._get_s3_method_kwargs(method, **arguments)
         if "IfNoneMatch" in arguments and "IfNoneMatch" not in allowed:
             raise StoreError("overwrite=False needs a newer botocore; upgrade s3fs and aiobotocore")
-        try:
-            return await method(**allowed)
-        except Exception as error:
-            if is_expired(error) and not (file_system.key or file_system.token):
-                self._forget(file_system)
-            raise
-
-    async def file_system(self) -> Any:
-        """Return the file system; the first time, make and connect it."""
-        async with self._lock:
-            if self._file_system is None:
-                file_system = await self._workers.run(self._make)
-                client = await file_system.set_session()
-                self._closing.push_async_callback(file_system._s3creator.__aexit__, None, None, None)
-                client.meta.events.register("before-send.s3.UploadPart", self._expect_nothing)
-                self._file_system = file_system
-            return self._file_system
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        self._file_system = None
-        with anyio.CancelScope(shield=True):
-            await self._closing.aclose()
+        answer = await method(**allowed)
+        told = _TOLD.get(operation)
+        if told is not None and told not in answer:
+            raise ResponseParserError(f"the answer to {operation} has no {told}, so it is not S3's own")
+        return answer
 
     def _make(self) -> Any:
         # Not on its loop=, which would have it close itself at any time: its own calls are not used.
         own = {"asynchronous": True, "skip_instance_cache": True}
-        file_system = self._class(**{**copy.copy(self._options), **own})
+        file_system = self._class(**{**self._options, **own})
         file_system.config_kwargs = with_our_settings(
             file_system.config_kwargs, stall_seconds=self._stall_seconds, parts=self._parts
         )
         return file_system
 
-    def _forget(self, file_system: Any) -> None:
-        """Have the next request connect anew, with credentials read afresh."""
-        if self._file_system is file_system:
+    def _forget(self, client: _Client) -> None:
+        """Have the next request connect anew, with credentials read afresh, unless they were given to us."""
+        given = client.file_system.key or client.file_system.token
+        if client is self._client and not given:
             _log.info("the credentials have expired, reading them again")
-            self._file_system = None
+            self._client = None
 
     def _expect_nothing(self, request: Any, **_: Any) -> None:
         """Send a part without asking first whether it is welcome, which takes the time of a round trip.

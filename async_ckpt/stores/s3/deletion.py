@@ -39,11 +39,12 @@ class Deletion:
         self._connection = connection
         self._requests = requests
 
-    async def run(self, key: str) -> None:
-        """Delete *key*, and what is below it."""
-        async for keys in self._below(key):
-            await self._delete_all(keys)
-        await self._delete_one(key)
+    async def run(self, key: str, version: dict[str, str]) -> None:
+        """Delete *key*, and what is below it; or that version of it alone."""
+        if not version:
+            async for keys in self._below(key):
+                await self._delete_all(keys)
+        await self._delete_one(key, **version)
 
     async def _below(self, key: str) -> AsyncGenerator[list[str], None]:
         """Yield the keys below *key*, by the page."""
@@ -78,9 +79,9 @@ class Deletion:
         for failed in answer.get("Errors") or ():
             raise ClientError({"Error": failed}, "DeleteObjects")
 
-    async def _delete_one(self, key: str) -> None:
+    async def _delete_one(self, key: str, **version: str) -> None:
         try:
-            await self._ask("delete_object", Key=key)
+            await self._ask("delete_object", Key=key, **version)
         except StoreError as error:
             if error_code(error) not in _NOT_THERE:
                 raise

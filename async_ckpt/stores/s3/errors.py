@@ -44,8 +44,9 @@ _CLOCK = "Set this machine's clock."
 
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchVersion", "NotFound"})
 _DENIED_CODES = frozenset({"403", "AccessDenied", "AllAccessDisabled"})
+# 400 is all that the answer to a HEAD says, which has no body.
 _EXPIRED_CODES = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+    {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 )
 _THROTTLED = frozenset(
     {
@@ -123,7 +124,7 @@ def is_denied(error: BaseException) -> bool:
 
 
 def is_expired(error: BaseException) -> bool:
-    """Tell whether S3 says that the credentials have expired."""
+    """Tell whether S3 says that the credentials have expired, or may mean it."""
     return error_code(error) in _EXPIRED_CODES
 
 
@@ -158,7 +159,7 @@ def _explain_answer(error: boto.ClientError) -> Verdict:
     code = error_code(error)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     operation = error.operation_name
-    message = error.response.get("Error", {}).get("Message", "")
+    message = error.response.get("Error", {}).get("Message", "").rstrip(".")
     reason = f"{operation} was answered {code}: {message}" if message else f"{operation} was answered {code}"
     if code in _MISSING and operation != "ListMultipartUploads":
         return Verdict(missing=True, reason=reason, advice=_BUCKET if operation != "HeadObject" else "")
@@ -169,7 +170,7 @@ def _explain_answer(error: boto.ClientError) -> Verdict:
     if code in _THROTTLED or status in (429, 503):
         return Verdict(kind=ThrottledError, reason=reason)
     if code in _EXPIRED_CODES:
-        return Verdict(kind=TransientStoreError, reason=reason, advice=_EXPIRED)
+        return Verdict(kind=TransientStoreError, reason=reason, advice=_ADVICE.get(code, _EXPIRED))
     if code in _TRANSIENT or (status >= 500 and status != 501):
         return Verdict(kind=TransientStoreError, reason=reason)
     if code in _DENIED_CODES:

@@ -14,8 +14,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import anyio
-
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location, Workers
@@ -36,6 +34,7 @@ _LEAST_PART_BYTES = 5 << 20
 _MOST_PART_BYTES = 5 << 30
 _MAX_PARTS = 10_000
 _EXISTS = "a checkpoint is there, and overwrite=False"
+_ONE_VERSION = "the URL names one version; nobody can save to it"
 _NO_FILE = "Give the URL of an object: bucket, key, no slash at its end, nothing below it."
 
 
@@ -88,7 +87,9 @@ class S3Store:
 
     async def begin(self, location: Location, nbytes: int) -> S3Upload:
         """Look whether it can be written, sweep, and create the multipart upload if it takes one."""
-        bucket, key, _ = await self._split("begin", location)
+        bucket, key, version = await self._split("begin", location)
+        if version:
+            raise StoreError.during("begin", location.url, OSError(_ONE_VERSION))
         try:
             part_size = fitting_part_size(
                 nbytes,
@@ -125,18 +126,17 @@ class S3Store:
         try:
             await upload.start()
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
+            await upload.abort()
             raise
         return upload
 
     async def delete(self, location: Location) -> None:
-        """Delete the object, and those below it as below a directory."""
-        bucket, key, _ = await self._split("delete", location)
+        """Delete the object, and those below it as below a directory; only a version, where the URL names one."""
+        bucket, key, version = await self._split("delete", location)
         if not key:
             raise StoreError.during("delete", location.url, OSError("a bucket is never deleted"))
         deletion = Deletion(location, bucket, connection=self._connection, requests=self._requests)
-        await deletion.run(key)
+        await deletion.run(key, version)
 
     async def exists(self, location: Location) -> bool:
         """Tell whether an object, or one below it, is at *location*."""

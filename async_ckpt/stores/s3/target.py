@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
@@ -22,6 +22,9 @@ from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import refuses_checksum
 
 __all__ = ["TOKEN", "S3Object", "Target"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger("async_ckpt.stores.s3")
 
@@ -71,12 +74,7 @@ class Target:
 
     async def create(self) -> str:
         """Create a multipart upload; return its id."""
-        try:
-            return await self._create()
-        except StoreError as error:
-            if not self._does_without_checksum(error):
-                raise
-            return await self._create()
+        return await self._with_or_without_checksum(self._create)
 
     async def send(self, upload_id: str, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
         """Send a part; return its tag."""
@@ -129,16 +127,11 @@ class Target:
                 UploadId=upload_id,
                 MultipartUpload={"Parts": named},
             )
-        return str(answer.get("ETag", ""))
+        return str(answer["ETag"])
 
     async def put(self, pieces: Sequence[memoryview], checksum: str) -> None:
         """Make an object of *pieces*."""
-        try:
-            await self._put(pieces, checksum)
-        except StoreError as error:
-            if not self._does_without_checksum(error):
-                raise
-            await self._put(pieces, checksum)
+        await self._with_or_without_checksum(self._put, pieces, checksum)
 
     async def abort(self, upload_id: str) -> None:
         """Abort the multipart upload; NoSuchUpload is an error here."""
@@ -148,23 +141,18 @@ class Target:
         """Raise NoSuchUpload once the multipart upload is no more."""
         await self._ask("abort", "list_parts", UploadId=upload_id, MaxParts=1)
 
-    async def is_there(self) -> bool | None:
-        """Tell whether the object that is there is this upload's; None if that cannot be seen."""
+    async def is_there(self) -> bool:
+        """Tell whether the object that is there is this upload's."""
         try:
             answer = await self._ask("read", "head_object")
         except FileNotFoundError:
             return False
-        except StoreError as error:
-            _log.warning("cannot look whether %s was written: %s", self._location.url, error)
-            return None
         return bool(answer.get("Metadata", {}).get(TOKEN) == self._token)
 
     async def _create(self) -> str:
         metadata = await self._metadata()
         algorithm = {"ChecksumAlgorithm": _CHECKSUM} if self._checked else {}
-        answer = await self._requests.once(
-            "begin", self._location, self._call, "create_multipart_upload", **algorithm, Metadata=metadata
-        )
+        answer = await self._ask("begin", "create_multipart_upload", **algorithm, Metadata=metadata)
         return str(answer["UploadId"])
 
     async def _put(self, pieces: Sequence[memoryview], checksum: str) -> None:
@@ -183,10 +171,9 @@ class Target:
             )
 
     async def _ask(self, stage: str, operation: str, **arguments: Any) -> Any:
-        return await self._requests.step(stage, self._location, self._call, operation, **arguments)
-
-    async def _call(self, operation: str, **arguments: Any) -> Any:
-        return await self._connection.call(operation, **self._name, **arguments)
+        return await self._requests.once(
+            stage, self._location, self._connection.call, operation, **self._name, **arguments
+        )
 
     async def _metadata(self) -> dict[str, str]:
         file_system = await self._connection.file_system()
@@ -197,10 +184,15 @@ class Target:
             return {}
         return {"ChecksumAlgorithm": _CHECKSUM, f"Checksum{_CHECKSUM}": value}
 
-    def _does_without_checksum(self, error: StoreError) -> bool:
-        """Send none from now on, if *error* says that the server knows none."""
-        if not (self._checked and refuses_checksum(error)):
-            return False
-        _log.warning("%s: the server knows no CRC-32, so none is sent", self._location.url)
-        self._checked = False
-        return True
+    async def _with_or_without_checksum(
+        self, request: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Make *request*; again, and none with a checksum from now on, if the server says that it knows none."""
+        try:
+            return await request(*args, **kwargs)
+        except StoreError as error:
+            if not (self._checked and refuses_checksum(error)):
+                raise
+            _log.warning("%s: the server knows no CRC-32, so none is sent", self._location.url)
+            self._checked = False
+        return await request(*args, **kwargs)

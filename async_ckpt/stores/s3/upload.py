@@ -131,7 +131,7 @@ class S3Upload:
         except StoreError as error:
             # After this nothing can make it appear any more, hence what is there then tells the outcome.
             await self.abort()
-            there = await self._target.is_there() if self._in_doubt else False
+            there = await self._look(again=True) if self._in_doubt else False
             if there is None:
                 raise self._error("commit", "whether it was written could not be found out") from error
             if not there:
@@ -169,20 +169,29 @@ class S3Upload:
             else:
                 parts = [(each.index, each.token, self._checksums[each.index]) for each in receipts]
                 tag = await self._target.complete(self._upload_id, parts)
-                self.stored = self._target.named(tag) if tag else None
+                self.stored = self._target.named(tag)
         except StoreError as error:
             if isinstance(error, TransientStoreError) or error_code(error) == "NoSuchUpload":
                 self._in_doubt = True
             # aiohttp sends a PUT twice where a kept connection has broken, so the first may be what is there.
             looks = self._in_doubt or isinstance(error, CheckpointExistsError)
-            if not (looks and await self._target.is_there()):
+            if not (looks and await self._look()):
                 raise
+
+    async def _look(self, *, again: bool = False) -> bool | None:
+        """Tell whether what is there is this upload's; None if that cannot be seen."""
+        look = self._target.is_there
+        try:
+            return await (self._requests.again(look) if again else look())
+        except StoreError as error:
+            _log.warning("cannot look whether %s was written: %s", self._location.url, error)
+            return None
 
     async def _abort(self, upload_id: str) -> None:
         """Abort, and look, until S3 does not know the upload."""
         for request in (self._target.abort, self._target.find) * _ABORTS:
             try:
-                await request(upload_id)
+                await self._requests.again(request, upload_id)
             except StoreError as error:
                 code = error_code(error)
                 if code == "NoSuchUpload" or (request == self._target.find and code in _NOT_TO_SEE):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from async_ckpt.stores.payload import PartPayload
 
-SLICE = 1 << 20
+SLICE = 256 << 10
 
 
 class Writer:
@@ -55,7 +55,7 @@ def test_all_bytes_in_slices(sizes: Sequence[int]) -> None:
 
 def test_small_neighbours_go_together() -> None:
     """Many small pieces are sent by few writes."""
-    payload = PartPayload(views(*[b"x" * 100] * 10_000))
+    payload = PartPayload(views(*[b"x" * 100] * 2_500))
     assert len(sent(payload)) == 1
 
 

@@ -33,6 +33,7 @@ def answered(code: str, status: int = 400, operation: str = "UploadPart", messag
         (answered("ConditionalRequestConflict", 409), TransientStoreError),
         (answered("BadDigest", 400), TransientStoreError),
         (answered("ExpiredToken", 400), TransientStoreError),
+        (answered("400", 400, "HeadObject"), TransientStoreError),
         (answered("NotImplemented", 501), StoreError),
         (answered("AccessDenied", 403), StoreError),
         (answered("NoSuchBucket", 404), StoreError),
@@ -116,6 +117,7 @@ def test_codes_of_translated_errors() -> None:
     assert error_code(translated) == "AccessDenied"
     assert is_denied(translated)
     assert is_expired(answered("ExpiredToken"))
+    assert is_expired(answered("400", 400, "HeadObject"))  # has no body to say so
     assert error_code(ValueError()) == error_code(None) == ""
 
 

@@ -1,0 +1,191 @@
+"""One file on its way to any file system that fsspec knows.
+
+Guarantees: the bytes go to a temporary name beside the target, which is then moved (`move`). A handle that was not
+written to its end is thrown away, never closed where closing means committing (D2).
+
+Parts are taken in order, as fsspec's handles are. No part is repeated: whether a handle that failed has taken the
+bytes, nothing tells. The writer begins the whole file again; hence the handle is closed with the last part, as that
+may send what was held back. What follows, is repeated here (E3).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import posixpath
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import fsspec.spec
+
+from async_ckpt.stores.base import Content, Location, Part, Receipt
+from async_ckpt.stores.fsspec_calls import info_of, remove_empty_directory, remove_file, translating
+from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.move import Move
+from async_ckpt.stores.target import exists_already
+
+if TYPE_CHECKING:
+    from async_ckpt.stores.generic import GenericStore
+
+__all__ = ["GenericUpload"]
+
+_log = logging.getLogger("async_ckpt.stores.generic")
+
+
+class GenericUpload:
+    """One temporary name on its way to becoming the target; made by ``GenericStore.begin``."""
+
+    part_size = None
+    max_concurrent_parts = 1
+    is_paced = False
+
+    def __init__(self, store: GenericStore, location: Location, nbytes: int) -> None:
+        self.swept: tuple[str, ...] = ()
+        self._store = store
+        self._fs: Any = None  # until it has begun
+        self._location = location
+        self._nbytes = nbytes
+        self._directory = posixpath.dirname(location.path)
+        self._temporary = posixpath.join(self._directory, temporary_name())
+        self._move: Move | None = None
+        self._handle: Any = None
+        self._position = 0
+        self._broken = False  # or ended
+        self._takes_views = True
+        self._made: list[str] = []
+
+    async def put(self, part: Part, content: Content) -> Receipt:
+        """Write the next part."""
+        pieces = await self._store.run(content.read, part.start, part.stop)
+        return await self._store.once(self._write, part, pieces)
+
+    async def commit(self, receipts: Sequence[Receipt]) -> None:
+        """Check the length, and move."""
+        await self._store.step(self._settle)
+        self._made.clear()
+        await self.abort()  # a move may leave its source
+
+    async def abort(self) -> None:
+        """Throw the handle away and remove the temporary name."""
+        if self._fs is None:
+            return
+        try:
+            await self._store.step(self._clean)
+        except Exception as error:
+            _log.warning("cleaning up after a save to %s: %s", self._location.url, error)
+
+    def start(self) -> None:
+        """Do what ``begin`` does. Whoever calls this must abort if it raises."""
+        with translating("begin", self._location):
+            self._fs = self._store.file_system
+            self._move = Move(self._fs, self._temporary, self._location.path, self._nbytes)
+            self._refuse_to_replace("begin")
+            self._open()
+            if self._is_directory(self._location.path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        self.swept = self._store.sweep(self._directory)
+
+    def _open(self) -> None:
+        try:
+            self._handle = self._fs.open(self._temporary, "wb")
+        except FileNotFoundError:
+            self._make_directories()
+            self._handle = self._fs.open(self._temporary, "wb")
+        else:
+            # FTP and the like look for the directory only when the first block is sent. Object stores
+            # have none, and some would make a bucket.
+            if not self._fs.async_impl:
+                self._make_directories()
+
+    def _make_directories(self) -> None:
+        missing = []
+        directory = self._directory
+        while directory.strip("/") and not self._is_directory(directory):
+            missing.append(directory)
+            directory = posixpath.dirname(directory)
+        if missing:
+            self._made += reversed(missing)
+            self._fs.makedirs(self._directory, exist_ok=True)
+
+    def _is_directory(self, path: str) -> bool:
+        found = info_of(self._fs, path)
+        return found is not None and found["type"] == "directory"
+
+    def _write(self, part: Part, pieces: Sequence[memoryview]) -> Receipt:
+        with translating("write", self._location):
+            if self._broken:
+                raise OSError(errno.EIO, "an earlier part failed, and a stream cannot go back")
+            if part.start != self._position or self._handle is None:
+                raise OSError(errno.EINVAL, "parts must be put once, and in order")
+            try:
+                for piece in pieces:
+                    self._write_piece(piece.cast("B"))
+                if self._position != part.stop:
+                    raise OSError(errno.EIO, f"part {part.index} has not {part.nbytes} bytes")
+                if self._position == self._nbytes:
+                    self._handle.close()
+                    self._handle = None
+            except BaseException:
+                self._broken = True
+                raise
+        return Receipt(index=part.index)
+
+    def _write_piece(self, piece: memoryview) -> None:
+        while piece.nbytes:
+            try:
+                written = self._handle.write(piece if self._takes_views else bytes(piece))
+            except TypeError:
+                if not self._takes_views:
+                    raise
+                self._takes_views = False
+                continue
+            written = written if isinstance(written, int) else piece.nbytes
+            if written <= 0:
+                raise OSError(errno.EIO, "the handle takes no bytes")
+            self._position += written
+            piece = piece[written:]
+
+    def _settle(self) -> None:
+        with translating("commit", self._location):
+            if (
+                self._move is None
+                or self._handle is not None
+                or self._broken
+                or self._position != self._nbytes
+            ):
+                raise OSError(errno.EINVAL, "not every byte was put")
+            if not self._move.begun:
+                self._refuse_to_replace("commit")
+            self._move.go()
+
+    def _refuse_to_replace(self, stage: str) -> None:
+        if not self._store.overwrite and info_of(self._fs, self._location.path) is not None:
+            raise exists_already(stage, self._location)
+
+    def _clean(self) -> None:
+        self._broken = True
+        with translating("abort", self._location):
+            self._throw_away()
+            if info_of(self._fs, self._temporary) is not None:
+                remove_file(self._fs, self._temporary)
+        while self._made:
+            directory = self._made.pop()
+            try:
+                remove_empty_directory(self._fs, directory)
+            except Exception as error:
+                _log.debug("left the directory %s: %s", directory, error)
+
+    def _throw_away(self) -> None:
+        """Free the handle; never by a close that commits."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            handle.discard()
+        except Exception as error:
+            _log.debug("cannot discard %r: %s", handle, error)
+        if isinstance(handle, fsspec.spec.AbstractBufferedFile):
+            handle.closed = True  # or else __del__ sends what there is, and commits
+        else:
+            handle.close()  # a plain file: all that this completes is the temporary name

@@ -1,0 +1,175 @@
+"""What a save that ends before its time leaves on a real S3 server: nothing, or what the next one sweeps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import signal
+from collections.abc import Callable, Mapping
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from async_ckpt import CheckpointService
+from async_ckpt.events import Event, Swept
+from stress.httpfaults import response
+from tests.integration.s3.place import LARGE, OLD, SMALL, Place, Times, running, save
+from tests.support import PATIENCE_SECONDS, python
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.slow
+def test_two_hundred_cancellations(place: Place) -> None:
+    """A save that is cancelled at any moment leaves no upload, and either the old object or, whole, the new."""
+    place.put(OLD)
+    chance = random.Random(11)
+    store = place.store()
+
+    async def cancelled_after(steps: int) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(save, store, place.locate(), LARGE)
+            for _ in range(steps):
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+
+    async def run() -> None:
+        await save(store, place.locate("other.ckpt"), SMALL)  # connects
+        for _ in range(200):
+            await cancelled_after(chance.randrange(1, 1 << chance.randrange(1, 15)))
+            source = await store.source(place.locate())
+            assert source.nbytes in (len(OLD), len(LARGE))
+            if source.nbytes == len(LARGE):
+                await save(store, place.locate(), OLD)
+
+    running(store, run)
+    assert place.read() == OLD
+    place.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kind", ["List", "ListUploads", "Create", "UploadPart", "Complete", "Put"])
+def test_cancelled_while_a_request_is_under_way(place: Place, kind: str) -> None:
+    """Whichever request is under way when a save is cancelled, no upload is left, and no part of an object."""
+    place.put(OLD)
+    cancel: list[Callable[[], object]] = []
+
+    def answer(it: str, headers: Mapping[str, str]) -> None:
+        if it == kind and cancel:
+            cancel.pop()()
+
+    store = place.store(place.proxy(answer))
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        with anyio.CancelScope() as scope:
+            cancel.append(lambda: loop.call_soon_threadsafe(scope.cancel))
+            await save(store, place.locate(), SMALL if kind == "Put" else LARGE)
+        assert scope.cancelled_caught
+
+    running(store, run)
+    assert place.read() in (OLD, SMALL, LARGE)
+    place.assert_nothing_left()
+
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    from async_ckpt import CheckpointService
+    from async_ckpt.events import PartWritten
+
+    def observer(event):
+        if isinstance(event, PartWritten):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with CheckpointService(part_size="5MiB", observer=observer) as service:
+        service.save(torch.zeros(3_000_000), sys.argv[1])
+"""
+
+
+def test_a_killed_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in the midst of an upload leaves the old object, and the next save aborts the dead one's upload."""
+    place.put(OLD)
+    monkeypatch.setenv("XDG_STATE_HOME", str(place.folder))
+    for name, value in place.server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{place.bucket}/run/x.ckpt"
+    assert python(KILLED, url).returncode == -signal.SIGKILL
+    assert place.read() == OLD
+    (orphan,) = place.open_uploads()
+    place.ask("POST", "run/x.ckpt?uploads=")
+    (other,) = {*place.open_uploads()} - {orphan}
+    events: list[Event] = []
+    with CheckpointService(observer=events.append) as service:
+        service.save({"x": 1}, f"s3://{place.bucket}/elsewhere.ckpt").wait(PATIENCE_SECONDS)
+    (swept,) = [event for event in events if isinstance(event, Swept)]
+    assert orphan in swept.names[0]
+    assert place.open_uploads() == [other]
+    assert not list((place.folder / "async_ckpt" / "uploads").iterdir())
+
+
+def test_uploads_of_the_distant_past(place: Place) -> None:
+    """A save aborts uploads of its own key that are more than a week old; others stay."""
+    for name in ("x.ckpt", "other.ckpt"):
+        place.ask("POST", f"run/{name}?uploads=")
+    uploads = place.ask("GET", "?prefix=run%2F&uploads=")
+
+    def save_when_begun(day: bytes) -> None:
+        listed = re.sub(b"<Initiated>.*?<", b"<Initiated>%s<" % day, uploads)
+        proxy = place.proxy(lambda kind, _: response(200, listed) if kind == "ListUploads" else None)
+        store = place.store(proxy)
+        running(store, lambda: save(store, place.locate(), LARGE))
+        assert place.read() == LARGE
+
+    save_when_begun(b"2999-01-01T00:00:00.000Z")
+    assert len(place.open_uploads()) == 2
+    save_when_begun(b"2020-01-01T00:00:00.000Z")
+    assert re.findall("other.ckpt", place.ask("GET", "?uploads=").decode())
+    assert len(place.open_uploads()) == 1
+
+
+def test_a_part_that_lands_after_the_abort(place: Place) -> None:
+    """An abort is repeated until S3 does not know the upload any more."""
+    first = Times(1)
+    store = place.store(place.proxy(lambda kind, _: response(204) if kind == "Abort" and first() else None))
+
+    async def run() -> None:
+        upload = await store.begin(place.locate(), len(LARGE))
+        await upload.abort()
+
+    running(store, run)
+    assert place.requests["Abort"] == 2
+    place.assert_nothing_left()
+
+
+def test_an_abort_that_fails(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """An upload that cannot be aborted is left to the next process's sweep, and the log tells."""
+    failing = True
+
+    def answer(kind: str, headers: Mapping[str, str]) -> bytes | None:
+        return response(500) if kind == "Abort" and failing else None
+
+    proxy = place.proxy(answer)
+    store = place.store(proxy)
+
+    async def begin() -> None:
+        upload = await store.begin(place.locate(), len(LARGE))
+        await upload.abort()
+
+    running(store, begin)
+    assert "cleaning up" in caplog.text
+    assert len(place.open_uploads()) == 1
+    failing = False
+    later = place.store(proxy)
+    running(later, lambda: save(later, place.locate("elsewhere.ckpt"), SMALL))
+    place.assert_nothing_left()
+
+
+def test_a_lost_answer_to_the_beginning(place: Place) -> None:
+    """An upload whose id was never learnt stays to the sweep by age; the save itself is durable."""
+    first = Times(1)
+    store = place.store(place.proxy(lose=lambda kind: kind == "Create" and first()))
+    running(store, lambda: save(store, place.locate(), LARGE))
+    assert place.read() == LARGE
+    assert len(place.open_uploads()) == 1

@@ -1,0 +1,122 @@
+"""The last request of a save to a real S3 server: its outcome is known even where its answer is lost."""
+
+from __future__ import annotations
+
+import threading
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from async_ckpt.errors import CheckpointExistsError, TransientStoreError
+from async_ckpt.retry import RetryPolicy
+from async_ckpt.testing import BytesContent
+from stress.httpfaults import response
+from tests.integration.s3.place import LARGE, MIB, OLD, SMALL, Place, Times, running, save, send
+from tests.support import PATIENCE_SECONDS
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(("kind", "data"), [("Put", SMALL), ("Complete", LARGE)])
+def test_a_lost_answer_to_the_commit(place: Place, kind: str, data: bytes, overwrite: bool) -> None:
+    """Where the answer to the last request is lost, the object is found to be ours, and not written twice."""
+    first = Times(1)
+    store = place.store(place.proxy(lose=lambda it: it == kind and first()), overwrite=overwrite)
+    running(store, lambda: save(store, place.locate(), data))
+    # aiohttp repeats a PUT whose kept connection turns out to be closed.
+    assert place.requests[kind] <= (2 if kind == "Put" else 1)
+    assert place.read() == data
+    place.assert_nothing_left()
+
+
+def test_every_answer_to_the_commit_lost(place: Place) -> None:
+    """Even where the policy allows no second request, the outcome is looked up."""
+    store = place.store(
+        place.proxy(lose=lambda kind: kind == "Complete"), RetryPolicy(attempts=1), overwrite=False
+    )
+    running(store, lambda: save(store, place.locate(), LARGE))
+    assert place.read() == LARGE
+
+
+def test_a_commit_that_never_arrives(place: Place) -> None:
+    """Where the last request fails and what is there is another's, the save has failed, and nothing is left."""
+    place.put(OLD)
+    store = place.store(place.proxy(lambda kind, _: response(500) if kind == "Complete" else None))
+    with pytest.raises(TransientStoreError, match="CompleteMultipartUpload"):
+        running(store, lambda: save(store, place.locate(), LARGE))
+    assert place.read() == OLD
+    place.assert_nothing_left()
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["one part", "three parts"])
+def test_nothing_is_replaced(place: Place, data: bytes) -> None:
+    """With overwrite=False, a checkpoint that appears while ours is sent stays, and ours fails."""
+    store = place.store(overwrite=False)
+
+    async def run() -> None:
+        upload = await store.begin(place.locate(), len(data))
+        receipts = await send(upload, BytesContent(data, piece_bytes=MIB))
+        other = place.store()
+        await save(other, place.locate(), OLD)
+        await other.aclose()
+        with pytest.raises(CheckpointExistsError, match=r"x\.ckpt"):
+            await upload.commit(receipts)
+
+    running(store, run)
+    assert place.read() == OLD
+    place.assert_nothing_left()
+
+
+def test_a_slow_commit(place: Place) -> None:
+    """A completion that takes longer than a stall may is found to be done, and not asked for again."""
+    looked = threading.Event()
+    proxy = place.proxy(lambda kind, headers: looked.set() if kind == "Head" else None)
+    store = place.store(proxy, RetryPolicy(attempts=9, initial_seconds=0.01, stall_seconds=1.0))
+
+    async def recover() -> None:
+        await anyio.to_thread.run_sync(looked.wait, PATIENCE_SECONDS)
+        proxy.clear()
+
+    async def run() -> None:
+        upload = await store.begin(place.locate(), len(LARGE))
+        receipts = await send(upload, BytesContent(LARGE, piece_bytes=MIB))
+        proxy.set(latency_seconds=0.7)  # each way
+        async with anyio.create_task_group() as group:
+            group.start_soon(recover)
+            await upload.commit(receipts)
+
+    running(store, run)
+    assert place.requests["Complete"] == 1
+    assert place.read() == LARGE
+    place.assert_nothing_left()
+
+
+def test_a_race(place: Place) -> None:
+    """Of sixteen saves to one name that may not replace anything, one is durable and the others fail.
+
+    In one part each: between looking and completing an upload of several, a busy SeaweedFS lets others in.
+    """
+    store = place.store(overwrite=False)
+    durable: list[bytes] = []
+    failed: list[int] = []
+
+    async def save_one(number: int) -> None:
+        mine = bytes([number]) * len(SMALL)
+        try:
+            await save(store, place.locate(), mine)
+        except CheckpointExistsError:
+            failed.append(number)
+        else:
+            durable.append(mine)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as group:
+            for number in range(16):
+                group.start_soon(save_one, number)
+
+    running(store, run)
+    assert len(failed) == 15
+    assert durable == [place.read()]
+    place.assert_nothing_left()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.stores.generic import GenericStore
-from async_ckpt.stores.leftovers import is_leftover
+from async_ckpt.stores.leftovers import is_leftover, temporary_name
 from async_ckpt.stores.local import LocalStore
 from async_ckpt.testing import FaultyStore, StoreConformance
 
@@ -25,6 +27,13 @@ def temporary_files(folder: Path) -> list[str]:
     return [
         name for _, _, names in os.walk(folder) for name in names if is_leftover(name) or ".previous-" in name
     ]
+
+
+def name_of_the_dead() -> str:
+    """Return a name such as a process that has ended gave to its temporary file."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    return temporary_name().replace(f".{os.getpid()}.", f".{child.pid}.")
 
 
 class OnDisk(StoreConformance):
@@ -43,6 +52,12 @@ class OnDisk(StoreConformance):
     def leftovers(self) -> Sequence[str]:
         """Return the temporary files at the place."""
         return temporary_files(self.folder)
+
+    def strand(self) -> str:
+        """Leave a temporary file."""
+        name = name_of_the_dead()
+        (self.folder / name).write_bytes(b"partial")
+        return name
 
 
 class TestLocalStore(OnDisk):
@@ -113,6 +128,12 @@ class TestGenericStoreOnMemory(StoreConformance):
         names = [path.rpartition("/")[2] for path in fsspec.filesystem("memory").find(self.root)]
         return [name for name in names if is_leftover(name) or ".previous-" in name]
 
+    def strand(self) -> str:
+        """Leave a temporary file."""
+        name = name_of_the_dead()
+        fsspec.filesystem("memory").pipe_file(f"{self.root}/{name}", b"partial")
+        return name
+
 
 class TestGenericStoreOnFiles(OnDisk):
     """fsspec's local file system, whose handles are plain files and whose move is a rename."""
@@ -161,6 +182,8 @@ class SilentlyRefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
 class TestGenericStoreThatCannotReplace(OnDisk):
     """A file system that will not replace a file."""
 
+    replaces_in_one_step = False
+
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""
         return GenericStore(RefusingFileSystem(skip_instance_cache=True), workers=workers)
@@ -172,6 +195,8 @@ class TestGenericStoreThatCannotReplace(OnDisk):
 
 class TestGenericStoreThatSilentlyKeeps(OnDisk):
     """A file system that says nothing when it does not replace a file."""
+
+    replaces_in_one_step = False
 
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""

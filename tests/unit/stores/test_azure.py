@@ -16,6 +16,7 @@ from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores import locate
 from async_ckpt.stores.azure import AzureStore
 from async_ckpt.stores.azure.client import AzureClient
+from async_ckpt.stores.azure.store import block_size
 from async_ckpt.testing import ThreadWorkers
 
 KEY = "a2V5"
@@ -49,7 +50,7 @@ def with_client(options: dict[str, Any], test: Callable[[AzureClient], Awaitable
     gc.collect()
 
 
-ACCOUNTS = {
+ACCOUNTS: dict[str, tuple[dict[str, Any], str]] = {
     "key": ({"account_name": "me", "account_key": KEY}, "https://me.blob.core.windows.net/"),
     "sas": (
         {"account_name": "me", "sas_token": "sv=1&sig=x"},
@@ -141,7 +142,7 @@ def test_a_closed_client_opens_again() -> None:
     with_client({"account_name": "me", "account_key": KEY}, test)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "no account": ({}, "c/a.ckpt", 1, "Must provide either a connection_string or account_name"),
     "a container": ({"account_name": "me", "account_key": KEY}, "c", 1, "names a container"),
     "too large": ({"account_name": "me", "account_key": KEY}, "c/a.ckpt", 1 << 50, "50000 parts"),
@@ -172,3 +173,26 @@ def test_what_no_save_can_do(what: str, monkeypatch: pytest.MonkeyPatch) -> None
             workers.close()
 
     anyio.run(run)
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("az://c/run/a.ckpt", {"account_name": "me"}),
+        ("abfs://c@me.dfs.core.windows.net/run/a.ckpt", {}),
+        ("abfss://c@me.dfs.core.windows.net/run/a.ckpt", {}),
+    ],
+)
+def test_spellings_of_one_place(url: str, options: dict[str, Any]) -> None:
+    """However the account is named, in the URL or in the options, it is one place (O1)."""
+    expected = locate("abfs://c/run/a.ckpt", storage_options={"account_name": "me"})
+    found = locate(url, storage_options=options)
+    assert (found.key, found.path) == (expected.key, expected.path)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 10 << 30, 5 << 40, 50_000 * (4000 << 20)])
+def test_any_size_fits_within_the_limits(nbytes: int) -> None:
+    """A file of up to 190 TiB is cut into at most 50,000 blocks of at most 4000 MiB each."""
+    block = block_size(nbytes, wanted=128 << 20, at_a_time=4)
+    assert block <= 4000 << 20
+    assert block * 50_000 >= nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Mapping
+from typing import Any
 
 import aiohttp
 import pytest
@@ -37,7 +38,8 @@ def refused(
     status: int, code: str = "", kind: type[HttpResponseError] = HttpResponseError
 ) -> HttpResponseError:
     """Return what the client raises for an answer."""
-    return kind(message="It went wrong.\nRequestId:1\nTime:2", response=Answer(status, code))
+    answer: Any = Answer(status, code)
+    return kind(message="It went wrong.\nRequestId:1\nTime:2", response=answer)
 
 
 ANSWERS = {

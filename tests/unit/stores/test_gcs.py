@@ -1,19 +1,11 @@
-"""What the store of Google Cloud Storage does beside uploading: refusing, deleting, reading, logging in."""
+"""What the store of Google Cloud Storage does beside uploading: refusing, deleting, reading."""
 
 from __future__ import annotations
 
-import datetime
-import os
 import random
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
 
-import google.auth.credentials
 import pytest
 
 from async_ckpt.errors import StoreError, TransientStoreError
@@ -21,31 +13,9 @@ from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.gcs import GCSStore
-from tests.strict_gcs import NAME, Fault, Request, StrictGCS, at, on_store, save
+from tests.strict_gcs import NAME, Fault, StrictGCS, at, on_store, save
 
 DATA = random.Random(2).randbytes(1_000_000)
-
-
-class Credentials(google.auth.credentials.Credentials):  # type: ignore[misc]
-    """Credentials that are renewed without anybody being asked.
-
-    Attributes:
-        threads: those that renewed them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.threads: list[int] = []
-
-    def refresh(self, request: Any) -> None:
-        """Take the next token, good for an hour."""
-        self.threads.append(threading.get_ident())
-        self.token = f"token-{len(self.threads)}"
-        self.expire_in(datetime.timedelta(hours=1))
-
-    def expire_in(self, time: datetime.timedelta) -> None:
-        """Have the token end so much later."""
-        self.expiry = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None) + time
 
 
 async def read(store: GCSStore, location: Location, nbytes: int = len(DATA), start: int = 0) -> bytes:
@@ -68,9 +38,17 @@ def _denied(server: StrictGCS) -> None:
     server.fault = lambda _: Fault.DENIED
 
 
+def _redirected(server: StrictGCS) -> None:
+    server.fault = lambda _: Fault.REDIRECTED
+
+
 @pytest.mark.parametrize(
     ("spoil", "advice"),
-    [(_no_bucket, "Check that there is a bucket"), (_denied, "the request was anonymous")],
+    [
+        (_no_bucket, "Check that there is a bucket"),
+        (_denied, "the request was anonymous"),
+        (_redirected, "check endpoint_url"),
+    ],
 )
 def test_what_cannot_work_fails_at_once(spoil: Callable[[StrictGCS], None], advice: str) -> None:
     """A missing bucket or permission fails the save with its first upload request, and says what to do."""
@@ -85,17 +63,6 @@ def test_what_cannot_work_fails_at_once(spoil: Callable[[StrictGCS], None], advi
         spoil(server)
         on_store(server, fail)
     assert len(server.requests) <= 2
-
-
-def test_credentials_without_the_right_are_told_which() -> None:
-    """Who is logged in and may not save is told what the account lacks."""
-
-    async def fail(store: GCSStore, location: Location) -> None:
-        with pytest.raises(StoreError, match=r"storage\.objects\.create"):
-            await save(store, location, DATA)
-
-    with StrictGCS(lambda _: Fault.DENIED) as server:
-        on_store(server, fail, token=Credentials())
 
 
 def test_a_host_that_is_not_there() -> None:
@@ -189,6 +156,18 @@ def test_a_deletion_that_fails_is_raised_as_it_is() -> None:
     assert server.data(NAME) == b"x"
 
 
+def test_a_deletion_that_is_sent_elsewhere_is_none() -> None:
+    """A redirect is not taken for a success."""
+
+    async def delete(store: GCSStore, location: Location) -> None:
+        await save(store, location, b"x")
+        with pytest.raises(StoreError, match="cannot delete"):
+            await store.delete(location)
+
+    with StrictGCS(lambda request: Fault.REDIRECTED if request.kind == "delete" else None) as server:
+        on_store(server, delete)
+
+
 # -- reading
 
 
@@ -246,74 +225,3 @@ def test_a_generation_in_the_url() -> None:
 
     with StrictGCS() as server:
         on_store(server, go, version_aware=True)
-
-
-# -- the life of the client
-
-
-def test_credentials_are_renewed_off_the_loop() -> None:
-    """A token that is about to expire is renewed before the next request, once, in a worker."""
-    credentials = Credentials()
-
-    async def go(store: GCSStore, location: Location) -> None:
-        await save(store, location, DATA)
-        credentials.expire_in(datetime.timedelta(seconds=1))
-        await save(store, location, DATA)
-        assert threading.get_ident() not in credentials.threads
-
-    with StrictGCS() as server:
-        on_store(server, go, token=credentials)
-    half = len(server.requests) // 2
-    sent = [request.authorization for request in server.requests]
-    assert sent == ["Bearer token-1"] * half + ["Bearer token-2"] * half
-
-
-def test_requester_pays() -> None:
-    """The project that pays is named in every request but those of a session, whose name contains it."""
-    projects: list[str] = []
-
-    def note(request: Request) -> Fault | None:
-        projects.append(request.project)
-        return None
-
-    with StrictGCS(note) as server:
-        on_store(server, lambda store, location: save(store, location, DATA), requester_pays="payer")
-    assert projects[:2] == ["payer", "payer"]
-
-
-def test_closing_twice_and_without_use() -> None:
-    """A store that was never used, and one that is closed already, can be closed."""
-
-    async def close(store: GCSStore, _: Location) -> None:
-        await store.aclose()
-        await store.aclose()
-
-    with StrictGCS() as server:
-        on_store(server, close)
-
-
-NO_GRPC = """
-import asyncio, sys
-from async_ckpt import CheckpointService
-import gcsfs
-assert gcsfs.GCSFileSystem.__name__ == "ExtendedGcsFileSystem"
-with CheckpointService(storage_options={"endpoint_url": sys.argv[1], "token": "anon"}) as service:
-    service.save({"step": 7}, "gs://bucket/a.ckpt").wait(timeout=20)
-    assert service.load("gs://bucket/a.ckpt") == {"step": 7}
-"""
-
-
-@pytest.mark.skipif(not find_spec("gcsfs.extended_gcsfs"), reason="this gcsfs has no such file system")
-def test_no_other_interface_is_asked() -> None:
-    """With gcsfs's extended file system, which asks gRPC about a bucket for a minute each time, saves are quick."""
-    with StrictGCS() as server:
-        done = subprocess.run(
-            [sys.executable, "-W", "error::ResourceWarning", "-c", NO_GRPC, server.url],
-            env={**os.environ, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "true"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert server.data("a.ckpt") is not None

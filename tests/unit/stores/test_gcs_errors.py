@@ -17,6 +17,8 @@ from gcsfs.retry import HttpError
 from async_ckpt.errors import CheckpointExistsError, StoreError, ThrottledError, TransientStoreError
 from async_ckpt.stores.gcs.errors import Refusal, explain
 
+auth_errors: Any = google.auth.exceptions  # its constructors are not annotated
+
 
 def answer(status: int, reason: str = "", message: str = "") -> Refusal:
     """Return a refusal as the JSON interface words it."""
@@ -50,6 +52,8 @@ RENEWAL = HttpError({"code": 401, "message": "Invalid Credentials"})
         (answer(502), TransientStoreError),
         (answer(504), TransientStoreError),
         (answer(412), CheckpointExistsError),
+        (Refusal(200, b"<html>"), TransientStoreError),
+        (Refusal(308), StoreError),
         (answer(400), StoreError),
         (answer(401), StoreError),
         (answer(403, "forbidden"), StoreError),
@@ -65,11 +69,11 @@ RENEWAL = HttpError({"code": 401, "message": "Invalid Credentials"})
         (connector_error(socket.EAI_NONAME), StoreError),
         (ssl.SSLCertVerificationError("self-signed"), StoreError),
         (requests.exceptions.ConnectionError(), TransientStoreError),
-        (google.auth.exceptions.TransportError("no route"), TransientStoreError),
-        (google.auth.exceptions.RefreshError("revoked"), StoreError),
-        (google.auth.exceptions.RefreshError("busy", retryable=True), TransientStoreError),
-        (google.auth.exceptions.DefaultCredentialsError("none"), StoreError),
-        (caused(RENEWAL, google.auth.exceptions.RefreshError("revoked")), StoreError),
+        (auth_errors.TransportError("no route"), TransientStoreError),
+        (auth_errors.RefreshError("revoked"), StoreError),
+        (auth_errors.RefreshError("busy", retryable=True), TransientStoreError),
+        (auth_errors.DefaultCredentialsError("none"), StoreError),
+        (caused(RENEWAL, auth_errors.RefreshError("revoked")), StoreError),
         (ValueError("anything else"), StoreError),
     ],
     ids=repr,
@@ -82,7 +86,7 @@ def test_kinds(error: Exception, kind: type[StoreError]) -> None:
 def test_a_renewal_that_failed_for_the_network() -> None:
     """That the token server could not be reached passes; gcsfs words it as if the credentials were wrong."""
     error = HttpError({"code": 401, "message": "Invalid Credentials"})
-    assert explain(caused(error, google.auth.exceptions.TransportError("reset"))).kind is TransientStoreError
+    assert explain(caused(error, auth_errors.TransportError("reset"))).kind is TransientStoreError
 
 
 @pytest.mark.parametrize(
@@ -93,10 +97,12 @@ def test_a_renewal_that_failed_for_the_network() -> None:
         (Refusal(403, anonymous=True), "the request was anonymous"),
         (answer(403, "forbidden"), "storage.objects.create"),
         (answer(403, "retentionPolicyNotMet"), "retention policy"),
+        (answer(403, "accountDisabled", "The billing account for … is disabled"), "Enable billing"),
+        (Refusal(308), "endpoint_url"),
         (answer(404), "a bucket of this name"),
         (answer(400, "required", "Bucket is a requester pays bucket"), "requester_pays=True"),
         (connector_error(socket.EAI_NONAME), "endpoint_url"),
-        (google.auth.exceptions.RefreshError("revoked"), "gcloud auth"),
+        (auth_errors.RefreshError("revoked"), "gcloud auth"),
     ],
     ids=repr,
 )

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
+from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location, Part
 from async_ckpt.stores.gcs import GCSStore
 from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
 from async_ckpt.testing.doubles import BytesContent
-from tests.strict_gcs import NAME, PART, Fault, Request, StrictGCS, at, on_store, put_all, save
-
-OLD = b"the old one"
-NEW = random.Random(1).randbytes(2 * PART + 1000)
-
-
-async def save_new(store: GCSStore, location: Location) -> None:
-    """Save the new checkpoint."""
-    await save(store, location, NEW)
-
-
-def saved_with(fault: Callable[[Request], Fault | None], **options: Any) -> StrictGCS:
-    """Save over an old checkpoint while faults befall; return the server afterwards."""
-    with StrictGCS() as server:
-        on_store(server, lambda store, location: save(store, location, OLD), overwrite=False)
-        server.requests.clear()
-        server.received = 0
-        server.fault = fault
-        on_store(server, save_new, **options)
-    return server
+from tests.strict_gcs import (
+    NAME,
+    NEW,
+    OLD,
+    PART,
+    QUICK,
+    Fault,
+    StrictGCS,
+    at,
+    on_store,
+    save,
+    saved_with,
+)
 
 
 def test_what_a_save_costs() -> None:
@@ -91,34 +82,43 @@ def test_nothing_is_sent_twice_that_arrived(kind: str, number: int, fault: Fault
     assert server.kinds().count("ask") == int(asked)
 
 
-def test_a_lost_answer_to_the_last_bytes_is_looked_up() -> None:
-    """Where the answer to the last request was lost, the session says that the object is there."""
-    server = saved_with(at("last", 0, Fault.LOST))
-    assert server.kinds()[-2:] == ["last", "ask"]
-
-
-def test_a_lost_answer_and_a_forgotten_session() -> None:
-    """Where the session is gone as well, the object itself tells that it is ours; it is not sent again."""
-    server = saved_with(at("last", 0, Fault.FORGOTTEN))
-    assert server.data(NAME) == NEW
-    assert server.kinds()[-3:] == ["last", "ask", "describe"]
-    assert server.kinds().count("begin") == 1
-
-
-def test_a_lost_answer_where_overwriting_is_forbidden() -> None:
-    """What a lost answer hid is not taken for somebody else's checkpoint, which must not be replaced."""
-    with StrictGCS(at("last", 0, Fault.FORGOTTEN)) as server:
-        on_store(server, save_new, overwrite=False)
+@pytest.mark.parametrize(
+    ("fault", "received"), [(Fault.NOTHING, len(NEW) + PART), (Fault.DROPPED, len(NEW) + 2 * PART)]
+)
+def test_a_server_that_keeps_less_than_it_was_sent(fault: Fault, received: int) -> None:
+    """Where the server keeps nothing of a request, or drops what it held, sending goes on from there, in one upload."""
+    server = saved_with(at("chunk", 1, fault))
     assert server.data(NAME) == NEW
     assert server.kinds().count("begin") == 1
+    assert server.received == received
 
 
-def test_a_commit_that_takes_effect_late() -> None:
-    """What is found in the way of a repeated save is recognised as the save itself, come late."""
-    with StrictGCS(at("last", 0, Fault.LATE)) as server:
-        on_store(server, save_new, overwrite=False)
+def test_a_server_that_keeps_nothing_at_all() -> None:
+    """A server that goes on taking nothing fails the save, after as many requests as the policy says."""
+
+    async def fail(store: GCSStore, location: Location) -> None:
+        with pytest.raises(TransientStoreError, match="the server took nothing"):
+            await save(store, location, NEW)
+
+    with StrictGCS(lambda request: Fault.NOTHING if request.kind == "chunk" else None) as server:
+        on_store(server, fail)
+    assert server.kinds().count("chunk") == QUICK.attempts
+    assert server.open_sessions == []
+
+
+def test_a_server_that_says_it_holds_more_than_it_was_sent() -> None:
+    """An upload on whose length nobody agrees is cancelled, and another one begun."""
+    server = saved_with(at("chunk", 0, Fault.BOASTED))
     assert server.data(NAME) == NEW
-    assert server.kinds()[-5:] == ["last", "ask", "describe", "begin", "describe"]
+    assert server.kinds()[:5] == ["list", "begin", "chunk", "cancel", "begin"]
+    assert server.open_sessions == []
+
+
+@pytest.mark.parametrize("kind", ["list", "begin", "chunk", "last"])
+def test_an_answer_that_is_not_googles(kind: str) -> None:
+    """A page that somebody on the way gives for an answer is not taken for one; the request is repeated."""
+    server = saved_with(at(kind, 0, Fault.FOREIGN))
+    assert server.data(NAME) == NEW
 
 
 @pytest.mark.parametrize(("kind", "number"), [("chunk", 0), ("chunk", 1), ("last", 0)])
@@ -129,74 +129,24 @@ def test_a_session_that_the_server_lost_is_begun_anew(kind: str, number: int) ->
     assert server.kinds().count("begin") == 2
 
 
-def test_bytes_damaged_on_their_way_are_refused() -> None:
-    """The server compares the checksum, keeps the old checkpoint, and gets the bytes again."""
-    seen: list[bytes | None] = []
-
-    def fault(request: Request) -> Fault | None:
-        if request.kind != "last":
-            return None
-        seen.append(server.data(NAME))
-        return Fault.DAMAGED if request.number == 0 else None
-
-    with StrictGCS() as server:
-        on_store(server, lambda store, location: save(store, location, OLD))
-        server.requests.clear()
-        server.fault = fault
-        on_store(server, save_new)
-    assert seen == [OLD, OLD]
-    assert server.data(NAME) == NEW
-
-
-def test_other_bytes_stored_than_sent_do_not_stay() -> None:
-    """Where a server stores other bytes than it checked, the object is deleted and sent again."""
-    server = saved_with(at("last", 0, Fault.CORRUPT))
-    assert server.data(NAME) == NEW
-    assert server.kinds().count("begin") == 2
-    assert "delete" in server.kinds()
-
-
-def test_bytes_that_change_while_they_are_sent_are_never_stored() -> None:
-    """Content that is not what it was when it was summed fails the save, and the old checkpoint stays."""
-    data = bytearray(NEW)
-
-    async def change(store: GCSStore, location: Location) -> None:
-        upload = await store.begin(location, len(data))
-        content = BytesContent(data)  # type: ignore[arg-type]
-        await put_all(upload, content)
-        data[0] ^= 1
-        with pytest.raises(TransientStoreError, match="other bytes arrived"):
-            await upload.commit([])
-        await upload.abort()
-
-    with StrictGCS(
-        lambda request: Fault.GONE if (request.kind, request.number) == ("last", 0) else None
-    ) as server:
-        on_store(server, change)
-    assert server.data(NAME) is None
-    assert server.open_sessions == []
-
-
-def test_overwriting_is_refused_before_anything_is_sent() -> None:
-    """With overwrite=False a checkpoint that is there is found before the upload begins."""
-
-    async def refuse(store: GCSStore, location: Location) -> None:
-        with pytest.raises(CheckpointExistsError, match="overwrite=False"):
-            await save(store, location, NEW)
-
-    with StrictGCS() as server:
-        on_store(server, lambda store, location: save(store, location, OLD))
-        server.requests.clear()
-        on_store(server, refuse, overwrite=False)
-    assert server.kinds() == ["list", "describe"]
-    assert server.data(NAME) == OLD
-
-
 def test_a_stalled_request_fails_and_is_repeated() -> None:
     """A request of which nothing moves ends by itself; the save goes on."""
     patient = RetryPolicy(attempts=6, initial_seconds=0.001, stall_seconds=0.25)
     server = saved_with(at("chunk", 1, Fault.STALLED), retry=patient)
     assert server.data(NAME) == NEW
+
+
+def test_nothing_but_busy_answers() -> None:
+    """A request that is always answered 503 is sent as often as the policy says, and the error asks for patience."""
+
+    async def fail(store: GCSStore, location: Location) -> None:
+        with pytest.raises(ThrottledError, match="cannot write"):
+            await save(store, location, NEW)
+
+    with StrictGCS(lambda request: Fault.BUSY if request.kind == "chunk" else None) as server:
+        on_store(server, fail)
+    assert server.kinds().count("chunk") == QUICK.attempts
+    assert server.open_sessions == []
 
 
 def test_a_third_of_all_requests_fails() -> None:

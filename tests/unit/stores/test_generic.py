@@ -1,4 +1,4 @@
-"""The generic store on file systems that misbehave."""
+"""The generic store up to the commit, on file systems that misbehave."""
 
 from __future__ import annotations
 
@@ -6,77 +6,21 @@ import errno
 import gc
 import io
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from async_ckpt.errors import StoreError
-from async_ckpt.retry import Retrying, RetryPolicy, is_transient
-from async_ckpt.stores.base import Location, Part
+from async_ckpt.errors import CheckpointExistsError, StoreError
+from async_ckpt.retry import is_transient
+from async_ckpt.stores.base import Location
 from async_ckpt.stores.generic import GenericStore
-from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.testing import BytesContent, ManualClock, ThreadWorkers
-
-OLD, NEW = b"old" * 1000, b"new" * 1000  # of one length, as checkpoints of one model are
-HALVES = [Part(index=0, start=0, stop=1500), Part(index=1, start=1500, stop=3000)]
-TARGET = Location(url="double://run/x.ckpt", path="/run/x.ckpt", key="x", group="double")
-
-
-@pytest.fixture
-def workers() -> Iterator[ThreadWorkers]:
-    """Threads for the stores of one test."""
-    pool = ThreadWorkers(4)
-    yield pool
-    pool.close()
-
-
-class Memory(MemoryFileSystem):  # type: ignore[misc]
-    """A memory file system of its own."""
-
-    cachable = False
-
-    def __init__(self, **files: bytes) -> None:
-        super().__init__()
-        self.store: dict[str, Any] = {}
-        self.pseudo_dirs = [""]
-        for name, data in files.items():
-            self.make(f"/run/{name}.ckpt", data)
-
-    def make(self, path: str, data: bytes) -> None:
-        """Make a file, past all handles."""
-        self.store[path] = MemoryFile(self, path, data)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all files."""
-        return sorted(self.store)
-
-
-def generic(file_system: Any, workers: ThreadWorkers, clock: ManualClock | None = None) -> GenericStore:
-    """Return a store that waits for nothing."""
-    clock = clock or ManualClock()
-    retrying = Retrying(RetryPolicy(), sleep=clock.sleep, clock=clock, random=lambda: 1.0)
-    return GenericStore(file_system, workers=workers, retrying=retrying)
-
-
-async def save(store: GenericStore, location: Location = TARGET) -> tuple[str, ...]:
-    """Save as a writer does: abort after any error. Return what was swept."""
-    upload = await store.begin(location, len(NEW))
-    try:
-        await upload.commit([await upload.put(part, BytesContent(NEW)) for part in HALVES])
-    except BaseException:
-        await upload.abort()
-        raise
-    return upload.swept
-
+from tests.generic_doubles import HALVES, NEW, OLD, TARGET, Memory, Unsteady, generic, save
 
 # -- handles
 
@@ -165,6 +109,45 @@ def test_a_handle_that_takes_little(workers: ThreadWorkers) -> None:
     assert file_system.cat_file(TARGET.path) == NEW
 
 
+class Holding(Handle):
+    """A handle that sends everything when it is closed, over a line that breaks then."""
+
+    def close(self) -> None:
+        """Lose the connection, the first time."""
+        broken, self.closing = self.closing, False
+        if broken:
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+        super().close()
+
+    closing = True
+
+
+class HoldingBack(Memory):
+    """A file system of such handles."""
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return Holding(self, path) if mode == "wb" else super()._open(path, mode, **kwargs)
+
+
+def test_what_is_sent_by_closing_is_a_matter_of_the_last_part(workers: ThreadWorkers) -> None:
+    """A handle that fails as it is closed fails the last put, so that the file is begun again (E3)."""
+
+    async def put_all() -> None:
+        upload = await generic(file_system, workers).begin(TARGET, len(NEW))
+        await upload.put(HALVES[0], BytesContent(NEW))
+        with pytest.raises(StoreError) as caught:
+            await upload.put(HALVES[1], BytesContent(NEW))
+        assert is_transient(caught.value)
+        with pytest.raises(StoreError, match="not every byte"):
+            await upload.commit([])
+        await upload.abort()
+
+    file_system = HoldingBack(x=OLD)
+    anyio.run(put_all)
+    assert file_system.names == [TARGET.path]
+    assert file_system.cat_file(TARGET.path) == OLD
+
+
 class Breaking(Memory):
     """A file system whose first handle loses its connection at the second write."""
 
@@ -238,34 +221,6 @@ def test_a_read_only_file_system(workers: ThreadWorkers) -> None:
     assert caught.value.location == TARGET.url
 
 
-class Unsteady(Memory):
-    """A file system whose first calls of some methods fail."""
-
-    def __init__(self, failing: dict[str, list[Exception]], **files: bytes) -> None:
-        self.failing: dict[str, list[Exception]] = {}
-        super().__init__(**files)
-        self.failing = failing
-
-    def _fail(self, name: str) -> None:
-        if self.failing.get(name):
-            raise self.failing[name].pop(0)
-
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        self._fail(f"open {mode}")
-        return super()._open(path, mode, **kwargs)
-
-    def info(self, path: str, **kwargs: Any) -> Any:
-        """Describe a file, if it does not fail."""
-        self._fail("info")
-        return super().info(path, **kwargs)
-
-    def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
-        """Copy, and lose the answer."""
-        self._fail("cp_file before")
-        super().cp_file(path1, path2, **kwargs)
-        self._fail("cp_file after")
-
-
 def test_transient_errors_of_begin(workers: ThreadWorkers) -> None:
     """A lost connection is raised as transient, for the writer to begin again (E3), and leaves nothing."""
     clock = ManualClock()
@@ -286,147 +241,92 @@ def test_permanent_error_of_begin(workers: ThreadWorkers) -> None:
     assert file_system.cat_file(TARGET.path) == OLD
 
 
-# -- the move
+class Unsure(Memory):
+    """A file system whose ``exists`` is no whenever it cannot tell, as fsspec's own."""
+
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        """Be unable to tell."""
+        return False
 
 
-def test_a_move_of_which_the_answer_is_lost(workers: ThreadWorkers) -> None:
-    """A copy that took effect before the connection was lost counts, though the length tells nothing."""
-    file_system = Unsteady({"cp_file after": [ConnectionResetError(errno.ECONNRESET, "reset")]}, x=OLD)
-    anyio.run(save, generic(file_system, workers))
-    assert file_system.cat_file(TARGET.path) == NEW
-    assert file_system.names == [TARGET.path]
-
-
-def test_a_move_that_did_not_take_effect(workers: ThreadWorkers) -> None:
-    """A copy that failed without effect, on a lost connection, is tried again."""
-    clock = ManualClock()
-    file_system = Unsteady({"cp_file before": [ConnectionResetError(errno.ECONNRESET, "reset")]}, x=OLD)
-    anyio.run(save, generic(file_system, workers, clock))
-    assert len(clock.naps) == 1
-    assert file_system.cat_file(TARGET.path) == NEW
-
-
-@pytest.mark.parametrize("failures", [1, 3])
-def test_a_move_that_is_refused(workers: ThreadWorkers, failures: int) -> None:
-    """When moving is not permitted, or not possible, the earlier file is whole and under its name (D2)."""
-    error = PermissionError(errno.EACCES, "x") if failures == 1 else OSError(errno.EIO, "x")
-    file_system = Unsteady({"cp_file before": [error] * failures}, x=OLD)
-    with pytest.raises(StoreError) as caught:
-        anyio.run(save, generic(file_system, workers))
-    assert caught.value.stage == "commit"
+def test_what_cannot_be_told_is_not_absent(workers: ThreadWorkers) -> None:
+    """With overwrite=False, what ``exists`` says is not relied on: the earlier file stays."""
+    file_system = Unsure(x=OLD)
+    with pytest.raises(CheckpointExistsError):
+        anyio.run(save, generic(file_system, workers, overwrite=False))
     assert file_system.cat_file(TARGET.path) == OLD
-    assert file_system.names == [TARGET.path]
 
 
-class Refusing(LocalFileSystem):  # type: ignore[misc]
-    """A file system that replaces nothing, and whose n-th move fails."""
+def test_a_file_system_is_made_where_it_may_block(workers: ThreadWorkers) -> None:
+    """It is made in a worker, by the first call: connecting takes as long as the network likes."""
+    makers: list[str] = []
+
+    class Connecting(Memory):
+        def __init__(self, **options: Any) -> None:
+            makers.append(threading.current_thread().name)
+            super().__init__()
+
+    store = GenericStore.connect(Connecting, {}, TARGET, workers=workers)
+    assert makers == []
+    anyio.run(save, store)
+    anyio.run(store.delete, TARGET)
+    (maker,) = makers
+    assert maker != threading.current_thread().name
+
+
+def test_a_file_system_that_cannot_be_made(workers: ThreadWorkers) -> None:
+    """Whoever first needs it is told, with what to look at, and nothing is tried again to clean up."""
+    calls: list[None] = []
+
+    def refuse(**options: Any) -> None:
+        calls.append(None)
+        raise ValueError("no such option")
+
+    store = GenericStore.connect(refuse, {"nonsense": 1}, TARGET, workers=workers)
+    with pytest.raises(StoreError, match=r"no such option. Check storage_options"):
+        anyio.run(save, store)
+    assert len(calls) == 1
+
+
+class Halfway(LocalFileSystem):  # type: ignore[misc]
+    """A file system that makes one directory of two."""
 
     cachable = False
-    moves = 0
-    failing: frozenset[int] = frozenset()
 
-    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
-        """Move, or raise."""
-        self.moves += 1
-        if self.moves in self.failing:
-            raise OSError(errno.EIO, "Input/output error")
-        if os.path.exists(path2):
-            raise FileExistsError(errno.EEXIST, "File exists")
-        os.rename(path1, path2)
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make the outer one."""
+        os.mkdir(os.path.dirname(path))
+        raise PermissionError(errno.EACCES, "no")
 
 
-def on_disk(folder: Path) -> Location:
-    """Return the location of a file that is there."""
-    path = folder / "x.ckpt"
-    path.write_bytes(OLD)
-    return Location(url=str(path), path=str(path), key="x", group="double")
-
-
-def test_the_earlier_file_is_put_back(tmp_path: Path, workers: ThreadWorkers) -> None:
-    """If the new file cannot be moved in after the earlier one was moved aside, that one comes back."""
-    file_system = Refusing()
-    file_system.failing = frozenset({3})  # 1: onto the earlier one; 2: that one aside; 3: in
+def test_directories_that_are_made_in_part(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """What was made on the way to a directory that cannot be made is taken away again."""
+    path = str(tmp_path / "a" / "b" / "x")
     with pytest.raises(StoreError):
-        anyio.run(save, generic(file_system, workers), on_disk(tmp_path))
-    assert (tmp_path / "x.ckpt").read_bytes() == OLD
-    assert os.listdir(tmp_path) == ["x.ckpt"]
+        anyio.run(save, generic(Halfway(), workers), Location(url=path, path=path, key="x", group="double"))
+    assert os.listdir(tmp_path) == []
 
 
-def test_the_earlier_file_is_never_lost(tmp_path: Path, workers: ThreadWorkers) -> None:
-    """If it cannot even be put back, the error says where it is, whole."""
-    file_system = Refusing()
-    file_system.failing = frozenset({3, 4})
-    with pytest.raises(StoreError, match="it is whole, at") as caught:
-        anyio.run(save, generic(file_system, workers), on_disk(tmp_path))
-    (name,) = os.listdir(tmp_path)
-    assert name in str(caught.value)
-    assert (tmp_path / name).read_bytes() == OLD
+class Sweeping(LocalFileSystem):  # type: ignore[misc]
+    """A file system that removes directories with all that is in them, as Arrow's do."""
+
+    cachable = False
+
+    def rmdir(self, path: str) -> None:
+        """Remove a tree."""
+        self.rm(path, recursive=True)
 
 
-class Losing(Memory):
-    """A file system that stores less than it is given."""
+def test_a_directory_that_others_use_stays(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """An abort takes no directory away in which another save has ended meanwhile (D2)."""
 
-    def info(self, path: str, **kwargs: Any) -> Any:
-        """Describe a file as one byte shorter."""
-        info = super().info(path, **kwargs)
-        return {**info, "size": max(info["size"] - 1, 0)}
-
-
-def test_a_file_that_is_too_short_is_not_moved(workers: ThreadWorkers) -> None:
-    """The length that storage reports is checked before the earlier file is touched."""
-    file_system = Losing(x=OLD)
-    with pytest.raises(StoreError, match="2999 bytes after 3000"):
-        anyio.run(save, generic(file_system, workers))
-    assert file_system.cat_file(TARGET.path) == OLD
-
-
-# -- deleting, sweeping, reading
-
-
-def test_deleting_takes_names_literally(workers: ThreadWorkers) -> None:
-    """Deleting a directory named like a pattern deletes that directory alone."""
-    file_system = Memory()
-    for name in ("/run[1]/x", "/run1/x", "/run*/x"):
-        file_system.make(name, b"x")
-    store = generic(file_system, workers)
-    for name in ("/run[1]", "/run*"):
-        anyio.run(store.delete, Location(url=name, path=name, key=name, group="double"))
-    assert file_system.names == ["/run1/x"]
-
-
-def test_dead_processes_are_swept(workers: ThreadWorkers) -> None:
-    """What a dead process of this host left beside the target goes; what is alive or elsewhere stays."""
-    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    child.wait()
-    alive = temporary_name()
-    dead = temporary_name().replace(f".{os.getpid()}.", f".{child.pid}.")
-    elsewhere = dead.replace(dead.split(".")[2], "0" * 12)
-    file_system = Memory()
-    for name in (alive, dead, elsewhere):
-        file_system.make(f"/run/{name}", b"partial")
-    store = generic(file_system, workers)
-    assert anyio.run(save, store) == (dead,)
-    assert anyio.run(save, store) == ()
-    assert file_system.names == sorted([f"/run/{alive}", f"/run/{elsewhere}", TARGET.path])
-
-
-def test_errors_of_reading(workers: ThreadWorkers) -> None:
-    """Whatever else goes wrong when a file is opened is a StoreError of the stage "read"."""
-    store = generic(Unsteady({"open rb": [ValueError("what?")]}, x=OLD), workers)
-    with pytest.raises(StoreError, match="what") as caught:
-        anyio.run(store.source, TARGET)
-    assert caught.value.stage == "read"
-
-
-def test_errors_of_cleaning_are_logged(workers: ThreadWorkers, caplog: pytest.LogCaptureFixture) -> None:
-    """An abort that cannot remove the temporary name logs it and raises nothing."""
-
-    async def abort() -> None:
-        upload = await generic(file_system, workers).begin(TARGET, 1)
-        file_system.failing["info"] = [PermissionError(errno.EACCES, "no")]
-        file_system.exists = lambda path: bool(file_system.info(path))
+    async def race() -> None:
+        path = str(tmp_path / "run" / "x")
+        upload = await generic(Sweeping(), workers).begin(
+            Location(url=path, path=path, key="x", group="double"), 1
+        )
+        (tmp_path / "run" / "other.ckpt").write_bytes(OLD)
         await upload.abort()
 
-    file_system = Unsteady({})
-    anyio.run(abort)
-    assert "cleaning up" in caplog.text
+    anyio.run(race)
+    assert os.listdir(tmp_path / "run") == ["other.ckpt"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,9 +57,34 @@ def test_the_link_is_relative(tmp_path: Path, target: Path) -> None:
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path, target: Path) -> None:
     """A link that was made but not renamed stays no longer than until the next."""
-    (tmp_path / ".last.ckpt.async_ckpt-link").symlink_to("anything")
+    program = """
+import os, sys
+from async_ckpt.stores import link, locate
+os.replace = lambda *paths: os._exit(9)
+link.make_link(locate(sys.argv[1], follow=False), locate(sys.argv[2]), "fsync")
+"""
+    paths = [str(tmp_path / "last.ckpt"), str(target)]
+    assert subprocess.run([sys.executable, "-c", program, *paths], timeout=100, check=False).returncode == 9
+    assert len(os.listdir(tmp_path)) == 2
     make_link(at(tmp_path / "last.ckpt"), at(target))
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
+
+
+def test_a_name_as_long_as_can_be(tmp_path: Path, target: Path) -> None:
+    """What becomes the link has a short name of its own."""
+    name = "ü" * 127 + "x"
+    make_link(at(tmp_path / name), at(target))
+    assert (tmp_path / name).read_text() == "new"
+
+
+def test_a_directory_stays_until_the_link_is_made(tmp_path: Path, target: Path) -> None:
+    """A checkpoint of many files is not removed before there is what takes its place (D2)."""
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "shard").write_text("old")
+    too_deep = tmp_path.joinpath(*["x" * 250] * 17)  # a link cannot be that long
+    with pytest.raises(StoreError, match="too long"):
+        make_link(at(tmp_path / "last.ckpt"), Location(url="x", path=str(too_deep), key="x", group="file"))
+    assert (tmp_path / "last.ckpt" / "shard").read_text() == "old"
 
 
 def test_what_cannot_be_made_is_told(tmp_path: Path, target: Path) -> None:

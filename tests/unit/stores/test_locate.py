@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsspec.core import url_to_fs
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.stores import check_target, is_local, locate, open_store
@@ -32,6 +33,14 @@ def test_spellings_of_one_local_file_have_one_key(tmp_path: Path, monkeypatch: p
     ]
     assert {locate(spelling).key for spelling in spellings} == {f"file:{tmp_path.resolve()}/a/b.ckpt"}
     assert {locate(spelling).group for spelling in spellings} == {"file"}
+
+
+def test_home_is_what_fsspec_has_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is the home directory, in every spelling, as it is for whatever else opens the path through fsspec."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in ("~/a.ckpt", Path("~/a.ckpt"), "file://~/a.ckpt"):
+        assert locate(spelling).path == f"{tmp_path.resolve()}/a.ckpt"
+        assert url_to_fs(str(spelling))[1] == f"{tmp_path}/a.ckpt"
 
 
 def test_a_link_is_its_file_for_saves_and_itself_for_deletions(tmp_path: Path) -> None:
@@ -81,6 +90,8 @@ def test_wrong_types(url: object) -> None:
         ("file://", "no file"),
         ("memory://", "no file"),
         ("simplecache::s3://bucket/x", "chained"),
+        ("simplecache::/data/x", "chained"),
+        ("zip::x.zip", "chained"),
         (Path("s3://bucket/x"), "pathlib"),
     ],
 )
@@ -88,6 +99,11 @@ def test_useless_urls(url: str | Path, hint: str) -> None:
     """Empty, chained and mangled URLs are refused at the call, with a hint."""
     with pytest.raises(OptionError, match=hint):
         locate(url)
+
+
+def test_colons_in_a_local_name() -> None:
+    """A local name may hold colons; only what fsspec has a file system for begins a chain."""
+    assert locate("/data/run::1.ckpt").path == "/data/run::1.ckpt"
 
 
 def test_unknown_protocol() -> None:
@@ -158,10 +174,21 @@ def test_open_store_chooses(tmp_path: Path) -> None:
     workers.close()
 
 
-def test_open_store_tells_bad_storage_options() -> None:
-    """Storage options that the file system refuses are a StoreError that says so."""
-    workers = ThreadWorkers(1)
-    location = locate("zip://x", storage_options={"nonsense": 1})
-    with pytest.raises(StoreError, match="storage_options"):
-        open_store(location, workers=workers, storage_options={"nonsense": 1})
-    workers.close()
+@pytest.mark.parametrize("url", ["zip://x.ckpt", "tar://x.ckpt", "data://x.ckpt", "reference://x.ckpt"])
+def test_file_systems_that_nothing_can_be_saved_to(url: str) -> None:
+    """An archive, or what is read-only by its kind, is refused as a target at the call."""
+    with pytest.raises(StoreError, match="loaded from, at most") as caught:
+        check_target(locate(url))
+    assert caught.value.errno == errno.EROFS
+
+
+def test_http_cannot_be_saved_to() -> None:
+    """Neither can HTTP, which is there to be loaded from."""
+    pytest.importorskip("aiohttp")
+    with pytest.raises(StoreError, match="loaded from, at most"):
+        check_target(locate("http://127.0.0.1:1/x.ckpt"))
+
+
+def test_other_file_systems_can_be_saved_to() -> None:
+    """Of all others, only the file system itself can tell."""
+    check_target(locate("memory://x.ckpt"))

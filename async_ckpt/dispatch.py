@@ -13,105 +13,38 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
+from collections.abc import Iterable, Iterator
 from itertools import count
 from time import monotonic
-from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from async_ckpt.errors import (
-    AbandonedError,
-    CancelledSaveError,
-    MemoryLimitError,
-    QueueFullError,
-    RemovalDroppedError,
-    ServiceClosedError,
-    SupersededError,
-)
+from async_ckpt.errors import AbandonedError, RemovalDroppedError, ServiceClosedError
 from async_ckpt.events import (
     Abandoned,
     Accepted,
     Cancelled,
     Durable,
-    Event,
     Failed,
     Linked,
-    Observer,
     RemovalDropped,
     Removed,
     Staged,
     Superseded,
     Writing,
 )
-from async_ckpt.failures import Failures
 from async_ckpt.handle import Failure, Handle, Outcome, Report, State
-from async_ckpt.queue import (
-    Action,
-    Admit,
-    Cancel,
-    Drop,
-    Kind,
-    Lane,
-    Op,
-    Phase,
-    Queue,
-    Refuse,
-    Start,
-    Supersede,
-)
-from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot
-from async_ckpt.stores.base import Location
-from async_ckpt.writers import Linker, Writer
+from async_ckpt.queue import Action, Admit, Cancel, Drop, Kind, Op, Phase, Queue, Refuse, Start, Supersede
+from async_ckpt.request import Account, Request
+from async_ckpt.snapshot import Snapshot
+from async_ckpt.writers import Linker
 
-__all__ = ["Account", "Dispatcher", "Request"]
+__all__ = ["Dispatcher"]
 
 logger = logging.getLogger(__name__)
 
 _ids = count(1)
-
-
-class Account:
-    """One service as the dispatcher knows it."""
-
-    def __init__(self, lane: Lane, pool: HostPool, observer: Observer | None, failures: Failures) -> None:
-        self.lane = lane
-        self.pool = pool
-        self.observer = observer
-        self.failures = failures
-        self.closed = False
-        self.newest: tuple[Request, Snapshot] | None = None  # staged; its memory may serve another save
-
-
-class Request:
-    """One operation from its arrival to its end; the handle is its public half."""
-
-    def __init__(self, op: Op, account: Account, location: Location, writer: Writer | Linker | None) -> None:
-        self.op = op
-        self.account = account
-        self.location = location
-        self.writer = writer
-        self.outcome: Outcome[Report] = Outcome()
-        self.handle = Handle(location.url, self.outcome)
-        self.admitted: Outcome[None] = Outcome()
-        self.buffer: HostBuffer | None = None
-        self.borrows = False  # the buffer, which is another save's
-        self.snapshot: Snapshot | None = None
-        self.scope: anyio.CancelScope | None = None  # of the task that runs it
-        self.given_up = False  # because the service is closed
-        self.started_seconds = monotonic()
-        self.stall_seconds = 0.0
-        self.staged_at_seconds = 0.0  # since the epoch
-
-    def emit(self, event: type[Event], **values: Any) -> None:
-        """Tell the service's observer; what it raises goes no further."""
-        observer = self.account.observer
-        if observer is None:
-            return
-        try:
-            observer(event(request_id=self.op.id, url=self.location.url, **values))
-        except BaseException:  # a SystemExit would end the loop
-            logger.exception("the observer failed on %s of %r", event.__name__, self.location.url)
 
 
 class Dispatcher:
@@ -141,8 +74,6 @@ class Dispatcher:
         self._comparing.discard(request)
         if request.borrows:
             self._return_memory(request)
-            if request.account.closed:  # nobody else will look after it
-                request.account.pool.close()
             self._pump()
 
     def _one_waits(self, account: Account) -> bool:
@@ -156,6 +87,7 @@ class Dispatcher:
         self._comparing.discard(request)
         if request.account.closed:
             closed = ServiceClosedError("the service was closed meanwhile")
+            request.handle._state = State.DROPPED
             request.admitted.set_exception(closed)
             request.outcome.set_exception(closed)
             return
@@ -174,10 +106,7 @@ class Dispatcher:
 
     def staged(self, request: Request, snapshot: Snapshot) -> None:
         """The snapshot is complete; from here on the save is the service's own affair."""
-        if request.op.id not in self._requests:  # closed by a signal handler that interrupted the caller
-            request.outcome.set_exception(
-                ServiceClosedError("the service was closed while it took the snapshot")
-            )
+        if request.op.id not in self._requests:  # turned away meanwhile
             return
         request.snapshot = snapshot
         request.op.phase = Phase.QUEUED
@@ -214,9 +143,10 @@ class Dispatcher:
         because it is suspended on *thread*, beneath the one that closes (L1).
         """
         account.closed = True
-        for op in list(self._queue.live(account.lane)):
-            request = self._requests[op.id]
+        for request in self._live(account):
+            op = request.op
             if op.phase is Phase.WAITING or (op.phase is Phase.STAGING and op.thread == thread):
+                request.decide()
                 if op.phase is Phase.WAITING:
                     request.admitted.set_exception(ServiceClosedError("the service was closed meanwhile"))
                 self._turn_away(request)
@@ -231,35 +161,44 @@ class Dispatcher:
         ]
         return [self._requests[op.id].handle for op in live]
 
-    def is_idle(self, account: Account) -> bool:
-        """Tell whether nothing of *account* is under way, loads and who waits to be let in included."""
-        return not any(True for _ in self._queue.live(account.lane))
+    def close_if_idle(self, account: Account) -> bool:
+        """Let nothing more in if nothing is under way, loads and who waits to be let in included; tell whether so."""
+        if any(True for _ in self._queue.live(account.lane)):
+            return False
+        account.closed = True
+        return True
 
     def cancel_all(self, account: Account, reason: str) -> Outcome[None]:
         """End everything of *account*; return an outcome that is set when what was running has cleaned up."""
         running = []
-        for op in list(self._queue.live(account.lane)):
-            request = self._requests[op.id]
+        for request in self._live(account):
+            op = request.op
             if op.phase is Phase.RUNNING and op.kind is not Kind.LOAD:
                 request.given_up = True
                 if request.scope is not None:
                     request.scope.cancel()
                 running.append(op.id)
-            elif op.phase is Phase.STAGING:
+            elif op.phase is Phase.STAGING and request.decide():
                 self._turn_away(request)
-            elif op.phase is Phase.QUEUED and op.kind is not Kind.LOAD:
+            elif op.kind is not Kind.LOAD:  # queued, or about to be
                 self._fail(request, AbandonedError(f"{request.location.url!r}: {reason}"))
         self._pump()
         return self._expect(running)
 
+    def _live(self, account: Account) -> Iterator[Request]:
+        """Yield what has not ended, not even by what was done about an earlier one."""
+        for op in list(self._queue.live(account.lane)):
+            if op.id in self._requests:
+                yield self._requests[op.id]
+
     def _turn_away(self, request: Request) -> None:
-        request.given_up = True  # seen by its caller, which must not return a handle
+        request.turned_away = True
         self.withdraw(request)
 
     def leave_behind(self, account: Account) -> None:
         """End the requests of *account* whose work did not even stop when told to."""
-        for op in list(self._queue.live(account.lane)):
-            request = self._requests[op.id]
+        for request in self._live(account):
+            op = request.op
             if op.kind is not Kind.LOAD:
                 self._fail(request, AbandonedError(f"{request.location.url!r}: its storage does not answer"))
         self._pump()
@@ -267,36 +206,25 @@ class Dispatcher:
     # -- carrying out
 
     def _pump(self) -> None:
-        while (action := self._queue.decide(self._lease)) is not None:
+        while (action := self._queue.decide(self._fits)) is not None:
             self._carry_out(action)
 
-    def _lease(self, op: Op, instead_of: Op | None) -> bool:
+    def _fits(self, op: Op, instead_of: Op | None) -> bool:
         request = self._requests[op.id]
-        pool = request.account.pool
-        if request.borrows:
-            return True
-        if instead_of is not None:
-            return pool.would_fit(op.nbytes, without=self._requests[instead_of.id].buffer)
-        request.buffer = pool.lease(op.nbytes)
-        return request.buffer is not None
+        without = None if instead_of is None else self._requests[instead_of.id].buffer
+        return request.borrows or request.account.pool.would_fit(op.nbytes, without=without)
 
     def _carry_out(self, action: Action) -> None:
         request = self._requests[action.op.id]
         match action:
-            case Admit(op):
-                if request.buffer is None:
-                    request.buffer = request.account.pool.lease(op.nbytes, force=True)
-                op.phase = Phase.STAGING
-                request.emit(Accepted, nbytes=op.nbytes)
-                request.admitted.set_result(None)
-            case Refuse(op, lacking):
-                self._queue.withdraw(op)
-                self._forget(request)
-                request.admitted.set_exception(_refusal(request, lacking))
+            case Admit():
+                self._admit(request)
+            case Refuse(_, lacking):
+                self._refuse(request, request.refusal(lacking))
             case Supersede(op, by) | Cancel(op, by):
                 self._queue.replaced(op, by)
                 superseded = isinstance(action, Supersede)
-                error = _replacement(request, superseded=superseded)
+                error = request.replacement(superseded=superseded)
                 request.emit(Superseded if superseded else Cancelled)
                 self._finish(request, State.SUPERSEDED if superseded else State.CANCELLED, error)
             case Drop(op, _):
@@ -314,6 +242,23 @@ class Dispatcher:
                 else:
                     self._tasks.start_soon(self._run, request)
 
+    def _admit(self, request: Request) -> None:
+        op = request.op
+        if not request.borrows:
+            try:
+                request.buffer = request.account.pool.lease(op.nbytes, force=True)
+            except (OSError, MemoryError) as error:  # the limit allows it, the system does not
+                self._refuse(request, request.refusal(str(error)))
+                return
+        op.phase = Phase.STAGING
+        request.emit(Accepted, nbytes=op.nbytes)
+        request.admitted.set_result(None)
+
+    def _refuse(self, request: Request, refusal: Exception) -> None:
+        self._queue.withdraw(request.op)
+        self._forget(request)
+        request.admitted.set_exception(refusal)
+
     async def _run(self, request: Request) -> None:
         """Run a save or a removal to its end; nothing that it raises may reach the loop."""
         error: Exception | None = None
@@ -323,8 +268,10 @@ class Dispatcher:
                 request.scope.cancel()
             try:
                 nbytes = await self._work(request)
-            except Exception as raised:
-                error = _without_locals(raised)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as raised:  # a SystemExit would end the loop
+                error = _failure_of(request, raised)
         if request.op.id not in self._requests:
             return  # it was left behind, and has been reported as such
         if request.scope.cancelled_caught:
@@ -408,6 +355,8 @@ class Dispatcher:
             request.account.pool.release(request.buffer)
             request.buffer = None
             request.borrows = False
+            if request.account.closed:  # nobody else will look after it
+                request.account.pool.close()
 
     def _out_of_the_way(self, request: Request) -> None:
         for remaining, drained in self._drains:
@@ -416,7 +365,7 @@ class Dispatcher:
                 drained.set_result(None)
         self._drains = [drain for drain in self._drains if drain[0]]
 
-    def _expect(self, ids: Any) -> Outcome[None]:
+    def _expect(self, ids: Iterable[int]) -> Outcome[None]:
         remaining = set(ids)
         drained: Outcome[None] = Outcome()
         if remaining:
@@ -426,7 +375,17 @@ class Dispatcher:
         return drained
 
 
-def _without_locals(error: Exception) -> Exception:
+def _failure_of(request: Request, raised: BaseException) -> Exception:
+    """Return what to fail with: what was raised, if it is an ordinary error."""
+    _forget_locals(raised)
+    if isinstance(raised, Exception):
+        return raised
+    error = AbandonedError(f"{request.location.url!r}: ended by {type(raised).__name__}: {raised}")
+    error.__cause__ = raised
+    return error
+
+
+def _forget_locals(error: BaseException) -> None:
     """Empty the frames of the tracebacks: their variables would keep the snapshot's memory, uncounted (B1)."""
     chain: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -436,25 +395,3 @@ def _without_locals(error: Exception) -> Exception:
             seen.add(id(link))
             traceback.clear_frames(link.__traceback__)
             chain += [link.__cause__, link.__context__]
-    return error
-
-
-def _refusal(request: Request, lacking: str) -> Exception:
-    lane = request.op.lane
-    if lacking == "queue":
-        return QueueFullError(
-            f"{request.location.url!r} was not accepted: {lane.queue_depth} saves are under way; "
-            "raise queue_depth, or wait for one of them"
-        )
-    return MemoryLimitError(
-        f"{request.location.url!r} was not accepted: its snapshot needs {request.op.nbytes} bytes beside those held; "
-        "raise memory_limit, or wait for a save"
-    )
-
-
-def _replacement(request: Request, *, superseded: bool) -> Exception:
-    if superseded:
-        return SupersededError(
-            f"a newer save of {request.location.url!r} took its place before it had started"
-        )
-    return CancelledSaveError(f"{request.location.url!r} was removed before its save had started")

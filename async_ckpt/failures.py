@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections import deque
+from contextlib import suppress
 
 from async_ckpt.errors import FlushError
 from async_ckpt.handle import Failure, Handle
@@ -33,6 +34,10 @@ class Failures:
         self._warn = warn
         self._waiting: deque[Failure] = deque()
         self._ambient_error = id(sys.exc_info()[1])
+
+    def __bool__(self) -> bool:
+        """Whether there is anything that nobody has been told of."""
+        return not all(failure.is_collected for failure in self._waiting.copy())
 
     def add(self, failure: Failure) -> None:
         """Take in a failure that nobody has been told of."""
@@ -84,17 +89,16 @@ class Failures:
 
     def _collect(self, but: Handle | None = None) -> list[Failure]:
         """Take what nobody has collected and no handle's waiter is about to; *but* one, which stays."""
-        collected, kept = [], []
-        for _ in range(len(self._waiting)):
-            try:
-                failure = self._waiting.popleft()
-            except IndexError:  # another thread was faster
-                break
-            if failure.handle.is_waited_for or failure.handle is but:
-                kept.append(failure)
-            elif failure.collect():
-                collected.append(failure)
-        self._waiting.extend(kept)
+        # Copied in one step, whoever adds; each leaves only once it is told, as an interruption may come in between.
+        offered = [
+            failure
+            for failure in self._waiting.copy()
+            if not failure.handle.is_waited_for and failure.handle is not but
+        ]
+        collected = [failure for failure in offered if failure.collect()]
+        for failure in offered:
+            with suppress(ValueError):  # another thread was faster
+                self._waiting.remove(failure)
         return collected
 
     def _tell_caller(self, failures: list[Failure], in_flight: BaseException | None) -> None:

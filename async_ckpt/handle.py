@@ -155,6 +155,11 @@ class Failure:
         """Mark the error as told; only the first call, on whichever thread, returns ``True``."""
         return self._collected.acquire(blocking=False)
 
+    @property
+    def is_collected(self) -> bool:
+        """Whether the error has been told."""
+        return self._collected.locked()
+
 
 class Handle:
     """One accepted save or removal. Waiting returns its report, or raises why it did not take effect.
@@ -246,9 +251,11 @@ class Handle:
             self._waiters.discard(waiter)
 
     def _result(self) -> Report:
-        if self._failure is not None:
-            self._failure.collect()
-        return self._outcome.result()
+        try:
+            return self._outcome.result()
+        finally:
+            if self._failure is not None:
+                self._failure.collect()  # last: whom Ctrl-C keeps from the error is told by the next call
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

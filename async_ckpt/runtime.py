@@ -23,19 +23,17 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
-from anyio.from_thread import start_blocking_portal
 
 from async_ckpt.dispatch import Dispatcher
 from async_ckpt.errors import AbandonedError, ServiceClosedError
 from async_ckpt.handle import Outcome
 
-__all__ = ["Drainable", "PoolWorkers", "Runtime", "acquire", "current", "release"]
+__all__ = ["Drainable", "PoolWorkers", "Runtime", "acquire", "current", "held_by", "release"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,41 +51,51 @@ class Drainable(Protocol):
 class Runtime:
     """The loop thread and what runs on it. Made by ``acquire`` alone."""
 
+    dispatcher: Dispatcher
+
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.holders: dict[int, Drainable] = {}
         self.stuck = False
         self._inbox: deque[Callable[[], None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
         self._stopping = False
         self._ended = False
-        self._resources = ExitStack()
-        self._portal = self._resources.enter_context(start_blocking_portal("asyncio"))
-        self._resources.callback(self._end)
+        self._ready: Outcome[None] = Outcome()
+        self._thread = threading.Thread(target=self._main, name="async_ckpt-loop", daemon=False)
+
+    def start(self) -> None:
+        """Start the loop thread; leave none behind where that fails or is interrupted."""
         try:
-            ready: Future[None] = Future()
-            self._portal.start_task_soon(self._run, ready)
-            ready.result()
+            self._thread.start()
+            self._ready.result()
         except BaseException:
             self.stop()
             raise
 
-    async def _run(self, ready: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        threading.current_thread().name = "async_ckpt-loop"
-        self._wake = asyncio.Event()
+    def _main(self) -> None:
         try:
-            async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
-                self.dispatcher = Dispatcher(tasks)
-                ready.set_result(None)
+            anyio.run(self._run)
+        except BaseException as error:
+            if self._ready.done():
+                logger.critical("the loop thread has ended; please report it", exc_info=error)
+            else:
+                self._ready.set_exception(error)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()  # first: who stops it before says so by the flag alone
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            self.dispatcher = Dispatcher(tasks)
+            self._ready.set_result(None)
+            try:
                 while not self._stopping:
                     await self._wake.wait()
                     self._wake.clear()
                     self._read_inbox()
-        finally:
-            self._ended = True
-            self._read_inbox()
+            finally:
+                self._ended = True
+                self._read_inbox()
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -136,7 +144,7 @@ class Runtime:
 
     def refuse_loop_thread(self) -> None:
         """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread.ident:
             raise RuntimeError("an observer or a callback must not call the service that calls it")
 
     def _schedule(self, call: Callable[[], None]) -> None:
@@ -147,23 +155,36 @@ class Runtime:
             except ValueError:
                 return
             raise ServiceClosedError("the service was closed meanwhile")
-        with suppress(RuntimeError):  # the loop is gone, after that last look
-            self._loop.call_soon_threadsafe(self._wake.set)
+        self._wake_up()
 
     def call_async(
         self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Future[T]:
-        """Run the coroutine *function* on the loop thread; return a future of what it returns or raises."""
-        return self._portal.start_task_soon(partial(function, *args, **kwargs))
+    ) -> Outcome[T]:
+        """Run the coroutine *function* on the loop thread; return the outcome of what it returns or raises."""
+        answer: Outcome[T] = Outcome()
+
+        async def run() -> None:
+            try:
+                answer.set_result(await function(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+
+        self.spawn(run)
+        return answer
 
     def stop(self) -> None:
         """End the loop thread and join it. Everything on it must have ended. Again, if it was interrupted."""
-        self._resources.close()
-
-    def _end(self) -> None:
         self._stopping = True
-        with suppress(RuntimeError, AttributeError):  # it has ended, or not begun
-            self._loop.call_soon_threadsafe(self._wake.set)
+        self._wake_up()
+        with suppress(RuntimeError):  # it was interrupted as it started, and will see the flag
+            self._thread.join()
+
+    def _wake_up(self) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._wake.set)
 
 
 class PoolWorkers:
@@ -216,13 +237,30 @@ def acquire(holder: Drainable) -> Runtime:
     with _lock:
         _hook_exit()
         if _current is None:
-            runtime = Runtime()
-            if _current is None:
-                _current = runtime
-            else:  # a signal handler came between and made its own
-                runtime.stop()
+            _begin(holder)
+        assert _current is not None
         _current.holders[id(holder)] = holder
         return _current
+
+
+def _begin(holder: Drainable) -> None:
+    """Start the process's runtime; leave no other behind, interrupted or not."""
+    global _current
+    runtime = Runtime()
+    runtime.holders[id(holder)] = holder  # first: nobody else would stop it
+    try:
+        runtime.start()
+        if _current is None:
+            _current = runtime
+    finally:
+        if _current is not runtime:  # interrupted, or a signal handler came between and made its own
+            runtime.stop()
+
+
+def held_by(holder: Drainable) -> Runtime | None:
+    """Return what ``acquire`` has returned, or was about to return when it was interrupted."""
+    runtime = _current
+    return runtime if runtime is not None and id(holder) in runtime.holders else None
 
 
 def release(runtime: Runtime, holder: Drainable, *, stuck: bool = False) -> None:
@@ -267,9 +305,8 @@ def _hook_exit() -> None:
     if _exiting:
         raise ending
     if not _exit_hooked:
-        register = getattr(threading, "_register_atexit", atexit.register)
         try:
-            register(_drain_at_exit)
+            threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]  # private
         except RuntimeError:  # too late
             raise ending from None
         _exit_hooked = True
@@ -283,6 +320,8 @@ def _drain_at_exit() -> None:
     for holder in list(runtime.holders.values()) if runtime is not None else ():
         clean = holder.drain_at_exit() and clean
     left = not clean and runtime is not None and runtime.holders  # Ctrl-C once more
+    if runtime is not None and not (runtime.stuck or runtime.holders):
+        runtime.stop()  # again, lest Python wait for it: an interruption may have kept it from its holder
     if _stuck or left or (multiprocessing.parent_process() is not None and not clean):
         _exit_with_failure()  # a stuck thread would be joined for ever; a child process runs no exit handlers
     if clean:

@@ -1,59 +1,40 @@
 """The service: what a program holds to save, remove and load checkpoints without waiting for storage.
 
-Everything here runs on the caller's thread. It takes the snapshot, sends requests to the dispatcher on the
-loop thread, waits for nothing but a place, memory or a result, and tells the caller what failed: once, and
-never in place of an error that is in flight (E1, E2).
+Everything here runs on the caller's thread, and tells the caller what failed: once, and never in place of an error
+that is in flight (E1, E2).
 
-What does not belong here: which operation may run (queue), what becomes of it (dispatch), how bytes are
-written (writers, stores).
+What does not belong here: how a request comes in (intake), what the service holds meanwhile (holdings), what becomes
+of it (dispatch).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from time import monotonic, time
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 
-from async_ckpt import runtime as runtimes
-from async_ckpt.budget import Budget
-from async_ckpt.dispatch import Account, Request
-from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
-from async_ckpt.failures import Failures, tell
-from async_ckpt.handle import Handle, Outcome, State, await_outcome
-from async_ckpt.loading import Loads
+from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.failures import Failures
+from async_ckpt.handle import Handle, Outcome, await_outcome
+from async_ckpt.holdings import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
+from async_ckpt.intake import Intake
 from async_ckpt.options import ServiceOptions
-from async_ckpt.queue import Kind, Lane, Op, Phase
-from async_ckpt.runtime import PoolWorkers, Runtime
-from async_ckpt.snapshot import Capture, HostPool, capture
-from async_ckpt.stores import check_target, is_local, locate, open_store
-from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.writers import Linker, StreamingWriter, Writer
+from async_ckpt.stores import locate
+from async_ckpt.stores.base import Location, Workers
+from async_ckpt.writers import Writer
 
 __all__ = ["CheckpointService", "StoreFactory", "load"]
 
 logger = logging.getLogger(__name__)
 
-ABANDON_GRACE_SECONDS = 10.0
-"""How long work that was told to stop, and stores that are closed, may take before they are left behind."""
-
-SILENT_EXIT_SECONDS = 1.0
-"""How long the interpreter's exit waits for pending saves before it says so."""
-
 READS_OF_LOAD = 8
 """Requests at a time of a load on its own, beside which no save wants the connections."""
-
-
-StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
-"""Makes the store that serves a location; it is asked once for each ``location.group``."""
 
 
 class CheckpointService:
@@ -86,30 +67,19 @@ class CheckpointService:
         self._reset()
 
     def _reset(self) -> None:
-        options = self._options
         self._pid = os.getpid()
-        self._closed = False
-        self._runtime: Runtime | None = None
-        self._stores: dict[str, Store] = {}
-        self._loads = self._new_loads()
-        self._account = Account(
-            lane=Lane(
-                queue_depth=options.queue_depth,
-                max_concurrent_saves=options.max_concurrent_saves,
-                overflow=options.overflow,
-            ),
-            pool=HostPool(Budget(options.memory_limit_bytes)),
-            observer=options.observer,
-            failures=Failures(warn=options.on_error == "warn"),
-        )
-        # No thread starts before it is needed. Made here, so that threads which come first together share them.
-        self._workers = self._new_workers()
+        self._own = Intake(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
 
-    def _new_loads(self) -> Loads:
-        return Loads(self._options.max_concurrent_parts)
+    @property
+    def _intake(self) -> Intake:
+        """Ours; a forked child leaves to its parent what is under way there (L1), and what failed there (E1)."""
+        if os.getpid() != self._pid:
+            self._reset()
+        return self._own
 
-    def _new_workers(self) -> PoolWorkers:
-        return PoolWorkers(self._options.max_concurrent_parts + self._options.max_concurrent_saves)
+    @property
+    def _holdings(self) -> Holdings:
+        return self._intake.holdings
 
     @property
     def options(self) -> ServiceOptions:
@@ -199,12 +169,13 @@ class CheckpointService:
                 for among them; or ``torch.load`` refuses the file.
         """
         location = locate(url, storage_options=self._options.storage_options)
-        store = self._store(location)
+        holdings = self._holdings
+        store = holdings.store(location)
         with self.turn(location):
-            return self._loads.read(
+            return holdings.loads.read(
                 location,
                 store,
-                self._running(),
+                holdings.running(),
                 map_location=map_location,
                 weights_only=weights_only,
                 keys=keys,
@@ -221,38 +192,43 @@ class CheckpointService:
             FlushTimeoutError: the time passed first. Nothing is given up; wait again.
             Exception: a save failed; several come as one ``FlushError``.
         """
-        drained = self._drained()
-        limit = self._options.flush_timeout if timeout is None else timeout
-        try:
-            drained.result(limit)
-        except TimeoutError:
-            raise self._too_late(limit) from None
+        self._await_drained(timeout)
         self.failures.raise_all()
 
     def settle(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does for who handles an error: ours is logged and added to that one's notes (E2)."""
-        drained = self._drained()
-        limit = self._options.flush_timeout if timeout is None else timeout
         try:
-            drained.result(limit)
-        except TimeoutError:
-            logger.warning("%s", self._too_late(limit))
+            self._await_drained(timeout)
+        except FlushTimeoutError as error:
+            logger.warning("%s", error)
         self.failures.raise_or_add()
+
+    def _await_drained(self, timeout: float | None) -> None:
+        holdings = self._holdings
+        limit = self._limit(timeout)
+        try:
+            holdings.drained().result(limit)
+        except TimeoutError:
+            raise holdings.too_late(limit) from None
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
-        drained = self._drained()
-        limit = self._options.flush_timeout if timeout is None else timeout
+        holdings = self._holdings
+        limit = self._limit(timeout)
+        drained = holdings.drained()
         with anyio.move_on_after(limit):
             await await_outcome(drained)
         if not drained.done():
-            raise self._too_late(limit)
+            raise holdings.too_late(limit)
         self.failures.raise_all()
+
+    def _limit(self, timeout: float | None) -> float:
+        return self._options.flush_timeout if timeout is None else timeout
 
     @property
     def pending(self) -> tuple[Handle, ...]:
         """The handles of all saves and removals that have not ended, oldest first."""
-        return tuple(handle for handle in self._handles() if not handle.done())
+        return self._holdings.pending()
 
     def close(self, timeout: float | None = None) -> None:
         """Accept no more, see everything to its end, and free threads, memory and connections.
@@ -267,33 +243,29 @@ class CheckpointService:
             Exception: a save failed and nobody has been told yet; several come as one ``FlushError``. An error
                 that is in flight already is not replaced: ours is logged and added to its notes (E2).
         """
-        self._drain_and_free(self._options.flush_timeout if timeout is None else timeout)
+        self._holdings.close(self._limit(timeout))
         self.failures.raise_or_add()
 
     @property
     def is_running(self) -> bool:
         """Whether it holds threads, memory or connections."""
-        return self._held() is not None
+        return self._holdings.held() is not None
 
     def rest(self) -> None:
-        """Free threads, memory and connections, unless something is under way; the next request starts them anew.
+        """Free threads, memory and connections, unless something is under way, or failed and nobody has been told.
 
-        What failed, and what is durable, stays known.
+        The next request takes them anew; what is durable stays known. No other thread may be making a request now.
         """
-        runtime = self._held()
-        if runtime is not None and runtime.call(runtime.dispatcher.is_idle, self._account):
-            self._free(runtime, stuck=False)
-            self._loads, self._workers = self._new_loads(), self._new_workers()
+        self._holdings.rest()
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
 
         Cancelled, it returns at once and the closing goes on in a thread; what fails then is logged.
         """
-        limit = self._options.flush_timeout if timeout is None else timeout
         # Not anyio.to_thread: it starts no thread for who is cancelled already, as the body of an async with may be.
         thread = ThreadPoolExecutor(1, thread_name_prefix="async_ckpt-closing")
-        closing = thread.submit(self._drain_and_free, limit)
+        closing = thread.submit(self._holdings.close, self._limit(timeout))
         thread.shutdown(wait=False)
         closed: Outcome[None] = Outcome()
         closing.add_done_callback(lambda _: closed.set_result(None))
@@ -354,70 +326,11 @@ class CheckpointService:
             share_unpicklable: pass what pickle refuses by reference, for writers that do not pickle.
             tell: raise an earlier failure; else the next call does.
         """
-        runtime = self._running()
-        if writer is None:
-            check_target(location)
-            writer = self._streaming_writer(location)
-        started_seconds = monotonic()
-        captured = capture(state, share_unpicklable=share_unpicklable)
-        op = self._op(Kind.SAVE, location, writer, nbytes=captured.nbytes)
-        request = Request(op, self._account, location, writer)
-        request.started_seconds = started_seconds
-        dispatcher = runtime.dispatcher
-        try:
-            if writer.only_reads:
-                self._borrow(request, captured, runtime)
-            runtime.post(dispatcher.take_in, request)
-            self._await_admission(request)
-            borrows, buffer = request.borrows, request.buffer  # in this order: closing takes both away
-            if buffer is None:
-                raise ServiceClosedError("the service was closed meanwhile")
-            snapshot = captured.share(buffer) if borrows else captured.stage(buffer)
-            if writer.only_reads and not request.given_up:
-                self._account.newest = request, snapshot
-            request.stall_seconds = monotonic() - started_seconds
-            request.staged_at_seconds = time()
-            request.handle._state = State.STAGED  # here, so that it is true when save returns
-            runtime.post(dispatcher.staged, request, snapshot)
-        except BaseException as error:
-            with suppress(ServiceClosedError):
-                runtime.post(dispatcher.withdraw, request)
-            if request.given_up and isinstance(error, Exception):  # closed beneath us, memory and all
-                raise ServiceClosedError("the service was closed meanwhile") from error
-            raise
-        if tell:
-            self.failures.raise_unless_in_flight(but=request.handle)
-        return request.handle
-
-    def _borrow(self, request: Request, captured: Capture, runtime: Runtime) -> None:
-        """Have *request* hold the memory of the newest snapshot, if that is of the very same bytes (S1)."""
-        newest = self._account.newest
-        if newest is None or not captured.resembles(newest[1]):
-            return
-        if runtime.call(runtime.dispatcher.lend, request, *newest):
-            buffer = request.buffer
-            if buffer is None or not captured.equals(buffer):
-                runtime.post(runtime.dispatcher.take_back, request)
-
-    def _await_admission(self, request: Request) -> None:
-        """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
-        limit = self._options.flush_timeout
-        try:
-            request.admitted.result(limit)
-        except TimeoutError:
-            raise FlushTimeoutError(
-                f"{request.location.url!r} was not accepted: no room after {limit:g} s; "
-                f"pending: {self._pending_urls()}"
-            ) from None
+        return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
         """Do what ``remove`` does, with any writer; ``None`` takes our own."""
-        runtime = self._running()
-        writer = self._streaming_writer(location) if writer is None else writer
-        request = Request(self._op(Kind.REMOVE, location, writer), self._account, location, writer)
-        runtime.post(runtime.dispatcher.take_in, request)
-        self.failures.raise_unless_in_flight(but=request.handle)
-        return request.handle
+        return self._intake.remove(location, writer)
 
     def submit_link(self, location: Location, target: Location) -> Handle:
         """Have *location*, on a local disk, lead to *target* once the newest save of that is durable.
@@ -426,205 +339,27 @@ class CheckpointService:
             location: the second name, from ``locate(…, follow=False)``.
             target: the checkpoint.
         """
-        runtime = self._running()
-        linker = Linker(target, self._workers, self._options.durability)
-        request = Request(
-            self._op(Kind.LINK, location, None, target=target.key), self._account, location, linker
-        )
-        runtime.post(runtime.dispatcher.take_in, request)
-        self.failures.raise_unless_in_flight(but=request.handle)
-        return request.handle
+        return self._intake.link(location, target)
 
-    @contextmanager
-    def turn(self, location: Location) -> Iterator[None]:
+    def turn(self, location: Location) -> AbstractContextManager[None]:
         """Hold *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
 
         Raises:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
             Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
         """
-        if is_local(location) and os.path.islink(location.path):  # it may be about to lead elsewhere
-            with self._turn(locate(location.url, follow=False)):
-                location = locate(location.url)
-        with self._turn(location):
-            yield
-
-    @contextmanager
-    def _turn(self, location: Location) -> Iterator[None]:
-        self.failures.raise_all()
-        if runtimes.current() is None:  # nothing is under way in this process
-            yield
-            return
-        runtime = self._running()
-        request = Request(self._op(Kind.LOAD, location, None), self._account, location, None)
-        try:
-            runtime.post(runtime.dispatcher.take_in, request)
-            try:
-                request.admitted.result(self._options.flush_timeout)
-            except TimeoutError:
-                raise self._too_late(self._options.flush_timeout) from None
-            self.failures.raise_all()  # else the content from before a failed save would pass for the new one
-            yield
-        finally:
-            with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
-                runtime.post(runtime.dispatcher.withdraw, request)
+        return self._intake.turn(location)
 
     @property
     def failures(self) -> Failures:
         """What failed and has not been told yet."""
-        self._start_afresh_in_child()
-        return self._account.failures
+        return self._holdings.account.failures
 
     def workers(self) -> Workers:
         """Return the service's threads for what blocks."""
-        self._running()
-        return self._workers
-
-    # -- the runtime
-
-    def _running(self) -> Runtime:
-        self._start_afresh_in_child()
-        if self._closed:
-            raise ServiceClosedError("the service has been closed; make a new one")
-        runtime = self._runtime
-        if runtime is None:
-            runtime = self._runtime = runtimes.acquire(self)
-            if self._closed:  # meanwhile, by a signal handler or another thread
-                self._runtime = None
-                runtimes.release(runtime, self)
-                raise ServiceClosedError("the service was closed meanwhile")
-        runtime.refuse_loop_thread()
-        return runtime
-
-    def _held(self) -> Runtime | None:
-        self._start_afresh_in_child()
-        return self._runtime
-
-    def _start_afresh_in_child(self) -> None:
-        """Leave to the parent process what it has under way (L1), and the telling of what failed there (E1)."""
-        if os.getpid() != self._pid:
-            self._reset()
-
-    def _drained(self) -> Outcome[None]:
-        runtime = self._held()
-        if runtime is not None:
-            return runtime.call(runtime.dispatcher.expect_drained, self._account)
-        nothing: Outcome[None] = Outcome()
-        nothing.set_result(None)
-        return nothing
-
-    def _handles(self) -> list[Handle]:
-        runtime = self._held()
-        return [] if runtime is None else runtime.call(runtime.dispatcher.handles, self._account)
-
-    def _drain_and_free(self, limit: float) -> None:
-        runtime = self._held()
-        if runtime is not None:
-            runtime.refuse_loop_thread()
-        self._closed = True
-        if runtime is None:
-            return
-        stuck = False
-        with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
-            drained = runtime.call(runtime.dispatcher.close, self._account, thread=threading.get_ident())
-            try:
-                drained.result(limit)
-            except TimeoutError:
-                stuck = self._abandon(runtime, f"not done{_after(limit)} when its service was closed")
-        self._free(runtime, stuck=stuck)
-
-    def _abandon(self, runtime: Runtime, reason: str) -> bool:
-        """Give up what is not done; tell whether a thread is stuck in storage and had to be left behind."""
-        stopped = runtime.call(runtime.dispatcher.cancel_all, self._account, reason)
-        try:
-            stopped.result(self._abandon_grace_seconds)
-        except TimeoutError:
-            runtime.call(runtime.dispatcher.leave_behind, self._account)
-            return True
-        return False
-
-    def _free(self, runtime: Runtime, *, stuck: bool) -> None:
-        # Each step may be taken twice: by two threads, or again after an interruption.
-        try:
-            with suppress(RuntimeError):  # another thread was faster
-                self._loads.end()
-                if not stuck:
-                    runtime.call_async(_close_all, self._stores).result()
-                runtime.call(self._account.pool.close)
-        finally:
-            self._workers.close(wait=not stuck)
-            runtimes.release(runtime, self, stuck=stuck)
-            self._runtime = None
-
-    def _op(
-        self,
-        kind: Kind,
-        location: Location,
-        writer: Writer | None,
-        *,
-        nbytes: int = 0,
-        target: str | None = None,
-    ) -> Op:
-        return Op(
-            id=0,  # it gets one where it comes in
-            lane=self._account.lane,
-            kind=kind,
-            key=location.key,
-            phase=Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED,
-            thread=threading.get_ident(),
-            group=None if writer is None else writer.group,
-            nbytes=nbytes,
-            target=target,
-        )
-
-    def _streaming_writer(self, location: Location) -> StreamingWriter:
-        self._running()
-        return StreamingWriter(self._store(location), self._workers, self._options)
-
-    def _store(self, location: Location) -> Store:
-        store = self._stores.get(location.group)
-        if store is None:
-            self._running()
-            make = self._store_factory or self._open_store
-            store = self._stores.setdefault(location.group, make(location, self._workers))
-        return store
-
-    def _open_store(self, location: Location, workers: Workers) -> Store:
-        options = self._options
-        return open_store(
-            location,
-            workers=workers,
-            storage_options=options.storage_options,
-            durability=options.durability,
-            retry=options.retry,
-            overwrite=options.overwrite,
-            part_size=options.part_size_bytes,
-            max_concurrent_parts=options.max_concurrent_parts,
-        )
-
-    def _too_late(self, limit: float) -> FlushTimeoutError:
-        return FlushTimeoutError(f"still pending{_after(limit)}, and going on: {self._pending_urls()}")
-
-    def _pending_urls(self) -> str:
-        return ", ".join(repr(handle.url) for handle in self.pending)
-
-    def drain_at_exit(self) -> bool:
-        """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
-        limit = self._options.flush_timeout
-        try:
-            try:
-                try:
-                    self._drained().result(min(limit, SILENT_EXIT_SECONDS))
-                except TimeoutError:
-                    tell(f"waiting up to {limit:g} s until {self._pending_urls()} are done; Ctrl-C gives up")
-                self._drain_and_free(limit)
-            except KeyboardInterrupt:
-                tell("interrupted: pending checkpoints are given up")
-                self._drain_and_free(0.0)
-        except BaseException:  # Ctrl-C once more
-            tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
-            return False
-        return not self.failures.print_at_exit()
+        holdings = self._holdings
+        holdings.running()
+        return holdings.workers
 
 
 def load(
@@ -659,17 +394,3 @@ def load(
         return service.load(
             url, map_location=map_location, weights_only=weights_only, keys=keys, progress=progress
         )
-
-
-def _after(limit: float) -> str:
-    return f" after {limit:g} s" if limit else ""  # none where its caller had waited already
-
-
-async def _close_all(stores: dict[str, Store]) -> None:
-    while stores:
-        _, store = stores.popitem()
-        try:
-            with anyio.move_on_after(ABANDON_GRACE_SECONDS):
-                await store.aclose()
-        except Exception:
-            logger.exception("a store could not be closed")

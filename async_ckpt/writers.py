@@ -155,14 +155,16 @@ class StreamingWriter:
     async def _put_all(self, upload: Upload, plan: _Plan, layout: Layout, emit: Emit) -> list[Receipt]:
         """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
         receipts: list[Receipt] = []
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         remaining: Iterator[Part] = iter(plan.parts)
 
         async def send() -> None:
             for part in remaining:
                 try:
                     receipts.append(await self._put(upload, plan, part, layout))
-                except Exception as error:
+                except anyio.get_cancelled_exc_class():
+                    raise
+                except BaseException as error:  # a SystemExit would end the loop
                     errors.append(error)
                     senders.cancel_scope.cancel()
                     return

@@ -367,7 +367,7 @@ def start_python(code: str | Path, *arguments: object, **options: Any) -> subpro
 
 def wait_until_one_waits(service: CheckpointService) -> None:
     """Return once some thread's save waits for admission; asks the loop again and again, so it is a thread's job."""
-    runtime = service._held()
+    runtime = service._holdings.held()
     assert runtime is not None
     phases: list[Phase] = []
     while Phase.WAITING not in phases:

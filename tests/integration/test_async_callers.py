@@ -198,7 +198,7 @@ async def test_aclose_does_not_block_the_loop() -> None:
         handle = rig.service.save(state(1), "memory://a")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(rig.service.aclose)
-            await until(lambda: rig.service._closed)
+            await until(lambda: rig.service._holdings.is_closed)
             gate.open()
         assert handle.state is State.DURABLE
 
@@ -227,11 +227,11 @@ async def test_a_cancelled_aclose_goes_on(early: bool) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(rig.service.aclose)
                 if not early:
-                    await until(lambda: rig.service._closed)
+                    await until(lambda: rig.service._holdings.is_closed)
                     scope.cancel()
         assert not handle.done()
         gate.open()
-        await until(lambda: rig.service._held() is None)
+        await until(lambda: rig.service._holdings.held() is None)
         assert handle.state is State.DURABLE
 
 

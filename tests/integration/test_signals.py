@@ -25,7 +25,10 @@ from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, state, wait_u
 
 PACKAGE = Path(async_ckpt.__file__).parent
 #: Where a caller spends its time, apart from the snapshot.
-OURS = {str(PACKAGE / name) for name in ("service.py", "runtime.py", "handle.py")}
+OURS = {
+    str(PACKAGE / f"{name}.py") for name in ("service", "intake", "holdings", "runtime", "handle", "failures")
+}
+PACKAGE_FILES = {str(file) for file in PACKAGE.glob("*.py")}
 #: Where it would hold locks, were it waiting in the standard library's way.
 WALKED = OURS | {str(module.__file__) for module in (concurrent.futures._base, threading)}
 
@@ -165,10 +168,17 @@ def test_a_handler_may_use_the_service_while_its_thread_takes_the_snapshot() -> 
         assert number_of(rig.service.load("memory://a")) in (1, 3)
 
 
-@pytest.mark.timeout(40)
-def test_a_handler_may_close_the_service_at_every_line_of_save() -> None:
-    """A handler may close the service it interrupted: the save is durable, or raises ServiceClosedError (L1, D4)."""
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_handler_may_close_the_service_at_every_line_of_save(alone: bool) -> None:
+    """A handler may close the service it interrupted: the save is durable, or raises ServiceClosedError (L1, D4).
+
+    So it is where another service keeps the loop running.
+    """
     ends: set[str] = set()
+    other = Rig(memory=True)
+    if not alone:
+        use(other.service, "memory://b", 0)
 
     def step(line: int) -> list[str]:
         rig = Rig(memory=True)
@@ -187,7 +197,8 @@ def test_a_handler_may_close_the_service_at_every_line_of_save() -> None:
         rig.service.close()
         return where
 
-    assert walk(step) > 40
+    with other:
+        assert walk(step) > 40
     assert ends == {"refused", "durable"}
 
 
@@ -201,6 +212,7 @@ def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
     def step(line: int) -> list[str]:
         with Rig(memory=True, queue_depth=1, memory_limit=8192) as rig:
             use(rig.service, "memory://a", 1)
+            where: list[str] = []
             try:
                 with at_line(line, interrupt) as where:
                     rig.service.save(state(2), "memory://a")
@@ -214,6 +226,31 @@ def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
     assert walk(step) > 40
 
 
+@pytest.mark.timeout(60)
+def test_ctrl_c_at_every_line_of_a_first_save_leaves_no_thread() -> None:
+    """Nor does it leave the loop thread that the first save starts, once the service is closed (B2, L1)."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(line: int) -> list[str]:
+        rig = Rig(memory=True)
+        where: list[str] = []
+        try:
+            with at_line(line, interrupt, PACKAGE_FILES) as where:
+                rig.service.save(state(1), "memory://a")
+        except KeyboardInterrupt:
+            pass
+        rig.service.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith("async_ckpt"):
+                thread.join(PATIENCE_SECONDS)
+                assert not thread.is_alive(), where
+        return where
+
+    assert walk(step) > 100
+
+
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("call", ["load", "wait", "remove"])
 def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str) -> None:
@@ -225,6 +262,7 @@ def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str)
     def step(line: int) -> list[str]:
         with Rig(memory=True, queue_depth=1) as rig:
             use(rig.service, "memory://a", 1)
+            where: list[str] = []
             try:
                 with at_line(line, interrupt) as where:
                     getattr(rig.service, call)(*([] if call == "wait" else ["memory://a"]))
@@ -246,6 +284,7 @@ def test_ctrl_c_at_every_line_of_close_leaves_no_thread() -> None:
     def step(line: int) -> list[str]:
         rig = Rig(memory=True)
         rig.service.save(state(1), "memory://a")
+        where: list[str] = []
         try:
             with at_line(line, interrupt, OURS) as where:
                 rig.service.close()

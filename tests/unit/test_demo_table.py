@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demo.train_digits import Cost, table
+from demo.costs import Cost, table
 
 
 def test_numbers_are_medians_but_for_the_worst_and_columns_line_up() -> None:
@@ -18,6 +18,7 @@ def test_numbers_are_medians_but_for_the_worst_and_columns_line_up() -> None:
     }
     assert table(costs) == [
         "               saves  MiB each  stall a save     worst  until written  training",
+        "─────────────  ─────  ────────  ────────────  ────────  ─────────────  ────────",
         "ours               3       1.0        2.0 ms    900 ms         200 ms     4.5 s",
         "a longer name      1    1024.0    10000.0 ms  10000 ms       20000 ms   100.0 s",
     ]

@@ -1,0 +1,252 @@
+"""What one service holds while it has something to do: its place on the loop, threads, host memory, connections.
+
+Guarantees: it is taken with the first request, and given back by `Holdings.close`, by `Holdings.rest`, or when the
+interpreter ends (B2, D4); what is under way comes to its end before, within a deadline. Every step of that may be
+interrupted and taken again, by this thread or another (L1).
+
+What does not belong here: requests (intake), what a caller is told (service).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeAlias
+
+import anyio
+
+from async_ckpt import runtime as runtimes
+from async_ckpt.budget import Budget
+from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
+from async_ckpt.failures import Failures, tell
+from async_ckpt.handle import Handle, Outcome
+from async_ckpt.loading import Loads
+from async_ckpt.options import ServiceOptions
+from async_ckpt.queue import Lane
+from async_ckpt.request import Account
+from async_ckpt.runtime import PoolWorkers, Runtime
+from async_ckpt.snapshot import HostPool
+from async_ckpt.stores import open_store
+from async_ckpt.stores.base import Location, Store, Workers
+
+__all__ = ["ABANDON_GRACE_SECONDS", "Holdings", "StoreFactory"]
+
+logger = logging.getLogger(__name__)
+
+ABANDON_GRACE_SECONDS = 10.0
+"""How long work that was told to stop, and stores that are closed, may take before they are left behind."""
+
+SILENT_EXIT_SECONDS = 1.0
+"""How long the interpreter's exit waits for pending saves before it says so."""
+
+
+StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
+"""Makes the store that serves a location; it is asked once for each ``location.group``."""
+
+
+class Holdings:
+    """What one service holds of one process; a forked child makes its own.
+
+    Args:
+        options: of the service.
+        store_factory: makes the stores; ``None`` makes those that fsspec knows.
+        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
+
+    Attributes:
+        has_own_stores: nothing is known of what they can be asked for.
+        account: the service as the dispatcher knows it.
+        is_closed: nothing more comes in.
+        loads: those that are under way.
+        workers: the threads for what blocks.
+    """
+
+    def __init__(
+        self, options: ServiceOptions, store_factory: StoreFactory | None, abandon_grace_seconds: float
+    ) -> None:
+        self.options = options
+        self.is_closed = False
+        self.has_own_stores = store_factory is not None
+        self.account = Account(
+            lane=Lane(
+                queue_depth=options.queue_depth,
+                max_concurrent_saves=options.max_concurrent_saves,
+                overflow=options.overflow,
+            ),
+            pool=HostPool(Budget(options.memory_limit_bytes)),
+            observer=options.observer,
+            failures=Failures(warn=options.on_error == "warn"),
+        )
+        self._abandon_grace_seconds = abandon_grace_seconds
+        self._make_store = store_factory or self._open_store
+        self._stores: dict[str, Store] = {}
+        self._runtime: Runtime | None = None
+        self._renew()
+
+    def _renew(self) -> None:
+        # No thread starts before it is needed. Made here, so that threads which come first together share them.
+        self.loads = Loads(self.options.max_concurrent_parts)
+        self.workers = PoolWorkers(self.options.max_concurrent_parts + self.options.max_concurrent_saves)
+
+    # -- taking
+
+    def running(self) -> Runtime:
+        """Return the runtime, taken if need be.
+
+        Raises:
+            ServiceClosedError: the service is closed, or the interpreter is ending.
+            RuntimeError: called on the loop thread, as by an observer.
+        """
+        if self.is_closed:
+            raise ServiceClosedError("the service has been closed; make a new one")
+        runtime = self._runtime
+        if runtime is None:
+            runtime = self._runtime = runtimes.acquire(self)
+            if self.is_closed:  # meanwhile, by a signal handler or another thread
+                self._runtime = None
+                runtimes.release(runtime, self)
+                raise ServiceClosedError("the service was closed meanwhile")
+        runtime.refuse_loop_thread()
+        return runtime
+
+    def held(self) -> Runtime | None:
+        """Return the runtime if it has been taken, also where that was interrupted."""
+        if self._runtime is None:
+            self._runtime = runtimes.held_by(self)
+        return self._runtime
+
+    def store(self, location: Location) -> Store:
+        """Return the store that serves *location*, made if need be."""
+        store = self._stores.get(location.group)
+        if store is None:
+            self.running()
+            store = self._stores.setdefault(location.group, self._make_store(location, self.workers))
+        return store
+
+    def _open_store(self, location: Location, workers: Workers) -> Store:
+        options = self.options
+        return open_store(
+            location,
+            workers=workers,
+            storage_options=options.storage_options,
+            durability=options.durability,
+            retry=options.retry,
+            overwrite=options.overwrite,
+            part_size=options.part_size_bytes,
+            max_concurrent_parts=options.max_concurrent_parts,
+        )
+
+    # -- what is under way
+
+    def drained(self) -> Outcome[None]:
+        """Return an outcome that is set when everything that has been accepted so far has ended."""
+        runtime = self.held()
+        if runtime is not None:
+            with suppress(ServiceClosedError):  # another thread has closed it just now
+                return runtime.call(runtime.dispatcher.expect_drained, self.account)
+        nothing: Outcome[None] = Outcome()
+        nothing.set_result(None)
+        return nothing
+
+    def pending(self) -> tuple[Handle, ...]:
+        """Return the handles of what has not ended, oldest first."""
+        runtime = self.held()
+        handles: list[Handle] = []
+        if runtime is not None:
+            with suppress(ServiceClosedError):
+                handles = runtime.call(runtime.dispatcher.handles, self.account)
+        return tuple(handle for handle in handles if not handle.done())
+
+    def pending_urls(self) -> str:
+        """Return what has not ended, as text."""
+        return ", ".join(repr(handle.url) for handle in self.pending())
+
+    def too_late(self, limit: float) -> FlushTimeoutError:
+        """Return what to raise where *limit* seconds were not enough."""
+        return FlushTimeoutError(f"still pending{_after(limit)}, and going on: {self.pending_urls()}")
+
+    # -- giving back
+
+    def rest(self) -> None:
+        """Give everything back, unless something is under way or waits to be told; the next request takes it anew."""
+        runtime = self.held()
+        if runtime is None or self.account.failures:
+            return
+        if runtime.call(runtime.dispatcher.close_if_idle, self.account):
+            self._free(runtime, stuck=False)
+            self._renew()
+            self.account.closed = self.is_closed
+
+    def close(self, limit: float) -> None:
+        """See everything to its end, abandon what is not done after *limit* seconds, and give everything back."""
+        runtime = self.held()
+        if runtime is not None:
+            runtime.refuse_loop_thread()
+        self.is_closed = True
+        if runtime is None:
+            return
+        stuck = False
+        with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
+            drained = runtime.call(runtime.dispatcher.close, self.account, thread=threading.get_ident())
+            try:
+                drained.result(limit)
+            except TimeoutError:
+                stuck = self._abandon(runtime, f"not done{_after(limit)} when its service was closed")
+        self._free(runtime, stuck=stuck)
+
+    def drain_at_exit(self) -> bool:
+        """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
+        limit = self.options.flush_timeout
+        try:
+            try:
+                try:
+                    self.drained().result(min(limit, SILENT_EXIT_SECONDS))
+                except TimeoutError:
+                    tell(f"waiting up to {limit:g} s until {self.pending_urls()} are done; Ctrl-C gives up")
+                self.close(limit)
+            except KeyboardInterrupt:
+                tell("interrupted: pending checkpoints are given up")
+                self.close(0.0)
+        except BaseException:  # Ctrl-C once more
+            tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
+            return False
+        return not self.account.failures.print_at_exit()
+
+    def _abandon(self, runtime: Runtime, reason: str) -> bool:
+        """Give up what is not done; tell whether a thread is stuck in storage and had to be left behind."""
+        stopped = runtime.call(runtime.dispatcher.cancel_all, self.account, reason)
+        try:
+            stopped.result(self._abandon_grace_seconds)
+        except TimeoutError:
+            runtime.call(runtime.dispatcher.leave_behind, self.account)
+            return True
+        return False
+
+    def _free(self, runtime: Runtime, *, stuck: bool) -> None:
+        # Each step may be taken twice: by two threads, or again after an interruption.
+        try:
+            with suppress(ServiceClosedError):  # another thread was faster
+                self.loads.end()
+                if not stuck:
+                    runtime.call_async(_close_all, self._stores).result()
+                runtime.call(self.account.pool.close)
+        finally:
+            self.workers.close(wait=not stuck)
+            runtimes.release(runtime, self, stuck=stuck)
+            self._runtime = None
+
+
+def _after(limit: float) -> str:
+    return f" after {limit:g} s" if limit else ""  # none where its caller had waited already
+
+
+async def _close_all(stores: dict[str, Store]) -> None:
+    while stores:
+        _, store = stores.popitem()
+        try:
+            with anyio.move_on_after(ABANDON_GRACE_SECONDS):
+                await store.aclose()
+        except Exception:
+            logger.exception("a store could not be closed")

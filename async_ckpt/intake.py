@@ -1,0 +1,185 @@
+"""How a caller's request comes in: the snapshot, the wait for a place, memory or a turn, and the handing over.
+
+Everything here runs on the caller's thread. Guarantees: where a call raises, nothing was accepted, but for an
+*earlier* failure that it tells of (E1, E2); a caller who is interrupted at any line takes its request back, or has
+handed it over (D4, L1).
+
+What does not belong here: which request may run (queue), what becomes of it (dispatch), how bytes are written
+(writers).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic, time
+from typing import Any
+
+from async_ckpt import runtime as runtimes
+from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
+from async_ckpt.handle import Handle, State
+from async_ckpt.holdings import Holdings
+from async_ckpt.queue import Kind, Op, Phase
+from async_ckpt.request import Request
+from async_ckpt.runtime import Runtime
+from async_ckpt.snapshot import Capture, capture
+from async_ckpt.stores import check_target, is_local, locate
+from async_ckpt.stores.base import Location
+from async_ckpt.writers import Linker, StreamingWriter, Writer
+
+__all__ = ["Intake"]
+
+
+class Intake:
+    """Takes the requests of one service in.
+
+    Args:
+        holdings: of the service.
+    """
+
+    def __init__(self, holdings: Holdings) -> None:
+        self.holdings = holdings
+        self._account = holdings.account
+        self._failures = holdings.account.failures
+        self._flush_timeout = holdings.options.flush_timeout
+
+    def save(
+        self, state: Any, location: Location, writer: Writer | None, *, share_unpicklable: bool, tell: bool
+    ) -> Handle:
+        """Take a snapshot of *state* and queue it; see ``CheckpointService.submit``."""
+        runtime = self.holdings.running()
+        if writer is None:
+            if is_local(location) or not self.holdings.has_own_stores:
+                check_target(location)
+            writer = self._streaming_writer(location)
+        started_seconds = monotonic()
+        captured = capture(state, share_unpicklable=share_unpicklable)
+        request = self._request(Kind.SAVE, location, writer, nbytes=captured.nbytes)
+        request.started_seconds = started_seconds
+        try:
+            if writer.only_reads:
+                self._borrow(request, captured, runtime)
+            runtime.post(runtime.dispatcher.take_in, request)
+            self._await_admission(request)
+            self._stage(request, captured, runtime, only_reads=writer.only_reads)
+        except BaseException as error:
+            with suppress(ServiceClosedError):
+                runtime.post(runtime.dispatcher.withdraw, request)
+            if request.turned_away and isinstance(error, Exception):  # closed beneath us, memory and all
+                raise ServiceClosedError("the service was closed meanwhile") from error
+            raise
+        if tell:
+            self._failures.raise_unless_in_flight(but=request.handle)
+        return request.handle
+
+    def remove(self, location: Location, writer: Writer | None) -> Handle:
+        """Queue a deletion; see ``CheckpointService.submit_removal``."""
+        runtime = self.holdings.running()
+        writer = self._streaming_writer(location) if writer is None else writer
+        return self._hand_over(self._request(Kind.REMOVE, location, writer), runtime)
+
+    def link(self, location: Location, target: Location) -> Handle:
+        """Queue a link; see ``CheckpointService.submit_link``."""
+        runtime = self.holdings.running()
+        linker = Linker(target, self.holdings.workers, self.holdings.options.durability)
+        return self._hand_over(self._request(Kind.LINK, location, linker, target=target.key), runtime)
+
+    @contextmanager
+    def turn(self, location: Location) -> Iterator[None]:
+        """Hold *location* for reading; see ``CheckpointService.turn``."""
+        if is_local(location) and os.path.islink(location.path):  # it may be about to lead elsewhere
+            with self._turn(locate(location.url, follow=False)):
+                location = locate(location.url)
+        with self._turn(location):
+            yield
+
+    @contextmanager
+    def _turn(self, location: Location) -> Iterator[None]:
+        self._failures.raise_all()
+        if runtimes.current() is None:  # nothing is under way in this process
+            yield
+            return
+        runtime = self.holdings.running()
+        request = self._request(Kind.LOAD, location, None)
+        try:
+            runtime.post(runtime.dispatcher.take_in, request)
+            try:
+                request.admitted.result(self._flush_timeout)
+            except TimeoutError:
+                raise self.holdings.too_late(self._flush_timeout) from None
+            self._failures.raise_all()  # else the content from before a failed save would pass for the new one
+            yield
+        finally:
+            with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
+                runtime.post(runtime.dispatcher.withdraw, request)
+
+    # -- the steps of a save
+
+    def _borrow(self, request: Request, captured: Capture, runtime: Runtime) -> None:
+        """Have *request* hold the memory of the newest snapshot, if that is of the very same bytes (S1)."""
+        newest = self._account.newest
+        if newest is None or not captured.resembles(newest[1]):
+            return
+        if runtime.call(runtime.dispatcher.lend, request, *newest):
+            buffer = request.buffer
+            if buffer is None or not captured.equals(buffer):
+                runtime.post(runtime.dispatcher.take_back, request)
+
+    def _await_admission(self, request: Request) -> None:
+        """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
+        try:
+            request.admitted.result(self._flush_timeout)
+        except TimeoutError:
+            raise FlushTimeoutError(
+                f"{request.location.url!r} was not accepted: no room after {self._flush_timeout:g} s; "
+                f"pending: {self.holdings.pending_urls()}"
+            ) from None
+
+    def _stage(self, request: Request, captured: Capture, runtime: Runtime, *, only_reads: bool) -> None:
+        """Take the snapshot and hand it over."""
+        borrows, buffer = request.borrows, request.buffer  # in this order: closing takes both away
+        if buffer is None:
+            raise ServiceClosedError("the service was closed meanwhile")
+        snapshot = captured.share(buffer) if borrows else captured.stage(buffer)
+        if only_reads and not request.turned_away:
+            self._account.newest = request, snapshot
+        request.stall_seconds = monotonic() - request.started_seconds
+        request.staged_at_seconds = time()
+        request.handle._state = State.STAGED  # here, so that it is true when save returns
+        runtime.post(runtime.dispatcher.staged, request, snapshot)
+        if not request.decide():
+            raise ServiceClosedError("the service was closed meanwhile")
+
+    # -- what they have in common
+
+    def _hand_over(self, request: Request, runtime: Runtime) -> Handle:
+        runtime.post(runtime.dispatcher.take_in, request)
+        self._failures.raise_unless_in_flight(but=request.handle)
+        return request.handle
+
+    def _request(
+        self,
+        kind: Kind,
+        location: Location,
+        writer: Writer | Linker | None,
+        *,
+        nbytes: int = 0,
+        target: str | None = None,
+    ) -> Request:
+        op = Op(
+            id=0,  # it gets one where it comes in
+            lane=self._account.lane,
+            kind=kind,
+            key=location.key,
+            phase=Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED,
+            thread=threading.get_ident(),
+            group=None if writer is None else writer.group,
+            nbytes=nbytes,
+            target=target,
+        )
+        return Request(op, self._account, location, writer)
+
+    def _streaming_writer(self, location: Location) -> StreamingWriter:
+        return StreamingWriter(self.holdings.store(location), self.holdings.workers, self.holdings.options)

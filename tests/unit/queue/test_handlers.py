@@ -1,0 +1,72 @@
+"""Rule 6 of the queue: nothing waits for what is suspended beneath it on its own thread (L1)."""
+
+from __future__ import annotations
+
+from async_ckpt.queue import Phase
+from tests.support import Play, lane
+
+
+def test_a_handler_may_save_past_every_bound() -> None:
+    """A save that interrupted a save on its own thread is admitted at once: no place can come free before (L1)."""
+    play, of = Play(limit=10), lane(depth=1)
+    interrupted = play.save(of, "a", thread=7, nbytes=10, stage=False)
+    nested = play.save(of, "b", thread=7, nbytes=10)
+    assert nested.phase is Phase.RUNNING
+    play.end(nested)
+    play.stage(interrupted)
+    assert interrupted.phase is Phase.RUNNING
+
+
+def test_a_handler_may_save_while_its_thread_waits_for_admission() -> None:
+    """So is one that interrupted a save which waits for a place; the interrupted one goes on waiting (L1)."""
+    play, of = Play(), lane(depth=1)
+    running = play.save(of, "a")
+    waiting = play.save(of, "b", thread=7)
+    nested = play.save(of, "c", thread=7)
+    assert (waiting.phase, nested.phase) == (Phase.WAITING, Phase.QUEUED)
+    play.end(running)
+    play.end(nested)
+    assert waiting.phase is Phase.STAGING
+
+
+def test_another_thread_is_not_urgent() -> None:
+    """Only the thread that was interrupted passes the bounds (B1)."""
+    play, of = Play(), lane(depth=1)
+    play.save(of, "a", thread=7, stage=False)
+    assert play.save(of, "b", thread=8).phase is Phase.WAITING
+
+
+def test_a_handler_does_not_wait_for_what_it_interrupted() -> None:
+    """A save, a load and a removal in a handler pass the interrupted save of the same location by (L1)."""
+    play, of = Play(), lane()
+    interrupted = play.save(of, "a", thread=7, stage=False)
+    nested = play.save(of, "a", thread=7)
+    assert nested.phase is Phase.RUNNING
+    play.end(nested)
+    load = play.load(of, "a", thread=7)
+    assert load.phase is Phase.RUNNING
+    play.withdraw(load)
+    removal = play.remove(of, "a", thread=7)
+    assert removal.phase is Phase.RUNNING
+    play.end(removal)
+    play.stage(interrupted)
+    assert interrupted.phase is Phase.RUNNING
+
+
+def test_what_was_passed_by_does_not_run_beside_it() -> None:
+    """The interrupted save, once staged, still waits for a running operation of its location (O1, L1)."""
+    play, of = Play(), lane(concurrent=9)
+    interrupted = play.save(of, "a", thread=7, stage=False)
+    nested = play.save(of, "a", thread=7)
+    play.stage(interrupted)
+    assert (nested.phase, interrupted.phase) == (Phase.RUNNING, Phase.QUEUED)
+    play.end(nested)
+    assert interrupted.phase is Phase.RUNNING
+
+
+def test_a_handler_may_load_what_its_thread_is_loading() -> None:
+    """A load that interrupted a load of the same location does not wait for it (L1)."""
+    play, of = Play(), lane()
+    outer = play.load(of, "a", thread=7)
+    inner = play.load(of, "a", thread=7)
+    assert (outer.phase, inner.phase) == (Phase.RUNNING, Phase.RUNNING)

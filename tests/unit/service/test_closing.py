@@ -1,0 +1,88 @@
+"""The end of a service, and of what is under way then (L1, D4, B2)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import AbandonedError, CheckpointService, FlushError, ServiceClosedError, State
+from async_ckpt.stores import locate
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, reached, state, wait_until_one_waits
+from tests.unit.service.calls import CLOSED_CALLS
+
+
+def test_close_drains_and_is_idempotent(tmp_path: Path) -> None:
+    """Close sees every accepted save to its end; closing again, or without ever having saved, does nothing (L1)."""
+    service = CheckpointService()
+    service.save(state(1), tmp_path / "a.ckpt")
+    service.close()
+    service.close()
+    assert number_at(tmp_path / "a.ckpt") == 1
+    CheckpointService().close()
+
+
+def test_close_abandons_at_its_deadline(tmp_path: Path) -> None:
+    """What is not done at the deadline fails with AbandonedError; old files stay, no temporary does (D4, D2)."""
+    path = tmp_path / "a.ckpt"
+    gate, hold = gated("commit", calls=[2])
+    rig = Rig(hold)
+    rig.service.save(state(1), path).wait(PATIENCE_SECONDS)
+    running = rig.service.save(state(2), path)
+    queued = rig.service.save(state(3), tmp_path / "b.ckpt")
+    reached(gate)
+    with pytest.raises(FlushError) as raised:
+        rig.service.close(timeout=0)
+    assert [type(error) for error in raised.value.exceptions] == [AbandonedError, AbandonedError]
+    assert (running.state, queued.state) == (State.FAILED, State.FAILED)
+    assert number_at(path) == 1
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("call", CLOSED_CALLS)
+def test_a_closed_service_says_so(call: str) -> None:
+    """save, remove and load of a closed service raise ServiceClosedError; wait has nothing to wait for (L1)."""
+    with Rig(memory=True) as rig:
+        rig.service.save(state(1), "memory://a")
+    with pytest.raises(ServiceClosedError, match="closed"):
+        CLOSED_CALLS[call](rig.service)
+    rig.service.wait()
+    assert rig.service.pending == ()
+
+
+def test_close_turns_away_who_waits_for_room() -> None:
+    """A thread that waits for admission when the service is closed gets ServiceClosedError (D4)."""
+    gate, hold = gated()
+    rig = Rig(hold, memory=True, queue_depth=1)
+    with ThreadPoolExecutor(2) as pool:
+        rig.service.save(state(1), "memory://a")
+        blocked = pool.submit(rig.service.save, state(2), "memory://b")
+        wait_until_one_waits(rig.service)
+        closing = pool.submit(rig.service.close)
+        with pytest.raises(ServiceClosedError):
+            blocked.result(PATIENCE_SECONDS)
+        gate.open()
+        closing.result(PATIENCE_SECONDS)
+        assert rig.memory is not None
+        assert list(rig.memory.files) == ["/a"]
+
+
+def test_a_load_outlives_the_service() -> None:
+    """A load that is reading while another thread closes the service has what it came for."""
+    rig = Rig(memory=True)
+    rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+    with rig.service.turn(locate("memory://a")):
+        rig.service.close()
+
+
+def test_everything_is_freed(tmp_path: Path) -> None:
+    """After close no thread of ours is left, and a new service works (B2)."""
+    for number in range(3):
+        with CheckpointService() as service:
+            service.save(state(number), tmp_path / "a.ckpt")
+            assert any(thread.name.startswith("async_ckpt") for thread in threading.enumerate())
+        assert not any(thread.name.startswith("async_ckpt") for thread in threading.enumerate())
+    assert number_at(tmp_path / "a.ckpt") == 2

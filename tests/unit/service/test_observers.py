@@ -1,0 +1,76 @@
+"""What an observer sees, and what it cannot break."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from async_ckpt import CheckpointService, State
+from async_ckpt.events import Event, PartWritten
+from tests.support import PATIENCE_SECONDS, Rig, state
+from tests.unit.service.calls import CLOSED_CALLS, loaded
+
+
+def test_events_are_in_order() -> None:
+    """An observer sees every state of a save once, in order, under one id (D4)."""
+    with Rig(memory=True, part_size="64KiB", max_concurrent_parts=1) as rig:
+        rig.service.save(state(1, nbytes=200_000), "memory://a").wait(PATIENCE_SECONDS)
+        rig.service.remove("memory://a").wait(PATIENCE_SECONDS)
+        parts = [event for event in rig.events if isinstance(event, PartWritten)]
+        assert rig.names() == [
+            "Accepted",
+            "Staged",
+            "Writing",
+            "LaidOut",
+            "Begun",
+            *["PartWritten"] * len(parts),
+            "Committing",
+            "Durable",
+            "Removed",
+        ]
+        assert [part.index for part in parts] == [0, 1, 2, 3]
+        assert len({event.request_id for event in rig.events}) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_broken_observer_harms_nothing(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What an observer raises is logged, and the save becomes durable all the same."""
+
+    def observer(event: Event) -> None:
+        raise error("broken")
+
+    with Rig(memory=True, observer=observer) as rig:
+        assert rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+    assert {record.name for record in caplog.records} == {"async_ckpt.request"}
+    assert {record.levelno for record in caplog.records} == {logging.ERROR}
+
+
+CALLS_BACK: dict[str, Callable[[CheckpointService], object]] = {
+    **CLOSED_CALLS,
+    "wait": lambda service: service.wait(),
+    "close": lambda service: service.close(),
+    "pending": lambda service: service.pending,
+}
+
+
+@pytest.mark.parametrize("call", CALLS_BACK)
+def test_an_observer_that_calls_back_is_told_off(call: str) -> None:
+    """An observer that calls its service gets a RuntimeError instead of a deadlock; the service is unharmed (B2)."""
+    errors: list[BaseException] = []
+
+    def observer(event: Event) -> None:
+        try:
+            CALLS_BACK[call](rig.service)
+        except RuntimeError as error:
+            errors.append(error)
+
+    with Rig(memory=True, observer=observer) as rig:
+        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+        rig.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS)
+        assert loaded(rig, "memory://a") == 2
+    assert "observer or a callback" in str(errors[0])
+    assert len(errors) == 16

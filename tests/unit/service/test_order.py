@@ -1,0 +1,94 @@
+"""What takes effect when, in one service and in several (O1, O2, O3, D3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from async_ckpt import CancelledSaveError, RemovalDroppedError, State, StoreError, load
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, reached, state
+from tests.unit.service.calls import failing, loaded
+
+
+def test_removal_cancels_a_queued_save() -> None:
+    """Remove of a queued save's location ends that save at once (O3)."""
+    gate, hold = gated(calls=[1])
+    with Rig(hold, memory=True) as rig:
+        rig.service.save(state(1), "memory://a")
+        queued = rig.service.save(state(2), "memory://b")
+        removal = rig.service.remove("memory://b")
+        with pytest.raises(CancelledSaveError, match="memory://b"):
+            queued.wait(PATIENCE_SECONDS)
+        gate.open()
+        removal.wait(PATIENCE_SECONDS)
+        assert rig.memory is not None
+        assert list(rig.memory.files) == ["/a"]
+
+
+def test_failed_replacement_keeps_the_old_checkpoint() -> None:
+    """A removal after a save that fails deletes nothing and says so, while the save runs or after (D3)."""
+    gate, hold = gated("commit", calls=[2])
+    with Rig(hold, failing(2), memory=True) as rig:
+        rig.service.save(state(1), "memory://old").wait(PATIENCE_SECONDS)
+        new = rig.service.save(state(2), "memory://new")
+        removal = rig.service.remove("memory://old")
+        gate.open()
+        with pytest.raises(StoreError):
+            new.wait(PATIENCE_SECONDS)
+        with pytest.raises(RemovalDroppedError, match="memory://old"):
+            removal.wait(PATIENCE_SECONDS)
+        assert removal.state is State.DROPPED
+        with pytest.raises(RemovalDroppedError):
+            rig.service.remove("memory://old").wait(PATIENCE_SECONDS)
+        assert loaded(rig, "memory://old") == 1
+
+
+def test_load_waits_for_its_own_path_only() -> None:
+    """A load returns what the pending save of its path wrote; a stuck save of another path does not matter (O2)."""
+    gate, hold = gated(calls=[2])
+    with Rig(hold, memory=True, max_concurrent_saves=2) as rig:
+        rig.service.save(state(1), "memory://a")
+        stuck = rig.service.save(state(2), "memory://b")
+        assert loaded(rig, "memory://a") == 1
+        assert not stuck.done()
+        gate.open()
+        assert loaded(rig, "memory://b") == 2
+
+
+def test_order_holds_across_services(tmp_path: Path) -> None:
+    """Saves, loads and removals of one location through different services take effect in program order (O1)."""
+    path = tmp_path / "a.ckpt"
+    gate, hold = gated()
+    with Rig(hold) as one, Rig() as two:
+        one.service.save(state(1), path)
+        second = two.service.save(state(2), path)
+        reached(gate)
+        assert not second.done()
+        gate.open()
+        assert number_of(two.service.load(path)) == 2
+        assert one.service.remove(path).wait(PATIENCE_SECONDS).state is State.REMOVED
+        third = two.service.save(state(3), path)
+        assert number_of(load(path)) == 3
+        assert third.done()
+
+
+def test_one_file_has_one_order_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative, absolute, as URL or through a symlink: one file is one location (O1)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    spellings: list[str | Path] = [
+        "a.ckpt",
+        tmp_path / "a.ckpt",
+        f"file://{tmp_path}/a.ckpt",
+        "link/./a.ckpt",
+    ]
+    gate, hold = gated(calls=[1])
+    with Rig(hold, queue_depth=9, max_concurrent_saves=9) as rig:
+        handles = [rig.service.save(state(number), url) for number, url in enumerate(spellings)]
+        reached(gate)
+        assert [handle.state for handle in handles[1:]] == [State.STAGED] * 3
+        gate.open()
+        assert number_of(rig.service.load("a.ckpt")) == 3

@@ -1,4 +1,4 @@
-"""Where the demo's checkpoints go: a local directory, or a bucket on a real server that is started for it.
+"""Where the demo's checkpoints go, a local directory or a bucket on a real server, and what anyone finds there.
 
 Whoever trains sees a URL and nothing else. Endpoint and keys are in the environment, where s3fs, gcsfs and adlfs look
 for them; in real life you have set them already.
@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import fsspec
+import torch
 
-__all__ = ["STORES", "Place", "place"]
+__all__ = ["STORES", "Place", "files", "intact", "load", "place", "remove"]
 
 STORES = {"local": "", "s3": "seaweedfs", "gcs": "fake_gcs", "azure": "azurite"}
 BUCKET = "demo"
@@ -72,3 +75,29 @@ def _open_uploads(folder: str) -> list[str]:
     bucket, _, prefix = path.partition("/")
     answer = s3.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
     return sorted(f"{each['Key']} (upload {each['UploadId']})" for each in answer.get("Uploads", ()))
+
+
+def files(folder: str) -> list[str]:
+    """Return what lies in *folder* under a name that anyone would look for."""
+    file_system, path = fsspec.url_to_fs(folder)
+    file_system.invalidate_cache()  # another process has been there
+    names = (name.rpartition("/")[2] for name in file_system.ls(path, detail=False))
+    return sorted(f"{folder}/{name}" for name in names if not name.startswith("."))
+
+
+def load(file: str) -> Any:
+    """Load a checkpoint as anyone would who has never heard of this library."""
+    with fsspec.open(file) as opened:
+        return torch.load(opened, weights_only=True)
+
+
+def intact(file: str) -> bool:
+    """Tell whether *file* is whole, by the checksums inside."""
+    with fsspec.open(file) as opened, ZipFile(opened) as archive:
+        return archive.testzip() is None
+
+
+def remove(folder: str) -> None:
+    """Remove *folder*."""
+    file_system, path = fsspec.url_to_fs(folder)
+    file_system.rm(path, recursive=True)

@@ -119,7 +119,7 @@ class Desk:
         """Have *checkpoint* written; wait for that where nobody else would."""
         requeue = _REQUEUE.fullmatch(place.url) is not None
         waits = requeue or self._is_synchronous(place)
-        with self._at_rest_after(place):  # first: a signal handler may come from here on
+        with self._at_rest_after(rests=waits):  # first: a signal handler may come from here on
             service = self.service
             writer = None if make_writer is None else make_writer(service)
             self._is_late = False
@@ -133,17 +133,17 @@ class Desk:
 
     def remove(self, place: Location, make_writer: MakeWriter | None) -> None:
         """Have what is there deleted; wait for that where nobody else would."""
-        with self._at_rest_after(place):
+        waits = self._is_synchronous(place)
+        with self._at_rest_after(rests=waits):
             service = self.service
             writer = None if make_writer is None else make_writer(service)
             handle = service.submit_removal(place, writer)
             self._foresee(place, handle, there=False)
             # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
             foreign = writer is None and is_local(place) and os.path.isdir(place.path)
-            if foreign or self._is_synchronous(place):
-                with suppress(
-                    NotDurableError
-                ):  # it was dropped because of another's failure, as the log says
+            if foreign or waits:
+                # It may have been dropped because of another's failure, as the log says.
+                with suppress(NotDurableError):
                     self._wait_for_one(service, handle)
 
     def link(self, place: Location, target: Location) -> None:
@@ -152,9 +152,9 @@ class Desk:
             self._foresee(place, self.service.submit_link(place, target), there=True)
 
     @contextmanager
-    def loading(self, place: Location) -> Iterator[CheckpointService]:
+    def loading(self) -> Iterator[CheckpointService]:
         """Lend the service for a load."""
-        with self._at_rest_after(place, even_if=True):  # Fabric loads, and never tears down
+        with self._at_rest_after(rests=True):  # Fabric loads, and never tears down
             yield self.service
 
     def will_exist(self, place: Location) -> bool | None:
@@ -215,9 +215,8 @@ class Desk:
         return self.synchronous or _READ_BACK.fullmatch(place.url) is not None
 
     @contextmanager
-    def _at_rest_after(self, place: Location, *, even_if: bool = False) -> Iterator[None]:
-        """Keep no thread after an operation that nothing may follow: outside of a run nobody tears us down."""
-        rests = even_if or self._is_synchronous(place) or _REQUEUE.fullmatch(place.url) is not None
+    def _at_rest_after(self, *, rests: bool) -> Iterator[None]:
+        """Keep no thread after an operation that *rests*: nothing may follow it, and outside of a run no teardown."""
         operation = object()
         self._leave_to_parent()
         self._under_way.add(operation)
@@ -230,9 +229,8 @@ class Desk:
                 self._service.rest()
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        for key, earlier in list(
-            self._foreseen.items()
-        ):  # a signal handler may come in between, and do the same
+        # A signal handler may come in between, and do the same.
+        for key, earlier in list(self._foreseen.items()):
             if earlier.has_ended:
                 self._foreseen.pop(key, None)
         self._foreseen[place.key] = prospect = _Prospect(there)

@@ -34,8 +34,7 @@ def figures(save: SaveProgress, pending: int) -> dict[str, float]:
 def log_figures(trainer: Any, values: dict[str, float]) -> None:
     """Give *values* to the loggers, on the axis of what the training itself logs; to nobody else."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    step = getattr(
-        epoch_loop, "_batches_that_stepped", trainer.global_step
-    )  # differs with several optimizers
+    # With several optimizers this differs from the global step.
+    step = getattr(epoch_loop, "_batches_that_stepped", trainer.global_step)
     for logger in trainer.loggers:
         logger.log_metrics(metrics=dict(values), step=step)  # by name, as Lightning calls it

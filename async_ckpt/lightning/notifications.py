@@ -102,9 +102,8 @@ class Notifications:
 
     def _just_saved(self, checkpoint_callback: Any) -> list[SaveProgress]:
         """Return the save that a callback has just made, or all that may be it."""
-        pending = (
-            self._meter.pending
-        )  # first: what ends meanwhile is in both then, else it would be in neither
+        # First: what ends meanwhile is in both then, else it would be in neither.
+        pending = self._meter.pending
         self._ended.extend(self._meter.take_ended())
         path = getattr(checkpoint_callback, "_last_checkpoint_saved", "")
         for save in reversed([*self._ended, *pending]):

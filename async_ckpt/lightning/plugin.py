@@ -16,16 +16,14 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
-from async_ckpt.lightning.calls import argument, place_of, slot_of
-from async_ckpt.lightning.desk import Desk, MakeWriter
-from async_ckpt.lightning.registration import default_weights_only, register
+from async_ckpt.lightning.bases import argument, delegating, place_of, refuse_asynchronous, slot_of
+from async_ckpt.lightning.desk import Desk
+from async_ckpt.lightning.registration import default_weights_only, introduce_plugin, register
 from async_ckpt.meter import Meter
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
 from async_ckpt.stores.base import Location
-from async_ckpt.writers import DelegatingWriter
 
 __all__ = ["AsyncCheckpointIO"]
 
@@ -55,7 +53,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def __init__(self, checkpoint_io: Any = None, **options: Any) -> None:
         self._base = checkpoint_io
         self._options = options
-        _refuse_asynchronous(checkpoint_io)
+        refuse_asynchronous(checkpoint_io)
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -119,7 +117,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             else:
                 save(*args, **{**kwargs, slot: snapshot})
 
-        self._desk.save(argument(slot, args, kwargs), place, _delegating(place, save=save_snapshot))
+        self._desk.save(argument(slot, args, kwargs), place, delegating(place, save=save_snapshot))
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint, after the pending saves of that path; the arguments are those of the base's method.
@@ -131,7 +129,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return self._load(*args, **kwargs)
         load = self._base.load_checkpoint
         place = place_of(argument(slot_of(load, 0, "path", args, kwargs), args, kwargs))
-        with self._desk.loading(place) as service, service.turn(place):
+        with self._desk.loading() as service, service.turn(place):
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +142,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return
         remove = self._base.remove_checkpoint
         place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs), follow=False)
-        self._desk.remove(place, _delegating(place, delete=partial(remove, *args, **kwargs)))
+        self._desk.remove(place, delegating(place, delete=partial(remove, *args, **kwargs)))
 
     def teardown(self) -> None:
         """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
@@ -253,7 +251,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def _load(self, path: str | os.PathLike[str], map_location: Any = "cpu", **options: Any) -> Any:
         options.setdefault("weights_only", default_weights_only())
-        with self._desk.loading(self._locate(path)) as service:
+        with self._desk.loading() as service:
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words
@@ -268,27 +266,4 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         return locate(path, storage_options=self._options.get("storage_options"), follow=follow)
 
 
-def _delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
-    """Return what makes a base's writer."""
-
-    def make(service: CheckpointService) -> DelegatingWriter:
-        return DelegatingWriter(
-            save=save,
-            delete=delete,
-            group=place.group,
-            workers=service.workers(),
-            durability=service.options.durability,
-        )
-
-    return make
-
-
-def _refuse_asynchronous(base: Any) -> None:
-    """Refuse a base that returns before its checkpoint is written: we would call that durable (D1)."""
-    while base is not None:
-        if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(base).__mro__):
-            raise OptionError(
-                f"{type(base).__module__}.{type(base).__name__} is asynchronous itself; "
-                "give AsyncCheckpointIO what that writes with, or nothing"
-            )
-        base = getattr(base, "checkpoint_io", None)
+introduce_plugin(AsyncCheckpointIO)

@@ -2,7 +2,7 @@
 
 ``pytorch_lightning`` and ``lightning.pytorch`` are two copies of the same code with two sets of classes. A virtual
 subclass of ``CheckpointIO`` is accepted by both. ``Callback`` knows no virtual ones, so ours gets it as a base, of
-each copy. None needs to be imported with this package. What does not belong here: anything that the classes do.
+each copy. None is imported with this package. What does not belong here: anything that the classes do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Any
 
 from async_ckpt.lightning.repairs import repair
 
-__all__ = ["default_weights_only", "found_callbacks", "inherit_callback", "register"]
+__all__ = [
+    "default_weights_only",
+    "found_callbacks",
+    "inherit_callback",
+    "introduce_callback",
+    "introduce_plugin",
+    "register",
+]
 
 # Fabric's strategies for XLA take nothing but the CheckpointIO of their own, not even Lightning's wrappers.
 _PLUGINS = {
@@ -40,6 +47,18 @@ _WRITERS = {
 _registered: set[type] = set()
 
 
+def introduce_plugin(plugin: type) -> None:
+    """Register *plugin* with what is imported of Lightning, before one is made: LightningCLI asks the class."""
+    for base in _imported(_PLUGINS):
+        base.register(plugin)
+
+
+def introduce_callback(callback: Any) -> None:
+    """Make ``Callback`` a base of *callback*, likewise."""
+    for base in _imported(_CALLBACKS):
+        _inherit(callback, base)
+
+
 def register(plugin: type) -> None:
     """Register *plugin* with every Lightning that the program has imported; with all installed, if it has none yet.
 
@@ -59,8 +78,7 @@ def inherit_callback(callback: Any) -> None:
         ImportError: no Lightning with a Trainer is installed.
     """
     for base in _classes(_CALLBACKS, "AsyncCheckpointCallback"):
-        if not issubclass(callback, base):
-            callback.__bases__ = (*callback.__bases__, base)
+        _inherit(callback, base)
 
 
 def found_callbacks() -> list[Any]:
@@ -78,6 +96,17 @@ def default_weights_only() -> bool | None:
         if "weights_only" not in inspect.signature(writer.load_checkpoint).parameters:
             return False
     return None
+
+
+def _inherit(callback: Any, base: type) -> None:
+    if not issubclass(callback, base):
+        callback.__bases__ = (*callback.__bases__, base)
+
+
+def _imported(places: Mapping[str, list[tuple[str, str]]]) -> list[Any]:
+    """Return the classes of Lightning that are there already; nothing is imported."""
+    named = [each for tree in places.values() for each in tree]
+    return [cls for module, name in named if (cls := getattr(sys.modules.get(module), name, None))]
 
 
 def _classes(places: Mapping[str, list[tuple[str, str]]], what: str) -> list[Any]:

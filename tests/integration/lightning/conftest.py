@@ -19,6 +19,8 @@ from async_ckpt import AsyncCheckpointIO
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+from tests.integration.lightning.both_ways import Both
+from tests.integration.lightning.notes import Notes
 
 TREES = {
     "pytorch_lightning": ("pytorch_lightning", "lightning_fabric"),
@@ -167,3 +169,21 @@ def recording() -> Callable[..., Recording]:
 def names() -> Callable[[Path], list[str]]:
     """Return a function that lists a directory, hidden files and all; nothing where there is none."""
     return lambda directory: sorted(entry.name for entry in directory.glob("*"))
+
+
+@pytest.fixture(params=[False, True], ids=["plugin alone", "with callback"])
+def companion(request: pytest.FixtureRequest) -> bool:
+    """Whether the companion callback is there; where it must not matter."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def both(tree: Any, tmp_path: Path, faults: Any, companion: bool) -> Both:
+    """A training to be run both ways."""
+    return Both(tree, tmp_path, faults, companion)
+
+
+@pytest.fixture
+def notes() -> Notes:
+    """Nothing noted yet."""
+    return Notes()

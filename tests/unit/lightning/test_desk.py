@@ -119,6 +119,22 @@ def test_a_rest_forgets_no_failure(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["1.ckpt"]
 
 
+def test_an_error_stays_first_that_was_there_before_the_plugin(tmp_path: Path) -> None:
+    """A rescue, with a plugin made while an error is handled, that fails itself leaves that error in flight (E2)."""
+
+    def train_or_rescue() -> None:
+        try:
+            raise ValueError("of the training")
+        except ValueError:
+            with AsyncCheckpointIO(store_factory=faulty(Fault(operation="commit", error=broken))) as plugin:
+                plugin.save_checkpoint({"step": 1}, tmp_path / "rescued.ckpt")
+            raise
+
+    with pytest.raises(ValueError, match="of the training") as caught:
+        train_or_rescue()
+    assert any("broken" in note for note in getattr(caught.value, "__notes__", ["broken"]))
+
+
 def test_no_thread_stays_after_a_failed_synchronous_save(tmp_path: Path) -> None:
     """Outside of a run nobody tears down, whether the save went well or not."""
     before = set(threading.enumerate())

@@ -1,12 +1,9 @@
-"""``AsyncCheckpointIO`` itself, with bases of our own in place of Lightning's."""
+"""``AsyncCheckpointIO`` itself: what Lightning asks of it, our own writer behind it, its end and what comes after."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-import threading
-import traceback
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,100 +15,21 @@ import torch
 
 from async_ckpt import (
     AsyncCheckpointIO,
-    FlushError,
     OptionError,
-    QueueFullError,
     StoreError,
-    UnpicklableStateError,
 )
-from async_ckpt.events import Event, Failed
-
-WAIT_SECONDS = 10
-
-
-class Base:
-    """A CheckpointIO that writes nowhere and remembers how it was called."""
-
-    flavour = "vanilla"
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.saved: dict[str, Any] = {}
-        self.teardowns = 0
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None, **extra: Any) -> None:
-        self.calls.append(("save", (path, storage_options, extra)))
-        self.saved[str(path)] = checkpoint
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, **extra: Any) -> Any:
-        self.calls.append(("load", (path, map_location, extra)))
-        return self.saved[str(path)]
-
-    def remove_checkpoint(self, path: Any) -> None:
-        self.calls.append(("remove", path))
-        self.saved.pop(str(path), None)
-
-    def teardown(self) -> None:
-        self.teardowns += 1
-
-
-class TorchCheckpointIO(Base):
-    """Named like the ordinary base that a strategy offers."""
-
-
-class Blocked(Base):
-    """A base whose saves wait until ``go`` is set; tells how many run at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered = threading.Event()
-        self.go = threading.Event()
-        self.running = 0
-        self.most_at_a_time = 0
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None, **extra: Any) -> None:
-        self.running += 1
-        self.most_at_a_time = max(self.most_at_a_time, self.running)
-        self.entered.set()
-        assert self.go.wait(WAIT_SECONDS)
-        super().save_checkpoint(checkpoint, path, storage_options, **extra)
-        self.running -= 1
-
-
-class Broken(Base):
-    """A base whose saves to a path with ``bad`` in it fail."""
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None, **extra: Any) -> None:
-        if "bad" in str(path):
-            raise KeyError(f"the base broke on {path}")
-        super().save_checkpoint(checkpoint, path, storage_options, **extra)
-
-
-class OddNames(Base):
-    """A base with its own names for everything."""
-
-    def save_checkpoint(self, state: Any, target: Any, *, verbose: bool = False) -> None:  # type: ignore[override]
-        self.saved[str(target)] = (state, verbose)
-
-    def load_checkpoint(self, target: Any) -> Any:  # type: ignore[override]
-        return self.saved[str(target)][0]
-
-    def remove_checkpoint(self, target: Any) -> None:
-        del self.saved[str(target)]
-
-
-# -- what Lightning asks of it
+from tests.unit.lightning.bases import Base, Broken, TorchCheckpointIO
 
 
 def test_it_is_true_and_not_iterable() -> None:
     """Lightning tests a plugin's truth and takes iterables apart: it is neither false nor iterable."""
     for plugin in (AsyncCheckpointIO(), AsyncCheckpointIO(Base())):
-        assert plugin
+        assert bool(plugin)
         assert not isinstance(plugin, Iterable)
         with pytest.raises(TypeError):
-            iter(plugin)  # type: ignore[call-overload]
+            iter(plugin)
         with pytest.raises(TypeError):
-            len(plugin)  # type: ignore[arg-type]
+            len(plugin)
 
 
 def test_ordinary_base_is_not_taken() -> None:
@@ -166,63 +84,6 @@ def test_bad_options_are_refused_at_once(options: dict[str, Any]) -> None:
         AsyncCheckpointIO(**options)
 
 
-# -- calls and their arguments
-
-
-@pytest.mark.parametrize("keywords", [False, True], ids=["positional", "keywords"])
-def test_base_gets_the_arguments_as_they_were(tmp_path: Path, keywords: bool) -> None:
-    """However it is called, the base is called in the same way, extra keywords included."""
-    base, path = Base(), tmp_path / "a.ckpt"
-    plugin = AsyncCheckpointIO(base)
-    if keywords:
-        plugin.save_checkpoint(checkpoint={"a": 1}, path=path, storage_options={"x": 1}, colour="red")
-        loaded = plugin.load_checkpoint(path=path, map_location="cpu", weights_only=True)
-        plugin.remove_checkpoint(path=path)
-    else:
-        plugin.save_checkpoint({"a": 1}, path, {"x": 1}, colour="red")
-        loaded = plugin.load_checkpoint(path, "cpu", weights_only=True)
-        plugin.remove_checkpoint(path)
-    plugin.teardown()
-    assert loaded == {"a": 1}
-    assert base.calls == [
-        ("save", (path, {"x": 1}, {"colour": "red"})),
-        ("load", (path, "cpu", {"weights_only": True})),
-        ("remove", path),
-    ]
-
-
-def test_base_may_have_its_own_names(tmp_path: Path) -> None:
-    """A base that names its parameters otherwise works with its own names, and with positions."""
-    plugin = AsyncCheckpointIO(OddNames())
-    plugin.save_checkpoint(state={"a": 1}, target=tmp_path / "a", verbose=True)
-    plugin.save_checkpoint({"a": 2}, target=tmp_path / "b")
-    plugin.save_checkpoint({"a": 3}, tmp_path / "c")
-    assert [plugin.load_checkpoint(target=tmp_path / name) for name in "ab"] == [{"a": 1}, {"a": 2}]
-    assert plugin.load_checkpoint(tmp_path / "c") == {"a": 3}
-    plugin.remove_checkpoint(target=tmp_path / "c")
-    plugin.wait()
-    assert plugin.saved.keys() == {str(tmp_path / "a"), str(tmp_path / "b")}
-    plugin.teardown()
-
-
-def test_missing_argument_is_named(tmp_path: Path) -> None:
-    """A call without a path fails at once and says what is missing."""
-    plugin = AsyncCheckpointIO(Base())
-    with pytest.raises(TypeError, match="'path'"):
-        plugin.save_checkpoint({"a": 1})
-    plugin.teardown()
-
-
-def test_paths_that_only_the_base_understands() -> None:
-    """A base may keep checkpoints under names that are no path or URL of any known file system."""
-    plugin = AsyncCheckpointIO(Base())
-    plugin.save_checkpoint({"a": 1}, "vault-of-mine://run/7")
-    assert plugin.load_checkpoint("vault-of-mine://run/7") == {"a": 1}
-    plugin.save_checkpoint({"a": 2}, 7)
-    assert plugin.load_checkpoint(7) == {"a": 2}
-    plugin.teardown()
-
-
 def test_storage_options_without_a_base_are_refused(tmp_path: Path) -> None:
     """Our own writer takes ``storage_options`` as the plugin's option only, and says so at the call."""
     plugin = AsyncCheckpointIO()
@@ -275,197 +136,12 @@ def test_weights_only_is_torchs_own_default(tmp_path: Path) -> None:
     plugin.teardown()
 
 
-# -- the snapshot that a base is given
-
-
-def test_base_gets_a_snapshot(tmp_path: Path) -> None:
-    """The base is given the state as it was at the call, in objects that share nothing with it (S1)."""
-    base = Blocked()
-    plugin = AsyncCheckpointIO(base)
-    weight, numbers = torch.ones(1000), [1, 2]
-    plugin.save_checkpoint({"w": weight, "tied": weight, "numbers": numbers}, tmp_path / "a")
-    weight.zero_()
-    numbers.append(3)
-    base.go.set()
-    plugin.teardown()
-    saved = base.saved[str(tmp_path / "a")]
-    assert torch.equal(saved["w"], torch.ones(1000))
-    assert saved["tied"].data_ptr() == saved["w"].data_ptr()
-    assert saved["numbers"] == [1, 2]
-
-
-def test_base_may_keep_what_it_was_given(tmp_path: Path) -> None:
-    """A base that keeps the state finds it unchanged after later saves: its memory is not used again beneath it."""
-    base = Base()
-    plugin = AsyncCheckpointIO(base, queue_depth=1)
-    for step in range(6):
-        plugin.save_checkpoint({"w": torch.full((50_000,), float(step))}, tmp_path / f"{step}")
-    plugin.wait()
-    gc.collect()
-    for step in range(6):
-        assert torch.equal(base.saved[str(tmp_path / f"{step}")]["w"], torch.full((50_000,), float(step)))
-    plugin.teardown()
-
-
-def test_what_pickle_refuses_goes_to_a_base_by_reference(tmp_path: Path) -> None:
-    """A base need not pickle: it gets an unpicklable object itself. Our own writer refuses it, saying where it is."""
-    base = Base()
-    plugin, lock = AsyncCheckpointIO(base), threading.Lock()
-    plugin.save_checkpoint({"lock": lock, "w": torch.ones(2)}, tmp_path / "a")
-    plugin.teardown()
-    assert base.saved[str(tmp_path / "a")]["lock"] is lock
-    own = AsyncCheckpointIO()
-    with pytest.raises(UnpicklableStateError, match=r"state\['lock'\]"):
-        own.save_checkpoint({"lock": lock}, tmp_path / "a")
-    own.teardown()
-
-
-# -- order
-
-
-def test_base_runs_one_at_a_time(tmp_path: Path) -> None:
-    """Saves of different paths are given to a base one after the other, whatever the plugin's options."""
-    base = Blocked()
-    plugin = AsyncCheckpointIO(base, queue_depth=4, max_concurrent_saves=4)
-    for name in "abcd":
-        plugin.save_checkpoint({"name": name}, tmp_path / name)
-    assert base.entered.wait(WAIT_SECONDS)
-    base.go.set()
-    plugin.teardown()
-    assert base.most_at_a_time == 1
-    assert list(base.saved) == [str(tmp_path / name) for name in "abcd"]
-
-
-def test_load_waits_for_its_own_path_only(tmp_path: Path) -> None:
-    """A load returns while the save of another path is under way (O2)."""
-    base = Blocked()
-    base.go.set()
-    plugin = AsyncCheckpointIO(base)
-    plugin.save_checkpoint({"a": 1}, tmp_path / "a")
-    plugin.wait()
-    base.go.clear()
-    base.entered.clear()
-    plugin.save_checkpoint({"b": 1}, tmp_path / "b")
-    assert base.entered.wait(WAIT_SECONDS)
-    assert plugin.load_checkpoint(tmp_path / "a") == {"a": 1}
-    base.go.set()
-    assert plugin.load_checkpoint(tmp_path / "b") == {"b": 1}
-    plugin.teardown()
-
-
-def test_removal_follows_the_saves_before_it(tmp_path: Path) -> None:
-    """A base deletes the old checkpoint only after it has written the new one (D3)."""
-    base = Blocked()
-    plugin = AsyncCheckpointIO(base, queue_depth=4)
-    plugin.save_checkpoint({"n": 1}, tmp_path / "old")
-    plugin.save_checkpoint({"n": 2}, tmp_path / "new")
-    plugin.remove_checkpoint(tmp_path / "old")
-    assert base.calls == []
-    base.go.set()
-    plugin.teardown()
-    assert [call for call, _ in base.calls] == ["save", "save", "remove"]
-    assert list(base.saved) == [str(tmp_path / "new")]
-
-
-def test_removal_is_dropped_where_the_new_save_failed(tmp_path: Path) -> None:
-    """Where a base fails to write the new checkpoint, it is not asked to delete the old one (D3)."""
-    base = Broken()
-    plugin = AsyncCheckpointIO(base)
-    plugin.save_checkpoint({"n": 1}, tmp_path / "good")
-    plugin.save_checkpoint({"n": 2}, tmp_path / "bad")
-    with pytest.raises(KeyError):
-        plugin.wait()
-    plugin.teardown()
-
-    plugin.save_checkpoint({"n": 2}, tmp_path / "bad2")
-    with pytest.raises(KeyError):
-        _remove_and_end(plugin, tmp_path / "good")
-    assert list(base.saved) == [str(tmp_path / "good")]
-
-
-def _remove_and_end(plugin: AsyncCheckpointIO, path: Path) -> None:
-    try:
-        plugin.remove_checkpoint(path)
-    finally:
-        plugin.teardown()
-
-
-# -- errors
-
-
-def test_bases_error_is_raised_once_as_it_is(tmp_path: Path) -> None:
-    """An error of the base is raised once, of its own type, with the traceback of the worker (E1)."""
-    plugin = AsyncCheckpointIO(Broken())
-    plugin.save_checkpoint({"a": 1}, tmp_path / "bad")
-    with pytest.raises(KeyError, match="the base broke") as caught:
-        plugin.wait()
-    trace = traceback.format_exception(caught.value)
-    assert any("raise KeyError" in line for line in trace)
-    plugin.wait()
-    plugin.save_checkpoint({"a": 1}, tmp_path / "good")
-    plugin.teardown()
-
-
-def test_several_errors_come_together(tmp_path: Path) -> None:
-    """Several failed saves that nobody was told of come as one ``FlushError`` from ``teardown`` (E1)."""
-    blocker = Blocked()
-
-    class Both(Broken):
-        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            assert blocker.go.wait(WAIT_SECONDS)
-            super().save_checkpoint(*args, **kwargs)
-
-    plugin = AsyncCheckpointIO(Both(), queue_depth=3)
-    for name in ("bad1", "bad2", "good"):
-        plugin.save_checkpoint({"a": 1}, tmp_path / name)
-    blocker.go.set()
-    with pytest.raises(FlushError) as caught:
-        plugin.teardown()
-    assert [type(error) for error in caught.value.exceptions] == [KeyError, KeyError]
-    plugin.teardown()
-
-
-def test_next_save_raises_the_error_and_is_accepted(tmp_path: Path) -> None:
-    """A save never raises its own failure, however soon it comes; the next one does, and is accepted (E1, E2)."""
-    base, failed = Broken(), threading.Event()
-
-    def observer(event: Event) -> None:
-        if isinstance(event, Failed):
-            failed.set()
-
-    plugin = AsyncCheckpointIO(base, observer=observer)
-    for number in range(20):
-        failed.clear()
-        plugin.save_checkpoint({"a": 1}, tmp_path / "bad")
-        assert failed.wait(WAIT_SECONDS)
-        with pytest.raises(KeyError):
-            plugin.save_checkpoint({"a": number}, tmp_path / "good")
-        plugin.wait()
-        assert base.saved[str(tmp_path / "good")] == {"a": number}
-    plugin.teardown()
-
-
-def test_full_queue_may_be_an_error(tmp_path: Path) -> None:
-    """With ``overflow="raise"`` a save that finds no place is refused at the call (B1)."""
-    base = Blocked()
-    plugin = AsyncCheckpointIO(base, queue_depth=1, overflow="raise")
-    plugin.save_checkpoint({"a": 1}, tmp_path / "a")
-    with pytest.raises(QueueFullError):
-        plugin.save_checkpoint({"a": 2}, tmp_path / "b")
-    base.go.set()
-    plugin.teardown()
-    assert list(base.saved) == [str(tmp_path / "a")]
-
-
 def test_directory_as_path_is_refused_at_once(tmp_path: Path) -> None:
     """Our own writer refuses a path that is a directory, at the call."""
     plugin = AsyncCheckpointIO()
     with pytest.raises(StoreError, match="directory"):
         plugin.save_checkpoint({"a": 1}, tmp_path)
     plugin.teardown()
-
-
-# -- the end, and after
 
 
 def test_teardown_ends_all_and_tears_the_base_down(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What has to be known of a base CheckpointIO: which ones we take, where a call carries what, who writes in its place.
+
+What does not belong here: when it is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from async_ckpt.errors import OptionError, UnknownProtocolError
+from async_ckpt.lightning.desk import MakeWriter
+from async_ckpt.service import CheckpointService
+from async_ckpt.stores import locate
+from async_ckpt.stores.base import Location
+from async_ckpt.writers import DelegatingWriter
+
+__all__ = ["argument", "delegating", "place_of", "refuse_asynchronous", "slot_of"]
+
+
+def slot_of(
+    method: Any, position: int, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int | str:
+    """Tell where a call carries an argument: at which place, or under which name, which may be the base's own."""
+    if position < len(args):
+        return position
+    if name in kwargs:
+        return name
+    own_name = list(inspect.signature(method).parameters)[position]
+    if own_name not in kwargs:
+        raise TypeError(f"{method.__qualname__}() needs the argument {own_name!r}")
+    return own_name
+
+
+def argument(slot: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the argument that is carried at *slot*."""
+    return args[slot] if isinstance(slot, int) else kwargs[slot]
+
+
+def place_of(path: Any, *, follow: bool = True) -> Location:
+    """Return the location of *path*, or one of its own kind where only the base knows what it means."""
+    try:
+        return locate(path, follow=follow)
+    except (UnknownProtocolError, TypeError):
+        return Location(url=str(path), path=str(path), key=f"base:{path}", group="base")
+
+
+def delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
+    """Return what makes a base's writer."""
+
+    def make(service: CheckpointService) -> DelegatingWriter:
+        return DelegatingWriter(
+            save=save,
+            delete=delete,
+            group=place.group,
+            workers=service.workers(),
+            durability=service.options.durability,
+        )
+
+    return make
+
+
+def refuse_asynchronous(base: Any) -> None:
+    """Refuse a base that returns before its checkpoint is written: we would call that durable (D1)."""
+    while base is not None:
+        if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(base).__mro__):
+            raise OptionError(
+                f"{type(base).__module__}.{type(base).__name__} is asynchronous itself; "
+                "give AsyncCheckpointIO what that writes with, or nothing"
+            )
+        base = getattr(base, "checkpoint_io", None)

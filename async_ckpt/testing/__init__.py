@@ -8,6 +8,7 @@ from __future__ import annotations
 from async_ckpt.testing.conformance import StoreConformance, StoreRig
 from async_ckpt.testing.doubles import BytesContent, ManualClock, ThreadWorkers
 from async_ckpt.testing.faults import Fault, FaultyDisk, FaultyStore, Gate, crash, slowed
+from async_ckpt.testing.rig import UnderTest
 
 __all__ = [
     "BytesContent",
@@ -19,6 +20,7 @@ __all__ = [
     "StoreConformance",
     "StoreRig",
     "ThreadWorkers",
+    "UnderTest",
     "crash",
     "slowed",
 ]

@@ -1,0 +1,25 @@
+"""What the tests of the local store share: a save as a writer makes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from async_ckpt.stores import locate
+from async_ckpt.stores.base import Part
+from async_ckpt.stores.local import LocalStore
+from async_ckpt.testing import BytesContent
+
+OLD, NEW = b"old" * 1000, b"new" * 2000
+
+
+async def save(store: LocalStore, path: Path, data: bytes = NEW) -> tuple[str, ...]:
+    """Save as a writer does: abort after any error. Return what was swept."""
+    upload = await store.begin(locate(path), len(data))
+    try:
+        half = len(data) // 2
+        parts = [Part(index=0, start=0, stop=half), Part(index=1, start=half, stop=len(data))]
+        await upload.commit([await upload.put(part, BytesContent(data)) for part in parts])
+    except BaseException:
+        await upload.abort()
+        raise
+    return upload.swept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 
 from stress.httpfaults import SLOW_DOWN, AnswerEnd, response
 from stress.proxy import FaultProxy, Faults

@@ -28,13 +28,13 @@ from async_ckpt.errors import (
     UnpicklableStateError,
 )
 from async_ckpt.handle import Handle, Report, State
-from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.service import CheckpointService, load
 
 if TYPE_CHECKING:
     from async_ckpt.lightning.callback import AsyncCheckpointCallback
+    from async_ckpt.lightning.plugin import AsyncCheckpointIO
 
 __all__ = [
     "AbandonedError",
@@ -71,9 +71,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what only a Trainer needs when it is asked for."""
+    """Import what Lightning needs when it is asked for, and make it known to what of Lightning is there by then."""
+    from async_ckpt.lightning import registration
+
+    if name == "AsyncCheckpointIO":
+        from async_ckpt.lightning.plugin import AsyncCheckpointIO
+
+        registration.introduce_plugin(AsyncCheckpointIO)
+        return AsyncCheckpointIO
     if name == "AsyncCheckpointCallback":
         from async_ckpt.lightning.callback import AsyncCheckpointCallback
 
+        registration.introduce_callback(AsyncCheckpointCallback)
         return AsyncCheckpointCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,8 @@ Six short acts, each of which proves something or makes the script exit with 1:
 
 ``python -m demo.train_digits --help`` lists the options. No GPU, a minute or two on two cores. Everything goes to a
 local directory, or with ``--store s3`` (or ``gcs``, ``azure``) to a bucket on a real server, started on this machine: a
-URL in place of a path is all the difference.
+URL in place of a path is all the difference. Without ``tox -e demo``, which installs all it needs, install the packages
+``lightning`` and ``scikit-learn``.
 
 The model and the Trainer are in ``digits.py``, the run that is killed in ``killed.py``, the comparison in ``costs.py``.
 """

@@ -16,7 +16,7 @@ from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import DelegatingWriter
 
-__all__ = ["argument", "delegating", "place_of", "refuse_asynchronous", "slot_of"]
+__all__ = ["argument", "delegating", "place_of", "refuse_unfit", "slot_of"]
 
 
 def slot_of(
@@ -61,12 +61,17 @@ def delegating(place: Location, *, save: Any = None, delete: Any = None) -> Make
     return make
 
 
-def refuse_asynchronous(base: Any) -> None:
-    """Refuse a base that returns before its checkpoint is written: we would call that durable (D1)."""
-    while base is not None:
-        if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(base).__mro__):
+def refuse_unfit(base: Any) -> None:
+    """Refuse what is no CheckpointIO, and one that returns before it has written: that is not durable (D1)."""
+    inner = base
+    while inner is not None and not isinstance(inner, type):
+        if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(inner).__mro__):
             raise OptionError(
-                f"{type(base).__module__}.{type(base).__name__} is asynchronous itself; "
+                f"{type(inner).__module__}.{type(inner).__name__} is asynchronous itself; "
                 "give AsyncCheckpointIO what that writes with, or nothing"
             )
-        base = getattr(base, "checkpoint_io", None)
+        inner = getattr(inner, "checkpoint_io", None)
+    if isinstance(base, type) or (base is not None and not hasattr(base, "save_checkpoint")):
+        raise OptionError(
+            f"checkpoint_io={base!r}: must be a CheckpointIO, such as TorchCheckpointIO(), or None"
+        )

@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 from async_ckpt.lightning.companion import Companion
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
-from async_ckpt.lightning.registration import inherit_callback, introduce_callback
+from async_ckpt.lightning.registration import inherit_callback
 from async_ckpt.lightning.shadows import Shadows
 from async_ckpt.lightning.strategies import bypass, plugin_of
 from async_ckpt.timeline import Timeline
@@ -174,9 +174,6 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         self._progress_bar = state["progress_bar"]
         self._timeline = state["timeline"]
         self._begin_afresh()
-
-
-introduce_callback(AsyncCheckpointCallback)
 
 
 class FoundCallback(AsyncCheckpointCallback):

@@ -1,4 +1,4 @@
-"""Where a plugin's saves, loads and removals go: to a service that is made on demand, each waited for or not.
+"""Where a plugin's saves, loads and removals go: to a service, each waited for or not.
 
 Guarantees: what Lightning reads back without asking is durable when its save returns; outside of a run no thread
 stays behind; after ``end``, and after Ctrl-C where the user does not want to wait, the next request begins afresh (L1).
@@ -20,6 +20,7 @@ from async_ckpt.handle import Handle
 from async_ckpt.lightning.flushing import give_up, patiently
 from async_ckpt.lightning.listings import forget_changed
 from async_ckpt.meter import Meter
+from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location
@@ -65,6 +66,7 @@ class Desk:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.synchronous = False
         self._options = options
+        ServiceOptions(observer=options.get("observer"))  # refuse it here: the service sees only ours
         self._observers: list[Observer] = []
         self._service = self._new_service()  # here, as a signal handler may come where one is made on demand
         self.has_ended = True

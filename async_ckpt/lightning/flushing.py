@@ -171,6 +171,8 @@ class _Display:
         rate = (done - self._before) / max(now - self._began, 1e-9)
         unit, name = next((pair for pair in _UNITS if total >= pair[0]), _UNITS[-1])
         parts = [self._what()]
+        if not self._saving():
+            return parts[0] + self._way_out()
         if total:
             parts.append(f"{done / unit:.1f} of {total / unit:.1f} {name}")
         if rate:
@@ -178,9 +180,12 @@ class _Display:
         return ", ".join(parts) + self._way_out()
 
     def _what(self) -> str:
-        number = sum(save.end is None for save in self._saves)
+        number = self._saving()
         what = f"{number} checkpoint{'s' if number > 1 else ''}" if number else "deletions"
         return f"waiting for {what}{self._way_out() if self._bar else ''}"
+
+    def _saving(self) -> int:
+        return sum(save.end is None for save in self._saves)
 
     def _way_out(self) -> str:
         return "; Ctrl-C gives up" if self._heard else ""

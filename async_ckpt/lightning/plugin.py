@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.events import Observer
-from async_ckpt.lightning.bases import argument, delegating, place_of, refuse_asynchronous, slot_of
+from async_ckpt.lightning.bases import argument, delegating, place_of, refuse_unfit, slot_of
 from async_ckpt.lightning.desk import Desk
-from async_ckpt.lightning.registration import default_weights_only, introduce_plugin, register
+from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.meter import Meter
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
@@ -46,14 +46,14 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         **options: as for ``CheckpointService``: ``queue_depth``, ``memory_limit``, ``overflow``, …
 
     Raises:
-        OptionError: an option cannot work, or the base is asynchronous itself.
+        OptionError: an option cannot work, or the base is no CheckpointIO or asynchronous itself.
         ImportError: no Lightning is installed.
     """
 
     def __init__(self, checkpoint_io: Any = None, **options: Any) -> None:
         self._base = checkpoint_io
         self._options = options
-        refuse_asynchronous(checkpoint_io)
+        refuse_unfit(checkpoint_io)
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -264,6 +264,3 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if self._base is not None:
             return place_of(path, follow=follow)
         return locate(path, storage_options=self._options.get("storage_options"), follow=follow)
-
-
-introduce_plugin(AsyncCheckpointIO)

@@ -105,7 +105,6 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a URL made a path": (lambda path: Path("s3://bucket/a.ckpt"), OptionError, "lost a slash"),
     "a chained URL": (lambda path: "simplecache::s3://bucket/a.ckpt", OptionError, "chained"),
     "a chain to a path": (lambda path: f"simplecache::{path}/a.ckpt", OptionError, "chained"),
-    "an archive": (lambda path: "zip://a.ckpt", StoreError, "Read-only"),
     "no protocol": (lambda path: "nonsense://a.ckpt", UnknownProtocolError, "nonsense://"),
 }
 

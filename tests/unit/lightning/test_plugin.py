@@ -77,11 +77,20 @@ def test_copies_and_pickles_keep_base_and_options(tmp_path: Path) -> None:
     plugin.teardown()
 
 
-@pytest.mark.parametrize("options", [{"queue_depth": 0}, {"queue_length": 2}, {"overflow": "drop"}])
+@pytest.mark.parametrize(
+    "options", [{"queue_depth": 0}, {"queue_length": 2}, {"overflow": "drop"}, {"observer": 3}]
+)
 def test_bad_options_are_refused_at_once(options: dict[str, Any]) -> None:
     """A bad option is an error of the constructor, not of the first save."""
     with pytest.raises(OptionError, match=next(iter(options))):
         AsyncCheckpointIO(**options)
+
+
+@pytest.mark.parametrize("base", [Base, "s3://bucket/run", {"class_path": "Base"}])
+def test_a_base_that_is_no_checkpoint_io_is_refused_at_once(base: Any) -> None:
+    """A class in place of its instance, a URL, a configuration: each is an error of the constructor, which says so."""
+    with pytest.raises(OptionError, match=r"checkpoint_io=.*: must be a CheckpointIO"):
+        AsyncCheckpointIO(base)
 
 
 def test_storage_options_without_a_base_are_refused(tmp_path: Path) -> None:

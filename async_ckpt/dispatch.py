@@ -139,15 +139,16 @@ class Dispatcher:
     def close(self, account: Account, *, thread: int) -> Outcome[None]:
         """Let nothing more in; return an outcome that is set when everything of *account* has ended.
 
-        A caller that waits for admission is turned away, and so is one whose snapshot cannot be completed
-        because it is suspended on *thread*, beneath the one that closes (L1).
+        A caller that waits for admission, or to load, is turned away, and so is one whose snapshot cannot be
+        completed because it is suspended on *thread*, beneath the one that closes (L1).
         """
         account.closed = True
         for request in self._live(account):
             op = request.op
-            if op.phase is Phase.WAITING or (op.phase is Phase.STAGING and op.thread == thread):
+            waits = op.phase is Phase.WAITING or (op.kind is Kind.LOAD and op.phase is Phase.QUEUED)
+            if waits or (op.phase is Phase.STAGING and op.thread == thread):
                 request.decide()
-                if op.phase is Phase.WAITING:
+                if waits:
                     request.admitted.set_exception(ServiceClosedError("the service was closed meanwhile"))
                 self._turn_away(request)
         return self._expect(op.id for op in self._queue.live(account.lane) if op.kind is not Kind.LOAD)
@@ -161,12 +162,9 @@ class Dispatcher:
         ]
         return [self._requests[op.id].handle for op in live]
 
-    def close_if_idle(self, account: Account) -> bool:
-        """Let nothing more in if nothing is under way, loads and who waits to be let in included; tell whether so."""
-        if any(True for _ in self._queue.live(account.lane)):
-            return False
-        account.closed = True
-        return True
+    def is_idle(self, account: Account) -> bool:
+        """Tell whether nothing is under way, loads and who waits to be let in included."""
+        return not any(True for _ in self._queue.live(account.lane))
 
     def cancel_all(self, account: Account, reason: str) -> Outcome[None]:
         """End everything of *account*; return an outcome that is set when what was running has cleaned up."""

@@ -1,7 +1,8 @@
 """What failed and has not been told yet, and how it is told.
 
-Guarantees: each failure is raised, warned of, logged or printed once (E1); an error that is in flight is never
-replaced (E2). Nothing here waits for a lock, so a signal handler may come at any line (L1).
+Guarantees: each failure is raised, warned of, logged or printed once (E1), twice at the most where Ctrl-C comes while
+it is told: that it has been is noted last. An error that is in flight is never replaced (E2). Nothing here waits for a
+lock, so a signal handler may come at any line (L1).
 
 What does not belong here: what fails, and when somebody asks.
 """
@@ -12,8 +13,6 @@ import logging
 import sys
 import traceback
 import warnings
-from collections import deque
-from contextlib import suppress
 
 from async_ckpt.errors import FlushError
 from async_ckpt.handle import Failure, Handle
@@ -32,16 +31,16 @@ class Failures:
 
     def __init__(self, *, warn: bool) -> None:
         self._warn = warn
-        self._waiting: deque[Failure] = deque()
+        self._untold: set[Failure] = set()  # those that a handle has told may be among them
         self._ambient_error = id(sys.exc_info()[1])
 
     def __bool__(self) -> bool:
         """Whether there is anything that nobody has been told of."""
-        return not all(failure.is_collected for failure in self._waiting.copy())
+        return not all(failure.is_told for failure in self._untold.copy())
 
     def add(self, failure: Failure) -> None:
         """Take in a failure that nobody has been told of."""
-        self._waiting.append(failure)
+        self._untold.add(failure)
 
     def keep_ambient_error(self) -> None:
         """Count an error that was being handled when this was made as in flight, like later ones (E2).
@@ -52,7 +51,7 @@ class Failures:
 
     def raise_all(self) -> None:
         """Raise what was not collected: for who asks whether all is well."""
-        self._tell_caller(self._collect(), None)
+        self.raise_claimed(self.claim())
 
     def raise_unless_in_flight(self, *, but: Handle) -> None:
         """Raise what was not collected; where an error is in flight, leave ours for the next call.
@@ -61,25 +60,58 @@ class Failures:
             but: a request that its caller is about to get the handle of, however soon it failed.
         """
         if self._in_flight() is None:
-            self._tell_caller(self._collect(but), None)
+            self.raise_claimed(self.claim(but))
 
     def raise_or_add(self) -> None:
         """Raise what was not collected; where an error is in flight, log ours and add it to that error's notes."""
-        self._tell_caller(self._collect(), self._in_flight())
+        failures, in_flight = self.claim(), self._in_flight()
+        if failures and in_flight is not None:
+            error = _as_one(failures)
+            logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
+            if sys.version_info >= (3, 11):
+                in_flight.add_note(f"{_described(failures)}: {error!r}")
+            self._told(failures)
+        else:
+            self.raise_claimed(failures)
+
+    def claim(self, but: Handle | None = None) -> list[Failure]:
+        """Return what this thread has to raise, and no other will; where a warning is wished for instead, warn.
+
+        Args:
+            but: a request whose failure is to stay.
+        """
+        failures = self._claimed(but)
+        if failures and self._warn:
+            self._warn_of(failures)
+            return []
+        return failures
+
+    def raise_claimed(self, failures: list[Failure]) -> None:
+        """Raise what `claim` returned, if anything; a caller who does no more after it loses nothing to Ctrl-C."""
+        if not failures:
+            return
+        error = _as_one(failures)
+        try:
+            raise error
+        finally:
+            if sys.exc_info()[1] is error:  # and no interruption
+                self._told(failures)
 
     def log(self) -> None:
         """Log what was not collected, where nobody is there to be told."""
-        if failures := self._collect():
+        if failures := self._claimed():
             logger.error("%s", _described(failures), exc_info=_as_one(failures))
+            self._told(failures)
 
     def print_at_exit(self) -> bool:
-        """Print what nobody has collected, waiters or not; tell whether that means that the program failed."""
-        failures = [failure for failure in self._waiting if failure.collect()]
+        """Print what nobody has been told, waiters or not; tell whether that means that the program failed."""
+        failures = self._in_order()
         for failure in failures:
             lines = traceback.format_exception(
                 type(failure.error), failure.error, failure.error.__traceback__
             )
             tell(f"{failure.handle.url!r} failed, and nobody has been told:\n{''.join(lines)}")
+            self._told([failure])
         return bool(failures) and not self._warn
 
     def _in_flight(self) -> BaseException | None:
@@ -87,33 +119,37 @@ class Failures:
         # Else it was being handled before there was a service: the program has caught it already.
         return error if id(error) != self._ambient_error else None
 
-    def _collect(self, but: Handle | None = None) -> list[Failure]:
-        """Take what nobody has collected and no handle's waiter is about to; *but* one, which stays."""
-        # Copied in one step, whoever adds; each leaves only once it is told, as an interruption may come in between.
-        offered = [
+    def _claimed(self, but: Handle | None = None) -> list[Failure]:
+        """Take what no handle's waiter is about to be told, and no other thread is telling; *but* one."""
+        return [
             failure
-            for failure in self._waiting.copy()
-            if not failure.handle.is_waited_for and failure.handle is not but
+            for failure in self._in_order()
+            if not failure.handle.is_waited_for
+            and failure.handle is not but
+            and failure.claim()
+            and failure in self._untold  # still: a signal handler may have told of it
         ]
-        collected = [failure for failure in offered if failure.collect()]
-        for failure in offered:
-            with suppress(ValueError):  # another thread was faster
-                self._waiting.remove(failure)
-        return collected
 
-    def _tell_caller(self, failures: list[Failure], in_flight: BaseException | None) -> None:
-        if not failures:
-            return
+    def _in_order(self) -> list[Failure]:
+        """Return what nobody has been told, oldest first."""
+        untold = self._untold.copy()  # in one step, whoever adds
+        self._told([failure for failure in untold if failure.is_told])
+        return sorted(
+            (failure for failure in untold if not failure.is_told), key=lambda failure: failure.number
+        )
+
+    def _told(self, failures: list[Failure]) -> None:
+        self._untold.difference_update(failures)  # all in one step, as Ctrl-C may come between two
+
+    def _warn_of(self, failures: list[Failure]) -> None:
         error = _as_one(failures)
-        if self._warn:
-            logger.warning("%s", _described(failures), exc_info=error)
+        logger.warning("%s", _described(failures), exc_info=error)
+        try:
             warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=_depth_of_caller())
-        elif in_flight is None:
-            raise error
-        else:
-            logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
-            if sys.version_info >= (3, 11):
-                in_flight.add_note(f"{_described(failures)}: {error!r}")
+        except RuntimeWarning:  # the program has it raised
+            self._told(failures)
+            raise
+        self._told(failures)
 
 
 def tell(message: str) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from typing import Any, Generic, NoReturn, TypeVar, cast
+from weakref import WeakSet
 
 import anyio
 
@@ -27,6 +29,8 @@ __all__ = ["Failure", "Handle", "Outcome", "Report", "State", "await_outcome"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_numbers = count()
 
 
 class Outcome(Generic[T]):
@@ -144,21 +148,32 @@ class Report:
 
 
 class Failure:
-    """An error on its way to whoever collects it first: the handle's waiter, or the service's next call (E1)."""
+    """An error on its way to whoever collects it first: the handle's waiter, or the service's next call (E1).
+
+    Attributes:
+        handle: of the request that failed.
+        error: what to tell.
+        number: rises in order of failing.
+        is_told: somebody who waited on the handle has been told.
+    """
 
     def __init__(self, handle: Handle, error: Exception) -> None:
         self.handle = handle
         self.error = error
-        self._collected = threading.Lock()  # never waited for: only a flag that one thread can win
+        self.number = next(_numbers)
+        self.is_told = False
+        self._claimed = threading.RLock()  # never waited for: only a flag that one thread can win
 
-    def collect(self) -> bool:
-        """Mark the error as told; only the first call, on whichever thread, returns ``True``."""
-        return self._collected.acquire(blocking=False)
+    def claim(self) -> bool:
+        """Leave the telling to this thread; only the first that asks gets ``True``, and gets it again.
 
-    @property
-    def is_collected(self) -> bool:
-        """Whether the error has been told."""
-        return self._collected.locked()
+        It asks again where Ctrl-C came before it had told.
+        """
+        return self._claimed.acquire(blocking=False)
+
+
+class _Waiter:
+    """Somebody who waits on a handle."""
 
 
 class Handle:
@@ -174,7 +189,7 @@ class Handle:
         self._pid = os.getpid()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
-        self._waiters: set[object] = set()
+        self._waiters = WeakSet[_Waiter]()  # weakly, as Ctrl-C may come where one is to be discarded
         self._loop_thread = 0
 
     @property
@@ -214,7 +229,7 @@ class Handle:
                 self._outcome.exception(timeout)
             except TimeoutError:
                 raise FlushTimeoutError(f"{self._url!r} is {self._state.value} after {timeout} s") from None
-            return self._result()
+        return self._result()
 
     def __await__(self) -> Generator[Any, Any, Report]:
         return self._wait_async().__await__()
@@ -223,7 +238,7 @@ class Handle:
         self._check_process()
         with self._waiting():
             await await_outcome(self._outcome)
-            return self._result()
+        return self._result()
 
     def add_done_callback(self, callback: Callable[[Handle], object]) -> None:
         """Call *callback* with this handle when the request has ended, on the service's loop thread, or at once."""
@@ -243,10 +258,12 @@ class Handle:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        waiter = object()
+        waiter = _Waiter()
         self._waiters.add(waiter)
         try:
             yield
+            if self._failure is not None:
+                self._failure.claim()
         finally:
             self._waiters.discard(waiter)
 
@@ -254,8 +271,9 @@ class Handle:
         try:
             return self._outcome.result()
         finally:
-            if self._failure is not None:
-                self._failure.collect()  # last: whom Ctrl-C keeps from the error is told by the next call
+            if self._failure is not None and sys.exc_info()[1] is self._failure.error:
+                # Last: whom Ctrl-C keeps from the error is told by the next call.
+                self._failure.is_told = True
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

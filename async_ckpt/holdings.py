@@ -1,8 +1,8 @@
 """What one service holds while it has something to do: its place on the loop, threads, host memory, connections.
 
-Guarantees: it is taken with the first request, and given back by `Holdings.close`, by `Holdings.rest`, or when the
-interpreter ends (B2, D4); what is under way comes to its end before, within a deadline. Every step of that may be
-interrupted and taken again, by this thread or another (L1).
+Guarantees: it is taken with the first request, and given back by `Holdings.close`, or when the interpreter ends
+(B2, D4); what is under way comes to its end before, within a deadline. Every step of that may be interrupted and taken
+again, by this thread or another (L1).
 
 What does not belong here: requests (intake), what a caller is told (service).
 """
@@ -79,16 +79,23 @@ class Holdings:
             observer=options.observer,
             failures=Failures(warn=options.on_error == "warn"),
         )
+        # No thread starts before it is needed. Made here, so that threads which come first together share them.
+        self.loads = Loads(options.max_concurrent_parts)
+        self.workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
+        self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
-        self._make_store = store_factory or self._open_store
         self._stores: dict[str, Store] = {}
         self._runtime: Runtime | None = None
-        self._renew()
+        self._predecessor: Holdings | None = None
 
-    def _renew(self) -> None:
-        # No thread starts before it is needed. Made here, so that threads which come first together share them.
-        self.loads = Loads(self.options.max_concurrent_parts)
-        self.workers = PoolWorkers(self.options.max_concurrent_parts + self.options.max_concurrent_saves)
+    def successor(self) -> Holdings:
+        """Return what takes over: it holds nothing but this, and knows what is durable and what failed."""
+        successor = Holdings(self.options, self._store_factory, self._abandon_grace_seconds)
+        lane = self.account.lane
+        successor.account.lane.lost, successor.account.lane.newest = lane.lost, lane.newest
+        successor.account.failures = self.account.failures
+        successor._predecessor = self
+        return successor
 
     # -- taking
 
@@ -122,7 +129,8 @@ class Holdings:
         store = self._stores.get(location.group)
         if store is None:
             self.running()
-            store = self._stores.setdefault(location.group, self._make_store(location, self.workers))
+            make = self._store_factory or self._open_store
+            store = self._stores.setdefault(location.group, make(location, self.workers))
         return store
 
     def _open_store(self, location: Location, workers: Workers) -> Store:
@@ -138,7 +146,19 @@ class Holdings:
             max_concurrent_parts=options.max_concurrent_parts,
         )
 
+    @property
+    def is_held(self) -> bool:
+        """Whether there is anything to give back."""
+        return self.held() is not None or self._predecessor is not None
+
     # -- what is under way
+
+    def is_idle(self) -> bool:
+        """Tell whether it is held and open, nothing is under way, and nothing waits to be told."""
+        runtime = self.held()
+        if runtime is None or self.is_closed or self.account.failures:
+            return False
+        return runtime.call(runtime.dispatcher.is_idle, self.account)
 
     def drained(self) -> Outcome[None]:
         """Return an outcome that is set when everything that has been accepted so far has ended."""
@@ -169,18 +189,16 @@ class Holdings:
 
     # -- giving back
 
-    def rest(self) -> None:
-        """Give everything back, unless something is under way or waits to be told; the next request takes it anew."""
-        runtime = self.held()
-        if runtime is None or self.account.failures:
-            return
-        if runtime.call(runtime.dispatcher.close_if_idle, self.account):
-            self._free(runtime, stuck=False)
-            self._renew()
-            self.account.closed = self.is_closed
+    def close_predecessor(self, limit: float) -> None:
+        """Close what this took over from; again, where that was interrupted."""
+        predecessor = self._predecessor
+        if predecessor is not None:
+            predecessor.close(limit)
+            self._predecessor = None
 
     def close(self, limit: float) -> None:
         """See everything to its end, abandon what is not done after *limit* seconds, and give everything back."""
+        self.close_predecessor(limit)
         runtime = self.held()
         if runtime is not None:
             runtime.refuse_loop_thread()

@@ -109,11 +109,14 @@ class Intake:
                 request.admitted.result(self._flush_timeout)
             except TimeoutError:
                 raise self.holdings.too_late(self._flush_timeout) from None
-            self._failures.raise_all()  # else the content from before a failed save would pass for the new one
-            yield
+            failures = self._failures.claim()
+            if not failures:
+                yield
         finally:
             with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
                 runtime.post(runtime.dispatcher.withdraw, request)
+        # Else the content from before a failed save would pass for the new one. Here, as telling comes last (E1).
+        self._failures.raise_claimed(failures)
 
     # -- the steps of a save
 

@@ -8,7 +8,8 @@ Rules:
 1. Saves are admitted first come, first served, while fewer than ``queue_depth`` are accepted and their
    memory fits (B1).
 2. Operations on one location take effect in the order in which they came, whichever service they came
-   through; different locations do not wait for each other (O1, O2).
+   through; loads with no other operation between them run side by side. Different locations do not wait for
+   each other (O1, O2).
 3. A removal cancels a queued save of its location (O3). It runs once every save accepted before it in its
    service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
    checkpoint, but the one to be removed, has become durable since.
@@ -299,7 +300,7 @@ class Queue:
     def _location_is_busy(self, op: Op) -> bool:
         """Tell whether a *later* operation of the location runs: one that had to pass *op* by (rule 6)."""
         return any(
-            other.phase is Phase.RUNNING and other.key == op.key and not _suspended_beneath(other, op)
+            other.phase is Phase.RUNNING and _must_not_meet(other, op) and not _suspended_beneath(other, op)
             for other in self._ops.values()
         )
 
@@ -318,7 +319,7 @@ class Queue:
             other
             for other in self._ops.values()
             if other.id < op.id
-            and other.key == op.key
+            and _must_not_meet(other, op)
             and other.phase is not Phase.WAITING
             and not _suspended_beneath(other, op)
         ]
@@ -365,6 +366,11 @@ class Queue:
 
 def _is_accepted_save(op: Op) -> bool:
     return op.kind is Kind.SAVE and op.phase is not Phase.WAITING
+
+
+def _must_not_meet(one: Op, other: Op) -> bool:
+    """Tell whether the two are of one location and not both loads (rule 2)."""
+    return one.key == other.key and (one.kind is not Kind.LOAD or other.kind is not Kind.LOAD)
 
 
 def _stands_for(by: Op) -> set[int]:

@@ -220,6 +220,8 @@ _current: Runtime | None = None
 _exit_hooked = False
 _exiting = False
 _stuck = False
+_inherited: list[Runtime] = []
+"""What a parent had under way; never collected here, see `_forget_in_child`."""
 
 
 def current() -> Runtime | None:
@@ -277,20 +279,27 @@ def release(runtime: Runtime, holder: Drainable, *, stuck: bool = False) -> None
             return
         _stuck = _stuck or stuck
         runtime.stuck = runtime.stuck or stuck
-        if len(runtime.holders) > 1:
+        if _current is runtime and len(runtime.holders) == 1:
+            _current = None
+        if len(runtime.holders) > 1:  # maybe only just now, by a signal handler (L1)
+            _current = _current or runtime
             del runtime.holders[id(holder)]
             return
-        if _current is runtime:
-            _current = None
     if not runtime.stuck:
         runtime.stop()
     runtime.holders.clear()  # last, so that who was interrupted can do it again
 
 
 def _forget_in_child() -> None:
-    """The parent's threads do not exist in a forked child (L1)."""
+    """The parent's threads do not exist in a forked child (L1).
+
+    Its connections do. Were their owners collected here, they would be taken out of the epoll that the parent's loop
+    still waits with, and the parent would not hear of answers any more.
+    """
     global _lock, _current, _stuck
     _lock = threading.RLock()
+    if _current is not None:
+        _inherited.append(_current)  # and with it its holders, and their stores
     _current = None
     _stuck = False
 

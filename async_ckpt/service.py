@@ -249,14 +249,22 @@ class CheckpointService:
     @property
     def is_running(self) -> bool:
         """Whether it holds threads, memory or connections."""
-        return self._holdings.held() is not None
+        return self._holdings.is_held
 
     def rest(self) -> None:
         """Free threads, memory and connections, unless something is under way, or failed and nobody has been told.
 
         The next request takes them anew; what is durable stays known. No other thread may be making a request now.
         """
-        self._holdings.rest()
+        holdings = self._holdings
+        limit = self._options.flush_timeout
+        holdings.close_predecessor(limit)
+        if holdings.is_idle():
+            successor = holdings.successor()
+            # In one step: a signal handler is served by the one or by the other (L1).
+            self._own = Intake(successor)
+            successor.is_closed = holdings.is_closed  # by a signal handler, just now
+            successor.close_predecessor(limit)
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.

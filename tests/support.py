@@ -365,10 +365,18 @@ def start_python(code: str | Path, *arguments: object, **options: Any) -> subpro
     )
 
 
-def wait_until_one_waits(service: CheckpointService) -> None:
-    """Return once some thread's save waits for admission; asks the loop again and again, so it is a thread's job."""
+def wait_until_one_waits(service: CheckpointService, kind: Kind = Kind.SAVE) -> None:
+    """Return once some thread's save waits for admission, or its load for its turn.
+
+    It asks the loop again and again, so it is a thread's job.
+    """
+    while not one_waits(service, kind):
+        pass
+
+
+def one_waits(service: CheckpointService, kind: Kind) -> bool:
+    """Tell whether some thread's save waits for admission, or its load for its turn."""
     runtime = service._holdings.held()
     assert runtime is not None
-    phases: list[Phase] = []
-    while Phase.WAITING not in phases:
-        phases = runtime.call(lambda: [op.phase for op in runtime.dispatcher._queue._ops.values()])
+    live = runtime.call(lambda: [(op.kind, op.phase) for op in runtime.dispatcher._queue._ops.values()])
+    return (kind, Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED) in live

@@ -137,6 +137,51 @@ def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("child", ["uses", "drops", "ends"])
+def test_a_forked_child_collects_nothing_of_the_parents(child: str) -> None:
+    """A store that a child inherits is never collected there, whether the child uses its service or lets go of it (L1).
+
+    Collected, the store's connections would be taken out of the epoll that the parent's loop waits with.
+    """
+    done = python(
+        """
+        import gc, os, sys
+        from async_ckpt import CheckpointService
+        from tests.support import MemoryStore, state
+
+        class Connected(MemoryStore):
+            def __init__(self, location, workers):
+                super().__init__()
+                self.pid = os.getpid()
+                self.itself = self  # as what has connections has: left to the garbage collector
+
+            def __del__(self):
+                if self.pid != os.getpid():
+                    os.write(1, b"collected ")
+
+        service = CheckpointService(store_factory=Connected)
+        service.save(state(1), "memory://a").wait(20)
+        pid = os.fork()
+        if pid == 0:
+            if sys.argv[1] == "uses":
+                service.save(state(2), "memory://b").wait(20)
+                service.close()
+            if sys.argv[1] != "ends":
+                del service
+                gc.collect()
+            os.write(1, b"ended ")
+            sys.exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        service.save(state(3), "memory://a").wait(20)
+        os.write(1, f"{status}".encode())
+        """,
+        child,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout == "ended 0", done.stdout + done.stderr
+
+
+@pytest.mark.integration
 def test_a_failure_is_told_by_the_parent() -> None:
     """A failure that nobody was told of when a child is forked is told in the parent, not in the child as well (E1)."""
     done = python(

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,11 +18,14 @@ import pytest
 import torch
 
 import async_ckpt
-from async_ckpt import CheckpointService, ServiceClosedError
+from async_ckpt import CheckpointService, FlushError, ServiceClosedError, StoreError
 from async_ckpt.events import Event
+from async_ckpt.handle import Handle
+from async_ckpt.queue import Kind
 from async_ckpt.snapshot import HostBuffer
 from async_ckpt.snapshot.together import copy_together
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, state, wait_until_one_waits
+from async_ckpt.testing import Fault
+from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, one_waits, state, wait_until_one_waits
 
 PACKAGE = Path(async_ckpt.__file__).parent
 #: Where a caller spends its time, apart from the snapshot.
@@ -31,6 +35,31 @@ OURS = {
 PACKAGE_FILES = {str(file) for file in PACKAGE.glob("*.py")}
 #: Where it would hold locks, were it waiting in the standard library's way.
 WALKED = OURS | {str(module.__file__) for module in (concurrent.futures._base, threading)}
+
+
+FAILING_CALLS: dict[str, Callable[[CheckpointService, list[Handle]], object]] = {
+    "save": lambda service, handles: service.save(state(2), "memory://b"),
+    "remove": lambda service, handles: service.remove("memory://b"),
+    "load": lambda service, handles: service.load("memory://0"),
+    "load while it fails": lambda service, handles: service.load("memory://0"),
+    "wait": lambda service, handles: service.wait(PATIENCE_SECONDS),
+    "settle": lambda service, handles: service.settle(PATIENCE_SECONDS),
+    "handle": lambda service, handles: handles[0].wait(PATIENCE_SECONDS),
+    "close": lambda service, handles: service.close(PATIENCE_SECONDS),
+}
+
+
+@contextmanager
+def hearing(told: list[BaseException]) -> Iterator[None]:
+    """Note the failures that are told, one by one; an interruption tells of none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except StoreError as error:
+        told.append(error)
+    except FlushError as error:
+        told.extend(error.exceptions)
 
 
 @contextmanager
@@ -272,6 +301,85 @@ def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str)
             return where
 
     assert walk(step) > 10
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("call", FAILING_CALLS)
+def test_ctrl_c_at_every_line_of_telling_loses_no_failure(call: str, count: int) -> None:
+    """Whichever line Ctrl-C interrupts, who is not told of a failure for that is told by the next call (E1)."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def step(line: int) -> list[str]:
+        told: list[BaseException] = []
+        gate, hold = gated("commit")
+        failing = Fault(operation="commit", error=lambda: StoreError("no more room"))
+        with Rig(hold, failing, memory=True, max_concurrent_saves=2) as rig:
+            handles = [rig.service.save(state(1), f"memory://{number}") for number in range(count)]
+            over = threading.Event()
+
+            def let_fail() -> None:
+                while call.endswith("while it fails") and not one_waits(rig.service, Kind.LOAD):
+                    if over.is_set():  # Ctrl-C came first
+                        break
+                gate.open()
+                for handle in handles:
+                    handle._outcome.exception(PATIENCE_SECONDS)
+
+            where: list[str] = []
+            with ThreadPoolExecutor(1) as pool, hearing(told):
+                failing_now = pool.submit(let_fail)
+                if not call.endswith("while it fails"):
+                    failing_now.result(PATIENCE_SECONDS)
+                try:
+                    with at_line(line, interrupt, OURS) as where:
+                        FAILING_CALLS[call](rig.service, handles)
+                finally:
+                    over.set()
+            with hearing(told):
+                rig.service.wait(PATIENCE_SECONDS)
+            assert {id(error) for error in told} >= {id(handle._outcome.exception()) for handle in handles}, (
+                where
+            )
+            rig.service.wait(PATIENCE_SECONDS)
+        return where
+
+    assert walk(step) > 10
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("nested", [True, False])
+def test_rest_may_be_interrupted_at_every_line(nested: bool) -> None:
+    """Whichever line of rest a handler or Ctrl-C interrupts, the service can be used there and after it (L1)."""
+    handled: list[int] = []
+
+    def step(line: int) -> list[str]:
+        rig = Rig(memory=True)
+        use(rig.service, "memory://a", 1)
+
+        def act() -> None:
+            if not nested:
+                raise KeyboardInterrupt
+            use(rig.service, "memory://b", 2)
+            handled.append(line)
+
+        where: list[str] = []
+        try:
+            with at_line(line, act, PACKAGE_FILES) as where:
+                rig.service.rest()
+        except KeyboardInterrupt:
+            pass
+        use(rig.service, "memory://c", 3)
+        rig.service.close()
+        assert not rig.service.is_running
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("async_ckpt")], where
+        return where
+
+    lines = walk(step)
+    assert lines > 50
+    assert handled == [*range(1, lines + 1)] * nested
 
 
 @pytest.mark.timeout(40)

@@ -117,9 +117,19 @@ class Programs(RuleBasedStateMachine):
 
     @invariant()
     def one_location_runs_one_operation(self) -> None:
-        """Two operations of one location never run at the same time (O1)."""
-        keys = [op.key for op in self._in(Phase.RUNNING)]
+        """Two operations of one location never run at the same time, but for loads (O1)."""
+        running = self._in(Phase.RUNNING)
+        keys = [op.key for op in running if op.kind is not Kind.LOAD]
         assert len(keys) == len(set(keys))
+        assert not {op.key for op in running if op.kind is Kind.LOAD} & set(keys)
+
+    @invariant()
+    def loads_wait_for_no_loads(self) -> None:
+        """A load that waits, waits for an earlier operation that is none (O2)."""
+        for load in self._in(Phase.QUEUED, kind=Kind.LOAD):
+            accepted = self._in(*set(Phase) - {Phase.WAITING})
+            others = [op for op in accepted if op.key == load.key and op.kind is not Kind.LOAD]
+            assert [op for op in others if op.id < load.id]
 
     def teardown(self) -> None:
         """Everything ends once the running work ends."""
@@ -198,7 +208,8 @@ class Programs(RuleBasedStateMachine):
     def _check_order(self, op: Op) -> None:
         """What was accepted before on the location has ended (O1)."""
         accepted = self._in(*set(Phase) - {Phase.WAITING})
-        assert not [other for other in accepted if other.key == op.key and other.id < op.id]
+        before = [other for other in accepted if other.key == op.key and other.id < op.id]
+        assert not [other for other in before if not (op.kind is other.kind is Kind.LOAD)]
 
     def _check_removal(self, removal: Fate) -> None:
         """Every save and link before it took effect, or was made needless by one that did, or is made up for (D3)."""

@@ -138,12 +138,20 @@ def test_callback_of_a_handle_gets_the_handle() -> None:
     assert got == [handle]
 
 
-def test_a_failure_is_collected_once() -> None:
-    """Of any number of collectors one wins (E1)."""
+def test_a_failure_is_claimed_by_one_thread() -> None:
+    """Of any number of threads one has the telling, and has it still where Ctrl-C came between (E1)."""
     failure = Failure(settled(), KeyError())
+    start = threading.Barrier(8)
+
+    def claim() -> tuple[bool, bool]:
+        start.wait()
+        claims = failure.claim(), failure.claim()
+        start.wait()  # else a thread that ends early may leave its number to the next
+        return claims
+
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda _: failure.collect(), range(50)))
-    assert won.count(True) == 1
+        claims = [future.result() for future in [pool.submit(claim) for _ in range(8)]]
+    assert sorted(claims) == [(False, False)] * 7 + [(True, True)]
 
 
 def test_waiting_on_the_loop_thread_is_refused() -> None:

@@ -17,6 +17,28 @@ def test_one_location_is_in_order() -> None:
     assert second.phase is Phase.RUNNING
 
 
+def test_loads_of_one_location_run_side_by_side() -> None:
+    """Loads do not wait for each other; a save between two of them waits for the first and holds the second (O1)."""
+    play, of = Play(), lane()
+    first, second = play.load(of, "a"), play.load(lane(), "a")
+    save, last = play.save(of, "a"), play.load(of, "a")
+    phases = [op.phase for op in (first, second, save, last)]
+    assert phases == [Phase.RUNNING, Phase.RUNNING, Phase.QUEUED, Phase.QUEUED]
+    play.withdraw(first)
+    assert [op.phase for op in (save, last)] == [Phase.QUEUED, Phase.QUEUED]
+    play.withdraw(second)
+    assert [op.phase for op in (save, last)] == [Phase.RUNNING, Phase.QUEUED]
+
+
+def test_loads_that_wait_for_one_save_start_together() -> None:
+    """When the save ends that several loads of its location wait for, all of them start (O2)."""
+    play, of = Play(), lane()
+    save = play.save(of, "a")
+    loads = [play.load(of, "a") for _ in range(3)]
+    play.end(save)
+    assert [load.phase for load in loads] == [Phase.RUNNING] * 3
+
+
 def test_one_location_is_in_order_across_services() -> None:
     """A save through one service waits for another service's save of the same location (O1)."""
     play = Play()

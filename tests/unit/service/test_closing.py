@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import AbandonedError, CheckpointService, FlushError, ServiceClosedError, State
+from async_ckpt.queue import Kind
 from async_ckpt.stores import locate
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, reached, state, wait_until_one_waits
 from tests.unit.service.calls import CLOSED_CALLS
@@ -68,6 +69,20 @@ def test_close_turns_away_who_waits_for_room() -> None:
         closing.result(PATIENCE_SECONDS)
         assert rig.memory is not None
         assert list(rig.memory.files) == ["/a"]
+
+
+def test_close_turns_away_who_waits_to_load() -> None:
+    """A load that waits for a save, another service's too, ends as its own service is closed, not later (D4)."""
+    gate, hold = gated()
+    with Rig(hold, memory=True) as saving, ThreadPoolExecutor(1) as pool:
+        saving.service.save(state(1), "memory://a")
+        loading = Rig(memory=True)
+        loading.service.remove("memory://b").wait(PATIENCE_SECONDS)
+        waiting = pool.submit(loading.service.load, "memory://a")
+        wait_until_one_waits(loading.service, Kind.LOAD)
+        loading.service.close()
+        assert isinstance(waiting.exception(PATIENCE_SECONDS / 2), ServiceClosedError)
+        gate.open()
 
 
 def test_a_load_outlives_the_service() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from async_ckpt import CancelledSaveError, RemovalDroppedError, State, StoreError, load
+from async_ckpt.stores import locate
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, reached, state
 from tests.unit.service.calls import failing, loaded
 
@@ -54,6 +57,27 @@ def test_load_waits_for_its_own_path_only() -> None:
         assert not stuck.done()
         gate.open()
         assert loaded(rig, "memory://b") == 2
+
+
+def test_loads_of_one_location_do_not_wait_for_each_other() -> None:
+    """Two threads read one checkpoint at the same time, and a save of it waits for both (O1)."""
+    with Rig(memory=True) as rig, ThreadPoolExecutor(2) as pool:
+        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+        both, done = Barrier(3), Barrier(3)
+
+        def read() -> None:
+            with rig.service.turn(locate("memory://a")):
+                both.wait(PATIENCE_SECONDS)
+                done.wait(PATIENCE_SECONDS)
+
+        reading = [pool.submit(read) for _ in range(2)]
+        both.wait(PATIENCE_SECONDS)
+        newer = rig.service.save(state(2), "memory://a")
+        assert newer.state is State.STAGED
+        done.wait(PATIENCE_SECONDS)
+        for thread in reading:
+            thread.result(PATIENCE_SECONDS)
+        newer.wait(PATIENCE_SECONDS)
 
 
 def test_order_holds_across_services(tmp_path: Path) -> None:

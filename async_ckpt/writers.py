@@ -10,8 +10,7 @@ their own accord and know nothing of the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -23,10 +22,10 @@ from async_ckpt.format.layout import Layout, lay_out
 from async_ckpt.format.overlap import Overlap, find_overlap, plan_copies
 from async_ckpt.format.parts import plan_parts
 from async_ckpt.options import Durability, ServiceOptions
-from async_ckpt.retry import RetryPolicy, call_with_retry
+from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.stores import is_local
-from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers
+from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers, aborted_on_error
 from async_ckpt.stores.link import make_link
 from async_ckpt.stores.local import sync_path
 
@@ -104,7 +103,7 @@ class StreamingWriter:
         upload, receipts = await call_with_retry(
             self._retry_file, self._send, layout, location, emit, written
         )
-        async with _aborted_on_error(upload):
+        async with aborted_on_error(upload):
             emit(Committing)
             await upload.commit(receipts)
         stored = getattr(upload, "stored", None)
@@ -121,7 +120,7 @@ class StreamingWriter:
     ) -> tuple[Upload, list[Receipt]]:
         """Send the whole file, all but the commit."""
         upload = await self._store.begin(location, layout.nbytes)
-        async with _aborted_on_error(upload):
+        async with aborted_on_error(upload):
             if upload.swept:
                 emit(Swept, names=upload.swept)
             plan = await self._plan(upload, layout, written)
@@ -150,7 +149,8 @@ class StreamingWriter:
             except StoreError as error:
                 logger.info("sending what could not be copied: %s", error)
                 plan.copies.clear()  # nor can the others
-        return await call_with_retry(self._retry_part, upload.put, part, layout)
+        progress = getattr(upload, "progress", int)  # `Continuing`; what got on has not failed
+        return await Retrying(self._retry_part).advance(progress, upload.put, part, layout)
 
     async def _put_all(self, upload: Upload, plan: _Plan, layout: Layout, emit: Emit) -> list[Receipt]:
         """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
@@ -235,14 +235,3 @@ class Linker:
 
 def _overlap(layout: Layout, other: Layout) -> Overlap | None:
     return find_overlap(layout.pieces(), other.pieces())
-
-
-@asynccontextmanager
-async def _aborted_on_error(upload: Upload) -> AsyncIterator[None]:
-    """Abort *upload* on any error, cancellation included (D2)."""
-    try:
-        yield
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await upload.abort()
-        raise

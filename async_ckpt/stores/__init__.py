@@ -106,9 +106,13 @@ def check_target(location: Location) -> None:
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:
-        cause = OSError(errno.EROFS, os.strerror(errno.EROFS))
-        advice = "Such a place can be loaded from, at most; save to another."
-        raise StoreError.during("begin", location.url, cause, advice) from cause
+        number, advice = errno.EROFS, "Such a place can be loaded from, at most; save to another."
+    elif package.partition(".")[0] in _NATIVE and "/" not in location.path.strip("/"):
+        number, advice = errno.EISDIR, "That is a whole bucket; give the name of an object in it."
+    else:
+        return
+    cause = OSError(number, os.strerror(number))
+    raise StoreError.during("begin", location.url, cause, advice) from cause
 
 
 def open_store(

@@ -15,11 +15,26 @@ What does not belong here: ordering, retries of whole saves, memory accounting, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
-__all__ = ["Content", "Copying", "Location", "Part", "Receipt", "Source", "Store", "Upload", "Workers"]
+import anyio
+
+__all__ = [
+    "Content",
+    "Continuing",
+    "Copying",
+    "Location",
+    "Part",
+    "Receipt",
+    "Source",
+    "Store",
+    "Upload",
+    "Workers",
+    "aborted_on_error",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,6 +129,17 @@ class Upload(Protocol):
         """Undo everything; errors of the cleaning itself are logged, not raised."""
 
 
+@asynccontextmanager
+async def aborted_on_error(upload: Upload) -> AsyncIterator[None]:
+    """Abort *upload* if the body ends in any error, cancellation included (D2)."""
+    try:
+        yield
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await upload.abort()
+        raise
+
+
 class Copying(Upload, Protocol):
     """An upload to a store that can copy inside itself, which few can."""
 
@@ -131,6 +157,13 @@ class Copying(Upload, Protocol):
 
     async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
         """Do what ``put`` does with bytes that the file *stored* has from *start* on; fails where it has changed."""
+
+
+class Continuing(Upload, Protocol):
+    """An upload whose repeated ``put`` goes on where the one before broke off, however much is left to send."""
+
+    def progress(self) -> int:
+        """Return a number that changes when something has got on; then attempts and time count anew (E3)."""
 
 
 class Source(Protocol):

@@ -21,7 +21,7 @@ import anyio
 
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import Retrying, RetryPolicy
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.fsspec_calls import info_of, remove_file, translating
 from async_ckpt.stores.generic_source import HandleSource, RangeSource
 from async_ckpt.stores.generic_upload import GenericUpload
@@ -97,12 +97,8 @@ class GenericStore:
     async def begin(self, location: Location, nbytes: int) -> GenericUpload:
         """Open a handle for the temporary name; see ``Store.begin``."""
         upload = GenericUpload(self, location, nbytes)
-        try:
+        async with aborted_on_error(upload):
             await self.once(upload.start)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
-            raise
         return upload
 
     async def delete(self, location: Location) -> None:

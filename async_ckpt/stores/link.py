@@ -37,9 +37,8 @@ def make_link(location: Location, target: Location, durability: Durability) -> N
     """
     path = location.path
     directory, name = os.path.split(path)
-    digest = hashlib.blake2b(
-        os.fsencode(name), digest_size=8
-    ).hexdigest()  # the name itself may be as long as can be
+    # Not the name itself, which may be as long as a name can be.
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
     made = os.path.join(directory, f".async_ckpt-link.{digest}")
     try:
         os.makedirs(directory, exist_ok=True)

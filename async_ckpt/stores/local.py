@@ -13,9 +13,7 @@ import stat
 from contextlib import suppress
 from typing import Literal
 
-import anyio
-
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_source import LocalSource
@@ -69,12 +67,8 @@ class LocalStore:
             overwrite=self._overwrite,
             directories=self._directories,
         )
-        try:
+        async with aborted_on_error(upload):
             await self._workers.run(upload.start)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
-            raise
         return upload
 
     async def delete(self, location: Location) -> None:

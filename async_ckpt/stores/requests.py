@@ -170,9 +170,36 @@ class Requests:
         """Await *function*, which translates and times itself, again after transient errors."""
         return await self._retrying.call(function, *args, **kwargs)
 
+    async def advance(
+        self,
+        position: Callable[[], int],
+        function: Callable[P, Awaitable[T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Do the same for a *function* that goes on where it broke off: once *position* has changed, count anew."""
+        return await self._retrying.advance(position, function, *args, **kwargs)
+
+    async def last_look(self, location: Location, doubt: StoreError, look: Callable[[], Awaitable[T]]) -> T:
+        """Await *look* at what became of a commit that ended in *doubt*; raise a StoreError that tells of both (E3).
+
+        Only this look is repeated: those between the attempts at a commit are repeated with it.
+        """
+        try:
+            return await self.again(look)
+        except StoreError as error:
+            advice = f"Whether it took effect is not known, for it could not be looked at: {_reason(error)}"
+            raise StoreError.during("commit", location.url, OSError(_reason(doubt)), advice) from doubt
+
     async def fill(
         self, scatter: Scatter, function: Callable[P, Awaitable[None]], /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Do the same for a *function* that fills *scatter* from where it stands; what got on has not failed."""
+        """Do the same for a *function* that fills *scatter* from where it stands."""
         if scatter.left:
-            await self._retrying.advance(lambda: scatter.done, function, *args, **kwargs)
+            await self.advance(lambda: scatter.done, function, *args, **kwargs)
+
+
+def _reason(error: StoreError) -> str:
+    """Return what *error* says, without what it happened to."""
+    return str(error).removeprefix(f"cannot {error.stage} {error.location!r}: ").removesuffix(".")

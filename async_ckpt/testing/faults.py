@@ -20,7 +20,17 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 import anyio
 
 from async_ckpt.stores import open_store
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Source, Store, Upload, Workers
+from async_ckpt.stores.base import (
+    Content,
+    Location,
+    Part,
+    Receipt,
+    Source,
+    Store,
+    Upload,
+    Workers,
+    aborted_on_error,
+)
 from async_ckpt.stores.disk import Disk
 
 __all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash", "slowed"]
@@ -132,12 +142,8 @@ class FaultyStore:
         struck = self._strike("begin")
         await self._suffer(struck, after=False)
         upload = await self._inner.begin(location, nbytes)
-        try:
+        async with aborted_on_error(upload):
             await self._suffer(struck, after=True)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
-            raise
         return _FaultyUpload(upload, self)
 
     async def delete(self, location: Location) -> None:

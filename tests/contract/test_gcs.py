@@ -15,7 +15,7 @@ from tests.strict_gcs import StrictGCS
 
 
 class TestGCSStore(StoreConformance):
-    """Resumable uploads of several requests."""
+    """Resumable uploads of several requests. Nothing can be stranded: no listing shows them, and they expire."""
 
     server: Server
     bucket: str

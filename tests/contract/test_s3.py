@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import pytest
@@ -14,10 +14,12 @@ from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.stores.s3 import S3Store
-from async_ckpt.stores.s3.journal import Journal
+from async_ckpt.stores.s3.journal import Entry, Journal
 from async_ckpt.testing import StoreConformance
 from stress.servers.process import Server
 from tests.servers import fresh_bucket
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.integration
 
@@ -49,10 +51,7 @@ class TestS3Store(StoreConformance):
         """Return the open uploads, and the journals."""
 
         async def ask() -> list[str]:
-            file_system = s3fs.S3FileSystem(
-                **self.server.storage_options, asynchronous=True, skip_instance_cache=True
-            )
-            client = await file_system.set_session()
+            client = await self._file_system().set_session()
             try:
                 answer: dict[str, Any] = await client.list_multipart_uploads(Bucket=self.bucket)
             finally:
@@ -60,6 +59,31 @@ class TestS3Store(StoreConformance):
             return [str(each["Key"]) for each in answer.get("Uploads", ())]
 
         return [*_in_a_thread(ask), *(path.name for path in self.folder.iterdir())]
+
+    def strand(self) -> str:
+        """Leave an open upload, and the journal, which nobody holds, of the process that had begun it."""
+
+        async def begin() -> Entry:
+            client = await self._file_system().set_session()
+            try:
+                answer = await client.create_multipart_upload(Bucket=self.bucket, Key="dead.ckpt")
+            finally:
+                await client.close()
+            return Entry(
+                endpoint=str(client.meta.endpoint_url),
+                bucket=self.bucket,
+                key="dead.ckpt",
+                upload_id=answer["UploadId"],
+            )
+
+        entry = _in_a_thread(begin)
+        journal = Journal(self.folder)
+        journal.opened(entry)
+        journal.close()
+        return f"{entry.key} (upload {entry.upload_id})"
+
+    def _file_system(self) -> Any:
+        return s3fs.S3FileSystem(**self.server.storage_options, asynchronous=True, skip_instance_cache=True)
 
     def _make(self, workers: Workers, **options: Any) -> Store:
         return S3Store(
@@ -72,10 +96,9 @@ class TestS3Store(StoreConformance):
         )
 
 
-def _in_a_thread(ask: Any) -> list[str]:
+def _in_a_thread(ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run *ask* on a loop of its own: the suite calls from within one."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
-        found: list[str] = pool.submit(anyio.run, ask).result()
-    return found
+        return pool.submit(anyio.run, ask).result()

@@ -8,9 +8,9 @@ from typing import Any
 
 import anyio
 
-from async_ckpt.retry import RetryPolicy, call_with_retry
+from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores import locate
-from async_ckpt.stores.base import Content, Location
+from async_ckpt.stores.base import Content, Location, aborted_on_error
 from async_ckpt.stores.gcs import GCSStore
 from async_ckpt.stores.gcs.upload import ResumableUpload
 from async_ckpt.testing.conformance import cut
@@ -28,6 +28,8 @@ NAME = "run/last.ckpt"
 QUICK = RetryPolicy(attempts=6, initial_seconds=0.001, stall_seconds=10.0)
 OLD = b"the old one"
 NEW = random.Random(1).randbytes(2 * PART + 1000)
+
+_QUICKLY = Retrying(QUICK)
 
 Test = Callable[[GCSStore, Location], Awaitable[None]]
 
@@ -50,22 +52,18 @@ def on_store(
     anyio.run(run)
 
 
-async def put_all(upload: ResumableUpload, content: Content, retry: RetryPolicy = QUICK) -> None:
+async def put_all(upload: ResumableUpload, content: Content, *, retrying: Retrying = _QUICKLY) -> None:
     """Put every part as a writer does, again after transient errors."""
     for part in cut(content.nbytes, upload.part_size):
-        await call_with_retry(retry, upload.put, part, content)
+        await retrying.advance(upload.progress, upload.put, part, content)
 
 
-async def save(store: GCSStore, location: Location, data: bytes) -> None:
+async def save(store: GCSStore, location: Location, data: bytes, *, retrying: Retrying = _QUICKLY) -> None:
     """Save as a writer does."""
     upload = await store.begin(location, len(data))
-    try:
-        await put_all(upload, BytesContent(data))
+    async with aborted_on_error(upload):
+        await put_all(upload, BytesContent(data), retrying=retrying)
         await upload.commit([])
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await upload.abort()
-        raise
 
 
 def saved_with(fault: Callable[[Request], Fault | None], **options: Any) -> StrictGCS:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from azure.core import MatchConditions
@@ -62,6 +63,7 @@ class AzureUpload:
         self._workers = workers
         self._token = secrets.token_hex(16)
         self._staged: dict[int, tuple[Part, Content]] = {}
+        self._in_doubt = False  # a commit failed in a way that leaves open what became of it
         self._ended = False
 
     async def put(self, part: Part, content: Content) -> Receipt:
@@ -87,7 +89,7 @@ class AzureUpload:
             raise self._error("commit", OSError(errno.EINVAL, "not every byte was put"))
         for staging in range(1, _MAX_STAGINGS + 1):
             try:
-                await self._requests.again(self._settle, indices)
+                await self._settle(indices)
                 break
             except StoreError as error:
                 if code_of(error) != "InvalidBlockList" or staging == _MAX_STAGINGS:
@@ -103,10 +105,25 @@ class AzureUpload:
     async def _settle(self, indices: Sequence[int]) -> None:
         """Commit; what failed in a way that leaves open what became of it is looked at (E3)."""
         try:
-            await self._requests.once("commit", self._location, self._commit, indices)
-        except (TransientStoreError, CheckpointExistsError) as error:
-            if not await self._is_there(error):
+            await self._requests.again(self._try_to_commit, indices)
+        except StoreError as error:
+            # aiohttp sends a PUT twice where a kept connection has broken, so the first may be what is there.
+            if not (self._in_doubt or isinstance(error, CheckpointExistsError)):
                 raise
+            if not await self._requests.last_look(self._location, error, self._is_there):
+                raise
+
+    async def _try_to_commit(self, indices: Sequence[int]) -> None:
+        """Commit: one attempt, which first looks whether an earlier one succeeded."""
+        if self._in_doubt:
+            with suppress(StoreError):  # who may write need not be allowed to look
+                if await self._is_there():
+                    return
+        try:
+            await self._requests.once("commit", self._location, self._commit, indices)
+        except TransientStoreError:
+            self._in_doubt = True
+            raise
 
     async def _commit(self, indices: Sequence[int]) -> None:
         blocks = [BlobBlock(self._block_id(index)) for index in indices]
@@ -114,8 +131,8 @@ class AzureUpload:
         metadata = {_TOKEN: self._token, "is_directory": "false"}  # the latter is what adlfs writes
         await self._blob.commit_block_list(blocks, metadata=metadata, **condition)
 
-    async def _is_there(self, doubt: StoreError) -> bool:
-        """Tell whether the blob is the one that this upload committed."""
+    async def _is_there(self) -> bool:
+        """Tell whether the blob is the one that this upload committed; one attempt."""
 
         async def look() -> bool:
             try:
@@ -124,12 +141,7 @@ class AzureUpload:
                 return False
             return bool((found.metadata or {}).get(_TOKEN) == self._token)
 
-        try:
-            # Once: whoever repeats the commit repeats this too.
-            return await self._requests.once("commit", self._location, look)
-        except StoreError as error:
-            advice = f"Whether it took effect is not known, for the blob could not be looked at: {error}"
-            raise StoreError.during("commit", self._location.url, doubt, advice) from doubt
+        return await self._requests.once("commit", self._location, look)
 
     def _block_id(self, index: int) -> str:
         return f"{self._token}{index:05d}"  # ids of one blob must have one length

@@ -50,6 +50,7 @@ class ResumableSession:
 
     Attributes:
         held: bytes from the first on that the server has said it holds.
+        taken: bytes that it has taken in all, those that it has lost since among them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ResumableSession:
         pace: Pace,
     ) -> None:
         self.held = 0
+        self.taken = 0
         self._location = location
         self._target = target
         self._nbytes = nbytes
@@ -138,6 +140,7 @@ class ResumableSession:
         held = int(match[1]) + 1 if match else 0
         if answer.status != CONTINUE or held > self._sent:
             raise self.broken(stage, f"of {self._sent} bytes the server says it holds {held}")
+        self.taken += max(0, held - self.held)
         self.held, self._unsure = held, False
 
     def forget(self) -> None:

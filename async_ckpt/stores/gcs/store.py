@@ -21,7 +21,7 @@ import anyio
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.gcs.client import Client, Target
 from async_ckpt.stores.gcs.errors import EXISTS, Refusal, explain, refused_with
 from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
@@ -99,12 +99,8 @@ class GCSStore:
             pace=self._pace,
             workers=self._workers,
         )
-        try:
+        async with aborted_on_error(upload):
             await upload.start()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await upload.abort()
-            raise
         return upload
 
     async def delete(self, location: Location) -> None:

@@ -7,6 +7,7 @@ Guarantees, beyond those of every store:
   stored is compared as well.
 * Where the answer to the last bytes was lost, the session is asked, or the object itself, whether they arrived: it
   carries a token of this upload's. A failure is claimed only of what is not there (E3).
+* What the server has lost is sent again; that has no limit of time while something gets on, up to three files' worth.
 
 What does not belong here: the session and what the server holds (`session`).
 """
@@ -37,6 +38,7 @@ _log = logging.getLogger("async_ckpt.stores.gcs")
 #: The custom metadata by which an object tells which upload it came from.
 TOKEN_KEY = "async_ckpt-upload"
 
+_MAX_SENDINGS = 3  # of the whole file; after that, what gets on says no longer that it will arrive
 _OTHER_BYTES = re.compile("crc32c|hash|checksum", re.IGNORECASE)
 
 
@@ -102,6 +104,10 @@ class ResumableUpload:
         """Begin a session. Whoever calls this must abort if it raises."""
         await self._requests.again(self._session.open, "begin")
 
+    def progress(self) -> int:
+        """Return a number that grows with what the server takes; see ``Continuing``."""
+        return min(self._session.taken, _MAX_SENDINGS * self._nbytes)
+
     async def put(self, part: Part, content: Content) -> Receipt:
         """Send one part, of the last one only what need not wait for the commit."""
         self._check(not self._ended, "write", "the upload has ended")
@@ -119,10 +125,14 @@ class ResumableUpload:
         complete = self._content is not None and self._put == self._nbytes
         self._check(complete, "commit", "not every byte was put")
         try:
-            await self._requests.again(self._finish)
+            await self._requests.advance(self.progress, self._finish)
         except StoreError as error:
-            if not self._in_doubt or not await self._is_there(error):
+            if not self._in_doubt:
                 raise
+            stored = await self._requests.last_look(self._location, error, self._stored_object)
+            if stored is None:
+                raise
+            await self._verify(stored)
         self._ended = True
 
     async def abort(self) -> None:
@@ -203,17 +213,6 @@ class ResumableUpload:
         await self._requests.step("commit", self._location, self._delete_generation, stored["generation"])
         self._session.forget()
         raise self._passing("commit", "other bytes were stored than were sent")
-
-    async def _is_there(self, doubt: StoreError) -> bool:
-        """Tell whether the object is there in spite of *doubt*, and came from this upload."""
-        try:
-            stored = await self._requests.again(self._stored_object)
-        except StoreError as error:
-            advice = f"Whether it took effect is not known, for the object could not be looked at: {error}"
-            raise StoreError.during("commit", self._location.url, doubt.__cause__ or doubt, advice) from doubt
-        if stored is not None:
-            await self._verify(stored)
-        return stored is not None
 
     async def _stored_object(self) -> dict[str, Any] | None:
         """Return the object's description if it came from this upload; one attempt."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.requests import Pace, Requests
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.deletion import Deletion
@@ -123,11 +123,8 @@ class S3Store:
             ended=functools.partial(self._note, self._journal.ended, endpoint, bucket, key),
         )
         upload.swept = await self._sweeper.sweep(location, endpoint, bucket, key)
-        try:
+        async with aborted_on_error(upload):
             await upload.start()
-        except BaseException:
-            await upload.abort()
-            raise
         return upload
 
     async def delete(self, location: Location) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 import anyio
 
@@ -131,10 +132,9 @@ class S3Upload:
         except StoreError as error:
             # After this nothing can make it appear any more, hence what is there then tells the outcome.
             await self.abort()
-            there = await self._look(again=True) if self._in_doubt else False
-            if there is None:
-                raise self._error("commit", "whether it was written could not be found out") from error
-            if not there:
+            if not self._in_doubt:
+                raise
+            if not await self._requests.last_look(self._location, error, self._target.is_there):
                 raise
         await self._end()
 
@@ -174,18 +174,12 @@ class S3Upload:
             if isinstance(error, TransientStoreError) or error_code(error) == "NoSuchUpload":
                 self._in_doubt = True
             # aiohttp sends a PUT twice where a kept connection has broken, so the first may be what is there.
-            looks = self._in_doubt or isinstance(error, CheckpointExistsError)
-            if not (looks and await self._look()):
+            if not (self._in_doubt or isinstance(error, CheckpointExistsError)):
                 raise
-
-    async def _look(self, *, again: bool = False) -> bool | None:
-        """Tell whether what is there is this upload's; None if that cannot be seen."""
-        look = self._target.is_there
-        try:
-            return await (self._requests.again(look) if again else look())
-        except StoreError as error:
-            _log.warning("cannot look whether %s was written: %s", self._location.url, error)
-            return None
+            with suppress(StoreError):  # who may write need not be allowed to look
+                if await self._target.is_there():
+                    return
+            raise
 
     async def _abort(self, upload_id: str) -> None:
         """Abort, and look, until S3 does not know the upload."""

@@ -22,7 +22,7 @@ from azure.storage.blob import (
 
 from async_ckpt.retry import RetryPolicy, call_with_retry
 from async_ckpt.stores import locate, open_store
-from async_ckpt.stores.base import Location, Receipt, Store
+from async_ckpt.stores.base import Location, Receipt, Store, aborted_on_error
 from async_ckpt.testing import BytesContent, ThreadWorkers
 from async_ckpt.testing.conformance import cut
 from stress.httpfaults import response
@@ -156,7 +156,7 @@ class Network:
 async def save(store: Store, location: Location, data: bytes, retry: RetryPolicy = RETRY) -> None:
     """Save as the writer does."""
     upload = await store.begin(location, len(data))
-    try:
+    async with aborted_on_error(upload):
         receipts: list[Receipt] = []
 
         async def put(part: Any) -> None:
@@ -168,10 +168,6 @@ async def save(store: Store, location: Location, data: bytes, retry: RetryPolicy
             for part in cut(len(data), upload.part_size or PART_BYTES):
                 group.start_soon(put, part)
         await upload.commit(receipts)
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await upload.abort()
-        raise
 
 
 async def store_part(store: Store, location: Location) -> None:

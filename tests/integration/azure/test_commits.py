@@ -63,19 +63,53 @@ def test_a_commit_that_did_not_arrive(network: Network) -> None:
 
 
 def test_a_commit_of_which_nothing_can_be_learned(network: Network) -> None:
-    """Where the blob cannot be looked at after a failed commit, the error says that the outcome is not known."""
+    """Where the blob cannot be seen after a failed commit, the error says that nobody knows the outcome, and why."""
     network.traffic.answer = lambda kind: response(500) if kind in ("blocklist", "look") else None
 
     async def check() -> None:
         async with network.store(retry=RetryPolicy(attempts=2, initial_seconds=0.001)) as store:
             upload = await store.begin(network.locate(), 3)
             receipt = await upload.put(cut(3, 3)[0], BytesContent(b"abc"))
-            with pytest.raises(StoreError, match="is not known"):
+            with pytest.raises(StoreError, match=r"500.*is not known.*500") as told:
                 await upload.commit([receipt])
             await upload.abort()
+        assert str(told.value).count(f"cannot commit {network.url()!r}: ") == 1
 
     run(check)
-    assert network.traffic.requests[2:] == 2 * ["blocklist", "look"]
+    assert network.traffic.requests[2:] == [*2 * ["blocklist", "look"], "look"]
+
+
+def test_the_last_look_is_repeated(network: Network) -> None:
+    """Where no commit is left to be repeated, a look that fails is, before an outcome is claimed."""
+    answers = iter([response(500), response(500)])
+    network.traffic.answer = lambda kind: next(answers, None) if kind == "look" else None
+    network.traffic.lose = lambda kind: kind == "blocklist"
+
+    async def check() -> None:
+        async with network.store(retry=RetryPolicy(attempts=2, initial_seconds=0.001)) as store:
+            await save(store, network.locate(), body(1000))
+
+    run(check)
+    assert next(answers, None) is None
+    assert network.traffic.requests[-1] == "look"
+
+
+def test_whoever_may_not_look_commits_again(network: Network) -> None:
+    """Where an identity may write and not look, a commit that failed in passing is repeated all the same."""
+    failures = iter([response(500)])
+    network.traffic.answer = lambda kind: (
+        response(403) if kind == "look" else next(failures, None) if kind == "blocklist" else None
+    )
+    data = body(1000)
+
+    async def check() -> None:
+        async with network.store() as store:
+            await save(store, network.locate(), data)
+            network.traffic.answer = lambda kind: None
+            assert await read(store, network.locate()) == data
+
+    run(check)
+    assert network.traffic.requests.count("blocklist") == 2
 
 
 def test_a_commit_by_another_in_the_meantime(network: Network) -> None:

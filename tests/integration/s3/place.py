@@ -20,7 +20,7 @@ from async_ckpt.errors import StoreError
 from async_ckpt.format.parts import plan_parts
 from async_ckpt.retry import RetryPolicy, call_with_retry
 from async_ckpt.stores import locate
-from async_ckpt.stores.base import Content, Location, Part, Receipt
+from async_ckpt.stores.base import Content, Location, Part, Receipt, aborted_on_error
 from async_ckpt.stores.s3 import S3Store
 from async_ckpt.stores.s3.journal import Journal
 from async_ckpt.stores.s3.upload import S3Upload
@@ -185,12 +185,8 @@ async def save(
     """Save as a writer does: abort after any error."""
     content = BytesContent(data, piece_bytes=MIB) if isinstance(data, bytes) else data
     upload = await store.begin(location, content.nbytes)
-    try:
+    async with aborted_on_error(upload):
         await upload.commit(await send(upload, content, retry, concurrent=concurrent, failed=failed))
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await upload.abort()
-        raise
 
 
 def running(store: S3Store, function: Callable[[], Awaitable[Any]]) -> Any:

@@ -8,7 +8,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from async_ckpt.errors import CheckpointExistsError, TransientStoreError
+from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.testing import BytesContent
 from stress.httpfaults import response
@@ -38,6 +38,29 @@ def test_every_answer_to_the_commit_lost(place: Place) -> None:
     )
     running(store, lambda: save(store, place.locate(), LARGE))
     assert place.read() == LARGE
+
+
+def test_the_last_look_is_repeated(place: Place) -> None:
+    """Where no commit is left to be repeated, a look that fails is, before an outcome is claimed."""
+    looks = Times(3)  # one after each commit, and the first of the last
+    proxy = place.proxy(
+        lambda kind, _: response(500) if kind == "Head" and looks() else None, lambda kind: kind == "Complete"
+    )
+    store = place.store(proxy, RetryPolicy(attempts=2))
+    running(store, lambda: save(store, place.locate(), LARGE))
+    assert place.read() == LARGE
+
+
+def test_a_commit_of_which_nothing_can_be_learned(place: Place) -> None:
+    """Where the object cannot be seen after a failed commit, the error says that nobody knows the outcome, and why."""
+    store = place.store(
+        place.proxy(lambda kind, _: response(500) if kind in ("Complete", "Head") else None),
+        RetryPolicy(attempts=2, initial_seconds=0.001),
+    )
+    with pytest.raises(StoreError, match=r"CompleteMultipartUpload.*is not known.*HeadObject") as told:
+        running(store, lambda: save(store, place.locate(), LARGE))
+    assert str(told.value).count("cannot") == 1
+    place.assert_nothing_left()
 
 
 def test_a_commit_that_never_arrives(place: Place) -> None:

@@ -48,6 +48,19 @@ def test_a_lost_answer_to_the_last_attempt(fault: Fault) -> None:
     assert server.kinds()[-2:] == ["last", "describe"]
 
 
+def test_the_last_look_is_repeated() -> None:
+    """Where no commit is left to be repeated, a look that fails is, before an outcome is claimed."""
+
+    def fault(request: Request) -> Fault | None:
+        return {("last", 0): Fault.FORGOTTEN, ("describe", 0): Fault.BUSY, ("describe", 1): Fault.BUSY}.get(
+            (request.kind, request.number)
+        )
+
+    server = saved_with(fault, retry=RetryPolicy(attempts=2, initial_seconds=0.001))
+    assert server.data(NAME) == NEW
+    assert server.kinds()[-5:] == ["last", "ask", "describe", "describe", "describe"]
+
+
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.GONE, Fault.STALLED])
 def test_a_last_attempt_that_failed(fault: Fault) -> None:
     """A commit that did not happen is a failure, after a look at the object, which is the old one."""
@@ -70,8 +83,9 @@ def test_a_commit_of_which_nothing_can_be_learned() -> None:
     """Where the object cannot be looked at after a lost answer, the error says that the outcome is not known."""
 
     async def fail(store: GCSStore, location: Location) -> None:
-        with pytest.raises(StoreError, match="Whether it took effect is not known"):
+        with pytest.raises(StoreError, match=r"is not known.*HTTP 403") as told:
             await save(store, location, NEW)
+        assert str(told.value).count("cannot") == 1
 
     def fault(request: Request) -> Fault | None:
         return {"last": Fault.LOST, "ask": Fault.DENIED, "describe": Fault.DENIED}.get(request.kind)
@@ -86,6 +100,21 @@ def test_a_lost_answer_where_overwriting_is_forbidden() -> None:
         on_store(server, lambda store, location: save(store, location, NEW), overwrite=False)
     assert server.data(NAME) == NEW
     assert server.kinds().count("begin") == 1
+
+
+def test_a_commit_for_which_everything_is_sent_again() -> None:
+    """Where the upload is lost with the last bytes, each failure on the way of what is sent again counts anew."""
+    lost: list[Request] = []
+
+    def fault(request: Request) -> Fault | None:
+        if (request.kind, request.number) == ("last", 0):
+            lost.append(request)
+            return Fault.GONE
+        return Fault.BUSY if lost and request.kind == "chunk" and request.number % 2 else None
+
+    server = saved_with(fault, retry=RetryPolicy(attempts=2, initial_seconds=0.001))
+    assert server.data(NAME) == NEW
+    assert server.kinds().count("begin") == 2
 
 
 def test_a_commit_that_takes_effect_late() -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import anyio
 import anyio.lowlevel
 import pytest
 
 from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
-from async_ckpt.retry import RetryPolicy
+from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location, Part
 from async_ckpt.stores.gcs import GCSStore
 from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
-from async_ckpt.testing.doubles import BytesContent
+from async_ckpt.testing.doubles import BytesContent, ManualClock
 from tests.strict_gcs import (
     NAME,
     NEW,
@@ -21,6 +22,7 @@ from tests.strict_gcs import (
     PART,
     QUICK,
     Fault,
+    Request,
     StrictGCS,
     at,
     on_store,
@@ -127,6 +129,52 @@ def test_a_session_that_the_server_lost_is_begun_anew(kind: str, number: int) ->
     server = saved_with(at(kind, number, Fault.GONE))
     assert server.data(NAME) == NEW
     assert server.kinds().count("begin") == 2
+
+
+LONG = random.Random(2).randbytes(8 * PART)
+SLOW_SECONDS = 100.0  # less than the deadline, but not twice
+
+
+def save_slowly(server: StrictGCS, fault: Callable[[Request], Fault | None]) -> None:
+    """Save ``LONG`` by a clock on which each request takes ``SLOW_SECONDS``."""
+    clock = ManualClock()
+    policy = RetryPolicy(attempts=3, initial_seconds=1.0, deadline_seconds=1.5 * SLOW_SECONDS)
+    retrying = Retrying(policy, clock=clock, sleep=clock.sleep)
+
+    def slow(request: Request) -> Fault | None:
+        clock.advance(SLOW_SECONDS)
+        return fault(request)
+
+    server.fault = slow
+    on_store(server, lambda store, location: save(store, location, LONG, retrying=retrying))
+
+
+def test_time_counts_from_what_got_on_last() -> None:
+    """An upload lost late is sent again to its end, however often that fails on its way and however long it takes."""
+
+    def fault(request: Request) -> Fault | None:
+        if request.kind != "chunk" or request.number < 6:
+            return None
+        return Fault.GONE if request.number == 6 else None if request.number % 2 else Fault.BUSY
+
+    with StrictGCS() as server:
+        save_slowly(server, fault)
+    assert server.data(NAME) == LONG
+    assert server.kinds().count("begin") == 2
+    assert server.kinds().count("chunk") > 15
+
+
+def test_a_server_that_loses_every_upload() -> None:
+    """Where whatever gets on is lost again, the save fails, and has not sent the file more than a few times."""
+
+    def fault(request: Request) -> Fault | None:
+        return Fault.GONE if request.kind == "chunk" and request.number % 4 == 3 else None
+
+    with StrictGCS() as server:
+        with pytest.raises(TransientStoreError, match="lost the upload"):
+            save_slowly(server, fault)
+    assert 3 * len(LONG) <= server.received <= 4 * len(LONG)
+    assert server.open_sessions == []
 
 
 def test_a_stalled_request_fails_and_is_repeated() -> None:

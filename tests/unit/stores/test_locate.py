@@ -189,6 +189,18 @@ def test_http_cannot_be_saved_to() -> None:
         check_target(locate("http://127.0.0.1:1/x.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [("s3://bucket", "s3fs"), ("s3://bucket/", "s3fs"), ("gs://b", "gcsfs"), ("az://c", "adlfs")],
+)
+def test_a_whole_bucket_cannot_be_saved_to(url: str, package: str) -> None:
+    """A bucket without an object's name is refused as a target at the call."""
+    pytest.importorskip(package)
+    with pytest.raises(StoreError, match="whole bucket") as caught:
+        check_target(locate(url))
+    assert caught.value.errno == errno.EISDIR
+
+
 def test_other_file_systems_can_be_saved_to() -> None:
     """Of all others, only the file system itself can tell."""
     check_target(locate("memory://x.ckpt"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -211,3 +213,37 @@ def test_a_small_request_may_not_stall() -> None:
     requests = Requests(explain, RetryPolicy(attempts=1, stall_seconds=0.01))
     with pytest.raises(StoreError, match="nothing moved"):
         anyio.run(requests.step, "begin", HERE, anyio.sleep_forever)
+
+
+# -- what became of a commit
+
+
+def test_the_last_look_at_a_commit_is_repeated() -> None:
+    """What the look returns after transient errors, is returned."""
+    look = Failing(ConnectionResetError(errno.ECONNRESET, "gone"))
+    requests = Requests(explain, AT_ONCE)
+
+    async def settle() -> str:
+        doubt = TransientStoreError.during("commit", HERE.url, OSError("no answer"))
+        return await requests.last_look(HERE, doubt, lambda: requests.once("read", HERE, look))
+
+    assert anyio.run(settle) == "done"
+    assert look.calls == 2
+
+
+def test_a_commit_that_cannot_be_looked_at() -> None:
+    """The error says, once each, what failed, that the outcome is not known, and why not; it came of the commit's."""
+    look = Failing(PermissionError("not yours"))
+    requests = Requests(explain, AT_ONCE)
+    doubt = TransientStoreError.during("commit", HERE.url, OSError("no answer"), "Wait.")
+
+    async def settle() -> None:
+        await requests.last_look(HERE, doubt, lambda: requests.once("read", HERE, look))
+
+    with pytest.raises(StoreError) as told:
+        anyio.run(settle)
+    assert str(told.value) == (
+        "cannot commit 's3://bucket/x.ckpt': no answer. Wait. "
+        "Whether it took effect is not known, for it could not be looked at: not yours"
+    )
+    assert told.value.__cause__ is doubt

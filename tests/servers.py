@@ -1,4 +1,5 @@
-"""Fixtures of real servers, one of each kind a session: ``seaweedfs``, ``fake_gcs``, ``azurite``.
+"""Fixtures of real servers, one of each kind a session: of objects ``seaweedfs``, ``fake_gcs`` and ``azurite``, of
+files ``sftp``, ``ftp`` and ``webdav``.
 
 Each is a ``stress.servers.process.Server``. Where ``ASYNC_CKPT_SERVERS`` names no folder a test that asks for one is
 skipped and says what to run; where it names one (tox does), a server that does not start is an error. Tests share
@@ -10,17 +11,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TypeVar
 from uuid import uuid4
 
 import pytest
 
 from stress.servers import azurite as _azurite
 from stress.servers import fake_gcs as _fake_gcs
+from stress.servers import folders
 from stress.servers import seaweedfs as _seaweedfs
+from stress.servers.folders import FolderServer
 from stress.servers.install import VARIABLE
 from stress.servers.process import Server
 
-__all__ = ["azurite", "fake_gcs", "fresh_bucket", "need_servers", "seaweedfs"]
+__all__ = ["azurite", "fake_gcs", "fresh_bucket", "ftp", "need_servers", "seaweedfs", "sftp", "webdav"]
+
+AnyServer = TypeVar("AnyServer", bound=Server)
 
 # gcsfs reads it as it is imported; else it asks Google's gRPC interface, which the emulator has not, a minute a time.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -57,7 +63,25 @@ def azurite() -> Iterator[Server]:
     yield from _run(_azurite.start)
 
 
-def _run(start: Callable[[], AbstractContextManager[Server]]) -> Iterator[Server]:
+@pytest.fixture(scope="session")
+def sftp() -> Iterator[FolderServer]:
+    """An SFTP server."""
+    yield from _run(folders.start_sftp)
+
+
+@pytest.fixture(scope="session")
+def ftp() -> Iterator[FolderServer]:
+    """An FTP server."""
+    yield from _run(folders.start_ftp)
+
+
+@pytest.fixture(scope="session")
+def webdav() -> Iterator[FolderServer]:
+    """A WebDAV server."""
+    yield from _run(folders.start_webdav)
+
+
+def _run(start: Callable[[], AbstractContextManager[AnyServer]]) -> Iterator[AnyServer]:
     need_servers()
     with start() as server:
         yield server

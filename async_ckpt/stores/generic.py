@@ -22,7 +22,7 @@ import anyio
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location, Workers, aborted_on_error
-from async_ckpt.stores.fsspec_calls import info_of, remove_file, translating
+from async_ckpt.stores.fsspec_calls import end_connection, info_of, remove_file, translating
 from async_ckpt.stores.generic_source import HandleSource, RangeSource
 from async_ckpt.stores.generic_upload import GenericUpload
 from async_ckpt.stores.leftovers import owner_is_dead
@@ -127,7 +127,9 @@ class GenericStore:
         return source
 
     async def aclose(self) -> None:
-        """Do nothing: fsspec's file systems free themselves."""
+        """End the connection of a file system that we have made, as far as it lets us."""
+        if self._connect is not None and self._file_system is not None:
+            await self.run(end_connection, self._file_system)
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function*, which does not use the file system, in a worker."""

@@ -132,8 +132,10 @@ class UnderTest:
         try:
             store = self.make_store(workers)
             rig = StoreRig(store=store, locate=self.locate, leftovers=self.leftovers, workers=workers)
-            await test(self, rig)
-            await store.aclose()
+            try:
+                await test(self, rig)
+            finally:
+                await store.aclose()
             assert not list(self.leftovers())
         finally:
             workers.close()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 from async_ckpt.errors import StoreError
 from async_ckpt.stores import locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.stores.generic import GenericStore
 from async_ckpt.testing import StoreConformance
 from stress.servers.folders import FolderServer
 from tests.contract.test_stores import name_of_the_dead, temporary_files
@@ -47,16 +45,9 @@ class OnServer(StoreConformance):
     bucket: str
 
     @pytest.fixture(autouse=True)
-    def _bucket(self, request: pytest.FixtureRequest) -> Iterator[None]:
+    def _bucket(self, request: pytest.FixtureRequest) -> None:
         self.server = request.getfixturevalue(self.kind)
         self.bucket = fresh_bucket(self.server)
-        self._stores: list[GenericStore] = []
-        yield
-        for store in self._stores:
-            self.disconnect(store.file_system)
-
-    def disconnect(self, file_system: Any) -> None:
-        """End the connection, for which fsspec has no call, where it does not end by itself."""
 
     def make_store(self, workers: Workers) -> Store:
         """Return the store under test."""
@@ -68,10 +59,7 @@ class OnServer(StoreConformance):
 
     def _store(self, workers: Workers, *, overwrite: bool) -> Store:
         options = self.server.storage_options
-        store = open_store(self.locate("any"), workers=workers, storage_options=options, overwrite=overwrite)
-        assert isinstance(store, GenericStore)
-        self._stores.append(store)
-        return store
+        return open_store(self.locate("any"), workers=workers, storage_options=options, overwrite=overwrite)
 
     def locate(self, name: str) -> Location:
         """Return a location in the empty place."""
@@ -106,9 +94,6 @@ class TestSFTP(OnServer):
 
     kind = "sftp"
 
-    def disconnect(self, file_system: Any) -> None:
-        file_system.client.close()
-
 
 class TestFTP(OnServer):
     """ftplib's client, pyftpdlib's server."""
@@ -120,9 +105,6 @@ class TestWebDAV(OnServer):
     """webdav4's client, WsgiDAV's server; what they cannot do is named."""
 
     kind = "webdav"
-
-    def disconnect(self, file_system: Any) -> None:
-        file_system.client.http.close()
 
     @pytest.mark.xfail(raises=StoreError, reason="webdav4 cannot seek to the end of an empty file")
     def test_exact_bytes(self) -> None:

@@ -12,7 +12,7 @@ Rules:
    each other (O1, O2).
 3. A removal cancels a queued save of its location (O3). It runs once every save accepted before it in its
    service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
-   checkpoint, but the one to be removed, has become durable since.
+   checkpoint, but the one to be removed, is durable by then.
 4. Where a queued save is cancelled or superseded, removals that waited for it wait for what its replacer
    waits for. So the last good checkpoint outlives any sequence of the above. A save supersedes only one of
    its own service, and only where that lets it in: nothing that is accepted ever waits for what is not (D4).
@@ -98,6 +98,7 @@ class Op:
         target: for a link, the key of the location that it leads to.
         after: for a removal and a link, the saves that must be durable first; for a removal, the links too.
         failed_save: one of those that did not become durable.
+        missing: for a removal, the last save or link that had failed when it came; 0 where none had.
     """
 
     id: int
@@ -112,6 +113,7 @@ class Op:
     target: str | None = None
     after: set[int] = field(default_factory=set)
     failed_save: int | None = None
+    missing: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ class Queue:
                 for other in self.live(op.lane)
                 if (_is_accepted_save(other) or other.kind is Kind.LINK) and not _suspended_beneath(other, op)
             }
-            op.failed_save = _missing(op)
+            op.missing = max(op.lane.lost.values(), default=0)
             for kind in (Kind.SAVE, Kind.LINK):
                 op.lane.lost.pop((kind, op.key), None)  # the program counts on that one no longer
         if op.kind is Kind.LINK:
@@ -255,9 +257,12 @@ class Queue:
             if op.phase is Phase.QUEUED and op.failed_save is not None:
                 return Drop(op, op.failed_save)
             if op.kind is Kind.REMOVE and op.phase is Phase.QUEUED:
-                victim = self._replaceable_save(op)
-                if victim is not None:
-                    return Cancel(victim, op)
+                if _is_made_up_for(op):
+                    victim = self._replaceable_save(op)
+                    if victim is not None:
+                        return Cancel(victim, op)
+                elif not any(other in self._ops for other in op.after):  # nothing may yet make up for it
+                    return Drop(op, op.missing)
         return None
 
     def _next_start(self) -> Action | None:
@@ -384,8 +389,7 @@ def _suspended_beneath(other: Op, op: Op) -> bool:
     )
 
 
-def _missing(removal: Op) -> int | None:
-    """Return a save that failed before *removal* came, if no other checkpoint has made up for it since (D3)."""
+def _is_made_up_for(removal: Op) -> bool:
+    """Tell whether another checkpoint is durable that is newer than what had failed when *removal* came (D3)."""
     newest_id, newest_key = removal.lane.newest or (0, "")
-    made_up_to = newest_id if newest_key != removal.key else 0
-    return next((save for save in removal.lane.lost.values() if save > made_up_to), None)
+    return removal.missing <= (newest_id if newest_key != removal.key else 0)

@@ -88,6 +88,32 @@ def test_a_newer_durable_save_makes_up_for_a_failure() -> None:
     assert play.actions[-1] == Drop(newest, failed.id)
 
 
+def test_a_rotation_goes_on_after_a_failure() -> None:
+    """What failed once and was given up drops no removal for ever: the save that is under way makes up for it (D3)."""
+    play, of = Play(), lane()
+    play.end(play.save(of, "failed"), ok=False)
+    play.end(play.save(of, "1"))
+    for number in range(2, 5):
+        newer = play.save(of, f"{number}")
+        older = play.remove(of, f"{number - 1}")
+        assert older.phase is Phase.QUEUED
+        play.end(newer)
+        assert older.phase is Phase.RUNNING
+        play.end(older)
+    assert not any(isinstance(action, Drop) for action in play.actions)
+
+
+def test_a_rotation_stops_where_nothing_makes_up_for_a_failure() -> None:
+    """If the save that was to make up for a failure fails, too, the last checkpoint stays (D3)."""
+    play, of = Play(), lane()
+    play.end(play.save(of, "failed"), ok=False)
+    play.end(play.save(of, "last"))
+    newer = play.save(of, "newer")
+    removal = play.remove(of, "last")
+    play.end(newer, ok=False)
+    assert play.actions[-1] == Drop(removal, newer.id)
+
+
 def test_a_location_saved_again_has_not_failed() -> None:
     """A second save of the location that failed, once durable, ends the matter (D3)."""
     play, of = Play(), lane()

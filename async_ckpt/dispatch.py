@@ -14,6 +14,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from time import monotonic
 
@@ -229,7 +230,8 @@ class Dispatcher:
                 self._queue.withdraw(op)
                 done = "linked" if op.kind is Kind.LINK else "deleted"
                 message = f"{request.location.url!r} was not {done}: a save before it did not become durable"
-                logger.warning("%s", message)
+                with suppress(Exception):  # of the program's own log handlers
+                    logger.warning("%s", message)
                 request.emit(RemovalDropped)
                 error = RemovalDroppedError(message)
                 self._finish(request, State.DROPPED, error)

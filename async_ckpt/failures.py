@@ -13,6 +13,7 @@ import logging
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 
 from async_ckpt.errors import FlushError
 from async_ckpt.handle import Failure, Handle
@@ -153,9 +154,13 @@ class Failures:
 
 
 def tell(message: str) -> None:
-    """Tell the user on standard error, when nothing else is left to tell him by."""
-    sys.stderr.write(f"async_ckpt: {message}\n")
-    sys.stderr.flush()
+    """Tell the user on standard error, when nothing else is left to tell him by; in the log where nobody reads that."""
+    try:
+        sys.stderr.write(f"async_ckpt: {message}\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # there is none; its reader has gone; it is closed
+        with suppress(Exception):
+            logger.error("%s", message)
 
 
 def _as_one(failures: list[Failure]) -> Exception:

@@ -111,7 +111,8 @@ class Outcome(Generic[T]):
             try:
                 callback()
             except contained:
-                logger.exception("a callback failed")
+                with suppress(Exception):  # of the program's own log handlers
+                    logger.exception("a callback failed")
 
 
 class State(str, Enum):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -105,7 +106,8 @@ class Request:
         try:
             observer(event(request_id=self.op.id, url=self.location.url, **values))
         except BaseException:  # a SystemExit would end the loop
-            logger.exception("the observer failed on %s of %r", event.__name__, self.location.url)
+            with suppress(Exception):  # of the program's own log handlers
+                logger.exception("the observer failed on %s of %r", event.__name__, self.location.url)
 
     def refusal(self, lacking: str) -> BackPressureError:
         """Return why there is no room for it: in the queue, in memory, or as the system says."""

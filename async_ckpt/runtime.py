@@ -108,7 +108,8 @@ class Runtime:
             try:
                 function(*args, **kwargs)
             except Exception:
-                logger.exception("internal error in %r; please report it", function)
+                with suppress(Exception):  # what a log handler of the program's raises must not end the loop
+                    logger.exception("internal error in %r; please report it", function)
 
         self._schedule(call)
 
@@ -347,5 +348,6 @@ def _exit_with_failure() -> None:
     atexit.unregister(_exit_with_failure)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(Exception):  # there is none, or nobody reads it
+            stream.flush()
     os._exit(1)

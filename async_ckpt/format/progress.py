@@ -61,7 +61,7 @@ class Progress:
         """Be told that so many more have come."""
         self._done += nbytes
         if self._tells and self._clock() - self._told >= _BETWEEN_TELLINGS_SECONDS:
-            self._tell()
+            self._quietly(self._tell)
 
     def _tell(self) -> None:
         now = self._clock()
@@ -105,13 +105,22 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._asked and kind is None:
-            bar = self._bar if self._bar is not None else self._open_bar()
-            if bar:
-                bar.update(max(0, self._done - bar.n))
-            else:
-                self._log_line(self._clock())
+            self._quietly(self._tell_end)
         if self._bar:
-            self._bar.close()
+            self._quietly(self._bar.close)
+
+    def _tell_end(self) -> None:
+        bar = self._bar if self._bar is not None else self._open_bar()
+        if bar:
+            bar.update(max(0, self._done - bar.n))
+        else:
+            self._log_line(self._clock())
+
+    def _quietly(self, show: Callable[[], object]) -> None:
+        try:
+            show()
+        except Exception:  # the terminal is gone, or there is none: no reason for a load to fail
+            self._tells = False
 
 
 def is_first_rank() -> bool:

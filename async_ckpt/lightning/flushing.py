@@ -81,8 +81,7 @@ def patiently(
 def give_up(service: CheckpointService) -> None:
     """Close *service* at once and say what that costs; earlier checkpoints stay, and no temporary file does (D2)."""
     urls = ", ".join(repr(request.url) for request in service.pending)
-    with suppress(Exception):  # nobody reads it
-        tell(f"interrupted: given up: {urls}")
+    tell(f"interrupted: given up: {urls}")
     service.close(timeout=0)
 
 

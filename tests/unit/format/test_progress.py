@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,17 @@ def test_a_failed_load_closes_its_bar(terminal: Terminal) -> None:
     with pytest.raises(OSError, match="gone"):
         fail()
     assert "1.00M" in terminal.getvalue()
+
+
+class Gone(Terminal):
+    """A terminal whose other end has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.parametrize("wanted", [None, True])
+def test_a_terminal_that_is_gone(terminal: Terminal, wanted: bool | None) -> None:
+    """A load does not fail because its bar can be drawn no more."""
+    clock = ManualClock()
+    load(Progress(wanted, "x.ckpt", clock=clock, stream=Gone()), clock, seconds=9.0)

@@ -1,0 +1,65 @@
+"""A log handler of the program's own that raises, as on a closed stream, ends neither the loop nor a request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from async_ckpt import RemovalDroppedError, State, StoreError
+from async_ckpt.events import Event
+from async_ckpt.testing import Fault
+from tests.support import PATIENCE_SECONDS, Rig, gated, state
+
+
+class Broken(logging.Handler):
+    """A handler that raises whatever it is given."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("I/O operation on closed file.")
+
+
+@pytest.fixture(autouse=True)
+def broken() -> Iterator[None]:
+    """Have everything that this package logs end in an error."""
+    logger, handler = logging.getLogger("async_ckpt"), Broken(logging.WARNING)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def test_a_dropped_removal_ends() -> None:
+    """A removal that is dropped, which is logged, ends, and so does what comes after it (D3, D4)."""
+    gate, hold = gated("commit", [1])
+    fail = Fault(operation="commit", calls=[1], error=lambda: StoreError("no more room"))
+    with Rig(hold, fail, memory=True) as rig:
+        failing = rig.service.save(state(1), "memory://a")
+        removal = rig.service.remove("memory://b")
+        gate.open()
+        with pytest.raises(StoreError, match="no more room"):
+            failing.wait(PATIENCE_SECONDS)
+        with pytest.raises(RemovalDroppedError):
+            removal.wait(PATIENCE_SECONDS)
+        assert rig.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+
+
+def test_a_broken_observer_and_a_broken_handler() -> None:
+    """What an observer raises may be lost where it cannot be logged; the save is not."""
+
+    def observer(event: Event) -> None:
+        raise ValueError("broken")
+
+    with Rig(memory=True, observer=observer) as rig:
+        assert rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+
+
+def test_a_broken_callback_and_a_broken_handler() -> None:
+    """A callback that raises keeps nobody else from being told of the end, whatever becomes of its error."""
+    gate, hold = gated("commit")
+    with Rig(hold, memory=True) as rig:
+        handle = rig.service.save(state(1), "memory://a")
+        handle.add_done_callback(lambda _: 1 / 0)
+        gate.open()
+        assert handle.wait(PATIENCE_SECONDS).state is State.DURABLE
+        rig.service.wait(PATIENCE_SECONDS)

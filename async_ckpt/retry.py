@@ -51,7 +51,8 @@ class RetryPolicy:
     """How often, and how patiently, a storage request that failed is tried again.
 
     Attributes:
-        attempts: calls in total; 1 never retries.
+        attempts: calls in total; 1 never retries. Those of the default outlast a quarter of a minute, on average, in
+            which storage refuses at once, as a server does that is started again.
         initial_seconds: the longest first wait; each further one may be twice as long.
         maximum_seconds: no single wait is longer.
         deadline_seconds: no wait ends later than this after the first call began.
@@ -62,7 +63,7 @@ class RetryPolicy:
         OptionError: a value that cannot work.
     """
 
-    attempts: int = 5
+    attempts: int = 10
     initial_seconds: float = 0.1
     maximum_seconds: float = 10.0
     deadline_seconds: float = 120.0

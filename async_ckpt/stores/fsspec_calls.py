@@ -1,22 +1,44 @@
 """Calls on a file system of which only fsspec's interface is known, where fsspec's own helpers would hide an error.
 
 Guarantees: what cannot be told is an error, never "there is nothing"; names are taken literally; what is not
-empty is not removed as a directory; within ``translating``, errors are ``StoreError``.
+empty is not removed as a directory; within ``translating``, errors are ``StoreError``. What is known of single file
+systems is here: where FTP's and SFTP's keep their connection, and how it ends.
 
 What does not belong here: which calls, and in which order.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import fsspec.spec
+
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
 
-__all__ = ["end_connection", "info_of", "remove_empty_directory", "remove_file", "translating"]
+__all__ = [
+    "bound_waiting",
+    "end_connection",
+    "end_half_made",
+    "has_ended",
+    "info_of",
+    "marks_lost",
+    "remove_empty_directory",
+    "remove_file",
+    "translating",
+]
+
+# Beyond what Python itself takes for a ConnectionError or a TimeoutError.
+_LOST = frozenset({errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN})
+# By name, for nothing is imported for it. An answer that fits no question was meant for another.
+_LOST_BY_NAME = frozenset({"ftplib.error_proto", "ftplib.error_reply", "httpx.RemoteProtocolError"})
+_LOST_BY_FTP = ("421", "425", "426")  # the server hangs up; a connection for data cannot be made, or broke
 
 
 def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
@@ -25,6 +47,9 @@ def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
     try:
         return dict(file_system.info(path))
     except FileNotFoundError:
+        # FTP's takes the root for empty when the server hangs up instead of listing it.
+        if has_ended(file_system):
+            raise ConnectionResetError(errno.ECONNRESET, "the connection has ended") from None
         return None
 
 
@@ -46,12 +71,69 @@ def remove_empty_directory(file_system: Any, path: str) -> None:
 
 
 def end_connection(file_system: Any) -> None:
-    """Close the client inside *file_system*: fsspec has no call for it, and paramiko's keeps a thread (B2)."""
+    """Close the client inside *file_system*: fsspec has no call for it, and paramiko's keeps a thread (B2).
+
+    FTP's would be closed as the file system is lost, but a traceback in a cycle can put that off for long.
+    """
     client = getattr(file_system, "client", None)  # of SFTP; of WebDAV it has one itself
+    client = client or getattr(file_system, "ftp", None)
     close = getattr(getattr(client, "http", client), "close", None)
     if callable(close):
         with suppress(Exception):
             close()
+
+
+def end_half_made(error: BaseException) -> None:
+    """Do the same where *error* ended the making of a file system: only its traceback still leads to it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if isinstance(made, fsspec.spec.AbstractFileSystem):
+            end_connection(made)
+
+
+def bound_waiting(file_system: Any, seconds: float) -> None:
+    """Let a call fail in which nothing moves for *seconds*, where it would wait for ever, as over SFTP (B2)."""
+    line: Any = getattr(getattr(file_system, "ftp", None), "sock", None)
+    if hasattr(line, "gettimeout") and line.gettimeout() is None:
+        line.settimeout(seconds)
+
+
+def has_ended(file_system: Any) -> bool:
+    """Tell whether the connection inside *file_system*, on which no call is under way, is seen to have ended."""
+    nothing = object()
+    line = getattr(getattr(file_system, "ftp", None), "sock", nothing)
+    if isinstance(line, socket.socket):
+        return _is_readable(line)
+    return line is None or getattr(line, "closed", False) is True  # of SFTP, it is paramiko's channel
+
+
+def _is_readable(line: socket.socket) -> bool:
+    """Tell whether the server has said anything unasked: a goodbye or the end. What it was is lost."""
+    try:
+        patience = line.gettimeout()
+        line.settimeout(0)
+        try:
+            line.recv(1)
+        finally:
+            line.settimeout(patience)
+    except OSError as error:
+        # Of TLS, no peeking tells: what can be read there need not be for us.
+        return not isinstance(error, BlockingIOError) and type(error).__name__ != "SSLWantReadError"
+    return True
+
+
+def marks_lost(error: BaseException | None) -> bool:
+    """Tell whether *error*, or what led to it, says that a connection is gone, or that it has lost step."""
+    while error is not None:
+        if isinstance(error, (EOFError, ConnectionError, TimeoutError)):
+            return True
+        if isinstance(error, OSError) and error.errno in _LOST:
+            return True
+        name = f"{type(error).__module__}.{type(error).__name__}"
+        if name in _LOST_BY_NAME or (name == "ftplib.error_temp" and str(error).startswith(_LOST_BY_FTP)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

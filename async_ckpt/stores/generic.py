@@ -1,28 +1,35 @@
 """Checkpoints on any file system that fsspec knows, through its synchronous interface in workers.
 
-Guarantees, beyond those of every store:
+Guarantees, beyond those of every store: what is repeated after a transient error, can be: opening, looking, moving,
+removing (E3).
 
-* One step at a time runs on a file system that is not made for several: fsspec promises no more.
-* What is repeated after a transient error, can be: opening, looking, moving, removing (E3).
-
-What does not belong here: the way of one file's bytes (`generic_upload`, `generic_source`).
+What does not belong here: the way of one file's bytes (`generic_upload`, `generic_source`), turns and lost connections
+(`generic_connection`).
 """
 
 from __future__ import annotations
 
 import logging
 import posixpath
-import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
 
-from async_ckpt.errors import StoreError
+from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location, Workers, aborted_on_error
-from async_ckpt.stores.fsspec_calls import end_connection, info_of, remove_file, translating
+from async_ckpt.stores.fsspec_calls import (
+    bound_waiting,
+    end_connection,
+    end_half_made,
+    info_of,
+    marks_lost,
+    remove_file,
+    translating,
+)
+from async_ckpt.stores.generic_connection import Connection
 from async_ckpt.stores.generic_source import HandleSource, RangeSource
 from async_ckpt.stores.generic_upload import GenericUpload
 from async_ckpt.stores.leftovers import owner_is_dead
@@ -43,8 +50,8 @@ class GenericStore:
         workers: where its calls run.
         retrying: how a failed step is tried again.
         overwrite: whether a commit may replace what is there; looked at when a save begins and before it moves.
-        connect: makes the file system, where none was given, when it is first needed: in a worker, as that may use
-            the network.
+        connect: makes the file system, where none was given, when it is first needed and when its connection is
+            lost: in a worker, as that may use the network.
     """
 
     repeats_parts = False
@@ -59,11 +66,9 @@ class GenericStore:
         connect: Callable[[], Any] | None = None,
     ) -> None:
         self.overwrite = overwrite
-        self._file_system = file_system
-        self._connect = connect
+        self._connection = Connection(file_system, connect)
         self._workers = workers
         self._retrying = retrying or Retrying(RetryPolicy())
-        self._turn = threading.Lock()
         self._swept: set[str] = set()
 
     @classmethod
@@ -78,21 +83,27 @@ class GenericStore:
         overwrite: bool = True,
     ) -> GenericStore:
         """Return the store of a kind of file system; it is our own, as fsspec's cached ones are shared with anyone."""
+        retry = retry or RetryPolicy()
 
         def make() -> Any:
             try:
-                return file_system_class(**{**options, "skip_instance_cache": True})
+                file_system = file_system_class(**{**options, "skip_instance_cache": True})
             except Exception as error:
-                raise StoreError.during("begin", location.url, error, "Check storage_options.") from error
+                # A server that starts again: of paramiko's, an OSError without a number.
+                is_away = marks_lost(error) or (isinstance(error, OSError) and error.errno is None)
+                kind = TransientStoreError if is_away else StoreError
+                end_half_made(error)
+                raise kind.during("begin", location.url, error, "Check storage_options.") from error
+            bound_waiting(file_system, retry.stall_seconds)
+            return file_system
 
-        retrying = Retrying(retry or RetryPolicy())
+        retrying = Retrying(retry)
         return cls(None, workers=workers, retrying=retrying, overwrite=overwrite, connect=make)
 
     @property
     def file_system(self) -> Any:
-        """The file system; there once ``once`` has called something."""
-        assert self._file_system is not None
-        return self._file_system
+        """The file system, for functions that ``once`` calls; another after its connection was lost."""
+        return self._connection.file_system
 
     async def begin(self, location: Location, nbytes: int) -> GenericUpload:
         """Open a handle for the temporary name; see ``Store.begin``."""
@@ -112,12 +123,17 @@ class GenericStore:
     async def source(self, location: Location) -> HandleSource | RangeSource:
         """Open the file for reading."""
 
-        def step(function: Callable[..., Any], /, *args: Any) -> Awaitable[Any]:
-            return self.step(_translated, "read", location, function, *args)
+        def step(
+            function: Callable[..., Any], /, *args: Any, position: Callable[[], int] = int
+        ) -> Awaitable[Any]:
+            once, call = self.once, _translated
+            return self._retrying.advance(position, once, call, "read", location, function, *args)
 
-        await self.step(lambda: None)  # that it is connected
-        kind = RangeSource if self.file_system.async_impl else HandleSource
-        source = kind(self.file_system, location, step)
+        source: HandleSource | RangeSource
+        if await self.step(lambda: self.file_system.async_impl):
+            source = RangeSource(self.file_system, location, step)
+        else:
+            source = HandleSource(lambda: self.file_system, location, step, self.let_go)
         try:
             await step(source.start)
         except BaseException:
@@ -128,27 +144,23 @@ class GenericStore:
 
     async def aclose(self) -> None:
         """End the connection of a file system that we have made, as far as it lets us."""
-        if self._connect is not None and self._file_system is not None:
-            await self.run(end_connection, self._file_system)
+        if (file_system := self._connection.close()) is not None:
+            await self.run(end_connection, file_system)
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function*, which does not use the file system, in a worker."""
         return await self._workers.run(function, *args, **kwargs)
 
     async def once(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a worker, when it is its turn."""
+        """Call *function* in a worker, when it is its turn, connected."""
+        return await self._workers.run(self._connection.call, function, *args, **kwargs)
 
-        def in_turn() -> T:
-            with self._turn:
-                if self._file_system is None and self._connect is not None:
-                    self._file_system = self._connect()
-                # An asynchronous file system brings every call to its own loop; any other may share one
-                # connection, or none of its state safely, between threads.
-                if not self.file_system.async_impl:
-                    return function(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        return await self._workers.run(in_turn)
+    async def let_go(self, file_system: Any, function: Callable[[], object]) -> None:
+        """Call *function*, which frees a handle of *file_system*, in a worker; failing is no failure."""
+        try:
+            await self._workers.run(self._connection.let_go, file_system, function)
+        except Exception as error:
+            _log.debug("cannot free a handle: %s", error)
 
     async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function*, which may be repeated as a whole, in a worker; again after transient errors."""
@@ -181,7 +193,7 @@ class GenericStore:
                 self.file_system.rmdir(path)
 
     def sweep(self, directory: str) -> tuple[str, ...]:
-        """Remove, the first time, what dead processes left in *directory*; failing is no failure."""
+        """Remove, the first time, what dead processes left in *directory*; only a lost connection is a failure."""
         if directory in self._swept:
             return ()
         self._swept.add(directory)
@@ -193,6 +205,8 @@ class GenericStore:
                     remove_file(self.file_system, posixpath.join(directory, name))
                     swept.append(name)
         except Exception as error:
+            if marks_lost(error):
+                raise
             _log.debug("cannot sweep %s: %s", directory, error)
         if swept:
             _log.info("removed from %s what dead processes left: %s", directory, ", ".join(swept))

@@ -1,8 +1,8 @@
 """A file on any file system that fsspec knows, open for reading.
 
 Guarantees: where the file system is asynchronous, as HTTP is, ranges are read several at a time; elsewhere
-through one handle, opened once, one read after the other. A server that sends the whole file whatever it is
-asked for is served from memory.
+through one handle, one read after the other; it is opened again if its connection is lost. A server that sends the
+whole file whatever it is asked for is served from memory.
 
 fsspec has no notion of one version of a file. Some handles hold on to what they have opened; of a file read by
 ranges, as others do behind their handles, length, time and tag are looked at after each of them, as far as the file
@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from fsspec.spec import AbstractBufferedFile
@@ -50,8 +51,10 @@ __all__ = ["HandleSource", "RangeSource", "Step"]
 class Step(Protocol):
     """Calls a function that may be repeated in a worker, translating errors; again after transient ones."""
 
-    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Awaitable[Any]:
-        """Call *function*."""
+    def __call__(
+        self, function: Callable[..., Any], /, *args: Any, position: Callable[[], int] = int
+    ) -> Awaitable[Any]:
+        """Call *function*; once *position* has changed, attempts and time are counted anew."""
 
 
 class HandleSource:
@@ -59,52 +62,83 @@ class HandleSource:
 
     max_concurrent_reads: int | None = 1
 
-    def __init__(self, file_system: Any, location: Location, step: Step) -> None:
+    def __init__(
+        self,
+        file_system: Callable[[], Any],
+        location: Location,
+        step: Step,
+        let_go: Callable[[Any, Callable[[], object]], Awaitable[None]],
+    ) -> None:
         self.nbytes = 0
-        self._fs = file_system
+        self._connected = file_system
         self._location = location
         self._step = step
+        self._let_go = let_go
+        self._fs: Any = None  # on which the handle was opened
         self._handle: Any = None
-        self._version: list[Any] | None = None
+        self._version: list[Any] = []
+        self._is_closed = False
 
     def start(self) -> None:
         """Open the file; blocks. Whoever calls this must close if it raises."""
-        self._close()  # what an earlier attempt has opened
+        self._version, self.nbytes = self._open()
+
+    async def read_into(self, start: int, *targets: memoryview) -> None:
+        """Fill *targets* from the file."""
+        scatter = Scatter(targets)
+        await self._step(self._read_into, start, scatter, position=lambda: scatter.done)
+
+    async def aclose(self) -> None:
+        """Close the handle."""
+        self._is_closed = True
+        if self._handle is not None:
+            await self._let_go(self._fs, self._close)
+
+    def _open(self) -> tuple[list[Any], int]:
+        """Open the file on the connection of now, and return its version and length."""
+        with suppress(Exception):  # of an earlier attempt, or connection
+            self._close()
+        self._fs = self._connected()
+        version = _version_of(self._fs, self._location.path)  # first: it must not be that of a later file
         self._handle = handle = self._fs.open(self._location.path, "rb")
         if isinstance(handle, io.BytesIO):
             # The memory file system gives every reader the same object, and with it one position.
             self._handle = handle = io.BytesIO(handle.getvalue())
-        elif isinstance(handle, AbstractBufferedFile):  # asks for ranges, by the name
-            self._version = _version_of(self._fs, self._location.path)
         handle.seek(0, io.SEEK_END)
         # Not what seek returns, which over SFTP is nothing; and 0 may mean there that it could not be told.
-        self.nbytes = handle.tell() or _info(self._fs, self._location.path).get("size") or 0
+        return version, handle.tell() or _info(self._fs, self._location.path).get("size") or 0
 
-    async def read_into(self, start: int, *targets: memoryview) -> None:
-        """Fill *targets* from the file."""
-        await self._step(self._read_into, start, targets)
-
-    async def aclose(self) -> None:
-        """Close the handle."""
-        if self._handle is not None:
-            await self._step(self._close)
+    def _open_again(self) -> None:
+        """Open the file on another connection, if it is the same file still."""
+        try:
+            same = self._open() == (self._version, self.nbytes)
+        except FileNotFoundError as error:
+            raise _replaced() from error
+        if not same:
+            raise _replaced()
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.close()
 
-    def _read_into(self, start: int, targets: Sequence[memoryview]) -> None:
-        if self._handle is None:
+    def _read_into(self, start: int, scatter: Scatter) -> None:
+        if self._is_closed:
             raise OSError(errno.EBADF, "the file has been closed")
-        self._handle.seek(start)
-        scatter = Scatter(targets)
+        if self._handle is None or self._fs is not self._connected():
+            self._open_again()
+        self._handle.seek(start + scatter.done)
         while scatter.left:
             data = self._handle.read(min(scatter.left, _READ_BYTES))
             if not data:
+                # Fails if the line is broken: paramiko's handles take that for the file's end.
+                _info(self._fs, self._location.path)
                 raise OSError(errno.EIO, "it has become shorter while it was read")
             scatter.take(data)
-        if self._version is not None and _version_of(self._fs, self._location.path) != self._version:
+        # A handle that asks for ranges, by the name, has not held on to what it opened.
+        if isinstance(self._handle, AbstractBufferedFile) and (
+            _version_of(self._fs, self._location.path) != self._version
+        ):
             raise _replaced()
 
 
@@ -134,14 +168,14 @@ class RangeSource:
     async def read_into(self, start: int, *targets: memoryview) -> None:
         """Fill *targets* with a range of the file."""
         if any(target.nbytes for target in targets):
-            await self._step(self._read_into, start, targets)
+            scatter = Scatter(targets)
+            await self._step(self._read_into, start, scatter, position=lambda: scatter.done)
 
     async def aclose(self) -> None:
         """Forget what was kept."""
         self._whole = None
 
-    def _read_into(self, start: int, targets: Sequence[memoryview]) -> None:
-        scatter = Scatter(targets)
+    def _read_into(self, start: int, scatter: Scatter) -> None:
         while self._whole is None and scatter.left:
             begin = start + scatter.done
             wanted = min(scatter.left, _LONGEST_RANGE_BYTES)

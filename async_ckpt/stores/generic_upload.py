@@ -5,7 +5,7 @@ written to its end is thrown away, never closed where closing means committing (
 
 Parts are taken in order, as fsspec's handles are. No part is repeated: whether a handle that failed has taken the
 bytes, nothing tells. The writer begins the whole file again; hence the handle is closed with the last part, as that
-may send what was held back. What follows, is repeated here (E3).
+may send what was held back. What follows, is repeated here, on a new connection if need be (E3).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec.spec
 
+from async_ckpt.errors import TransientStoreError
 from async_ckpt.stores.base import Content, Location, Part, Receipt
 from async_ckpt.stores.fsspec_calls import info_of, remove_empty_directory, remove_file, translating
 from async_ckpt.stores.leftovers import temporary_name
@@ -43,13 +44,13 @@ class GenericUpload:
     def __init__(self, store: GenericStore, location: Location, nbytes: int) -> None:
         self.swept: tuple[str, ...] = ()
         self._store = store
-        self._fs: Any = None  # until it has begun
         self._location = location
         self._nbytes = nbytes
         self._directory = posixpath.dirname(location.path)
         self._temporary = posixpath.join(self._directory, temporary_name())
-        self._move: Move | None = None
+        self._move: Move | None = None  # until it has begun
         self._handle: Any = None
+        self._handle_fs: Any = None  # on which it was opened
         self._position = 0
         self._broken = False  # or ended
         self._takes_views = True
@@ -68,25 +69,30 @@ class GenericUpload:
 
     async def abort(self) -> None:
         """Throw the handle away and remove the temporary name."""
-        if self._fs is None:
+        if self._move is None:
             return
+        await self._store.let_go(self._handle_fs, self._throw_away)
         try:
-            await self._store.step(self._clean)
+            await self._store.step(self._clean, self._move)
         except Exception as error:
             _log.warning("cleaning up after a save to %s: %s", self._location.url, error)
 
     def start(self) -> None:
         """Do what ``begin`` does. Whoever calls this must abort if it raises."""
         with translating("begin", self._location):
-            self._fs = self._store.file_system
-            self._move = Move(self._fs, self._temporary, self._location.path, self._nbytes)
+            self._move = Move(self._temporary, self._location.path, self._nbytes)
             self._refuse_to_replace("begin")
             self._open()
             if self._is_directory(self._location.path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        self.swept = self._store.sweep(self._directory)
+            self.swept = self._store.sweep(self._directory)
+
+    @property
+    def _fs(self) -> Any:
+        return self._store.file_system
 
     def _open(self) -> None:
+        self._handle_fs = self._fs
         try:
             self._handle = self._fs.open(self._temporary, "wb")
         except FileNotFoundError:
@@ -119,6 +125,11 @@ class GenericUpload:
             if part.start != self._position or self._handle is None:
                 raise OSError(errno.EINVAL, "parts must be put once, and in order")
             try:
+                if self._handle_fs is not self._fs:  # and no ConnectionError: that of now is well
+                    lost = (
+                        f"cannot write {self._location.url!r}: the connection was lost on which it was begun"
+                    )
+                    raise TransientStoreError(lost, location=self._location.url, stage="write")
                 for piece in pieces:
                     self._write_piece(piece.cast("B"))
                 if self._position != part.stop:
@@ -157,18 +168,17 @@ class GenericUpload:
                 raise OSError(errno.EINVAL, "not every byte was put")
             if not self._move.begun:
                 self._refuse_to_replace("commit")
-            self._move.go()
+            self._move.go(self._fs)
 
     def _refuse_to_replace(self, stage: str) -> None:
         if not self._store.overwrite and info_of(self._fs, self._location.path) is not None:
             raise exists_already(stage, self._location)
 
-    def _clean(self) -> None:
-        self._broken = True
+    def _clean(self, move: Move) -> None:
         with translating("abort", self._location):
-            self._throw_away()
             if info_of(self._fs, self._temporary) is not None:
                 remove_file(self._fs, self._temporary)
+            move.tidy(self._fs)
         while self._made:
             directory = self._made.pop()
             try:
@@ -178,14 +188,14 @@ class GenericUpload:
 
     def _throw_away(self) -> None:
         """Free the handle; never by a close that commits."""
+        self._broken = True
         handle, self._handle = self._handle, None
         if handle is None:
             return
         try:
             handle.discard()
-        except Exception as error:
-            _log.debug("cannot discard %r: %s", handle, error)
-        if isinstance(handle, fsspec.spec.AbstractBufferedFile):
-            handle.closed = True  # or else __del__ sends what there is, and commits
-        else:
-            handle.close()  # a plain file: all that this completes is the temporary name
+        finally:
+            if isinstance(handle, fsspec.spec.AbstractBufferedFile):
+                handle.closed = True  # or else __del__ sends what there is, and commits
+            else:
+                handle.close()  # a plain file: all that this completes is the temporary name

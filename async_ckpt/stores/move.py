@@ -1,9 +1,9 @@
 """A file takes another's place on a file system of which only fsspec's interface is known.
 
 Guarantees: ``Move.go`` returns once the new file, whole, has the name. It may be called again after an
-error, and looks first whether the move took effect after all (E3). Where the file system will not replace
-a file, the earlier one is kept aside until the new one is in, and put back if it does not get in (D2); a
-process that dies right between the two leaves the earlier one, whole, as ``NAME.previous-…``.
+error, on another connection, and looks first whether the move took effect after all (E3). Where the file system will
+not replace a file, the earlier one is kept aside until the new one is in, and put back if it does not get in (D2),
+by ``tidy`` at the latest; a process that dies right between the two leaves it, whole, as ``NAME.previous-…``.
 
 Blocks: call it in a worker.
 """
@@ -30,27 +30,53 @@ class Move:
     """The move of one complete temporary file to its final name.
 
     Args:
-        file_system: an fsspec file system.
         source: the temporary file.
         target: the final name.
         nbytes: the length that the file must have.
     """
 
-    def __init__(self, file_system: Any, source: str, target: str, nbytes: int) -> None:
-        self._fs = file_system
+    def __init__(self, source: str, target: str, nbytes: int) -> None:
+        self._fs: Any = None
         self._source = source
         self._target = target
         self._nbytes = nbytes
         self._earlier: dict[str, Any] | None = None
         self._tried = False
+        self._landed = False
+        self._aside = f"{target}.previous-{secrets.token_hex(4)}"
+        self._moves_aside = False
 
     @property
     def begun(self) -> bool:
         """Whether the file may be under its final name already."""
         return self._tried
 
-    def go(self) -> None:
-        """Move, or raise with the earlier file still in place."""
+    def go(self, file_system: Any) -> None:
+        """Move on *file_system*; then, whether it raised or not, and when it is not called again, call ``tidy``."""
+        self._fs = file_system
+        self._try()
+        self._landed = True
+
+    def tidy(self, file_system: Any) -> None:
+        """Remove the earlier file if it is aside and the new one is in; if that is not, put it back."""
+        self._fs = file_system
+        if not self._moves_aside or info_of(file_system, self._aside) is None:
+            return
+        try:
+            now = info_of(file_system, self._target)
+            if self._landed or now == self._earlier:  # a copy of it aside need not be whole
+                remove_file(file_system, self._aside)
+                return
+            if now is not None:
+                remove_file(file_system, self._target)
+            self._rename(self._aside, self._target)
+        except Exception as error:
+            what = f"cannot remove {self._aside!r}, which the new file has replaced"
+            if not self._landed:
+                what = f"cannot put the earlier file back: it is whole, at {self._aside!r}"
+            raise StoreError(f"{what}: {error}", location=self._target, stage="abort") from error
+
+    def _try(self) -> None:
         if self._tried and self._has_landed():
             return
         if not self._tried:
@@ -73,31 +99,10 @@ class Move:
         self._move_with_earlier_aside()
 
     def _move_with_earlier_aside(self) -> None:
-        aside = f"{self._target}.previous-{secrets.token_hex(4)}"
-        self._rename(self._target, aside)
-        try:
-            self._rename(self._source, self._target)
-            self._check_length(self._target)
-        except BaseException as error:
-            self._put_back(aside, error)
-            raise
-        try:
-            remove_file(self._fs, aside)
-        except Exception as error:
-            _log.warning("cannot remove %s, which the new file has replaced: %s", aside, error)
-
-    def _put_back(self, aside: str, error: BaseException) -> None:
-        try:
-            if info_of(self._fs, self._target) is not None:
-                remove_file(self._fs, self._target)
-            self._rename(aside, self._target)
-        except Exception as second:
-            raise StoreError(
-                f"cannot commit {self._target!r}: {error}; nor could the earlier file be put back ({second}): "
-                f"it is whole, at {aside!r}",
-                location=self._target,
-                stage="commit",
-            ) from error
+        self._moves_aside = True
+        self._rename(self._target, self._aside)
+        self._rename(self._source, self._target)
+        self._check_length(self._target)
 
     def _rename(self, source: str, target: str) -> None:
         if type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv:

@@ -45,7 +45,7 @@ ALLOWED_THREADS = (
     "pytest_timeout",  # guards the test itself
 )
 #: How long a thread that is ending may take for it.
-THREAD_END_SECONDS = 2.0
+THREAD_END_SECONDS = 10.0
 #: Descriptors that libraries open once a process at their first use (an event loop's, fsspec's, /dev/urandom).
 DESCRIPTOR_TOLERANCE = 8
 #: After a failed test a service may still have saves under way, and the interpreter's exit waits for those (D4).

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import async_ckpt
-from async_ckpt import CheckpointService
+from async_ckpt import CheckpointService, FlushTimeoutError
 from async_ckpt.events import Event
+from async_ckpt.handle import Handle
 from async_ckpt.queue import (
     Action,
     Admit,
@@ -349,6 +350,12 @@ def python(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def complaints(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a process wrote to stderr, but for the word of a slow machine that the exit waits for saves."""
+    lines = done.stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.endswith("Ctrl-C gives up\n"))
+
+
 def start_python(code: str | Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start *code*, text or a file, in a fresh interpreter that finds this package and ``tests``."""
     script = [str(code)] if isinstance(code, Path) else ["-c", textwrap.dedent(code)]
@@ -363,6 +370,15 @@ def start_python(code: str | Path, *arguments: object, **options: Any) -> subpro
         env=environment,
         **options,
     )
+
+
+def accepted(service: CheckpointService, what: Any, url: object) -> Handle:
+    """Save, again where a *flush_timeout* that is short for the sake of a later wait was too short for this one."""
+    while True:
+        try:
+            return service.save(what, str(url))
+        except FlushTimeoutError:
+            continue
 
 
 def wait_until_one_waits(service: CheckpointService, kind: Kind = Kind.SAVE) -> None:

@@ -23,7 +23,7 @@ from async_ckpt import (
     StoreError,
 )
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, number_of, reached, state
+from tests.support import PATIENCE_SECONDS, Rig, accepted, gated, number_at, number_of, reached, state
 
 pytestmark = pytest.mark.anyio
 
@@ -116,7 +116,7 @@ async def test_flush_gives_up_in_time(timeout: float | None) -> None:
     """Flush raises after its timeout, or flush_timeout, and names what is pending; the save goes on (B2)."""
     gate, hold = gated()
     with Rig(hold, memory=True, flush_timeout=0.01) as rig:
-        handle = rig.service.save(state(1), "memory://a")
+        handle = accepted(rig.service, state(1), "memory://a")
         with pytest.raises(FlushTimeoutError, match="memory://a"):
             await rig.service.flush(timeout)
         assert not handle.done()

@@ -137,8 +137,7 @@ def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("child", ["uses", "drops", "ends"])
-def test_a_forked_child_collects_nothing_of_the_parents(child: str) -> None:
+def test_a_forked_child_collects_nothing_of_the_parents() -> None:
     """A store that a child inherits is never collected there, whether the child uses its service or lets go of it (L1).
 
     Collected, the store's connections would be taken out of the epoll that the parent's loop waits with.
@@ -161,24 +160,24 @@ def test_a_forked_child_collects_nothing_of_the_parents(child: str) -> None:
 
         service = CheckpointService(store_factory=Connected)
         service.save(state(1), "memory://a").wait(20)
-        pid = os.fork()
-        if pid == 0:
-            if sys.argv[1] == "uses":
-                service.save(state(2), "memory://b").wait(20)
-                service.close()
-            if sys.argv[1] != "ends":
-                del service
-                gc.collect()
-            os.write(1, b"ended ")
-            sys.exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        service.save(state(3), "memory://a").wait(20)
-        os.write(1, f"{status}".encode())
+        for does in ("uses", "drops", "ends"):
+            pid = os.fork()
+            if pid == 0:
+                if does == "uses":
+                    service.save(state(2), "memory://b").wait(20)
+                    service.close()
+                if does != "ends":
+                    del service
+                    gc.collect()
+                os.write(1, f"{does} ".encode())
+                sys.exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            service.save(state(3), "memory://a").wait(20)
+            os.write(1, f"{status} ".encode())
         """,
-        child,
         env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
     )
-    assert done.stdout == "ended 0", done.stdout + done.stderr
+    assert done.stdout == "uses 0 drops 0 ends 0 ", done.stdout + done.stderr
 
 
 @pytest.mark.integration
@@ -227,10 +226,16 @@ def test_a_stuck_thread_is_the_parents() -> None:
                 self.workers = workers
 
             async def begin(self, location, nbytes):
-                await self.workers.run(threading.Event().wait)
+                await self.workers.run(self.stick)
 
+            def stick(self):
+                is_stuck.set()
+                threading.Event().wait()
+
+        is_stuck = threading.Event()
         service = CheckpointService(store_factory=Stuck, abandon_grace_seconds=0.1)
         service.save(state(1), "memory://a")
+        assert is_stuck.wait(20)
         try:
             service.close(0.1)
         except AbandonedError:
@@ -240,7 +245,6 @@ def test_a_stuck_thread_is_the_parents() -> None:
             sys.exit(7)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         """,
-        timeout=20,
         env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
     )
     assert done.stdout.split() == ["abandoned", "7"], done.stderr

@@ -425,7 +425,7 @@ def test_peak_memory(count: int, is_near: bool, tmp_path: Path) -> None:
     """A load takes no more memory than the state and 64 MiB."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells the peak memory of a part of a program")
-    nbytes = 512 << 20
+    nbytes = 256 << 20
     state = {str(number): torch.zeros(nbytes // count, dtype=torch.uint8) for number in range(count)}
     torch.save(state, tmp_path / "x")
     torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "small")

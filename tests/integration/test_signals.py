@@ -115,7 +115,6 @@ def walk(step: Callable[[int], list[str]]) -> int:
     return number - 1
 
 
-@pytest.mark.timeout(40)
 def test_a_handler_may_use_the_service_at_every_line_of_save() -> None:
     """Whichever line of save a signal interrupts, the handler can save, wait and load, the same path or another.
 
@@ -145,7 +144,6 @@ def test_a_handler_may_use_the_service_at_every_line_of_save() -> None:
     assert walk(step) > 40
 
 
-@pytest.mark.timeout(40)
 def test_a_handler_may_use_the_service_while_its_thread_waits_for_room() -> None:
     """A handler that interrupts a save which waits for a place gets its own save through, past the bounds (L1)."""
     gate, hold = gated(calls=[1])
@@ -197,7 +195,6 @@ def test_a_handler_may_use_the_service_while_its_thread_takes_the_snapshot() -> 
         assert number_of(rig.service.load("memory://a")) in (1, 3)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_handler_may_close_the_service_at_every_line_of_save(alone: bool) -> None:
     """A handler may close the service it interrupted: the save is durable, or raises ServiceClosedError (L1, D4).
@@ -231,7 +228,6 @@ def test_a_handler_may_close_the_service_at_every_line_of_save(alone: bool) -> N
     assert ends == {"refused", "durable"}
 
 
-@pytest.mark.timeout(40)
 def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
     """Whichever line of save Ctrl-C interrupts, its place and memory come free, and the next one works (D4, B1)."""
 
@@ -255,7 +251,6 @@ def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
     assert walk(step) > 40
 
 
-@pytest.mark.timeout(60)
 def test_ctrl_c_at_every_line_of_a_first_save_leaves_no_thread() -> None:
     """Nor does it leave the loop thread that the first save starts, once the service is closed (B2, L1)."""
 
@@ -280,7 +275,6 @@ def test_ctrl_c_at_every_line_of_a_first_save_leaves_no_thread() -> None:
     assert walk(step) > 100
 
 
-@pytest.mark.timeout(40)
 @pytest.mark.parametrize("call", ["load", "wait", "remove"])
 def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str) -> None:
     """The same for load, wait and remove: no location stays held and nothing waits for what is gone (D4)."""
@@ -303,7 +297,6 @@ def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str)
     assert walk(step) > 10
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("call", FAILING_CALLS)
 def test_ctrl_c_at_every_line_of_telling_loses_no_failure(call: str, count: int) -> None:
@@ -349,7 +342,6 @@ def test_ctrl_c_at_every_line_of_telling_loses_no_failure(call: str, count: int)
     assert walk(step) > 10
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("nested", [True, False])
 def test_rest_may_be_interrupted_at_every_line(nested: bool) -> None:
     """Whichever line of rest a handler or Ctrl-C interrupts, the service can be used there and after it (L1)."""
@@ -382,7 +374,6 @@ def test_rest_may_be_interrupted_at_every_line(nested: bool) -> None:
     assert handled == [*range(1, lines + 1)] * nested
 
 
-@pytest.mark.timeout(40)
 def test_ctrl_c_at_every_line_of_close_leaves_no_thread() -> None:
     """Whichever line of close Ctrl-C interrupts, closing again ends it, and no thread is left (B2, L1)."""
 

@@ -124,6 +124,15 @@ def test_gives_up_after_so_many_attempts() -> None:
     assert flaky.calls == 3
 
 
+def test_the_default_outlasts_a_restart() -> None:
+    """By default, a server that refuses, as while it starts again, is given a quarter of a minute on average."""
+    clock, flaky = ManualClock(), Flaky(99, ConnectionRefusedError())
+    halves = Retrying(RetryPolicy(), sleep=clock.sleep, clock=clock, random=lambda: 0.5)
+    with pytest.raises(ConnectionRefusedError):
+        anyio.run(halves.call, flaky, "done")
+    assert 15 < sum(clock.naps) < 20
+
+
 def test_what_gets_on_has_not_failed() -> None:
     """Attempts and time are counted from where something last moved, so ever new progress never gives up."""
     clock, moved, ends = ManualClock(), [0], iter([1, 2, 3, 4])

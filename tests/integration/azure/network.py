@@ -31,11 +31,26 @@ from stress.servers.process import Server
 from tests.servers import fresh_bucket
 from tests.support import PATIENCE_SECONDS
 
-__all__ = ["BUSY", "PART_BYTES", "RETRY", "Network", "Traffic", "body", "read", "run", "save", "store_part"]
+__all__ = [
+    "BUSY",
+    "IMPATIENT",
+    "PART_BYTES",
+    "RETRY",
+    "Network",
+    "Traffic",
+    "body",
+    "read",
+    "run",
+    "save",
+    "store_part",
+]
 
 PART_BYTES = 256 * 1024
 
-RETRY = RetryPolicy(attempts=5, initial_seconds=0.01, maximum_seconds=0.05, stall_seconds=1.0)
+RETRY = RetryPolicy(attempts=5, initial_seconds=0.01, maximum_seconds=0.05)
+
+#: Takes a server that is busy for a stall as well, so it may have to ask often.
+IMPATIENT = RetryPolicy(attempts=100, initial_seconds=0.01, maximum_seconds=0.05, stall_seconds=0.3)
 
 BUSY = response(503, headers={"x-ms-error-code": "ServerBusy"})
 

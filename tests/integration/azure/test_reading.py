@@ -10,6 +10,7 @@ from azure.storage.blob import (
 from async_ckpt.errors import StoreError
 from stress.httpfaults import response
 from tests.integration.azure.network import (
+    IMPATIENT,
     Network,
     body,
     read,
@@ -40,8 +41,8 @@ def test_a_stalled_reading(network: Network) -> None:
     data = body(1 << 20)
 
     async def check() -> None:
-        async with network.store() as store:
-            await save(store, network.locate(), data)
+        async with network.store(retry=IMPATIENT) as store:
+            await save(store, network.locate(), data, IMPATIENT)
             network.proxy.set(stall_after=800_000)
             assert await read(store, network.locate()) == data
 

@@ -19,6 +19,7 @@ from async_ckpt.retry import RetryPolicy
 from stress.httpfaults import response
 from tests.integration.azure.network import (
     BUSY,
+    IMPATIENT,
     PART_BYTES,
     RETRY,
     Network,
@@ -88,11 +89,12 @@ def test_a_busy_server(network: Network) -> None:
     """With three of ten requests refused as too many, a save ends durable."""
     chance = random.Random(3)
     network.traffic.answer = lambda kind: BUSY if chance.random() < 0.3 else None
+    patient = RetryPolicy(attempts=30, initial_seconds=0.01, maximum_seconds=0.02)
     data = body(12 * PART_BYTES)
 
     async def check() -> None:
-        async with network.store(retry=RetryPolicy(attempts=12, initial_seconds=0.01)) as store:
-            await save(store, network.locate(), data, RetryPolicy(attempts=12, initial_seconds=0.01))
+        async with network.store(retry=patient) as store:
+            await save(store, network.locate(), data, patient)
             network.traffic.answer = lambda kind: None
             assert await read(store, network.locate()) == data
 
@@ -116,13 +118,14 @@ def test_a_stalled_upload(network: Network) -> None:
     data = body(6 * PART_BYTES)
 
     async def check() -> None:
-        async with network.store() as store:
+        async with network.store(retry=IMPATIENT) as store:
             network.proxy.set(stall_after=PART_BYTES + PART_BYTES // 2)
-            await save(store, network.locate(), data)
+            await save(store, network.locate(), data, IMPATIENT)
             network.proxy.clear()
             assert await read(store, network.locate()) == data
 
     run(check)
+    assert network.traffic.requests.count("block") > 6
 
 
 def test_connections_reset_in_mid_block(network: Network) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
+import os
+import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +104,35 @@ class Tree:
 def _batches() -> Any:
     data = torch.linspace(-1, 1, BATCHES * 2 * 8).reshape(-1, 8)
     return DataLoader(TensorDataset(data), batch_size=2)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _imports_are_no_garbage() -> Iterator[None]:
+    """Both Lightnings are imported, and no collection looks at what that has made: it takes half a second each time."""
+    for names in TREES.values():
+        for name in names:
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="package")
+def process_group() -> dict[str, str]:
+    """The environment of a process group, with a port that nobody is given by chance.
+
+    Lightning picks one of those that the system hands out, and listens there long after that.
+    """
+    port = 20_000 + os.getpid() % 10_000
+    with socket.socket() as probe:
+        while True:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                port += 1
+            else:
+                return {"MASTER_PORT": str(port)}
 
 
 @pytest.fixture(params=TREES)

@@ -400,7 +400,7 @@ def test_upstream_teardown_ends_the_threads(tree: Any, async_io: Any, tmp_path: 
         plugin.save_checkpoint({"number": number}, tmp_path / f"{number}.ckpt")
         assert set(threading.enumerate()) - before
         plugin.teardown()
-        assert set(threading.enumerate()) == before
+        assert set(threading.enumerate()) <= before
         assert torch.load(tmp_path / f"{number}.ckpt") == {"number": number}
 
 

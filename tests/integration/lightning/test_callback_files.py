@@ -131,7 +131,7 @@ def test_killed_at_any_event_the_link_leads_to_a_whole_checkpoint(
 ) -> None:
     """Whenever SIGKILL comes, ``last.ckpt`` is absent or a checkpoint that loads; in the end it is the newest."""
     root = tmp_path_factory.mktemp("killed")
-    done = python(WALK, "pytorch_lightning", root)
+    done = python(WALK, "pytorch_lightning", root, timeout=100.0)
     epochs = []
     for number in range(1, int(done.stdout) + 1):
         link = root / str(number) / "last.ckpt"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointIO, StoreError
+from tests.integration.lightning.both_ways import ONE_TREE
 from tests.support import python
 
 pytestmark = pytest.mark.integration
@@ -91,13 +92,15 @@ def test_error_in_the_loop_stays_first(tree: Any, tmp_path: Path, faults: Any) -
 @pytest.mark.parametrize("how", ["wait", "flush"])
 def test_flush(tree: Any, tmp_path: Path, faults: Any, how: str) -> None:
     """``plugin.wait()``, or ``await plugin.flush()``, makes what Fabric has saved so far durable; it goes on then."""
+    gates = [faults.hold(1), faults.hold(2)]
     faults.slow(0.05)
     plugin = AsyncCheckpointIO(store_factory=faults.make)
     flush: Callable[[], None] = plugin.wait if how == "wait" else lambda: anyio.run(plugin.flush)
     fabric = _fabric(tree, plugin)
-    for number in range(2):
+    for number, gate in enumerate(gates):
         fabric.save(tmp_path / f"{number}.ckpt", {"step": number})
         assert not (tmp_path / f"{number}.ckpt").exists()
+        gate.open()
         flush()
         assert torch.load(tmp_path / f"{number}.ckpt") == {"step": number}
     plugin.teardown()
@@ -163,7 +166,8 @@ def test_sharding_strategies_of_fabric_refuse_any(tree: Any, name: str, argument
         strategy.checkpoint_io = AsyncCheckpointIO()
 
 
-def test_two_processes(tree: Any, tmp_path: Path) -> None:
+@ONE_TREE
+def test_two_processes(tree: Any, tmp_path: Path, process_group: dict[str, str]) -> None:
     """``fabric.launch`` with two forked processes: the first one writes, both load, all is durable at the end."""
     done = python(
         """
@@ -190,6 +194,7 @@ def test_two_processes(tree: Any, tmp_path: Path) -> None:
         tree.fabric.__name__,
         tmp_path,
         timeout=100.0,
+        env=process_group,
     )
     assert sorted(done.stdout.splitlines()) == ["0 True {'rank': 0}", "1 False {'rank': 0}"], done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

@@ -14,6 +14,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointIO, FlushError
 from async_ckpt.events import Event, Failed
+from tests.support import PATIENCE_SECONDS, reached
 
 pytestmark = pytest.mark.integration
 
@@ -80,7 +81,7 @@ def test_next_save_raises_it_once_with_the_workers_traceback(
     class WaitsForTheFailure(tree.pl.Callback):  # type: ignore[misc]
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
-                assert failed.wait(10)
+                assert failed.wait(PATIENCE_SECONDS)
 
     faults.fail(1, error=_disk_full)
     plugin = AsyncCheckpointIO(store_factory=faults.make, observer=observer)
@@ -185,7 +186,7 @@ def test_load_right_after_a_save_that_fails(tree: Any, tmp_path: Path, faults: A
     strategy.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
     plugin.wait()
     strategy.save_checkpoint({"step": 2}, tmp_path / "a.ckpt")
-    assert gate.reached.wait(10)
+    reached(gate)
     opener = threading.Timer(0.05, gate.open)
     opener.start()
     with pytest.raises(OSError, match="says the test"):

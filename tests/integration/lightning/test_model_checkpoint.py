@@ -85,6 +85,7 @@ def test_name_of_last(both: Both) -> None:
     assert [name for name in files if "last" in name] == ["ckpt/last-epoch=3.ckpt"]
 
 
+@ONE_TREE
 def test_custom_checkpoint_callback(both: Both) -> None:
     """A ``Checkpoint`` of the user's own, which saves, overwrites and removes as it likes, leaves the same files."""
 

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
 
-SLOW_SECONDS = 0.3
+SLOW_SECONDS = 0.1
 
 #: Both distributions in the same bucket; on the other servers, one of them tells as much.
 everywhere = pytest.mark.parametrize(

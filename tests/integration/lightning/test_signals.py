@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointIO
 from async_ckpt.errors import AbandonedError
+from tests.integration.lightning.both_ways import ONE_TREE
 from tests.support import start_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
@@ -30,13 +32,40 @@ SLURM = {
     "SLURM_NODEID": "0",
     "SLURM_NODELIST": "localhost",
 }
-#: The two distributions have the same code here; where that decides nothing, one is enough.
-ONE_TREE = pytest.mark.parametrize("tree", ["pytorch_lightning"], indirect=True)
 #: Keeps what it finds when it is called: then the job may be killed at any moment.
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$FOLDER/scontrol.log"
 cp "$FOLDER/hpc_ckpt_1.ckpt" "$FOLDER/seen.tmp" && mv "$FOLDER/seen.tmp" "$FOLDER/seen.ckpt"
 """
+
+
+class Nursery:
+    """A process that has imported a Lightning once, and forks the trainings."""
+
+    def __init__(self, tree_name: str) -> None:
+        self._asking, theirs = socket.socketpair()
+        self._asking.settimeout(PATIENCE_SECONDS)
+        with theirs:
+            number = theirs.fileno()
+            self._process = start_python(SCRIPT, tree_name, number, pass_fds=[number], env=_FIRST_RANK)
+
+    def fork(self, stdin: int, stdout: int, **request: Any) -> int:
+        """Have a training started with these as its standard input and output; return its process's number."""
+        return self._ask(request, stdin, stdout)
+
+    def exit_code(self, pid: int) -> int:
+        """Wait for the end of a training."""
+        return self._ask({"ended": pid})
+
+    def close(self) -> None:
+        """End it; its trainings have ended."""
+        self._asking.close()
+        self._process.communicate(timeout=PATIENCE_SECONDS)
+
+    def _ask(self, request: dict[str, Any], *files: int) -> int:
+        socket.send_fds(self._asking, [json.dumps(request).encode()], files)
+        answer = self._asking.recv(100)
+        return int(answer) if answer else pytest.fail(f"it has died: {self._process.communicate()}")
 
 
 class Training:
@@ -46,18 +75,25 @@ class Training:
         output: what it has said so far, its standard error included.
     """
 
-    def __init__(self, tree: Any, folder: Path, scenario: str, **environment: str) -> None:
+    def __init__(self, nursery: Nursery, folder: Path, scenario: str, **environment: str) -> None:
         self.output = ""
-        self.process = start_python(
-            SCRIPT, tree.pl.__name__, folder, scenario, stdin=PIPE, env={**_NO_RANKS, **environment}
-        )
-        self.watchdog = threading.Timer(PATIENCE_SECONDS, self.process.kill)
-        self.watchdog.start()
+        self._nursery = nursery
+        self._exit_code: int | None = None
+        (stdin, write), (read, stdout) = os.pipe(), os.pipe()
+        self._stdin, self._stdout = os.fdopen(write, "w"), os.fdopen(read)
+        try:
+            self._pid = nursery.fork(
+                stdin, stdout, folder=str(folder), scenario=scenario, environment=environment
+            )
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        self._watchdog = threading.Timer(PATIENCE_SECONDS, os.kill, (self._pid, signal.SIGKILL))
+        self._watchdog.start()
 
     def until(self, text: str) -> None:
         """Read on until a line has *text* in it."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._stdout:
             self.output += line
             if text in line:
                 return
@@ -65,38 +101,54 @@ class Training:
 
     def send(self, signum: signal.Signals) -> None:
         """Send a signal to it."""
-        self.process.send_signal(signum)
+        os.kill(self._pid, signum)
 
     def open_gate(self) -> None:
         """Let the save that is held go on."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("open\n")
-        self.process.stdin.flush()
+        self._stdin.write("open\n")
+        self._stdin.flush()
 
     def end(self) -> int:
         """Read on until its end; return its exit code."""
-        assert self.process.stdout is not None
-        self.output += self.process.stdout.read()
-        return self.process.wait(PATIENCE_SECONDS)
+        self.output += self._stdout.read()
+        self._watchdog.cancel()
+        self._watchdog.join()
+        if self._exit_code is None:
+            self._exit_code = self._nursery.exit_code(self._pid)
+        return self._exit_code
 
     def close(self) -> None:
         """End it, if it has not ended."""
-        self.watchdog.cancel()
-        self.watchdog.join()
-        self.process.kill()
-        self.process.communicate()
+        try:
+            if self._exit_code is None:
+                self.send(signal.SIGKILL)
+                self.end()
+        finally:
+            self._stdin.close()
+            self._stdout.close()
 
 
-_NO_RANKS = {"RANK": "0", "LOCAL_RANK": "0"}
+_FIRST_RANK = {"RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[dict[str, Nursery]]:
+    """Those that there are, by the Trainer's package."""
+    started: dict[str, Nursery] = {}
+    yield started
+    for nursery in started.values():
+        nursery.close()
 
 
 @pytest.fixture
-def start(tree: Any, tmp_path: Path) -> Iterator[Callable[..., Training]]:
+def start(tree: Any, tmp_path: Path, nurseries: dict[str, Nursery]) -> Iterator[Callable[..., Training]]:
     """Return a function that starts a training in the test's folder."""
+    name = tree.pl.__name__
+    nursery = nurseries.get(name) or nurseries.setdefault(name, Nursery(name))
     started: list[Training] = []
 
     def start(scenario: str, **environment: str) -> Training:
-        started.append(Training(tree, tmp_path, scenario, **environment))
+        started.append(Training(nursery, tmp_path, scenario, **environment))
         return started[-1]
 
     yield start

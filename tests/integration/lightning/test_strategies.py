@@ -18,20 +18,17 @@ from async_ckpt.lightning.callback import AsyncCheckpointCallback
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from tests.support import python
 
-# A run starts up to nine interpreters that import Lightning.
+# The runs of one script start several interpreters that import Lightning.
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(220)]
 
 SCRIPT = Path(__file__).parent / "scripts" / "strategies.py"
 RUN_SECONDS = 200.0
-TREES = ["pytorch_lightning", "lightning.pytorch"]
 FILES = ["epoch=1-step=8.ckpt", "last.ckpt"]
 SUBPROCESSES = [
     *("ddp:ours", "ddp:theirs", "model_parallel:ours", "model_parallel:theirs", "fsdp:ours", "fsdp:theirs"),
     *("model_parallel-sharded:ours", "fsdp-sharded:ours", "ddp:broken"),
 ]
 FORKED = ["ddp_notebook:ours", "ddp_notebook:theirs", "ddp_notebook:broken"]
-#: Both trees have the same launchers, and starting new interpreters takes long.
-ALSO = {"pytorch_lightning": "ddp_spawn:ours", "lightning.pytorch": "ddp_forkserver:ours"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ class Launched:
         return torch.load(self.folder / run / name, weights_only=True)
 
 
-def _launch(tree: str, folder: Path, runs: list[str]) -> Launched:
+def _launch(tree: str, folder: Path, runs: list[str], environment: dict[str, str]) -> Launched:
     """Run the script; the launchers start, and end, what else there is of processes."""
-    done = python(SCRIPT, tree, folder, *runs, timeout=RUN_SECONDS)
+    done = python(SCRIPT, tree, folder, *runs, timeout=RUN_SECONDS, env=environment)
     assert done.returncode == 0, done.stderr
     records = {
         kind: [json.loads(line) for line in (folder / f"{kind}.jsonl").read_text().splitlines()]
@@ -71,16 +68,22 @@ def _launch(tree: str, folder: Path, runs: list[str]) -> Launched:
     return Launched(folder, records, done.stderr)
 
 
-@pytest.fixture(scope="module", params=TREES)
-def subprocesses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+# Both distributions have the same launchers and strategies, and starting new interpreters takes long: one each.
+
+
+@pytest.fixture(scope="module")
+def subprocesses(tmp_path_factory: pytest.TempPathFactory, process_group: dict[str, str]) -> Launched:
     """``strategy="ddp"``, and what else runs the script again for each process."""
-    return _launch(request.param, tmp_path_factory.mktemp("subprocesses"), SUBPROCESSES)
+    folder = tmp_path_factory.mktemp("subprocesses")
+    return _launch("pytorch_lightning", folder, SUBPROCESSES, process_group)
 
 
-@pytest.fixture(scope="module", params=TREES)
-def multiprocessing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """``ddp_notebook``, which forks, and ``ddp_spawn`` or the fork server."""
-    return _launch(request.param, tmp_path_factory.mktemp("multiprocessing"), [*FORKED, ALSO[request.param]])
+@pytest.fixture(scope="module")
+def multiprocessing(tmp_path_factory: pytest.TempPathFactory, process_group: dict[str, str]) -> Launched:
+    """``ddp_notebook``, which forks, ``ddp_spawn`` and the fork server."""
+    folder = tmp_path_factory.mktemp("multiprocessing")
+    runs = [*FORKED, "ddp_spawn:ours", "ddp_forkserver:ours"]
+    return _launch("lightning.pytorch", folder, runs, process_group)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -195,7 +198,7 @@ def test_forked_and_spawned_trainings_leave_the_same_files(multiprocessing: Laun
     But for weights from the fork server, where Lightning has both processes train the same memory.
     """
     theirs = multiprocessing.load("ddp_notebook:theirs")
-    assert len(_launchers(multiprocessing)) == 2
+    assert len(_launchers(multiprocessing)) == 3
     for run in _launchers(multiprocessing):
         assert sorted(path.name for path in (multiprocessing.folder / run).iterdir()) == FILES
         if run.startswith("ddp_forkserver"):

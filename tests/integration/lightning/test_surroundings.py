@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
+from tests.integration.lightning.both_ways import ONE_TREE
 
 pytestmark = pytest.mark.integration
 
@@ -57,6 +58,7 @@ def test_in_another_thread(tree: Any, tmp_path: Path, faults: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_data_loader_workers_that_are_forked_in_mid_save(tree: Any, tmp_path: Path, faults: Any) -> None:
     """Workers that each epoch forks while saves are under way end as ever, and the saves become durable (L1)."""
     faults.slow(SLOW_SECONDS)
@@ -69,6 +71,7 @@ def test_data_loader_workers_that_are_forked_in_mid_save(tree: Any, tmp_path: Pa
     assert _epochs(tmp_path) == {"epoch=2-step=12.ckpt": 2, "last.ckpt": 2}
 
 
+@ONE_TREE
 @pytest.mark.parametrize("last", [True, "link"])
 def test_a_save_at_each_of_many_steps(tree: Any, tmp_path: Path, last: Any) -> None:
     """Two hundred steps, each with a save, a removal and a new ``last``, through a queue of one."""

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
 
-SLOW_SECONDS = 0.3
+SLOW_SECONDS = 0.1
 
 
 def _records(file: Any) -> dict[str, bytes]:
@@ -177,6 +177,7 @@ def test_second_fit_validate_and_test(tree: Any, tmp_path: Path, faults: Any, na
 
 def test_save_outside_fit(tree: Any, tmp_path: Path, faults: Any) -> None:
     """``trainer.save_checkpoint`` after ``fit`` is durable after ``wait``, and a load right after it finds it."""
+    gate = faults.hold()
     faults.slow(SLOW_SECONDS)
     plugin = AsyncCheckpointIO(store_factory=faults.make)
     trainer = tree.trainer(tmp_path, plugins=[plugin])
@@ -184,6 +185,7 @@ def test_save_outside_fit(tree: Any, tmp_path: Path, faults: Any) -> None:
     trainer.fit(model)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert not (tmp_path / "a.ckpt").exists()
+    gate.open()
     loaded = trainer.strategy.load_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(loaded["state_dict"]["layer.weight"], model.layer.weight)
     trainer.save_checkpoint(tmp_path / "b.ckpt")

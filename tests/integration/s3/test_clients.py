@@ -78,20 +78,28 @@ def test_the_training_thread_does_without_the_network(place: Place) -> None:
     assert place.names() == []
 
 
-@pytest.mark.parametrize("ends", ["pass", "raise KeyboardInterrupt", "sys.exit(3)"])
-def test_no_warning_at_exit(place: Place, ends: str) -> None:
+def test_no_warning_at_exit(place: Place) -> None:
     """However a script ends, what it saved last is durable, and no connection is found open by the collector."""
     done = python(
-        f"""
-        import ast, gc, sys, torch
+        """
+        import ast, gc, os, sys
+        import s3fs, torch
         from async_ckpt import CheckpointService, load
 
+        torch.set_num_threads(1)  # OpenMP does not survive a fork
+        for number, ends in enumerate(("pass", "raise KeyboardInterrupt", "sys.exit(3)")):
+            if (child := os.fork()) == 0:
+                break
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        else:
+            sys.exit()
+        url = f"{sys.argv[1]}/{number}"
         options = ast.literal_eval(sys.argv[2])
         service = CheckpointService(part_size="5MiB", storage_options=options)
-        service.save({{"x": torch.ones(3_000_000)}}, sys.argv[1] + "/1.ckpt").wait(60)
-        load(sys.argv[1] + "/1.ckpt", storage_options=options)
-        service.save({{"x": torch.ones(3_000_000)}}, sys.argv[1] + "/2.ckpt")
-        {ends}
+        service.save({"x": torch.ones(3_000_000)}, url + "/1.ckpt").wait(60)
+        load(url + "/1.ckpt", storage_options=options)
+        service.save({"x": torch.ones(3_000_000)}, url + "/2.ckpt")
+        exec(ends)
         """,
         f"s3://{place.bucket}/run",
         place.options,
@@ -100,9 +108,10 @@ def test_no_warning_at_exit(place: Place, ends: str) -> None:
             "PYTHONWARNINGS": "always::ResourceWarning,always::RuntimeWarning",
         },
     )
+    assert done.stdout.split() == ["0", "-2", "3"], done.stderr
     assert "Warning" not in done.stderr
     assert "Unclosed" not in done.stderr
-    assert place.names() == ["run/1.ckpt", "run/2.ckpt"]
+    assert place.names() == [f"run/{number}/{name}.ckpt" for number in range(3) for name in (1, 2)]
     place.assert_nothing_left()
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
+import s3fs
 
 from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.testing import BytesContent
 from stress.httpfaults import response
 from tests.integration.s3.place import LARGE, MIB, OLD, SMALL, Place, Times, running, save, send
-from tests.support import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -94,21 +94,27 @@ def test_nothing_is_replaced(place: Place, data: bytes) -> None:
 
 def test_a_slow_commit(place: Place) -> None:
     """A completion that takes longer than a stall may is found to be done, and not asked for again."""
-    looked = threading.Event()
-    proxy = place.proxy(lambda kind, headers: looked.set() if kind == "Head" else None)
-    store = place.store(proxy, RetryPolicy(attempts=9, initial_seconds=0.01, stall_seconds=1.0))
+    proxy = place.proxy()
 
-    async def recover() -> None:
-        await anyio.to_thread.run_sync(looked.wait, PATIENCE_SECONDS)
+    def recover() -> None:
+        while not place.names():  # else the look would be early, and the completion rightly asked for again
+            pass
         proxy.clear()
+
+    class Looking(s3fs.S3FileSystem):  # type: ignore[misc]
+        async def get_s3(self, bucket: Any = None) -> Any:
+            if place.requests["Complete"]:
+                await anyio.to_thread.run_sync(recover)
+            return await super().get_s3(bucket)
+
+    retry = RetryPolicy(attempts=9, initial_seconds=0.01, stall_seconds=2.0)
+    store = place.store(proxy, retry, file_system_class=Looking)
 
     async def run() -> None:
         upload = await store.begin(place.locate(), len(LARGE))
         receipts = await send(upload, BytesContent(LARGE, piece_bytes=MIB))
-        proxy.set(latency_seconds=0.7)  # each way
-        async with anyio.create_task_group() as group:
-            group.start_soon(recover)
-            await upload.commit(receipts)
+        proxy.set(latency_seconds=1.2)  # each way
+        await upload.commit(receipts)
 
     running(store, run)
     assert place.requests["Complete"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping
 
 import pytest
@@ -31,7 +30,8 @@ pytestmark = pytest.mark.integration
 def test_a_part_that_does_not_arrive_is_sent_again(place: Place, fault: str) -> None:
     """A connection that is reset, or of which nothing moves any more, costs the part on it a second sending."""
     proxy = place.proxy()
-    retry = RetryPolicy(attempts=6, initial_seconds=0.01, maximum_seconds=0.02, stall_seconds=0.5)
+    # A server that is busy for half a second is taken for a stall as well, so there may have to be many attempts.
+    retry = RetryPolicy(attempts=100, initial_seconds=0.01, maximum_seconds=0.02, stall_seconds=0.5)
     store = place.store(proxy, retry)
     failures: list[None] = []
 
@@ -49,12 +49,12 @@ def test_a_part_that_does_not_arrive_is_sent_again(place: Place, fault: str) -> 
 def test_a_third_of_the_requests_refused(place: Place) -> None:
     """Thirty per cent of the requests answered 503 cost time only."""
     chance = random.Random(7)
+    retry = RetryPolicy(attempts=30, initial_seconds=0.01, maximum_seconds=0.02)
     store = place.store(
         place.proxy(lambda kind, headers: SLOW_DOWN if chance.random() < 0.3 else None),
-        RetryPolicy(attempts=12, initial_seconds=0.01, maximum_seconds=0.02),
+        retry,
         max_concurrent_parts=8,
     )
-    retry = RetryPolicy(attempts=12, initial_seconds=0.01, maximum_seconds=0.02)
 
     async def run() -> None:
         for number in range(5):
@@ -202,21 +202,22 @@ def test_reading_goes_on_where_it_broke_off(place: Place) -> None:
     assert starts == sorted(set(starts))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"secret": "wrong"}, "Check the credentials"),
-        ({"key": "unknown"}, "Check the credentials"),
-        ({"endpoint_url": "http://127.0.0.1:9"}, "127.0.0.1:9"),
-    ],
-)
-def test_wrong_settings(place: Place, wrong: dict[str, str], said: str) -> None:
-    """A wrong secret, key or endpoint fails soon, and the message says what to look at."""
-    store = place.store(storage_options=wrong)
-    began = time.monotonic()
-    with pytest.raises(StoreError, match=said) as caught:
+@pytest.mark.parametrize("wrong", [{"secret": "wrong"}, {"key": "unknown"}])
+def test_wrong_credentials(place: Place, wrong: dict[str, str]) -> None:
+    """A wrong secret or key fails at the first request, and the message says what to look at."""
+    store = place.store(place.proxy(), storage_options=wrong)
+    with pytest.raises(StoreError, match="Check the credentials") as caught:
         running(store, lambda: save(store, place.locate(), SMALL))
-    assert time.monotonic() - began < 3.0
+    assert place.requests.total() == 1
+    assert caught.value.location == place.locate().url
+    assert caught.value.stage == "begin"
+
+
+def test_a_wrong_endpoint(place: Place) -> None:
+    """Where nobody answers, it is tried as often as the policy says, and the message says who was asked."""
+    store = place.store(storage_options={"endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(TransientStoreError, match=r"127\.0\.0\.1:9") as caught:
+        running(store, lambda: save(store, place.locate(), SMALL))
     assert caught.value.location == place.locate().url
     assert caught.value.stage == "begin"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-WAIT_SECONDS = 10
+WAIT_SECONDS = 20.0
 
 
 class Base:

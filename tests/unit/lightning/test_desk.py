@@ -20,6 +20,7 @@ from async_ckpt import AbandonedError, AsyncCheckpointIO
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+from tests.support import reached
 
 FLUSH_SECONDS = 2.0
 
@@ -142,7 +143,7 @@ def test_no_thread_stays_after_a_failed_synchronous_save(tmp_path: Path) -> None
     plugin.synchronous = True
     with pytest.raises(OSError, match="broken"):
         plugin.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_directories_of_a_base_are_removed_in_the_background(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_load_through_a_link_waits_for_the_link(tmp_path: Path) -> None:
     plugin.wait()
     plugin.save_checkpoint({"step": 2}, tmp_path / "2.ckpt")
     plugin.link(last, tmp_path / "2.ckpt")
-    gate.reached.wait(10)
+    reached(gate)
     threading.Timer(0.05, gate.open).start()
     assert plugin.load_checkpoint(last) == {"step": 2}
     plugin.teardown()
@@ -186,12 +187,13 @@ def test_a_link_to_itself_is_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a.ckpt").is_symlink()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_has_nothing_pending(tmp_path: Path) -> None:
     """What the parent has under way is not the child's, for names, bars and loggers alike (L1)."""
     gate = Gate()
     plugin = AsyncCheckpointIO(store_factory=faulty(Fault(operation="commit", gate=gate)))
     plugin.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    gate.reached.wait(10)
+    reached(gate)
     child = os.fork()
     if child == 0:  # nothing but the answer: this is a copy of the test runner
         nothing = plugin.will_exist(tmp_path / "a.ckpt") is None and plugin.meter.pending == []
@@ -210,7 +212,7 @@ def test_the_deadline_of_a_flush_is_not_paid_twice(tmp_path: Path) -> None:
         store_factory=faulty(Fault(operation="commit", gate=gate)), flush_timeout=FLUSH_SECONDS
     )
     plugin.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    gate.reached.wait(10)
+    reached(gate)
     try:
         raise KeyError("training's own")
     except KeyError:

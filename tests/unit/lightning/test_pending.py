@@ -16,6 +16,7 @@ from async_ckpt.events import Event
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+from tests.support import reached
 
 STATE = {"weights": torch.arange(4.0)}
 
@@ -74,7 +75,7 @@ def test_a_link_is_made_once_its_target_is_durable(tmp_path: Path) -> None:
     plugin.save_checkpoint({"step": 2}, new)
     plugin.link(link, new)
     plugin.remove_checkpoint(old)
-    gate.reached.wait(10)
+    reached(gate)
     assert torch.load(link)["step"] == 1
     assert plugin.will_exist(link) is True
     gate.open()
@@ -149,11 +150,11 @@ def test_no_thread_stays_between_synchronous_operations(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     plugin = AsyncCheckpointIO()
     plugin.save_checkpoint(STATE, tmp_path / ".temp.ckpt")
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert plugin.load_checkpoint(tmp_path / ".temp.ckpt").keys() == STATE.keys()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     plugin.remove_checkpoint(tmp_path / ".temp.ckpt")
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,4 +244,4 @@ def test_a_load_alone_leaves_no_thread(tmp_path: Path) -> None:
     assert plugin.load_checkpoint(tmp_path / "a.ckpt").keys() == STATE.keys()
     with pytest.raises(FileNotFoundError, match=r"Checkpoint file not found: .*b\.ckpt"):
         plugin.load_checkpoint(tmp_path / "b.ckpt")
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from async_ckpt import FlushTimeoutError, State
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, reached, state
+from tests.support import PATIENCE_SECONDS, Rig, accepted, gated, number_of, reached, state
 
 
 def test_mutation_after_save_is_not_written(tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ def test_wait_gives_up_in_time() -> None:
     """wait, handle.wait and load raise after their timeout; the save goes on and its outcome is still told (B2)."""
     gate, hold = gated()
     with Rig(hold, memory=True, flush_timeout=0.01) as rig:
-        handle = rig.service.save(state(1), "memory://a")
+        handle = accepted(rig.service, state(1), "memory://a")
+        reached(gate)
         with pytest.raises(FlushTimeoutError, match="memory://a"):
             rig.service.wait(0)
         with pytest.raises(FlushTimeoutError, match="writing"):

@@ -192,7 +192,7 @@ def test_a_read_that_fails_is_repeated(fault: Fault) -> None:
         await save(store, location, DATA)
         assert await read(store, location, 1000, start=500_000) == DATA[500_000:501_000]
 
-    patient = RetryPolicy(attempts=6, initial_seconds=0.001, stall_seconds=0.25)
+    patient = RetryPolicy(attempts=100, initial_seconds=0.001, stall_seconds=0.25)
     with StrictGCS(at("read", 0, fault)) as server:
         on_store(server, save_and_read, retry=patient)
 

@@ -73,7 +73,7 @@ def test_a_last_attempt_that_failed(fault: Fault) -> None:
         on_store(server, lambda store, location: save(store, location, OLD))
         server.requests.clear()
         server.fault = at("last", 0, fault)
-        on_store(server, fail, retry=RetryPolicy(attempts=1, stall_seconds=0.25))
+        on_store(server, fail, retry=RetryPolicy(attempts=1, stall_seconds=1.0))
     assert server.data(NAME) == OLD
     assert server.kinds()[3:] == ["chunk", "last", "describe", *["cancel"] * (fault is not Fault.GONE)]
     assert server.open_sessions == []

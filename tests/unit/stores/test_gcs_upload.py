@@ -179,7 +179,7 @@ def test_a_server_that_loses_every_upload() -> None:
 
 def test_a_stalled_request_fails_and_is_repeated() -> None:
     """A request of which nothing moves ends by itself; the save goes on."""
-    patient = RetryPolicy(attempts=6, initial_seconds=0.001, stall_seconds=0.25)
+    patient = RetryPolicy(attempts=100, initial_seconds=0.001, stall_seconds=0.25)
     server = saved_with(at("chunk", 1, Fault.STALLED), retry=patient)
     assert server.data(NAME) == NEW
 

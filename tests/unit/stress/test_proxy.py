@@ -164,7 +164,7 @@ def test_latency_does_not_narrow(echo: str) -> None:
         begun = monotonic()
 
         assert round_trip(client, PAYLOAD) == PAYLOAD
-        assert 0.4 <= monotonic() - begun < 0.4 * 4  # by the piece it would be at least 3.2 s
+        assert 0.4 <= monotonic() - begun < 3.2  # by the piece it would be at least that
 
 
 def test_rate_narrows_a_connection(echo: str) -> None:

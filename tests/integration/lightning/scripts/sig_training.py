@@ -1,7 +1,10 @@
-"""A training that signals come to, for test_signals.py: ``sig_training.py TREE FOLDER SCENARIO``.
+"""Trainings that signals come to, for test_signals.py: ``sig_training.py TREE SOCKET``.
 
-It saves at steps 1 and 2, and goes on until a signal ends it or the job has been requeued. Its output is one stream,
-of lines that the parent waits for; a line on its standard input opens the gate at which the second save is held.
+It imports Lightning, which takes seconds, and then forks a training whenever one is asked for. That is an ordinary
+process: it runs this script to its end, and the interpreter's exit comes after that.
+
+A training saves at steps 1 and 2, and goes on until a signal ends it or the job has been requeued. Its output is one
+stream, of lines that the test waits for; a line on its standard input opens the gate at which the second save is held.
 
 Scenarios: ``held``; ``ending``, which ends by itself while that save is held; ``failing``, whose second save fails;
 ``inside``, where SIGUSR1 comes while ``save_checkpoint`` takes the second snapshot; ``resume``, which saves nothing.
@@ -12,29 +15,63 @@ from __future__ import annotations
 import errno
 import faulthandler
 import importlib
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-os.dup2(1, 2)
-faulthandler.dump_traceback_later(80, exit=True)  # before its parent loses patience
+import torch
 
-from async_ckpt import AsyncCheckpointIO  # noqa: E402  # what is imported may write to standard error, too
-from async_ckpt.events import Event, Failed  # noqa: E402  # the same
-from tests.integration.lightning.conftest import TREES, Faults, Tree  # noqa: E402  # the same
+from async_ckpt import AsyncCheckpointIO
+from async_ckpt.events import Event, Failed
+from tests.integration.lightning.conftest import TREES, Faults, Tree
 
 PATIENCE_SECONDS = 60.0
 
-tree_name, folder, scenario = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-tree = Tree(*(importlib.import_module(name) for name in TREES[tree_name]))
+torch.set_num_threads(1)  # OpenMP does not survive a fork
+tree = Tree(*(importlib.import_module(name) for name in TREES[sys.argv[1]]))
+
+
+def fork_when_asked(asking: socket.socket) -> tuple[Path, str]:
+    """Fork a training for each request for one, and tell how those end that are asked for; return in a training.
+
+    Args:
+        asking: where ``test_signals.Nursery`` is.
+    """
+    while True:
+        message, files, *_ = socket.recv_fds(asking, 1 << 16, 2)
+        if not message:
+            sys.exit()
+        request = json.loads(message)
+        if "ended" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["ended"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                break
+        for file in files:
+            os.close(file)
+        asking.sendall(b"%d\n" % answer)
+    asking.close()
+    for file, standards in zip(files, ([0], [1, 2]), strict=True):
+        for standard in standards:
+            os.dup2(file, standard)
+        os.close(file)
+    faulthandler.dump_traceback_later(80, exit=True)  # before the test loses patience
+    os.environ.update(request["environment"])
+    return Path(request["folder"]), request["scenario"]
+
+
+folder, scenario = fork_when_asked(socket.socket(fileno=int(sys.argv[2])))
 failed = threading.Event()
 
 
 def say(word: str) -> None:
-    """Tell the parent."""
+    """Tell the test."""
     sys.stdout.write(f"{word}\n")
     sys.stdout.flush()
 

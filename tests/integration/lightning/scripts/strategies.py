@@ -27,7 +27,7 @@ from async_ckpt import AsyncCheckpointIO, StoreError
 from async_ckpt.lightning.callback import AsyncCheckpointCallback
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Workers
-from async_ckpt.testing import Fault, FaultyStore
+from async_ckpt.testing import Fault, FaultyStore, Gate
 
 PL: Any = importlib.import_module(sys.argv[1])
 SLOW_SECONDS = 0.1
@@ -82,10 +82,12 @@ COLLECTIVES_SEEN.watch()  # as the script is imported, so in spawned processes, 
 
 
 def slow(location: Location, workers: Workers) -> FaultyStore:
-    """Make a store whose commits take a while."""
-    return FaultyStore(
-        open_store(location, workers=workers), [Fault(operation="commit", delay_seconds=SLOW_SECONDS)]
-    )
+    """Make a store whose commits take a while, the first one until somebody has looked for its file."""
+    faults = [
+        Fault(operation="commit", gate=LOOKED[0]),
+        Fault(operation="commit", delay_seconds=SLOW_SECONDS),
+    ]
+    return FaultyStore(open_store(location, workers=workers), faults)
 
 
 def broken(location: Location, workers: Workers) -> FaultyStore:
@@ -105,6 +107,7 @@ class Watched(AsyncCheckpointIO):
         _append(
             FOLDER / "saves.jsonl", {"run": RUN[0], "name": Path(path).name, "waited": Path(path).exists()}
         )
+        LOOKED[0].open()
 
 
 def _plugins(io: str) -> list[Any]:
@@ -244,12 +247,13 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 FOLDER = Path(sys.argv[2])
 RUN = ["none"]
+LOOKED = [Gate()]  # of this run
 
 
 def train(run: str) -> None:
     """Train once; report what was raised and what was warned of where ``fit`` was called."""
     name, _, io = run.partition(":")
-    RUN[0] = run
+    RUN[0], LOOKED[0] = run, Gate()
     plugins = _plugins(io)
     callbacks = [Reporter(run), PL.callbacks.ModelCheckpoint(FOLDER / run, save_last=True)]
     report: dict[str, Any] = {"run": run, "error": None}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
@@ -102,6 +101,7 @@ class S3Store:
             raise StoreError.during("begin", location.url, error) from error
         await self._check_target(location, bucket, key)
         endpoint = await self._endpoint()
+        entry = functools.partial(Entry, endpoint=endpoint, bucket=bucket, key=key)
         upload = S3Upload(
             location,
             nbytes,
@@ -119,8 +119,9 @@ class S3Store:
             requests=self._requests,
             pace=self._pace,
             workers=self._workers,
-            opened=functools.partial(self._note, self._journal.opened, endpoint, bucket, key),
-            ended=functools.partial(self._note, self._journal.ended, endpoint, bucket, key),
+            opened=lambda upload_id: self._workers.run(self._journal.opened, entry(upload_id=upload_id)),
+            ended=lambda upload_id: self._workers.run(self._journal.ended, entry(upload_id=upload_id)),
+            left=lambda upload_id: self._sweeper.leave(entry(upload_id=upload_id)),
         )
         upload.swept = await self._sweeper.sweep(location, endpoint, bucket, key)
         async with aborted_on_error(upload):
@@ -214,9 +215,3 @@ class S3Store:
     async def _endpoint(self) -> str:
         file_system = await self._connection.file_system()
         return str(file_system._s3.meta.endpoint_url)
-
-    async def _note(
-        self, note: Callable[[Entry], None], endpoint: str, bucket: str, key: str, upload_id: str
-    ) -> None:
-        entry = Entry(endpoint=endpoint, bucket=bucket, key=key, upload_id=upload_id)
-        await self._workers.run(note, entry)

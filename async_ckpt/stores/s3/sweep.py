@@ -1,8 +1,8 @@
 """Multipart uploads that nobody will end: found, and aborted.
 
-Guarantees: two kinds are aborted, no other (D2): those that the journal of a dead process of this host names, in
-this very endpoint and bucket; and those of the very key that is about to be written that are more than
-``ABANDONED_SECONDS`` old. Failing is no failure of a save.
+Guarantees: three kinds are aborted, no other (D2): this store's own that could not be aborted when they failed; those
+that the journal of a dead process of this host names, in this very endpoint and bucket; and those of the very key that
+is about to be written that are more than ``ABANDONED_SECONDS`` old. Failing is no failure of a save.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ class Sweeper:
         self._requests = requests
         self._journal = journal
         self._workers = workers
+        self._left: set[Entry] = set()
         self._buckets: set[str] = set()
         self._old: dict[tuple[str, str], list[Entry]] = {}  # uploads to abort, by bucket and directory
 
+    def leave(self, entry: Entry) -> None:
+        """Take over an upload of this store's that could not be aborted."""
+        self._left.add(entry)
+
     async def sweep(self, location: Location, endpoint: str, bucket: str, key: str) -> tuple[str, ...]:
         """Abort what is nobody's; each bucket and each directory is looked at once. Return their names."""
-        swept = []
+        swept = await self._sweep_left(location, bucket)
         if bucket not in self._buckets:
             self._buckets.add(bucket)
             swept += await self._sweep_journals(location, endpoint, bucket)
@@ -55,6 +60,16 @@ class Sweeper:
         if swept:
             _log.info("aborted uploads that nobody would end: %s", ", ".join(map(_name, swept)))
         return tuple(map(_name, swept))
+
+    async def _sweep_left(self, location: Location, bucket: str) -> list[Entry]:
+        swept = []
+        for entry in [each for each in self._left if each.bucket == bucket]:
+            if not await self._abort(location, entry):
+                break  # S3 is still away, and a save waits
+            self._left.discard(entry)
+            await self._workers.run(self._journal.ended, entry)
+            swept.append(entry)
+        return swept
 
     async def _sweep_journals(self, location: Location, endpoint: str, bucket: str) -> list[Entry]:
         swept = []

@@ -51,6 +51,7 @@ class S3Upload:
         workers: where checksums are computed.
         opened: told the id of the multipart upload as soon as there is one.
         ended: told the id once S3 knows it no more.
+        left: told the id if S3 could not be made to forget it.
     """
 
     max_concurrent_parts = None
@@ -70,6 +71,7 @@ class S3Upload:
         workers: Workers,
         opened: Note,
         ended: Note,
+        left: Callable[[str], object],
     ) -> None:
         self.part_size = part_size
         self.least_part_bytes = least_part_bytes
@@ -84,6 +86,7 @@ class S3Upload:
         self._workers = workers
         self._note_opened = opened
         self._note_ended = ended
+        self._note_left = left
         self._upload_id: str | None = None
         self._single: tuple[Sequence[memoryview], str] | None = None
         self._checksums: dict[int, str] = {}
@@ -143,15 +146,19 @@ class S3Upload:
         self._over, self._single = True, None
         if self._upload_id is None:
             return
+        why: object = "it took too long"
         with anyio.CancelScope(shield=True), anyio.move_on_after(_ABORT_SECONDS):
             try:
                 await self._abort(self._upload_id)
             except Exception as error:
-                _log.warning("cleaning up after a save to %s: %s", self._location.url, error)
+                why = error
             else:
                 await self._end()
-            return
-        _log.warning("cleaning up after a save to %s took too long; S3 may keep parts", self._location.url)
+                return
+        self._note_left(self._upload_id)
+        _log.warning(
+            "cleaning up after a save to %s, S3 keeps parts until a later one: %s", self._location.url, why
+        )
 
     async def _create(self) -> None:
         # Once this is sent its answer must be had, for it tells the id: hence no cancellation.

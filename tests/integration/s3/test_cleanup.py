@@ -15,7 +15,7 @@ import pytest
 from async_ckpt import CheckpointService
 from async_ckpt.events import Event, Swept
 from stress.httpfaults import response
-from tests.integration.s3.place import LARGE, OLD, SMALL, Place, Times, running, save
+from tests.integration.s3.place import LARGE, OLD, QUICK, SMALL, Place, Times, running, save
 from tests.support import PATIENCE_SECONDS, python
 
 pytestmark = pytest.mark.integration
@@ -153,7 +153,7 @@ def test_a_part_that_lands_after_the_abort(place: Place) -> None:
 
 
 def test_an_abort_that_fails(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """An upload that cannot be aborted is left to the next process's sweep, and the log tells."""
+    """An upload that cannot be aborted is left to the sweep of the next process, and the log tells."""
     failing = True
 
     def answer(kind: str, headers: Mapping[str, str]) -> bytes | None:
@@ -173,6 +173,27 @@ def test_an_abort_that_fails(place: Place, caplog: pytest.LogCaptureFixture) -> 
     later = place.store(proxy)
     running(later, lambda: save(later, place.locate("elsewhere.ckpt"), SMALL))
     place.assert_nothing_left()
+
+
+def test_an_abort_that_failed_is_made_up_for(place: Place) -> None:
+    """What could not be aborted while S3 was away is aborted by the next save of the same process (D2)."""
+    failing = True
+    store = place.store(place.proxy(lambda kind, _: response(500) if kind == "Abort" and failing else None))
+
+    async def run() -> None:
+        nonlocal failing
+        for name in ("x.ckpt", "y.ckpt"):
+            upload = await store.begin(place.locate(name), len(LARGE))
+            await upload.abort()
+        assert len(place.open_uploads()) == 2
+        failing = False
+        await save(store, place.locate("elsewhere.ckpt"), SMALL)
+        place.assert_nothing_left()
+
+    running(store, run)
+    assert (
+        place.requests["Abort"] == 2 * QUICK.attempts + 1 + 2
+    )  # one by the second save, while S3 was still away
 
 
 def test_a_lost_answer_to_the_beginning(place: Place) -> None:

@@ -278,7 +278,7 @@ class _Counting(AsyncCheckpointIO):
 def test_a_storage_that_hangs_is_waited_for_once(tree: Any, tmp_path: Path, faults: Any, fails: bool) -> None:
     """When ``flush_timeout`` has passed at the end of a fit, nobody waits again, whatever is saved after that."""
     gate = faults.hold()
-    plugin = _Counting(store_factory=faults.make, queue_depth=8, flush_timeout=0.2)
+    plugin = _Counting(store_factory=faults.make, queue_depth=8, flush_timeout=1.0)
 
     class Own(tree.pl.callbacks.Checkpoint):  # type: ignore[misc]
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

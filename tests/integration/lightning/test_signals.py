@@ -314,7 +314,7 @@ def test_ctrl_c_during_the_last_wait(start: Any, tmp_path: Path) -> None:
 def test_flush_timeout_passes(tree: Any, tmp_path: Path, faults: Any, names: Any) -> None:
     """When ``flush_timeout`` has passed at the end of ``fit``, it raises, once; no temporary file is left (D2, D4)."""
     faults.hold()
-    plugin = AsyncCheckpointIO(store_factory=faults.make, flush_timeout=0.3)
+    plugin = AsyncCheckpointIO(store_factory=faults.make, flush_timeout=1.0)
     trainer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[tree.checkpoints(tmp_path / "ckpt")])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(AbandonedError, match=r"epoch=0-step=4\.ckpt"):
@@ -333,7 +333,7 @@ def test_flush_timeout_passes_after_an_error(tree: Any, tmp_path: Path, faults: 
             raise ZeroDivisionError("training broke")
         return self.layer(batch[0]).pow(2).mean()
 
-    plugin = AsyncCheckpointIO(store_factory=faults.make, flush_timeout=0.3)
+    plugin = AsyncCheckpointIO(store_factory=faults.make, flush_timeout=1.0)
     trainer = tree.trainer(
         tmp_path, max_epochs=2, plugins=[plugin], callbacks=[tree.checkpoints(tmp_path / "ckpt")]
     )

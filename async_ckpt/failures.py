@@ -158,7 +158,7 @@ def tell(message: str) -> None:
     try:
         sys.stderr.write(f"async_ckpt: {message}\n")
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):  # there is none; its reader has gone; it is closed
+    except Exception:  # there is none; it is closed; its reader has gone; it is the program's own, and raises
         with suppress(Exception):
             logger.error("%s", message)
 

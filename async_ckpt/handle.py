@@ -260,12 +260,15 @@ class Handle:
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         waiter = _Waiter()
-        self._waiters.add(waiter)
         try:
-            yield
-            if self._failure is not None:
-                self._failure.claim()
-        finally:
+            try:
+                self._waiters.add(waiter)
+                yield
+                if self._failure is not None:
+                    self._failure.claim()
+            finally:
+                self._waiters.discard(waiter)
+        finally:  # again, as Ctrl-C may have come first; and its traceback keeps the waiter alive
             self._waiters.discard(waiter)
 
     def _result(self) -> Report:

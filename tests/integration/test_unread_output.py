@@ -19,6 +19,15 @@ import os
 ours, theirs = os.pipe()
 os.dup2(theirs, 1), os.dup2(theirs, 2), os.close(ours), os.close(theirs)
 """,
+    "one of the program's own, that raises": """
+class Raises:
+    def write(self, text):
+        raise RuntimeError(text)
+
+    flush = write
+
+sys.stderr = Raises()
+""",
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import posixpath
 import socket
 import traceback
 from collections.abc import Iterator
@@ -28,21 +29,61 @@ __all__ = [
     "end_half_made",
     "has_ended",
     "info_of",
+    "info_of_file",
     "marks_lost",
     "remove_empty_directory",
     "remove_file",
     "translating",
+    "version_in",
 ]
+
+# What file systems call the things that change with a file's content.
+_VERSION = (
+    "size",
+    "ETag",
+    "etag",
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "created",
+    "mtime",
+    "modified",
+    "modificationTime",
+    "modify",  # of FTP, as the next
+    "unique",
+    "ino",
+    "generation",
+)
 
 # Beyond what Python itself takes for a ConnectionError or a TimeoutError.
 _LOST = frozenset({errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN})
 # By name, for nothing is imported for it. An answer that fits no question was meant for another.
-_LOST_BY_NAME = frozenset({"ftplib.error_proto", "ftplib.error_reply", "httpx.RemoteProtocolError"})
-_LOST_BY_FTP = ("421", "425", "426")  # the server hangs up; a connection for data cannot be made, or broke
+_LOST_BY_NAME = frozenset(
+    {
+        "ftplib.error_proto",
+        "ftplib.error_reply",
+        "httpx.RemoteProtocolError",
+        "paramiko.ssh_exception.NoValidConnectionsError",
+        "ssl.SSLEOFError",
+        "ssl.SSLZeroReturnError",
+    }
+)
+# The server hangs up; a connection for data cannot be made. Not 426, it broke: a full disk is answered so, too.
+_LOST_BY_FTP = ("421", "425")
+# There is no such directory; the server has no such command, and fsspec has done without.
+_NOTHING_BY_FTP = ("550", "500", "501", "502", "504")
 
 
 def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
     """Return what the file system tells about *path* now; None if nothing is there."""
+    try:
+        return info_of_file(file_system, path)
+    except FileNotFoundError:
+        return None
+
+
+def info_of_file(file_system: Any, path: str) -> dict[str, Any]:
+    """Return the same; raise FileNotFoundError if nothing is there."""
     file_system.invalidate_cache()
     try:
         return dict(file_system.info(path))
@@ -50,7 +91,31 @@ def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
         # FTP's takes the root for empty when the server hangs up instead of listing it.
         if has_ended(file_system):
             raise ConnectionResetError(errno.ECONNRESET, "the connection has ended") from None
-        return None
+        _confirm_nothing_by_ftp(file_system, path)
+        raise
+
+
+def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
+    """Raise if FTP's server does not say that nothing is there: fsspec takes a listing that fails for an empty one."""
+    mlsd = getattr(getattr(file_system, "ftp", None), "mlsd", None)
+    if mlsd is None:
+        return
+    directory, name = posixpath.split("/" + path.strip("/"))
+    try:
+        names = [found.lstrip("/") for found, _ in mlsd(directory)]
+    except Exception as error:
+        if str(error).startswith(_NOTHING_BY_FTP):
+            return
+        if _name(error) == "ftplib.error_temp":  # it is but a listing that is asked for again
+            raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
+        raise
+    if name in names:
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+
+
+def version_in(info: dict[str, Any]) -> list[Any]:
+    """Return what of *info* changes with a file's content: not, as over SFTP, when it was read last."""
+    return [info.get(key) for key in _VERSION]
 
 
 def remove_file(file_system: Any, path: str) -> None:
@@ -75,11 +140,11 @@ def end_connection(file_system: Any) -> None:
 
     FTP's would be closed as the file system is lost, but a traceback in a cycle can put that off for long.
     """
-    client = getattr(file_system, "client", None)  # of SFTP; of WebDAV it has one itself
-    client = client or getattr(file_system, "ftp", None)
-    close = getattr(getattr(client, "http", client), "close", None)
-    if callable(close):
-        with suppress(Exception):
+    with suppress(Exception):
+        client = getattr(file_system, "client", None)  # of SFTP; of WebDAV it has one itself
+        client = client or getattr(file_system, "ftp", None)
+        close = getattr(getattr(client, "http", client), "close", None)
+        if callable(close):
             close()
 
 
@@ -124,16 +189,35 @@ def _is_readable(line: socket.socket) -> bool:
 
 def marks_lost(error: BaseException | None) -> bool:
     """Tell whether *error*, or what led to it, says that a connection is gone, or that it has lost step."""
-    while error is not None:
-        if isinstance(error, (EOFError, ConnectionError, TimeoutError)):
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if _is_of_lost(error):
             return True
-        if isinstance(error, OSError) and error.errno in _LOST:
-            return True
-        name = f"{type(error).__module__}.{type(error).__name__}"
-        if name in _LOST_BY_NAME or (name == "ftplib.error_temp" and str(error).startswith(_LOST_BY_FTP)):
-            return True
-        error = error.__cause__ or error.__context__
+        seen.add(id(error))
+        error = _what_led_to(error)
     return False
+
+
+def _what_led_to(error: BaseException) -> BaseException | None:
+    # httpcore raises again, "from None", what it has raised from the system's own error.
+    if error.__cause__ is None and error.__suppress_context__ and not _name(error).startswith("httpcore."):
+        return None
+    return error.__cause__ or error.__context__
+
+
+def _is_of_lost(error: BaseException) -> bool:
+    if isinstance(error, (EOFError, ConnectionError, TimeoutError)):
+        return True
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    if isinstance(error, OSError) and error.errno in _LOST:
+        return True
+    name = _name(error)
+    return name in _LOST_BY_NAME or (name == "ftplib.error_temp" and str(error).startswith(_LOST_BY_FTP))
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__name__}"
 
 
 @contextmanager

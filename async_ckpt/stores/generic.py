@@ -89,9 +89,7 @@ class GenericStore:
             try:
                 file_system = file_system_class(**{**options, "skip_instance_cache": True})
             except Exception as error:
-                # A server that starts again: of paramiko's, an OSError without a number.
-                is_away = marks_lost(error) or (isinstance(error, OSError) and error.errno is None)
-                kind = TransientStoreError if is_away else StoreError
+                kind = TransientStoreError if marks_lost(error) else StoreError
                 end_half_made(error)
                 raise kind.during("begin", location.url, error, "Check storage_options.") from error
             bound_waiting(file_system, retry.stall_seconds)
@@ -206,6 +204,7 @@ class GenericStore:
                     swept.append(name)
         except Exception as error:
             if marks_lost(error):
+                self._swept.discard(directory)
                 raise
             _log.debug("cannot sweep %s: %s", directory, error)
         if swept:

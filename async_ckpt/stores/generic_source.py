@@ -21,25 +21,8 @@ from typing import Any, Protocol
 from fsspec.spec import AbstractBufferedFile
 
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.fsspec_calls import info_of_file, version_in
 from async_ckpt.stores.scatter import Scatter
-
-# What file systems call the things that change with a file's content.
-_VERSION = (
-    "size",
-    "ETag",
-    "etag",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "created",
-    "mtime",
-    "modified",
-    "modificationTime",
-    "modify",  # of FTP, as the next
-    "unique",
-    "ino",
-    "generation",
-)
 
 # At a time from a handle, which holds it twice.
 _READ_BYTES = 8 << 20
@@ -106,7 +89,7 @@ class HandleSource:
             self._handle = handle = io.BytesIO(handle.getvalue())
         handle.seek(0, io.SEEK_END)
         # Not what seek returns, which over SFTP is nothing; and 0 may mean there that it could not be told.
-        return version, handle.tell() or _info(self._fs, self._location.path).get("size") or 0
+        return version, handle.tell() or info_of_file(self._fs, self._location.path).get("size") or 0
 
     def _open_again(self) -> None:
         """Open the file on another connection, if it is the same file still."""
@@ -115,6 +98,8 @@ class HandleSource:
         except FileNotFoundError as error:
             raise _replaced() from error
         if not same:
+            with suppress(Exception):
+                self._close()  # no later read may be of it
             raise _replaced()
 
     def _close(self) -> None:
@@ -132,7 +117,7 @@ class HandleSource:
             data = self._handle.read(min(scatter.left, _READ_BYTES))
             if not data:
                 # Fails if the line is broken: paramiko's handles take that for the file's end.
-                _info(self._fs, self._location.path)
+                info_of_file(self._fs, self._location.path)
                 raise OSError(errno.EIO, "it has become shorter while it was read")
             scatter.take(data)
         # A handle that asks for ranges, by the name, has not held on to what it opened.
@@ -157,10 +142,10 @@ class RangeSource:
 
     def start(self) -> None:
         """Learn the length of the file; blocks."""
-        info = _info(self._fs, self._location.path)
+        info = info_of_file(self._fs, self._location.path)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        self._version = _version(info)
+        self._version = version_in(info)
         self.nbytes = info.get("size") or 0
         if info.get("size") is None or not info.get("partial", True):
             self._keep(self._fs.cat_file(self._location.path))
@@ -196,17 +181,8 @@ class RangeSource:
         self.nbytes = len(data)
 
 
-def _info(file_system: Any, path: str) -> dict[str, Any]:
-    file_system.invalidate_cache()
-    return dict(file_system.info(path))
-
-
-def _version(info: dict[str, Any]) -> list[Any]:
-    return [info.get(key) for key in _VERSION]
-
-
 def _version_of(file_system: Any, path: str) -> list[Any]:
-    return _version(_info(file_system, path))
+    return version_in(info_of_file(file_system, path))
 
 
 def _replaced() -> OSError:

@@ -21,7 +21,13 @@ import fsspec.spec
 
 from async_ckpt.errors import TransientStoreError
 from async_ckpt.stores.base import Content, Location, Part, Receipt
-from async_ckpt.stores.fsspec_calls import info_of, remove_empty_directory, remove_file, translating
+from async_ckpt.stores.fsspec_calls import (
+    info_of,
+    marks_lost,
+    remove_empty_directory,
+    remove_file,
+    translating,
+)
 from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.stores.move import Move
 from async_ckpt.stores.target import exists_already
@@ -75,7 +81,8 @@ class GenericUpload:
         try:
             await self._store.step(self._clean, self._move)
         except Exception as error:
-            _log.warning("cleaning up after a save to %s: %s", self._location.url, error)
+            told = "; ".join(filter(None, [str(error), self._move.left_aside]))
+            _log.warning("cleaning up after a save to %s: %s", self._location.url, told)
 
     def start(self) -> None:
         """Do what ``begin`` does. Whoever calls this must abort if it raises."""
@@ -176,15 +183,23 @@ class GenericUpload:
 
     def _clean(self, move: Move) -> None:
         with translating("abort", self._location):
-            if info_of(self._fs, self._temporary) is not None:
-                remove_file(self._fs, self._temporary)
-            move.tidy(self._fs)
+            try:
+                move.tidy(self._fs)  # first, as all that was there before may be aside (D2)
+            except Exception as error:
+                if not marks_lost(error):  # or else nothing works before it is connected again
+                    self._remove_temporary()
+                raise
+            self._remove_temporary()
         while self._made:
             directory = self._made.pop()
             try:
                 remove_empty_directory(self._fs, directory)
             except Exception as error:
                 _log.debug("left the directory %s: %s", directory, error)
+
+    def _remove_temporary(self) -> None:
+        if info_of(self._fs, self._temporary) is not None:
+            remove_file(self._fs, self._temporary)
 
     def _throw_away(self) -> None:
         """Free the handle; never by a close that commits."""

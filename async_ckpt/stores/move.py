@@ -3,7 +3,8 @@
 Guarantees: ``Move.go`` returns once the new file, whole, has the name. It may be called again after an
 error, on another connection, and looks first whether the move took effect after all (E3). Where the file system will
 not replace a file, the earlier one is kept aside until the new one is in, and put back if it does not get in (D2),
-by ``tidy`` at the latest; a process that dies right between the two leaves it, whole, as ``NAME.previous-…``.
+by ``tidy`` at the latest; a process that dies, or a server that goes, right between the two leaves it, whole, as
+``NAME.previous-…``.
 
 Blocks: call it in a worker.
 """
@@ -17,9 +18,8 @@ from typing import Any
 
 import fsspec.spec
 
-from async_ckpt.errors import StoreError
 from async_ckpt.retry import is_transient
-from async_ckpt.stores.fsspec_calls import info_of, remove_file
+from async_ckpt.stores.fsspec_calls import info_of, remove_file, version_in
 
 __all__ = ["Move"]
 
@@ -40,7 +40,7 @@ class Move:
         self._source = source
         self._target = target
         self._nbytes = nbytes
-        self._earlier: dict[str, Any] | None = None
+        self._earlier: list[Any] | None = None  # its version
         self._tried = False
         self._landed = False
         self._aside = f"{target}.previous-{secrets.token_hex(4)}"
@@ -51,6 +51,15 @@ class Move:
         """Whether the file may be under its final name already."""
         return self._tried
 
+    @property
+    def left_aside(self) -> str:
+        """What to tell of the earlier file where ``tidy`` has not succeeded; empty if it was never touched."""
+        if not self._moves_aside:
+            return ""
+        if self._landed:
+            return f"{self._aside!r}, which the new file has replaced, may still be there"
+        return f"the earlier file, unless it is under its name, is whole, at {self._aside!r}"
+
     def go(self, file_system: Any) -> None:
         """Move on *file_system*; then, whether it raised or not, and when it is not called again, call ``tidy``."""
         self._fs = file_system
@@ -60,28 +69,23 @@ class Move:
     def tidy(self, file_system: Any) -> None:
         """Remove the earlier file if it is aside and the new one is in; if that is not, put it back."""
         self._fs = file_system
-        if not self._moves_aside or info_of(file_system, self._aside) is None:
-            return
-        try:
+        if self._moves_aside and info_of(file_system, self._aside) is not None:
             now = info_of(file_system, self._target)
-            if self._landed or now == self._earlier:  # a copy of it aside need not be whole
+            if self._landed or self._is_earlier(now):  # a copy of it aside need not be whole
                 remove_file(file_system, self._aside)
-                return
-            if now is not None:
-                remove_file(file_system, self._target)
-            self._rename(self._aside, self._target)
-        except Exception as error:
-            what = f"cannot remove {self._aside!r}, which the new file has replaced"
-            if not self._landed:
-                what = f"cannot put the earlier file back: it is whole, at {self._aside!r}"
-            raise StoreError(f"{what}: {error}", location=self._target, stage="abort") from error
+            else:
+                if now is not None:
+                    remove_file(file_system, self._target)
+                self._rename(self._aside, self._target)
+        self._moves_aside = False
 
     def _try(self) -> None:
         if self._tried and self._has_landed():
             return
         if not self._tried:
             self._check_length(self._source)
-            self._earlier = info_of(self._fs, self._target)
+            earlier = info_of(self._fs, self._target)
+            self._earlier = None if earlier is None else version_in(earlier)
             self._tried = True
         try:
             self._rename(self._source, self._target)
@@ -92,36 +96,52 @@ class Move:
                 raise
             _log.debug("%s cannot be replaced directly: %s", self._target, error)
         else:
-            if self._has_landed():
+            if self._has_landed(told=True):
                 return
             if not self._earlier_is_in_place():  # some say nothing when they refuse
                 raise OSError(errno.EIO, "the file system moved the file, but it is not there")
         self._move_with_earlier_aside()
 
     def _move_with_earlier_aside(self) -> None:
+        if self._moves_aside and self._copies and info_of(self._fs, self._aside) is not None:
+            remove_file(self._fs, self._aside)  # of an attempt that was cut: it need not be whole
         self._moves_aside = True
         self._rename(self._target, self._aside)
         self._rename(self._source, self._target)
         self._check_length(self._target)
 
     def _rename(self, source: str, target: str) -> None:
-        if type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv:
+        if self._copies:
             # The same two steps as there, but it takes "[" and "*" in names for patterns.
             self._fs.cp_file(source, target)
             remove_file(self._fs, source)
         else:
             self._fs.mv(source, target)
 
-    def _has_landed(self) -> bool:
-        """Tell whether the new file has the name. The earlier one is often just as long."""
+    @property
+    def _copies(self) -> bool:
+        """Whether a move is a copy and a removal."""
+        return bool(type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv)
+
+    def _has_landed(self, *, told: bool = False) -> bool:
+        """Tell whether the new file has the name. The earlier one is often just as long.
+
+        Another at the target is proof only after a copy, or if the file system has *told* that it moved the file, as
+        it may leave the source; a renamed file has left its source (D1).
+        """
         now = info_of(self._fs, self._target)
         if now is None or now.get("size", self._nbytes) != self._nbytes:
             return False
-        return now != self._earlier or info_of(self._fs, self._source) is None
+        if (told or self._copies) and not self._is_earlier(now):
+            return True
+        return info_of(self._fs, self._source) is None
 
     def _earlier_is_in_place(self) -> bool:
         now = info_of(self._fs, self._target)
-        return now is not None and now == self._earlier and info_of(self._fs, self._source) is not None
+        return self._is_earlier(now) and info_of(self._fs, self._source) is not None
+
+    def _is_earlier(self, now: dict[str, Any] | None) -> bool:
+        return now is not None and version_in(now) == self._earlier
 
     def _check_length(self, path: str) -> None:
         info = info_of(self._fs, path)

@@ -211,8 +211,9 @@ def test_a_file_that_is_replaced_while_the_line_is_cut(sftp: FolderServer) -> No
         try:
             os.utime(file, (0, 0))
             way.cut()
-            with pytest.raises(StoreError, match="replaced while it was read"):
-                await source.read_into(0, memoryview(bytearray(5)))
+            for _ in range(2):  # the second time, too
+                with pytest.raises(StoreError, match="replaced while it was read"):
+                    await source.read_into(0, memoryview(bytearray(5)))
         finally:
             await source.aclose()
 

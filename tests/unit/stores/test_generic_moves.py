@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
@@ -98,8 +98,186 @@ def test_the_earlier_file_is_never_lost(
     with pytest.raises(StoreError, match="Input/output error"):
         anyio.run(save, generic(file_system, workers), on_disk(tmp_path))
     (name,) = os.listdir(tmp_path)
-    assert f"it is whole, at {str(tmp_path / name)!r}" in caplog.text
+    assert f"is whole, at {str(tmp_path / name)!r}" in caplog.text
     assert (tmp_path / name).read_bytes() == OLD
+
+
+class Telling(Unsteady):
+    """A file system that renames, where others read meanwhile, and that tells only some things of its files.
+
+    Attributes:
+        keys: what it tells of a file that changes with its content, beside its length.
+        replaces: whether it moves or copies a file onto another.
+    """
+
+    keys: tuple[str, ...] = ()
+    replaces = True
+    reads = 0
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        """Describe a file, as SFTP with the time at which it was read last."""
+        info = super().info(path, **kwargs)
+        self.reads += 1
+        told = {key: info["created"] for key in self.keys if "created" in info}
+        return {"name": info["name"], "size": info["size"], "type": info["type"], "time": self.reads, **told}
+
+    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+        """Rename, maybe not, and lose the answer."""
+        self._fail("mv before")
+        self._refuse(path2)
+        self.store[path2] = self.store.pop(path1)
+        self._fail("mv after")
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file, if that does not fail."""
+        self._fail("rm")
+        super().rm_file(path)
+
+    def _refuse(self, path: str) -> None:
+        if path in self.store and not self.replaces:
+            raise FileExistsError(errno.EEXIST, "File exists")
+
+
+class Copying(Telling):
+    """One that copies and removes instead; a copy may end half-way."""
+
+    mv = AbstractFileSystem.mv
+
+    def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
+        """Copy, maybe not, or half of it."""
+        self._fail("cp_file before")
+        self._refuse(path2)
+        self.make(path2, self.cat_file(path1)[:1500])
+        self._fail("cp_file half-way")
+        self.make(path2, self.cat_file(path1))
+        self._fail("cp_file after")
+
+
+RESET = ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.parametrize("keys", [(), ("mtime",)])
+@pytest.mark.parametrize("kind", [Telling, Copying])
+@pytest.mark.parametrize("failing", ["nothing", "before", "half-way", "after"])
+def test_a_move_while_others_read(
+    workers: ThreadWorkers, failing: str, kind: type[Telling], keys: tuple[str, ...], replaces: bool
+) -> None:
+    """That the earlier file was read is not taken for the new file being in, nor for its being gone (D1, E3)."""
+    call = "mv" if kind is Telling else "cp_file"
+    file_system = kind({f"{call} {failing}": [RESET]}, x=OLD)
+    file_system.keys, file_system.replaces = keys, replaces
+    anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == NEW
+    assert file_system.names == [TARGET.path]
+
+
+class Leaving(Telling):
+    """One whose move leaves the source where it was."""
+
+    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+        """Copy, maybe not, and lose the answer."""
+        self._fail("mv before")
+        self.make(path2, self.cat_file(path1))
+        self._fail("mv after")
+
+
+@pytest.mark.parametrize("keys", [(), ("mtime",)])
+@pytest.mark.parametrize("failing", ["nothing", "before", "after"])
+def test_a_move_that_leaves_its_source(workers: ThreadWorkers, failing: str, keys: tuple[str, ...]) -> None:
+    """Where a file stays under its temporary name as well, it counts as moved, and that name goes."""
+    file_system = Leaving({f"mv {failing}": [RESET]}, x=OLD)
+    file_system.keys = keys
+    anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == NEW
+    assert file_system.names == [TARGET.path]
+
+
+def test_the_replaced_file_that_stays_aside(workers: ThreadWorkers, caplog: pytest.LogCaptureFixture) -> None:
+    """If the earlier file cannot be removed once the new one is in, the save is durable, and a warning names it."""
+    file_system = Telling({"rm": [PermissionError(errno.EACCES, "no")]}, x=OLD)
+    file_system.replaces = False
+    anyio.run(save, generic(file_system, workers))
+    (aside,) = [name for name in file_system.names if name != TARGET.path]
+    assert file_system.cat_file(TARGET.path) == NEW
+    assert f"{aside!r}, which the new file has replaced" in caplog.text
+
+
+def test_a_file_of_others_is_not_ours(workers: ThreadWorkers) -> None:
+    """Where a move renames, another file of the same length under the name is not taken for the new one (D1)."""
+
+    class Contested(Telling):
+        keys = ("mtime",)
+
+        def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+            if self.failing:
+                self.make(path2, OLD)
+            super().mv(path1, path2, **kwargs)
+
+    file_system = Contested({"mv before": [RESET]}, x=OLD)
+    anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == NEW
+
+
+def test_a_copy_whose_source_stays(workers: ThreadWorkers) -> None:
+    """Where a move copies, the new file is in though its temporary name cannot be removed at once."""
+    file_system = Copying({"rm": [PermissionError(errno.EACCES, "no")]}, x=OLD)
+    file_system.keys = ("mtime",)
+    anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == NEW
+    assert file_system.names == [TARGET.path]
+
+
+def test_half_a_copy_aside_while_others_read(workers: ThreadWorkers) -> None:
+    """A copy of the earlier file that ended half-way never takes its place (D2)."""
+    file_system = Copying({"cp_file half-way": [OSError(errno.EIO, "x")]}, x=OLD)
+    file_system.keys, file_system.replaces = ("mtime",), False
+    with pytest.raises(StoreError):
+        anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == OLD
+    assert file_system.names == [TARGET.path]
+
+
+class Halting(Telling):
+    """One that replaces nothing, and whose third move fails, as does what then follows."""
+
+    keys = ("mtime",)
+    replaces = False
+    moves = 0
+    then: dict[str, list[Exception]]
+
+    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+        """Move, unless it is the third time: the new file in, with the earlier one aside."""
+        self.moves += 1
+        if self.moves == 3:
+            self.failing = self.then
+            raise OSError(errno.EIO, "Input/output error")
+        super().mv(path1, path2, **kwargs)
+
+
+def test_the_earlier_file_comes_first(workers: ThreadWorkers, caplog: pytest.LogCaptureFixture) -> None:
+    """The earlier file is put back though the temporary one cannot be removed, and a warning tells of that (D2)."""
+    file_system = Halting({}, x=OLD)
+    file_system.then = {"rm": [PermissionError(errno.EACCES, "no")]}
+    with pytest.raises(StoreError):
+        anyio.run(save, generic(file_system, workers))
+    assert file_system.cat_file(TARGET.path) == OLD
+    assert "cleaning up" in caplog.text
+    assert "previous" not in caplog.text
+
+
+def test_a_server_that_stays_away_in_mid_commit(
+    workers: ThreadWorkers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If nothing can be looked at any more, the warning says where the earlier file is (D2)."""
+    file_system = Halting({}, x=OLD)
+    file_system.then = {"info": [RESET] * 99}
+    with pytest.raises(StoreError):
+        anyio.run(save, generic(file_system, workers))
+    file_system.failing = {}
+    (aside,) = [name for name in file_system.names if ".previous-" in name]
+    assert file_system.cat_file(aside) == OLD
+    assert repr(aside) in caplog.text
 
 
 class Losing(Memory):
@@ -198,6 +376,32 @@ def test_dead_processes_are_swept(workers: ThreadWorkers) -> None:
     assert anyio.run(save, store) == (dead,)
     assert anyio.run(save, store) == ()
     assert file_system.names == sorted([f"/run/{alive}", f"/run/{elsewhere}", TARGET.path])
+
+
+class Unlisted(Memory):
+    """A file system whose connection is lost when it is to list a directory for the first time."""
+
+    lists = 0
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        """List."""
+        self.lists += 1
+        if self.lists == 1:
+            raise EOFError
+        return super().ls(path, detail=detail, **kwargs)
+
+
+def test_a_sweep_that_was_cut(workers: ThreadWorkers) -> None:
+    """What was not swept because the connection was lost is swept by the next save."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    dead = temporary_name().replace(f".{os.getpid()}.", f".{child.pid}.")
+    file_system = Unlisted()
+    file_system.make(f"/run/{dead}", b"partial")
+    store = generic(file_system, workers)
+    with pytest.raises(StoreError):
+        anyio.run(save, store)
+    assert anyio.run(save, store) == (dead,)
 
 
 def test_errors_of_reading(workers: ThreadWorkers) -> None:

@@ -86,6 +86,21 @@ def service(line: Line, observer: Callable[[Event], None] | None = None) -> Chec
     )
 
 
+def save_over(line: Line, kind: type[Event], act: Callable[[], object]) -> None:
+    """Save, and save another in its place, for whose first event of a kind *act* is called."""
+    due: list[Callable[[], object]] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, kind) and due:
+            due.pop()()
+
+    with service(line, observe) as saving:
+        saving.save(state(0), line.url).wait(timeout=60)
+        due.append(act)
+        saving.save(state(1), line.url).wait(timeout=60)
+    assert not due
+
+
 def state(step: int) -> dict[str, Any]:
     """Return a state of always the same size."""
     return {"step": step, "weights": torch.full((NBYTES // 4,), float(step))}
@@ -115,51 +130,21 @@ def test_a_line_that_breaks_between_saves(line: Line) -> None:
 @pytest.mark.parametrize("stage", [LaidOut, PartWritten, Committing])
 def test_a_line_that_breaks_within_a_save(line: Line, stage: type[Event]) -> None:
     """A save whose line is cut as it begins, writes or commits is durable, and leaves nothing beside."""
-    cut: list[Event] = []
-
-    def observe(event: Event) -> None:
-        if isinstance(event, stage) and saved and not cut:
-            cut.append(event)
-            line.cut()
-
-    saved: list[int] = []
-    with service(line, observe) as saving:
-        for step in range(2):
-            saving.save(state(step), line.url).wait(timeout=60)
-            saved.append(step)
-    assert cut
+    save_over(line, stage, line.cut)
     assert_there(line, 1)
 
 
 @pytest.mark.parametrize("nbytes", [0, 200, 500, 800, 3000])
 def test_a_line_that_breaks_within_a_commit(line: Line, nbytes: int) -> None:
     """Wherever in the commit it is cut, what was asked for or answered: the new file is in, and nothing beside (E3)."""
-
-    def observe(event: Event) -> None:
-        if isinstance(event, Committing) and saved:
-            line.cut_after(nbytes)
-
-    saved: list[int] = []
-    with service(line, observe) as saving:
-        saving.save(state(0), line.url).wait(timeout=60)
-        saved.append(0)
-        saving.save(state(1), line.url).wait(timeout=60)
+    save_over(line, Committing, lambda: line.cut_after(nbytes))
     assert_there(line, 1)
 
 
 @pytest.mark.parametrize("nbytes", [200, 250_000])
 def test_a_line_that_breaks_within_a_large_write(line: Line, nbytes: int) -> None:
     """The file is begun again, and what there was of it removed through the new connection (D2)."""
-
-    def observe(event: Event) -> None:
-        if isinstance(event, Begun) and saved:
-            line.cut_after(nbytes)
-
-    saved: list[int] = []
-    with service(line, observe) as saving:
-        saving.save(state(0), line.url).wait(timeout=60)
-        saved.append(0)
-        saving.save(state(1), line.url).wait(timeout=60)
+    save_over(line, Begun, lambda: line.cut_after(nbytes))
     assert_there(line, 1)
 
 

@@ -16,6 +16,17 @@ HALVES = [Part(index=0, start=0, stop=1500), Part(index=1, start=1500, stop=3000
 TARGET = Location(url="double://run/x.ckpt", path="/run/x.ckpt", key="x", group="double")
 
 
+class Client:
+    """The client inside a file system, as FTP's; `sock` is None once it has been closed."""
+
+    def __init__(self) -> None:
+        self.sock: object | None = object()
+
+    def close(self) -> None:
+        """Close."""
+        self.sock = None
+
+
 class Memory(MemoryFileSystem):  # type: ignore[misc]
     """A memory file system of its own."""
 

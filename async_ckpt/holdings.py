@@ -267,4 +267,5 @@ async def _close_all(stores: dict[str, Store]) -> None:
             with anyio.move_on_after(ABANDON_GRACE_SECONDS):
                 await store.aclose()
         except Exception:
-            logger.exception("a store could not be closed")
+            with suppress(Exception):  # of the program's own log handlers
+                logger.exception("a store could not be closed")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from async_ckpt import RemovalDroppedError, State, StoreError
+from async_ckpt import CheckpointService, RemovalDroppedError, State, StoreError
 from async_ckpt.events import Event
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, gated, state
+from tests.support import PATIENCE_SECONDS, MemoryStore, Rig, gated, state
 
 
 class Broken(logging.Handler):
@@ -63,3 +63,19 @@ def test_a_broken_callback_and_a_broken_handler() -> None:
         gate.open()
         assert handle.wait(PATIENCE_SECONDS).state is State.DURABLE
         rig.service.wait(PATIENCE_SECONDS)
+
+
+def test_stores_that_cannot_be_closed_and_a_broken_handler() -> None:
+    """Every store is asked to close, though what one raises cannot be logged, either (B2)."""
+    asked: list[object] = []
+
+    class Unclosable(MemoryStore):
+        async def aclose(self) -> None:
+            asked.append(self)
+            raise OSError("no more room")
+
+    service = CheckpointService(store_factory=lambda *_: Unclosable())
+    for url in ("memory://a/x.ckpt", "s3://b/x.ckpt"):
+        service.save(state(1), url).wait(PATIENCE_SECONDS)
+    service.close()
+    assert len(set(asked)) == 2

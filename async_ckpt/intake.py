@@ -18,7 +18,7 @@ from time import monotonic, time
 from typing import Any
 
 from async_ckpt import runtime as runtimes
-from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
+from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
 from async_ckpt.handle import Handle, State
 from async_ckpt.holdings import Holdings
 from async_ckpt.queue import Kind, Op, Phase
@@ -90,8 +90,10 @@ class Intake:
     def turn(self, location: Location) -> Iterator[None]:
         """Hold *location* for reading; see ``CheckpointService.turn``."""
         if is_local(location) and os.path.islink(location.path):  # it may be about to lead elsewhere
-            with self._turn(locate(location.url, follow=False)):
-                location = locate(location.url)
+            with self._turn(location):
+                pass
+            with suppress(StoreError):  # it leads back to itself, as the reader will say
+                location = locate(location.path)
         with self._turn(location):
             yield
 

@@ -97,7 +97,7 @@ class CheckpointService:
 
         Args:
             state: anything that ``torch.save`` takes.
-            url: a local path, or any URL that fsspec knows.
+            url: a local path, or any URL that fsspec knows. A symlink is followed, as ``open`` does, at this call.
 
         Returns:
             A handle to wait for.
@@ -168,7 +168,8 @@ class CheckpointService:
             Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
                 for among them; or ``torch.load`` refuses the file.
         """
-        location = locate(url, storage_options=self._options.storage_options)
+        # By its name: what a link leads to may change until it is this load's turn.
+        location = locate(url, storage_options=self._options.storage_options, follow=False)
         holdings = self._holdings
         store = holdings.store(location)
         with self.turn(location):
@@ -351,6 +352,9 @@ class CheckpointService:
 
     def turn(self, location: Location) -> AbstractContextManager[None]:
         """Hold *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
+
+        Args:
+            location: from ``locate(…, follow=False)``; what a link leads to is held as well.
 
         Raises:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.

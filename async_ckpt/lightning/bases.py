@@ -38,10 +38,10 @@ def argument(slot: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return args[slot] if isinstance(slot, int) else kwargs[slot]
 
 
-def place_of(path: Any, *, follow: bool = True) -> Location:
-    """Return the location of *path*, or one of its own kind where only the base knows what it means."""
+def place_of(path: Any) -> Location:
+    """Return the location of the name *path*, or one of its own kind where only the base knows what it means."""
     try:
-        return locate(path, follow=follow)
+        return locate(path, follow=False)
     except (UnknownProtocolError, TypeError):
         return Location(url=str(path), path=str(path), key=f"base:{path}", group="base")
 

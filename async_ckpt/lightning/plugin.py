@@ -141,7 +141,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             self._remove(*args, **kwargs)
             return
         remove = self._base.remove_checkpoint
-        place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs), follow=False)
+        place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs))
         self._desk.remove(place, delegating(place, delete=partial(remove, *args, **kwargs)))
 
     def teardown(self) -> None:
@@ -207,15 +207,15 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def will_exist(self, path: str | os.PathLike[str]) -> bool | None:
         """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending."""
-        return self._desk.will_exist(self._locate(path, follow=False))
+        return self._desk.will_exist(self._locate(path))
 
     def key_of(self, path: str | os.PathLike[str]) -> str:
         """Return what is the same for every spelling of *path*."""
-        return self._locate(path, follow=False).key
+        return self._locate(path).key
 
     def link(self, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
         """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is."""
-        self._desk.link(self._locate(path, follow=False), self._locate(target))
+        self._desk.link(self._locate(path), self._locate(target))
 
     def __enter__(self) -> AsyncCheckpointIO:
         return self
@@ -258,9 +258,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
                 raise FileNotFoundError(f"Checkpoint file not found: {path}") from error
 
     def _remove(self, path: str | os.PathLike[str]) -> None:
-        self._desk.remove(self._locate(path, follow=False), None)
+        self._desk.remove(self._locate(path), None)
 
-    def _locate(self, path: str | os.PathLike[str], *, follow: bool = True) -> Location:
+    def _locate(self, path: str | os.PathLike[str]) -> Location:
+        """Return the place of the name itself: where that is a link, Lightning replaces it by a file."""
         if self._base is not None:
-            return place_of(path, follow=follow)
-        return locate(path, storage_options=self._options.get("storage_options"), follow=follow)
+            return place_of(path)
+        return locate(path, storage_options=self._options.get("storage_options"), follow=False)

@@ -57,8 +57,8 @@ def locate(
     Args:
         url: a local path, or a URL that fsspec knows.
         storage_options: what the file system is made with.
-        follow: whether a symlink stands for the file it leads to, as for saving and loading, or for
-            itself, as for deleting.
+        follow: whether a symlink on a local disk stands for the file that it leads to now, as for ``open``, or for
+            the name that it is: to be deleted, or replaced by a file.
 
     Returns:
         The location; its ``key`` is the same for every spelling of the same file.
@@ -68,6 +68,7 @@ def locate(
         OptionError: *url* is empty, chained, or a URL that went through ``pathlib``.
         UnknownProtocolError: fsspec knows no file system for the URL's protocol.
         MissingDependencyError: the package of that file system is not installed.
+        StoreError: a symlink that is to be followed leads back to itself.
     """
     text = _text(url)
     scheme = _SCHEME.match(text)
@@ -102,7 +103,7 @@ def check_target(location: Location) -> None:
         from async_ckpt.stores.disk import Disk
         from async_ckpt.stores.target import check_local_target
 
-        check_local_target(location, os.path.realpath(location.path), Disk())
+        check_local_target(location, Disk())
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:
@@ -208,9 +209,12 @@ def _locate_local(url: str, path: str, follow: bool) -> Location:
         own = os.path.realpath(path)
     else:
         own = os.path.join(os.path.realpath(parent), name)
-    # A save goes through a symlink, as open() does, so both are one file; a deletion takes the link itself.
-    key = os.path.realpath(own) if follow and os.path.islink(own) else own
-    return Location(url=url, path=own, key=f"{LOCAL_GROUP}:{key}", group=LOCAL_GROUP)
+    if follow and os.path.islink(own):
+        own = os.path.realpath(own)
+        if os.path.islink(own):  # where realpath gives up
+            cause = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            raise StoreError.during("begin", url, cause) from cause
+    return Location(url=url, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP)
 
 
 def _file_system_of(location: Location) -> Any:

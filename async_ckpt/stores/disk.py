@@ -94,10 +94,6 @@ class Disk:
         """Describe an open file."""
         return os.fstat(fd)
 
-    def stat(self, path: str) -> os.stat_result:
-        """Describe what *path* leads to."""
-        return os.stat(path)
-
     def lstat(self, path: str) -> os.stat_result:
         """Describe *path* itself."""
         return os.lstat(path)

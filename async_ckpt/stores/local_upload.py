@@ -3,7 +3,8 @@
 Guarantees, beyond those of every upload:
 
 * The bytes go to a temporary file beside the target, which takes the target's place by one rename
-  (D2). A symlink is written through, as ``open`` does; permissions are those that ``open`` gives.
+  (D2). Where the location is that of a symlink itself, it is the link that is replaced; permissions are those that
+  ``open`` gives.
 * ``durability="fsync"``: ``commit`` returns once the file, its name and the directories that lead to it
   would survive the loss of power (D1). ``"process"`` leaves that to the kernel.
 * ``overwrite=False``: the file takes its name by a hard link, which fails if the name is taken. Where there
@@ -22,6 +23,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -102,14 +104,12 @@ class LocalUpload:
     def start(self) -> None:
         """Do what ``begin`` does. Whoever calls this must abort if it raises."""
         with self._translating("begin"):
-            self._target = os.path.realpath(self._location.path)
-            self._directory = os.path.dirname(self._target)
-            earlier = check_local_target(self._location, self._target, self._disk)
+            earlier = check_local_target(self._location, self._disk)
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
             self._create()
             assert self._fd is not None
-            if earlier is not None:
+            if earlier is not None and stat.S_ISREG(earlier.st_mode):
                 self._disk.take_after(self._fd, self._target, earlier)
             self._disk.preallocate(self._fd, self._nbytes)
         self.swept = self._directories.sweep(self._directory)

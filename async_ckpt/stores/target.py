@@ -24,35 +24,33 @@ _ADVICE = {
 }
 
 
-def check_local_target(location: Location, target: str, disk: Disk) -> os.stat_result | None:
-    """Refuse a target that a save could not end in; blocking, but a few system calls only.
+def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
+    """Refuse a place that a save could not end in; blocking, but a few system calls only.
 
     Args:
-        location: for messages.
-        target: the path itself, symlinks resolved.
+        location: where a save is to go; a symlink there is one to be replaced.
         disk: the system calls.
 
     Returns:
-        The description of the file that is there now, if one is.
+        The description of the file, or symlink, that is there now, if one is.
 
     Raises:
         StoreError: it is a directory or no regular file, or this user may not write there.
     """
+    target = location.path
     try:
-        earlier = disk.stat(target)
+        earlier = disk.lstat(target)
     except FileNotFoundError:
         earlier = None
     except OSError as error:
         raise translated("begin", location, error) from error
-    if earlier is not None:
-        if stat.S_ISDIR(earlier.st_mode) or location.url.endswith("/"):
-            raise _refusal(location, errno.EISDIR)
+    if location.url.endswith("/") or (earlier is not None and stat.S_ISDIR(earlier.st_mode)):
+        raise _refusal(location, errno.EISDIR)
+    if earlier is not None and not stat.S_ISLNK(earlier.st_mode):
         if not stat.S_ISREG(earlier.st_mode):
-            raise _refusal(location, errno.EINVAL, "Only a regular file can be replaced.")
+            raise _refusal(location, errno.EINVAL, "Only a regular file, or a symlink, can be replaced.")
         if _is_refused(target, disk):
             raise _refusal(location, _reason(target))
-    elif location.url.endswith("/"):
-        raise _refusal(location, errno.EISDIR)
     directory = os.path.dirname(target)
     while not os.path.lexists(directory):
         directory = os.path.dirname(directory)

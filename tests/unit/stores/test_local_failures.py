@@ -19,7 +19,7 @@ from async_ckpt.stores.target import check_local_target
 from async_ckpt.testing import FaultyDisk, ThreadWorkers
 from tests.local_saves import NEW, OLD, save
 
-FATAL = ["create", "lock", "fstat", "stat", "preallocate", "duplicate", "write", "start_writeback", "fsync"]
+FATAL = ["create", "lock", "fstat", "lstat", "preallocate", "duplicate", "write", "start_writeback", "fsync"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -164,9 +164,9 @@ def test_a_write_that_is_cut_short(tmp_path: Path) -> None:
 class Vanishing(Disk):
     """A disk on which a file goes away between two looks at it."""
 
-    def stat(self, path: str) -> os.stat_result:
+    def lstat(self, path: str) -> os.stat_result:
         """Describe a file, and remove it."""
-        found = super().stat(path)
+        found = super().lstat(path)
         os.unlink(path)
         return found
 
@@ -174,7 +174,7 @@ class Vanishing(Disk):
 def test_a_file_that_goes_away_meanwhile_is_no_refusal(tmp_path: Path) -> None:
     """A save is not refused because a removal on another thread takes the earlier file between two checks."""
     (tmp_path / "x.ckpt").write_bytes(OLD)
-    check_local_target(locate(tmp_path / "x.ckpt"), str(tmp_path / "x.ckpt"), Vanishing())
+    check_local_target(locate(tmp_path / "x.ckpt"), Vanishing())
     assert not (tmp_path / "x.ckpt").exists()
 
 
@@ -211,5 +211,5 @@ def test_a_read_only_file_system_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     fields = [*answer[:8], os.ST_RDONLY, *answer[9:]]
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(fields))
     with pytest.raises(StoreError, match=r"[Rr]ead-only") as caught:
-        check_local_target(locate(tmp_path / "x.ckpt"), str(tmp_path / "x.ckpt"), ReadOnly())
+        check_local_target(locate(tmp_path / "x.ckpt"), ReadOnly())
     assert caught.value.errno == errno.EROFS

@@ -43,13 +43,16 @@ def test_home_is_what_fsspec_has_for_it(tmp_path: Path, monkeypatch: pytest.Monk
         assert url_to_fs(str(spelling))[1] == f"{tmp_path}/a.ckpt"
 
 
-def test_a_link_is_its_file_for_saves_and_itself_for_deletions(tmp_path: Path) -> None:
-    """A symlink, dangling or not, shares the key of its file, unless it is not to be followed."""
+def test_a_link_is_its_file_unless_it_is_not_to_be_followed(tmp_path: Path) -> None:
+    """A symlink, dangling or not, means the file that it leads to at the call, or itself."""
     (tmp_path / "last.ckpt").symlink_to("step.ckpt")
     link, file = locate(tmp_path / "last.ckpt"), locate(tmp_path / "step.ckpt")
-    assert link.key == file.key
-    assert link.path != file.path
-    assert locate(tmp_path / "last.ckpt", follow=False).key != file.key
+    assert (link.key, link.path) == (file.key, file.path)
+    itself = locate(tmp_path / "last.ckpt", follow=False)
+    assert (itself.key, itself.path) == (
+        f"file:{tmp_path.resolve()}/last.ckpt",
+        f"{tmp_path.resolve()}/last.ckpt",
+    )
 
 
 def test_parent_of_a_symlinked_directory(tmp_path: Path) -> None:

@@ -159,8 +159,10 @@ def _copy_array(array: Any, entry: ArrayEntry, buffer: HostBuffer) -> None:
     if array.nbytes:
         import numpy
 
-        target = numpy.ndarray(array.shape, array.dtype, buffer.memory, entry.region, order=entry.order)
-        numpy.copyto(target, array)
+        # As bytes: copied as what it is, an array leaves out those that belong to no field (S1).
+        raw = numpy.dtype((numpy.void, array.dtype.itemsize))
+        target = numpy.ndarray(array.shape, raw, buffer.memory, entry.region, order=entry.order)
+        numpy.copyto(target, array.view(raw))
 
 
 def _walk(state: Any, *, shared: Iterable[Any] = ()) -> Capture:

@@ -63,8 +63,20 @@ __all__ = [
 ]
 
 
+_OF_THE_SYSTEM = ("errno", "strerror", "filename", "filename2")
+
+
 class AsyncCheckpointError(Exception):
     """The base of every error that async_ckpt raises of its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep what OSError has in no ``__dict__``, and would lose on the way to another process."""
+        reduced = super().__reduce__()
+        assert isinstance(reduced, tuple)
+        made, arguments, *state = reduced
+        of_the_system = {name: getattr(self, name, None) for name in _OF_THE_SYSTEM}
+        known = {name: value for name, value in of_the_system.items() if value is not None}
+        return made, arguments, {**(state[0] if state else {}), **known}
 
 
 class OptionError(AsyncCheckpointError, ValueError):

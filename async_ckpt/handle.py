@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from typing import Any, Generic, NoReturn, TypeVar, cast
-from weakref import WeakSet
+from weakref import ref
 
 import anyio
 
@@ -174,7 +174,10 @@ class Failure:
 
 
 class _Waiter:
-    """Somebody who waits on a handle."""
+    """Somebody who waits on a handle, as long as *is_there*: a task of an event loop that was closed never goes on."""
+
+    def __init__(self, is_there: Callable[[], bool]) -> None:
+        self.is_there = is_there
 
 
 class Handle:
@@ -190,7 +193,7 @@ class Handle:
         self._pid = os.getpid()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
-        self._waiters = WeakSet[_Waiter]()  # weakly, as Ctrl-C may come where one is to be discarded
+        self._waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
         self._loop_thread = 0
 
     @property
@@ -225,7 +228,7 @@ class Handle:
         self._check_process()
         if threading.get_ident() == self._loop_thread and not self.done():
             raise RuntimeError("an observer or a callback must not wait for the service that calls it")
-        with self._waiting():
+        with self._waiting(lambda: True):
             try:
                 self._outcome.exception(timeout)
             except TimeoutError:
@@ -237,7 +240,7 @@ class Handle:
 
     async def _wait_async(self) -> Report:
         self._check_process()
-        with self._waiting():
+        with self._waiting(_liveness_of_loop()):
             await await_outcome(self._outcome)
         return self._result()
 
@@ -255,21 +258,23 @@ class Handle:
     @property
     def is_waited_for(self) -> bool:
         """Tell whether somebody waits on this handle now."""
-        return bool(self._waiters)
+        waiters = [waiter() for waiter in self._waiters.copy()]  # in one step, whoever comes or goes
+        return any(waiter is not None and waiter.is_there() for waiter in waiters)
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        waiter = _Waiter()
+    def _waiting(self, is_there: Callable[[], bool]) -> Iterator[None]:
+        waiter = _Waiter(is_there)
+        known = ref(waiter, self._waiters.discard)
         try:
             try:
-                self._waiters.add(waiter)
+                self._waiters.add(known)
                 yield
                 if self._failure is not None:
                     self._failure.claim()
             finally:
-                self._waiters.discard(waiter)
+                self._waiters.discard(known)
         finally:  # again, as Ctrl-C may have come first; and its traceback keeps the waiter alive
-            self._waiters.discard(waiter)
+            self._waiters.discard(known)
 
     def _result(self) -> Report:
         try:
@@ -291,11 +296,25 @@ async def await_outcome(outcome: Outcome[Any]) -> None:
     await event.wait()
 
 
+def _liveness_of_loop() -> Callable[[], bool]:
+    """Return a function that tells whether the running event loop may go on; trio's ends with no task left in it."""
+    if _in_trio():
+        return lambda: True
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    return lambda: not loop.is_closed()
+
+
+def _in_trio() -> bool:
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run()
+
+
 def _threadsafe_set(event: anyio.Event) -> Callable[[], None]:
     """Return a function that sets *event* from any thread; it never blocks, and does nothing once the loop is gone."""
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
-        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+    if _in_trio():
+        schedule = sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon
     else:
         import asyncio
 

@@ -6,18 +6,27 @@ and copied.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
 from async_ckpt.retry import RetryPolicy
 
-__all__ = ["Durability", "OnError", "Overflow", "ServiceOptions", "SnapshotStrategy", "parse_bytes"]
+__all__ = [
+    "Durability",
+    "OnError",
+    "Overflow",
+    "ServiceOptions",
+    "SnapshotStrategy",
+    "check_grace",
+    "parse_bytes",
+]
 
 Overflow = Literal["block", "raise", "supersede"]
 OnError = Literal["raise", "warn"]
@@ -132,14 +141,9 @@ class ServiceOptions:
             parse_bytes(self.memory_limit, option="memory_limit")
         if self.part_size_bytes < MINIMUM_PART_BYTES:
             raise OptionError(f"part_size={self.part_size!r}: must be at least 64KiB")
-        timeout = self.flush_timeout
-        if (
-            not isinstance(timeout, (int, float))
-            or isinstance(timeout, bool)
-            or not 0 < timeout < float("inf")
-        ):
+        if not _is_finite(self.flush_timeout) or self.flush_timeout <= 0:
             raise OptionError(
-                f"flush_timeout={timeout!r}: must be a finite number of seconds, more than zero"
+                f"flush_timeout={self.flush_timeout!r}: must be a finite number of seconds, more than zero"
             )
         if not isinstance(self.retry, RetryPolicy):
             raise OptionError(f"retry={self.retry!r}: must be a RetryPolicy")
@@ -168,6 +172,24 @@ class ServiceOptions:
     def part_size_bytes(self) -> int:
         """``part_size`` in bytes."""
         return parse_bytes(self.part_size, option="part_size")
+
+
+def check_grace(seconds: object) -> float:
+    """Return ``abandon_grace_seconds`` if it can work.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if not _is_finite(seconds) or seconds < 0:
+        raise OptionError(
+            f"abandon_grace_seconds={seconds!r}: must be a finite number of seconds, at least zero; "
+            "zero leaves at once what has not ended"
+        )
+    return seconds
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _one_of(options: ServiceOptions, name: str, allowed: tuple[str, ...]) -> None:

@@ -26,6 +26,9 @@ __all__ = ["RetryPolicy", "Retrying", "call_with_retry", "is_transient"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_chance = random.SystemRandom()
+"""Not Python's own generator: drawing from that would shift the numbers of training, which the user has seeded."""
+
 _log = logging.getLogger("async_ckpt.retry")
 
 _TRANSIENT = frozenset(
@@ -158,7 +161,7 @@ class Retrying:
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         clock: Callable[[], float] = time.monotonic,
-        random: Callable[[], float] = random.random,
+        random: Callable[[], float] = _chance.random,
     ) -> None:
         self._policy = policy
         self._sleep = sleep

@@ -74,6 +74,7 @@ class Runtime:
             raise
 
     def _main(self) -> None:
+        _here.is_loop = True
         try:
             anyio.run(self._run)
         except BaseException as error:
@@ -145,8 +146,7 @@ class Runtime:
 
     def refuse_loop_thread(self) -> None:
         """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""
-        if threading.get_ident() == self._thread.ident:
-            raise RuntimeError("an observer or a callback must not call the service that calls it")
+        _refuse_loop_threads()
 
     def _schedule(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
@@ -216,6 +216,7 @@ def _contain(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> 
         raise AbandonedError(f"the worker was ended by {type(error).__name__}: {error}") from error
 
 
+_here = threading.local()
 _lock = threading.RLock()
 _current: Runtime | None = None
 _exit_hooked = False
@@ -235,8 +236,10 @@ def acquire(holder: Drainable) -> Runtime:
 
     Raises:
         ServiceClosedError: the interpreter is ending, and nobody would wait for what *holder* starts (D4).
+        RuntimeError: called on a loop thread, as by an observer.
     """
     global _current
+    _refuse_loop_threads()  # first: nobody would give back what is taken for a call that is refused
     with _lock:
         _hook_exit()
         if _current is None:
@@ -258,6 +261,11 @@ def _begin(holder: Drainable) -> None:
     finally:
         if _current is not runtime:  # interrupted, or a signal handler came between and made its own
             runtime.stop()
+
+
+def _refuse_loop_threads() -> None:
+    if getattr(_here, "is_loop", False):
+        raise RuntimeError("an observer or a callback must not call the service that calls it, nor another")
 
 
 def held_by(holder: Drainable) -> Runtime | None:
@@ -303,6 +311,7 @@ def _forget_in_child() -> None:
         _inherited.append(_current)  # and with it its holders, and their stores
     _current = None
     _stuck = False
+    _here.is_loop = False  # whoever forked is the child's only thread
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

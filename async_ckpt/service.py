@@ -24,7 +24,7 @@ from async_ckpt.failures import Failures
 from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.holdings import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
 from async_ckpt.intake import Intake
-from async_ckpt.options import ServiceOptions
+from async_ckpt.options import ServiceOptions, check_grace
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Workers
 from async_ckpt.writers import Writer
@@ -45,7 +45,8 @@ class CheckpointService:
 
     Args:
         store_factory: makes the stores, for tests and for storage that fsspec does not know.
-        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
+        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind;
+            zero leaves it at once.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
             ``overwrite``, ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
@@ -63,7 +64,7 @@ class CheckpointService:
     ) -> None:
         self._options = ServiceOptions.of(options)
         self._store_factory = store_factory
-        self._abandon_grace_seconds = abandon_grace_seconds
+        self._abandon_grace_seconds = check_grace(abandon_grace_seconds)
         self._reset()
 
     def _reset(self) -> None:

@@ -84,19 +84,41 @@ def test_a_group_keeps_its_type_when_it_is_split() -> None:
     assert [str(error) for error in rest.exceptions] == ["b"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        StoreError("x", location="/a", stage="commit"),
-        UnpicklableStateError("x", where="state['f']"),
-        FlushError("x", [StoreError("y")]),
-        QueueFullError("x"),
-    ],
-)
-def test_errors_cross_processes(error: Exception) -> None:
-    """An error can be pickled and copied, as multiprocessing does with it, and says the same afterwards."""
-    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
-        assert type(again) is type(error)
-        assert str(again) == str(error)
-        names = [name for name in ("location", "stage", "where") if hasattr(error, name)]
-        assert [getattr(again, name) for name in names] == [getattr(error, name) for name in names]
+def example(kind: type[AsyncCheckpointError]) -> AsyncCheckpointError:
+    """Return an error of a kind with all that it can know: its own attributes, the system's, a note."""
+    error = FlushError("x", [example(StoreError)]) if kind is FlushError else kind("x")
+    values = {"location": "/a", "stage": "commit", "where": "state['f']", "name": "s3fs", "path": "/lib/s3fs"}
+    values |= {"errno": errno.ENOSPC, "strerror": "full", "filename": "/a", "filename2": "/b"}
+    for name, value in values.items():
+        if hasattr(error, name):
+            setattr(error, name, value)
+    error.__notes__ = ["while it was saved"]  # type: ignore[attr-defined]
+    return error
+
+
+def knowledge(error: BaseException) -> list[object]:
+    """Return the type of an error, its words, and every attribute that is data, of those within it as well."""
+    values = {name: getattr(error, name, None) for name in dir(error) if not name.startswith("_")}
+    known = {
+        name: value
+        for name, value in values.items()
+        if name not in ("args", "exceptions") and not callable(value)
+    }
+    within = [knowledge(each) for each in getattr(error, "exceptions", ())]
+    return [type(error), str(error), error.args[:1], known, getattr(error, "__notes__", None), within]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_errors_cross_processes(kind: type[AsyncCheckpointError]) -> None:
+    """Any error can be pickled and copied, as multiprocessing does with it, and loses nothing of what it knows."""
+    error = example(kind)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert knowledge(again) == knowledge(error)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_number_of_the_system_crosses_processes(protocol: int) -> None:
+    """A full disk is still known as such in the process that is told of it."""
+    error = StoreError.during("write", "/a", OSError(errno.ENOSPC, "No space left on device"))
+    again = pickle.loads(pickle.dumps(error, protocol))
+    assert (again.errno, str(again)) == (errno.ENOSPC, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +191,27 @@ async def test_a_cancelled_task_leaves_the_request_alone(anyio_backend: str) -> 
     assert scope.cancelled_caught
     outcome.set_result(REPORT)
     await await_outcome(outcome)
+
+
+def test_a_task_whose_loop_was_closed_waits_no_more() -> None:
+    """A task that was left in a loop which is closed is not there to be told; in a loop that may go on, it is (E1)."""
+    handle = Handle("a", Outcome())
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> asyncio.Task[Report]:
+        async def wait() -> Report:
+            return await handle
+
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        return task
+
+    task = loop.run_until_complete(begin())
+    assert handle.is_waited_for
+    loop.close()
+    assert not handle.is_waited_for
+    assert not task.done()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is what this test is about
 
 
 def test_a_waiter_whose_loop_has_ended_is_forgotten() -> None:

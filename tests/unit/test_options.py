@@ -52,6 +52,18 @@ def test_a_bad_value_is_refused(name: str, value: Any, message: str) -> None:
     assert isinstance(raised.value, ValueError)
 
 
+@pytest.mark.parametrize("seconds", [-1, -0.5, float("inf"), float("nan"), "1", None, True])
+def test_a_bad_grace_is_refused(seconds: Any) -> None:
+    """A grace that no wait can be given, or that would be endless, is refused where the service is made (B2)."""
+    with pytest.raises(OptionError, match="a finite number of seconds, at least zero"):
+        CheckpointService(abandon_grace_seconds=seconds)
+
+
+def test_no_grace_is_a_grace() -> None:
+    """Zero is allowed: what does not end is left at once."""
+    CheckpointService(abandon_grace_seconds=0).close()
+
+
 def test_an_unknown_option_is_refused() -> None:
     """A misspelled option is refused, and the message lists the real ones."""
     with pytest.raises(OptionError, match="unknown option 'queue_dept'; the options are queue_depth"):

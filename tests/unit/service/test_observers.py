@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from async_ckpt import CheckpointService, State
+from async_ckpt import CheckpointService, State, runtime
 from async_ckpt.events import Event, PartWritten
 from tests.support import PATIENCE_SECONDS, Rig, state
 from tests.unit.service.calls import CLOSED_CALLS, loaded
@@ -74,3 +75,21 @@ def test_an_observer_that_calls_back_is_told_off(call: str) -> None:
         assert loaded(rig, "memory://a") == 2
     assert "observer or a callback" in str(errors[0])
     assert len(errors) == 16
+
+
+@pytest.mark.parametrize("call", CALLS_BACK)
+def test_an_observer_that_calls_another_service_holds_no_thread(call: str) -> None:
+    """A call that is refused there takes nothing: the loop ends with the service that is observed (B2)."""
+    others: list[Rig] = []
+
+    def observer(event: Event) -> None:
+        other = Rig(memory=True)
+        with suppress(RuntimeError):
+            CALLS_BACK[call](other.service)
+        others.append(other)
+
+    with Rig(memory=True, observer=observer) as rig:
+        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+    assert runtime.current() is None
+    assert others
+    assert not any(other.service.is_running for other in others)

@@ -99,7 +99,7 @@ class StoreError(AsyncCheckpointError, OSError):
     """A store could not do what was asked of it.
 
     Attributes:
-        location: the URL or path concerned.
+        location: the URL or path concerned, passwords and signatures hidden.
         stage: what was being done: ``"begin"``, ``"write"``, ``"commit"``, ``"delete"``, ``"read"``, …
         errno: the operating system's number, where there is one.
     """

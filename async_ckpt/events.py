@@ -44,7 +44,7 @@ class Event:
 
     Attributes:
         request_id: the same for all events of one request, rising in order of acceptance.
-        url: the location, as the caller wrote it.
+        url: the location as the caller wrote it, but with its passwords and signatures hidden.
         time_seconds: seconds since the epoch.
     """
 

@@ -111,7 +111,7 @@ class Failures:
             lines = traceback.format_exception(
                 type(failure.error), failure.error, failure.error.__traceback__
             )
-            tell(f"{failure.handle.url!r} failed, and nobody has been told:\n{''.join(lines)}")
+            tell(f"{failure.handle.shown_url!r} failed, and nobody has been told:\n{''.join(lines)}")
             self._told([failure])
         return bool(failures) and not self._warn
 
@@ -169,7 +169,7 @@ def _as_one(failures: list[Failure]) -> Exception:
 
 
 def _described(failures: list[Failure]) -> str:
-    return f"async_ckpt: failed: {', '.join(repr(failure.handle.url) for failure in failures)}"
+    return f"async_ckpt: failed: {', '.join(repr(failure.handle.shown_url) for failure in failures)}"
 
 
 def _depth_of_caller() -> int:

@@ -134,7 +134,7 @@ class Report:
     """What one request came to.
 
     Attributes:
-        url: the location, as the caller wrote it.
+        url: the location as the caller wrote it, but with its passwords and signatures hidden.
         state: the final state.
         nbytes: length of the file in bytes; 0 where a base CheckpointIO wrote it.
         stall_seconds: how long ``save`` held its caller.
@@ -187,8 +187,9 @@ class Handle:
     call of the service raises it.
     """
 
-    def __init__(self, url: str, outcome: Outcome[Report]) -> None:
+    def __init__(self, url: str, outcome: Outcome[Report], *, shown_url: str | None = None) -> None:
         self._url = url
+        self._shown_url = url if shown_url is None else shown_url
         self._outcome = outcome
         self._pid = os.getpid()
         self._state = State.ACCEPTED
@@ -198,8 +199,13 @@ class Handle:
 
     @property
     def url(self) -> str:
-        """The location, as the caller wrote it."""
+        """The location as the caller wrote it, passwords and all; it can be loaded from."""
         return self._url
+
+    @property
+    def shown_url(self) -> str:
+        """The location for messages: as the caller wrote it, but with its passwords and signatures hidden."""
+        return self._shown_url
 
     @property
     def state(self) -> State:
@@ -232,7 +238,9 @@ class Handle:
             try:
                 self._outcome.exception(timeout)
             except TimeoutError:
-                raise FlushTimeoutError(f"{self._url!r} is {self._state.value} after {timeout} s") from None
+                raise FlushTimeoutError(
+                    f"{self._shown_url!r} is {self._state.value} after {timeout} s"
+                ) from None
         return self._result()
 
     def __await__(self) -> Generator[Any, Any, Report]:
@@ -250,10 +258,12 @@ class Handle:
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled: nobody would ever end the copy, and waiting for it would last for ever."""
-        raise TypeError(f"the handle of {self._url!r} cannot be copied or pickled; keep its url instead")
+        raise TypeError(
+            f"the handle of {self._shown_url!r} cannot be copied or pickled; keep its url instead"
+        )
 
     def __repr__(self) -> str:
-        return f"<Handle {self._url!r} {self._state.value}>"
+        return f"<Handle {self._shown_url!r} {self._state.value}>"
 
     @property
     def is_waited_for(self) -> bool:
@@ -286,7 +296,9 @@ class Handle:
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise RuntimeError(f"the save of {self._url!r} belongs to another process; wait for it there")
+            raise RuntimeError(
+                f"the save of {self._shown_url!r} belongs to another process; wait for it there"
+            )
 
 
 async def await_outcome(outcome: Outcome[Any]) -> None:

@@ -26,6 +26,7 @@ from async_ckpt.handle import Handle, Outcome
 from async_ckpt.loading import Loads
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Lane
+from async_ckpt.redaction import presentable
 from async_ckpt.request import Account
 from async_ckpt.runtime import PoolWorkers, Runtime
 from async_ckpt.snapshot import HostPool
@@ -181,7 +182,7 @@ class Holdings:
 
     def pending_urls(self) -> str:
         """Return what has not ended, as text."""
-        return ", ".join(repr(handle.url) for handle in self.pending())
+        return ", ".join(repr(handle.shown_url) for handle in self.pending())
 
     def too_late(self, limit: float) -> FlushTimeoutError:
         """Return what to raise where *limit* seconds were not enough."""
@@ -266,6 +267,6 @@ async def _close_all(stores: dict[str, Store]) -> None:
         try:
             with anyio.move_on_after(ABANDON_GRACE_SECONDS):
                 await store.aclose()
-        except Exception:
+        except Exception as error:
             with suppress(Exception):  # of the program's own log handlers
-                logger.exception("a store could not be closed")
+                logger.error("a store could not be closed", exc_info=presentable(error))

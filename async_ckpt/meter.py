@@ -36,7 +36,7 @@ class SaveProgress:
 
     Attributes:
         request_id: the number that its events carry.
-        url: the location, as the caller wrote it.
+        url: the location, as events have it.
         nbytes: length of the file; until that is known, and where a base CheckpointIO writes it, of the snapshot.
         written_bytes: how many of them the store has.
         accepted_seconds: when it was accepted, in seconds since the epoch.

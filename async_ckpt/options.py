@@ -119,7 +119,7 @@ class ServiceOptions:
     overwrite: bool = True
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
-    storage_options: Mapping[str, Any] | None = None
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # there are secrets in it
     observer: Observer | None = None
 
     def __post_init__(self) -> None:
@@ -146,11 +146,11 @@ class ServiceOptions:
                 f"flush_timeout={self.flush_timeout!r}: must be a finite number of seconds, more than zero"
             )
         if not isinstance(self.retry, RetryPolicy):
-            raise OptionError(f"retry={self.retry!r}: must be a RetryPolicy")
+            raise OptionError(f"retry={_kind(self.retry)}: must be a RetryPolicy")
         if self.storage_options is not None and not isinstance(self.storage_options, Mapping):
-            raise OptionError(f"storage_options={self.storage_options!r}: must be a mapping")
+            raise OptionError(f"storage_options={_kind(self.storage_options)}: must be a mapping")
         if self.observer is not None and not callable(self.observer):
-            raise OptionError(f"observer={self.observer!r}: must be callable with one event")
+            raise OptionError(f"observer={_kind(self.observer)}: must be callable with one event")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ServiceOptions:
@@ -190,6 +190,11 @@ def check_grace(seconds: object) -> float:
 
 def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _kind(value: object) -> str:
+    """Return what to call *value* by where it may be, or hold, a secret."""
+    return f"<{type(value).__name__}>"
 
 
 def _one_of(options: ServiceOptions, name: str, allowed: tuple[str, ...]) -> None:

@@ -78,7 +78,7 @@ class Request:
         self.location = location
         self.writer = writer
         self.outcome: Outcome[Report] = Outcome()
-        self.handle = Handle(location.url, self.outcome)
+        self.handle = Handle(location.address, self.outcome, shown_url=location.url)
         self.admitted: Outcome[None] = Outcome()
         self.buffer: HostBuffer | None = None
         self.borrows = False

@@ -24,6 +24,7 @@ import anyio
 
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
+from async_ckpt.redaction import redacted_text
 from async_ckpt.stores.base import Source
 
 __all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Piece", "ReadAhead"]
@@ -324,4 +325,4 @@ async def _close(source: Source) -> None:
         try:
             await source.aclose()
         except Exception as error:
-            _log.warning("closing a file that was read: %s", error)
+            _log.warning("closing a file that was read: %s", redacted_text(str(error)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from async_ckpt.errors import OptionError, UnknownProtocolError
 from async_ckpt.lightning.desk import MakeWriter
+from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location
@@ -43,7 +44,8 @@ def place_of(path: Any) -> Location:
     try:
         return locate(path, follow=False)
     except (UnknownProtocolError, TypeError):
-        return Location(url=str(path), path=str(path), key=f"base:{path}", group="base")
+        text = str(path)
+        return Location(url=redacted_url(text), path=text, key=f"base:{text}", group="base", address=text)
 
 
 def delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
@@ -72,6 +74,7 @@ def refuse_unfit(base: Any) -> None:
             )
         inner = getattr(inner, "checkpoint_io", None)
     if isinstance(base, type) or (base is not None and not hasattr(base, "save_checkpoint")):
+        kind = base if isinstance(base, type) else type(base)  # no more: it may be, or hold, a secret
         raise OptionError(
-            f"checkpoint_io={base!r}: must be a CheckpointIO, such as TorchCheckpointIO(), or None"
+            f"checkpoint_io=<{kind.__name__}>: must be a CheckpointIO, such as TorchCheckpointIO(), or None"
         )

@@ -49,7 +49,9 @@ class Companion:
         self._trainer = trainer
         self._plugin = plugin
         self._meter = Meter()
-        self._notifications = Notifications(self._meter, log_metrics=log_metrics)
+        self._notifications = Notifications(
+            self._meter, log_metrics=log_metrics, address_of=plugin.address_of
+        )
         self._timeline = timeline
         self._failing = False
         self._out_of_time = False

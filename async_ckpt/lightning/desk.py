@@ -76,6 +76,7 @@ class Desk:
         self._pid = os.getpid()
         self._meter = Meter()
         self._foreseen: dict[str, _Prospect] = {}
+        self._addresses: dict[str, str] = {}  # by what is shown of them, where that is not all
         self._under_way: set[object] = set()
         self._is_late = False
 
@@ -124,6 +125,7 @@ class Desk:
         with self._at_rest_after(rests=waits):  # first: a signal handler may come from here on
             service = self.service
             writer = None if make_writer is None else make_writer(service)
+            self._remember_address(place)
             self._is_late = False
             # A job is requeued whatever became of an earlier checkpoint; who tears down is told of it.
             handle = service.submit(
@@ -139,6 +141,7 @@ class Desk:
         with self._at_rest_after(rests=waits):
             service = self.service
             writer = None if make_writer is None else make_writer(service)
+            self._remember_address(place)
             handle = service.submit_removal(place, writer)
             self._foresee(place, handle, there=False)
             # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
@@ -164,6 +167,10 @@ class Desk:
         self._leave_to_parent()
         prospect = self._foreseen.get(place.key)
         return None if prospect is None or prospect.has_ended else prospect.is_there
+
+    def address_of(self, url: str) -> str:
+        """Return what the user has written for the location that an event names."""
+        return self._addresses.get(url, url)
 
     def wait(self, timeout: float | None) -> None:
         """Wait for everything, and raise what failed."""
@@ -230,6 +237,11 @@ class Desk:
             if rests and not self._under_way:
                 self._service.rest()
 
+    def _remember_address(self, place: Location) -> None:
+        """Take down, before there are events of it, what a location is that they do not name in full."""
+        if place.address != place.url:
+            self._addresses[place.url] = place.address
+
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
         # A signal handler may come in between, and do the same.
         for key, earlier in list(self._foreseen.items()):
@@ -239,7 +251,8 @@ class Desk:
         handle.add_done_callback(prospect.end)
 
     def _tell(self, event: Event) -> None:
-        forget_changed(event)  # ModelCheckpoint asks fsspec what is there, and fsspec remembers
+        # ModelCheckpoint asks fsspec what is there, and fsspec remembers
+        forget_changed(event, self.address_of(event.url))
         self._meter(event)
         for observer in (*self._observers, self._options.get("observer")):
             if observer is not None:

@@ -61,7 +61,7 @@ def patiently(
     bell: SimpleQueue[bool] = SimpleQueue()  # a signal handler may ring it
     for request in pending:
         request.add_done_callback(lambda _: bell.put(True))
-    saves = [save for save in meter.pending if handle is None or save.url == handle.url]
+    saves = [save for save in meter.pending if handle is None or save.url == handle.shown_url]
     with _hearing_interrupts(lambda: bell.put(False)) as heard, _Display(saves, heard, clock) as display:
         while pending:
             left = limit - (clock() - began)
@@ -80,7 +80,7 @@ def patiently(
 
 def give_up(service: CheckpointService) -> None:
     """Close *service* at once and say what that costs; earlier checkpoints stay, and no temporary file does (D2)."""
-    urls = ", ".join(repr(request.url) for request in service.pending)
+    urls = ", ".join(repr(request.shown_url) for request in service.pending)
     tell(f"interrupted: given up: {urls}")
     service.close(timeout=0)
 
@@ -91,7 +91,7 @@ def _of(service: CheckpointService, meter: Meter) -> list[Handle]:
     return [
         handle
         for handle in service.pending
-        if handle.state is not State.ACCEPTED or handle.url not in saves  # a deletion is never staged
+        if handle.state is not State.ACCEPTED or handle.shown_url not in saves  # a deletion is never staged
     ]
 
 

@@ -12,16 +12,17 @@ import logging
 from typing import Any
 
 from async_ckpt.events import Durable, Event, Failed, Removed
+from async_ckpt.redaction import redacted_text, redacted_url
 
 __all__ = ["forget_changed", "forget_listings"]
 
 logger = logging.getLogger(__name__)
 
 
-def forget_changed(event: Event) -> None:
-    """Forget what *event* has changed; whoever waits for its request has not been told yet."""
+def forget_changed(event: Event, url: str) -> None:
+    """Forget what *event* has changed, which is at *url*; whoever waits for its request has not been told yet."""
     if isinstance(event, (Durable, Removed, Failed)):
-        forget_listings(event.url)
+        forget_listings(url)
 
 
 def forget_listings(url: str) -> None:
@@ -40,7 +41,7 @@ def forget_listings(url: str) -> None:
                 file_system.invalidate_cache(path)
                 below, path = path, file_system._parent(path)
     except Exception as error:  # an unknown protocol, or a listing that another thread dropped first
-        logger.debug("listings above %s may be old: %s", url, error)
+        logger.debug("%s", redacted_text(f"listings above {redacted_url(url)} may be old: {error}"))
 
 
 def _kept_by_fsspec(protocol: str) -> list[Any]:

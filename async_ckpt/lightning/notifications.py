@@ -19,6 +19,7 @@ from typing import Any
 from async_ckpt.events import Durable
 from async_ckpt.lightning.metrics import figures, log_figures
 from async_ckpt.meter import Meter, SaveProgress
+from async_ckpt.redaction import redacted_url
 
 __all__ = ["Notifications"]
 
@@ -43,11 +44,15 @@ class Notifications:
     Args:
         meter: knows of them; nobody else may take those that have ended.
         log_metrics: whether loggers get figures.
+        address_of: tells what was written for a location as events name it.
     """
 
-    def __init__(self, meter: Meter, *, log_metrics: bool) -> None:
+    def __init__(
+        self, meter: Meter, *, log_metrics: bool, address_of: Callable[[str], str] = lambda url: url
+    ) -> None:
         self._meter = meter
         self._log_metrics = log_metrics
+        self._address_of = address_of
         self._ended: deque[SaveProgress] = deque()
         self._held: list[_Call] = []
         self._views: dict[int, tuple[Any, Any]] = {}
@@ -61,7 +66,8 @@ class Notifications:
 
     def awaits(self, path: str) -> bool:
         """Tell whether a logger has yet to be told of *path*."""
-        return any(save.url == path for call in self._held for save in call.saves)
+        shown = redacted_url(path)
+        return any(save.url == shown for call in self._held for save in call.saves)
 
     def tell(self, trainer: Any) -> None:
         """Tell of all that has become durable since the last time."""
@@ -72,7 +78,7 @@ class Notifications:
                 if self._log_metrics:
                     log_figures(trainer, figures(save, len(self._meter.pending)))
                 self._tell_loggers()
-                _call_hooks(trainer, save.url)
+                _call_hooks(trainer, self._address_of(save.url))
         if self._held:
             self._tell_loggers()
 
@@ -105,9 +111,9 @@ class Notifications:
         # First: what ends meanwhile is in both then, else it would be in neither.
         pending = self._meter.pending
         self._ended.extend(self._meter.take_ended())
-        path = getattr(checkpoint_callback, "_last_checkpoint_saved", "")
+        path = redacted_url(os.fspath(getattr(checkpoint_callback, "_last_checkpoint_saved", "")))
         for save in reversed([*self._ended, *pending]):
-            if path and save.url == os.fspath(path):
+            if path and save.url == path:
                 return [save]
         return pending
 

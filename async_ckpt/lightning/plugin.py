@@ -21,6 +21,7 @@ from async_ckpt.lightning.bases import argument, delegating, place_of, refuse_un
 from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.meter import Meter
+from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
 from async_ckpt.stores.base import Location
@@ -209,6 +210,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending."""
         return self._desk.will_exist(self._locate(path))
 
+    def address_of(self, url: str) -> str:
+        """Return *url*, which an event has named, with the passwords and signatures that events leave out."""
+        return self._desk.address_of(url)
+
     def key_of(self, path: str | os.PathLike[str]) -> str:
         """Return what is the same for every spelling of *path*."""
         return self._locate(path).key
@@ -255,7 +260,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words
-                raise FileNotFoundError(f"Checkpoint file not found: {path}") from error
+                shown = redacted_url(os.fspath(path))
+                raise FileNotFoundError(f"Checkpoint file not found: {shown}") from error
 
     def _remove(self, path: str | os.PathLike[str]) -> None:
         self._desk.remove(self._locate(path), None)

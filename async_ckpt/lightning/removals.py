@@ -19,6 +19,7 @@ from typing import Any
 
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.redaction import redacted_url
 
 __all__ = ["Removals"]
 
@@ -55,7 +56,7 @@ class Removals:
                     if first is None:
                         first = error
                     else:  # only one can be raised (E1)
-                        logger.exception("while %r was to be removed", path)
+                        logger.exception("while %r was to be removed", redacted_url(path))
         if first is not None:
             try:
                 raise first

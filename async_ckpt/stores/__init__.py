@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
+from async_ckpt.redaction import redacted_url, secrets_in
 from async_ckpt.stores.base import Location, Store, Workers
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _NATIVE = {  # by the package that brings the file system
 _UNWRITABLE = frozenset({"data", "gist", "git", "github", "http", "libarchive", "reference", "tar", "zip"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
 # What pathlib makes of "s3://bucket/…".
-_EATEN_SLASH = re.compile(rf"({'|'.join(_EXTRAS)}|file|local|memory|https?):/(?!/)")
+_EATEN_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*):/(?!/)")
 
 
 def locate(
@@ -74,15 +75,28 @@ def locate(
     scheme = _SCHEME.match(text)
     if scheme is None or scheme[1] in _LOCAL_PROTOCOLS:
         return _locate_local(text, text if scheme is None else text[scheme.end() :], follow)
-    file_system = _file_system_class(scheme[1], text)
-    options = _file_system_options(file_system, text, storage_options)
-    path = str(file_system._strip_protocol(text))
+    shown = redacted_url(text)
+    file_system = _file_system_class(scheme[1], shown)
+    try:
+        options = _file_system_options(file_system, text, storage_options)
+        path = str(file_system._strip_protocol(text))
+    except ValueError:  # its words may be pieces of a password
+        raise OptionError(
+            f"{shown!r} is no URL of {scheme[1]}; what is special in a user or password must be percent-encoded"
+        ) from None
     if not path.strip("/"):
-        raise OptionError(f"{text!r} names no file")
+        raise OptionError(f"{shown!r} names no file")
     protocols = file_system.protocol
     name = protocols if isinstance(protocols, str) else protocols[0]
     group = f"{name}:{_token(options)}"
-    return Location(url=text, path=path, key=f"{group}:{path}", group=group)
+    return Location(
+        url=shown,
+        path=path,
+        key=f"{group}:{path}",
+        group=group,
+        address=text,
+        secrets=secrets_in(text, {**_configured(scheme[1]), **options}),
+    )
 
 
 def is_local(location: Location) -> bool:
@@ -151,7 +165,7 @@ def open_store(
 
     retry = retry or RetryPolicy()
     file_system = _file_system_of(location)
-    options = _file_system_options(file_system, location.url, storage_options)
+    options = _file_system_options(file_system, location.address, storage_options)
     native = _NATIVE.get(file_system.__module__.partition(".")[0])
     if native is None:  # a class of the user's own behind s3:// is not what ours are written for
         from async_ckpt.stores.generic import GenericStore
@@ -179,16 +193,16 @@ def _text(url: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise OptionError("a checkpoint's place must not be empty")
     if "\0" in text:
-        raise OptionError(f"{text!r} contains a null character")
+        raise OptionError(f"{redacted_url(text)!r} contains a null character")
     first, chained, _ = text.partition("::")
     if chained and ("://" in text or _is_protocol(first)):
         raise OptionError(
-            f"{text!r} is chained, and what is written through a chain cannot be committed safely; "
+            f"{redacted_url(text)!r} is chained, and what is written through a chain cannot be committed safely; "
             "give the storage's own URL"
         )
-    if eaten := _EATEN_SLASH.match(text):
+    if (eaten := _EATEN_SLASH.match(text)) and _is_protocol(eaten[1]):
         raise OptionError(
-            f"{text!r} lost a slash, as in pathlib.Path('{eaten[1]}://…'); pass the URL as a str"
+            f"{redacted_url(text)!r} lost a slash, as in pathlib.Path('{eaten[1]}://…'); pass the URL as a str"
         )
     return text
 
@@ -203,18 +217,19 @@ def _locate_local(url: str, path: str, follow: bool) -> Location:
     if path.startswith("~"):
         path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
     if not path.strip("/") or "\0" in path:
-        raise OptionError(f"{url!r} names no file")
+        raise OptionError(f"{redacted_url(url)!r} names no file")
     parent, name = os.path.split(path.rstrip("/"))
     if name in ("", ".", ".."):
         own = os.path.realpath(path)
     else:
         own = os.path.join(os.path.realpath(parent), name)
+    shown = redacted_url(url)  # there may be a URL in it that lost a slash
     if follow and os.path.islink(own):
         own = os.path.realpath(own)
         if os.path.islink(own):  # where realpath gives up
             cause = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            raise StoreError.during("begin", url, cause) from cause
-    return Location(url=url, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP)
+            raise StoreError.during("begin", shown, cause) from cause
+    return Location(url=shown, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP, address=url)
 
 
 def _file_system_of(location: Location) -> Any:
@@ -248,6 +263,14 @@ def _file_system_options(
 ) -> dict[str, Any]:
     """Return what the file system is made with: parts of the URL (a host, a user), then the options."""
     return {**file_system._get_kwargs_from_urls(url), **(storage_options or {})}
+
+
+def _configured(protocol: str) -> Mapping[str, Any]:
+    """Return what the user's own configuration of fsspec adds to the options of every file system of a kind."""
+    import fsspec.config
+
+    found = fsspec.config.conf.get(protocol)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _token(options: dict[str, Any]) -> str:

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
 
 import anyio
+
+from async_ckpt.redaction import presentable, redacted_text
 
 __all__ = [
     "Content",
@@ -45,16 +47,33 @@ class Location:
     """Where a checkpoint lives.
 
     Attributes:
-        url: as the user wrote it; for messages.
+        url: as the user wrote it, but with its passwords and signatures hidden: for messages, events and reports.
         path: what the store itself works with.
         key: equal for two locations if and only if they name the same file; for ordering (O1).
         group: names the file system; base CheckpointIOs run one at a time in a group.
+        address: as the user wrote it; to connect with, never to be shown. ``url`` where none is given.
+        secrets: what may not be shown of the address, and of the options that go with it.
     """
 
     url: str
-    path: str
-    key: str
-    group: str
+    path: str = field(repr=False)
+    key: str = field(repr=False)
+    group: str = field(repr=False)
+    address: str = field(default="", repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.address or self.url)
+
+    def redacted(self, text: str) -> str:
+        """Return *text*, such as another library's, with the secrets in it hidden."""
+        return redacted_text(text, self.secrets)
+
+    def presentable(self, error: Exception) -> Exception:
+        """Return *error*, another library's, or where it tells secrets, one just like it that does not."""
+        shown = presentable(error, self.secrets)
+        assert isinstance(shown, Exception)
+        return shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -227,10 +227,13 @@ def translating(stage: str, location: Location) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except NotImplementedError as error:
-        advice = f"{type(error).__name__}: this file system cannot do that; save to another."
-        raise StoreError.during(stage, location.url, error, advice) from error
-    except Exception as error:
+    except Exception as raised:
+        error = location.presentable(raised)
+        if isinstance(error, NotImplementedError):
+            advice = f"{type(error).__name__}: this file system cannot do that; save to another."
+            raise StoreError.during(stage, location.url, error, advice) from error
         if stage == "read" and isinstance(error, FileNotFoundError):
-            raise
+            if error is raised:
+                raise
+            raise error from None
         raise StoreError.during(stage, location.url, error) from error

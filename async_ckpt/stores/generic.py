@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import anyio
 
 from async_ckpt.errors import StoreError, TransientStoreError
+from async_ckpt.redaction import redacted_text
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.fsspec_calls import (
@@ -52,6 +53,7 @@ class GenericStore:
         overwrite: whether a commit may replace what is there; looked at when a save begins and before it moves.
         connect: makes the file system, where none was given, when it is first needed and when its connection is
             lost: in a worker, as that may use the network.
+        redacted: hides the secrets in what is logged.
     """
 
     repeats_parts = False
@@ -64,11 +66,13 @@ class GenericStore:
         retrying: Retrying | None = None,
         overwrite: bool = True,
         connect: Callable[[], Any] | None = None,
+        redacted: Callable[[str], str] = redacted_text,
     ) -> None:
         self.overwrite = overwrite
         self._connection = Connection(file_system, connect)
         self._workers = workers
         self._retrying = retrying or Retrying(RetryPolicy())
+        self._redacted = redacted
         self._swept: set[str] = set()
 
     @classmethod
@@ -88,15 +92,23 @@ class GenericStore:
         def make() -> Any:
             try:
                 file_system = file_system_class(**{**options, "skip_instance_cache": True})
-            except Exception as error:
-                kind = TransientStoreError if marks_lost(error) else StoreError
-                end_half_made(error)
+            except Exception as raised:
+                kind = TransientStoreError if marks_lost(raised) else StoreError
+                end_half_made(raised)
+                error = location.presentable(raised)
                 raise kind.during("begin", location.url, error, "Check storage_options.") from error
             bound_waiting(file_system, retry.stall_seconds)
             return file_system
 
         retrying = Retrying(retry)
-        return cls(None, workers=workers, retrying=retrying, overwrite=overwrite, connect=make)
+        return cls(
+            None,
+            workers=workers,
+            retrying=retrying,
+            overwrite=overwrite,
+            connect=make,
+            redacted=location.redacted,  # all locations of a group have one login
+        )
 
     @property
     def file_system(self) -> Any:
@@ -158,7 +170,7 @@ class GenericStore:
         try:
             await self._workers.run(self._connection.let_go, file_system, function)
         except Exception as error:
-            _log.debug("cannot free a handle: %s", error)
+            _log.debug("cannot free a handle: %s", self._redacted(str(error)))
 
     async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function*, which may be repeated as a whole, in a worker; again after transient errors."""
@@ -206,9 +218,10 @@ class GenericStore:
             if marks_lost(error):
                 self._swept.discard(directory)
                 raise
-            _log.debug("cannot sweep %s: %s", directory, error)
+            _log.debug("%s", self._redacted(f"cannot sweep {directory}: {error}"))
         if swept:
-            _log.info("removed from %s what dead processes left: %s", directory, ", ".join(swept))
+            told = f"removed from {directory} what dead processes left: {', '.join(swept)}"
+            _log.info("%s", self._redacted(told))
         return tuple(swept)
 
 

@@ -82,7 +82,9 @@ class GenericUpload:
             await self._store.step(self._clean, self._move)
         except Exception as error:
             told = "; ".join(filter(None, [str(error), self._move.left_aside]))
-            _log.warning("cleaning up after a save to %s: %s", self._location.url, told)
+            _log.warning(
+                "cleaning up after a save to %s: %s", self._location.url, self._location.redacted(told)
+            )
 
     def start(self) -> None:
         """Do what ``begin`` does. Whoever calls this must abort if it raises."""
@@ -195,7 +197,7 @@ class GenericUpload:
             try:
                 remove_empty_directory(self._fs, directory)
             except Exception as error:
-                _log.debug("left the directory %s: %s", directory, error)
+                _log.debug("%s", self._location.redacted(f"left the directory {directory}: {error}"))
 
     def _remove_temporary(self) -> None:
         if info_of(self._fs, self._temporary) is not None:

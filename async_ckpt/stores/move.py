@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec.spec
 
+from async_ckpt.redaction import redacted_text
 from async_ckpt.retry import is_transient
 from async_ckpt.stores.fsspec_calls import info_of, remove_file, version_in
 
@@ -94,7 +95,7 @@ class Move:
                 return
             if is_transient(error) or isinstance(error, PermissionError) or not self._earlier_is_in_place():
                 raise
-            _log.debug("%s cannot be replaced directly: %s", self._target, error)
+            _log.debug("%s", redacted_text(f"{self._target} cannot be replaced directly: {error}"))
         else:
             if self._has_landed(told=True):
                 return

@@ -133,12 +133,13 @@ class Requests:
             yield
         except StoreError:
             raise
-        except Exception as error:
-            verdict = self._explain(error)
+        except Exception as raised:
+            verdict = self._explain(raised)
+            error = location.presentable(raised)
             if verdict.missing and stage == "read":
                 text = os.strerror(errno.ENOENT)
                 raise FileNotFoundError(errno.ENOENT, text, location.url) from error
-            cause: Exception = OSError(verdict.reason) if verdict.reason else error
+            cause: Exception = OSError(location.redacted(verdict.reason)) if verdict.reason else error
             raise verdict.kind.during(stage, location.url, cause, verdict.advice) from error
 
     async def once(

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from async_ckpt import AsyncCheckpointIO
-from async_ckpt.events import Accepted, Event, Failed
+from async_ckpt.events import Accepted, Durable, Event, Failed
 from async_ckpt.lightning.bars import pending_text
 from async_ckpt.lightning.metrics import figures
 from async_ckpt.lightning.model_checkpoint import Foresight, make_aware
@@ -169,6 +169,22 @@ def test_a_save_that_fails_while_it_is_looked_for_is_not_told_of(path: str) -> N
     notifications.tell(trainer)
     assert told == []
     assert not notifications.awaits("a")
+
+
+def test_hooks_are_told_the_path_as_it_was_written() -> None:
+    """Events leave the password out; who is to do something with the checkpoint needs it."""
+    written, shown = "sftp://ann:hunter2@host/x", "sftp://ann:***@host/x"
+    meter, told = Meter(), list[str]()
+    notifications = Notifications(meter, log_metrics=False, address_of={shown: written}.__getitem__)
+    meter(Accepted(request_id=1, url=shown, nbytes=1))
+    callback = SimpleNamespace(on_checkpoint_write_end=lambda _, path: told.append(path))
+    trainer = SimpleNamespace(callbacks=[callback], lightning_module=None)
+    notifications.hold_back(trainer, lambda _: None, SimpleNamespace(_last_checkpoint_saved=written))
+    assert notifications.awaits(written)
+    meter(Durable(request_id=1, url=shown, nbytes=1, seconds=1.0))
+    notifications.tell(trainer)
+    assert told == [written]
+    assert not notifications.awaits(written)
 
 
 @pytest.mark.parametrize("path", ["unknown-protocol://a/b", "memory://", ""])

@@ -88,3 +88,11 @@ def test_the_plugin_forgets(file_system: Remembering) -> None:
     plugin.wait()
     assert file_system.ls("/run", detail=False) == ["/run/b.ckpt"]
     plugin.teardown()
+
+
+def test_forgotten_where_events_show_less_than_was_written(file_system: Remembering) -> None:
+    """A name that looks as if it held a signature is forgotten by what it is, not by what is shown of it."""
+    file_system.dircache["/run?sig=1"] = []
+    with AsyncCheckpointIO() as plugin:
+        plugin.save_checkpoint({"step": 1}, "remembering://run?sig=1/a.ckpt")
+    assert "/run?sig=1" not in file_system.dircache

@@ -10,18 +10,23 @@ What does not belong here: what is drawn (trace), Lightning.
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import logging
 import os
+import secrets
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from time import time
 from types import TracebackType
 from typing import Any
 
 from async_ckpt.events import Event, Failed
+from async_ckpt.permissions import create_private, take_place_of
 from async_ckpt.trace import Span, trace_of
+from async_ckpt.trust import foreign_link_on
 
 __all__ = ["Timeline"]
 
@@ -133,17 +138,22 @@ class Timeline:
 
 
 def _replace(path: str, trace: dict[str, Any]) -> None:
-    folder, name = os.path.split(os.path.abspath(path))
+    folder = os.path.dirname(os.path.abspath(path))
+    if link := foreign_link_on(folder):
+        raise PermissionError(errno.EACCES, "another user has put this link where anybody may", link)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    # Of names that nobody can foresee, and put a link to another file at.
+    temporary, probe = (os.path.join(folder, f".timeline.{secrets.token_hex(8)}.tmp") for _ in range(2))
     # An event a line, so that it can be searched and compared.
     encode = json.JSONEncoder(separators=(",", ":")).encode
     lines = ",\n".join(map(encode, trace.pop("traceEvents")))
+    descriptor = create_private(temporary)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(f'{json.dumps(trace)[:-1]}, "traceEvents": [\n{lines}\n]}}\n')
+            take_place_of(descriptor, path, probe)
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise

@@ -249,7 +249,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
         place = self._locate(path)
-        if is_local(place):  # as after a synchronous save: who puts something beside it finds the directory
+        # As after a synchronous save: who puts something beside it finds the directory.
+        if is_local(place) and not place.foreign_link:
             with suppress(OSError):  # the save itself says it better
                 os.makedirs(os.path.dirname(place.path), exist_ok=True)
         self._desk.save(checkpoint, place, None)

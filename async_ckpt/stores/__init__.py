@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.redaction import redacted_url, secrets_in
 from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.trust import resolved
 
 if TYPE_CHECKING:
     from async_ckpt.options import Durability
@@ -220,16 +221,20 @@ def _locate_local(url: str, path: str, follow: bool) -> Location:
         raise OptionError(f"{redacted_url(url)!r} names no file")
     parent, name = os.path.split(path.rstrip("/"))
     if name in ("", ".", ".."):
-        own = os.path.realpath(path)
+        own, foreign = resolved(path)
     else:
-        own = os.path.join(os.path.realpath(parent), name)
+        above, foreign = resolved(parent)
+        own = os.path.join(above, name)
     shown = redacted_url(url)  # there may be a URL in it that lost a slash
     if follow and os.path.islink(own):
-        own = os.path.realpath(own)
-        if os.path.islink(own):  # where realpath gives up
+        own, also_foreign = resolved(own)
+        foreign = foreign or also_foreign
+        if os.path.islink(own):
             cause = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             raise StoreError.during("begin", shown, cause) from cause
-    return Location(url=shown, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP, address=url)
+    return Location(
+        url=shown, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP, address=url, foreign_link=foreign
+    )
 
 
 def _file_system_of(location: Location) -> Any:

@@ -52,6 +52,7 @@ class Location:
         key: equal for two locations if and only if they name the same file; for ordering (O1).
         group: names the file system; base CheckpointIOs run one at a time in a group.
         address: as the user wrote it; to connect with, never to be shown. ``url`` where none is given.
+        foreign_link: a symlink on the way that another user has put where anybody may; nothing is written through it.
         secrets: what may not be shown of the address, and of the options that go with it.
     """
 
@@ -60,6 +61,7 @@ class Location:
     key: str = field(repr=False)
     group: str = field(repr=False)
     address: str = field(default="", repr=False)
+    foreign_link: str = field(default="", repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:

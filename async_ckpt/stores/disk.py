@@ -12,17 +12,17 @@ import fcntl
 import functools
 import os
 import shutil
-import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from async_ckpt import permissions
+
 __all__ = ["Disk"]
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
-_ACCESS_LIST = "system.posix_acl_access"
 _RMTREE_ATTEMPTS = 10
 _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 # What these mean, preallocation can tell before the first byte is written; any other number only says
@@ -52,8 +52,8 @@ class Disk:
     """The real disk."""
 
     def create(self, path: str) -> int:
-        """Create a file that is not there yet; the umask and default ACLs apply as for ``open``."""
-        return _owned(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+        """Create a file that is not there yet, for its owner alone."""
+        return _owned(permissions.create_private(path))
 
     def open_existing(self, path: str) -> int:
         """Open a file for a lock."""
@@ -103,19 +103,17 @@ class Disk:
         mode = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
         return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
+    def mode_of_new(self, path: str) -> int:
+        """Return the mode that ``open`` would give to a new file, as one that is made at *path* and removed shows."""
+        return permissions.mode_of_new(path)
+
+    def take_mode(self, fd: int, mode: int) -> None:
+        """Give the file this mode."""
+        permissions.take_mode(fd, mode)
+
     def take_after(self, fd: int, path: str, model: os.stat_result) -> None:
         """Give the file the mode and the access list of the one at *path*, and its owner and group where possible."""
-        for uid, gid in ((-1, model.st_gid), (model.st_uid, -1)):
-            with suppress(OSError):  # not permitted, unknown in this user namespace, not of this file system
-                os.fchown(fd, uid, gid)
-        access = _access_list(path)
-        if access is None and _access_list(fd) is not None:
-            os.removexattr(fd, _ACCESS_LIST)  # what the directory gives to new files
-        # After the owner, whose change clears set-id bits. Some file systems refuse whatever call there is.
-        if stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(model.st_mode):
-            os.fchmod(fd, stat.S_IMODE(model.st_mode))
-        if access is not None:
-            os.setxattr(fd, _ACCESS_LIST, access)
+        permissions.take_after(fd, path, model)
 
     def preallocate(self, fd: int, nbytes: int) -> None:
         """Reserve room, where the kernel can; raise only if there surely is none."""
@@ -209,14 +207,6 @@ class Disk:
     def names(self, path: str) -> list[str]:
         """List a directory."""
         return os.listdir(path)
-
-
-def _access_list(file: int | str) -> bytes | None:
-    """Return the POSIX access list as the kernel has it; None where there is none but the mode."""
-    try:
-        return os.getxattr(file, _ACCESS_LIST)
-    except (OSError, AttributeError):  # no list, no such thing on this file system; none on this system
-        return None
 
 
 @functools.cache

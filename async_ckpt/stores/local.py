@@ -18,7 +18,7 @@ from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_source import LocalSource
 from async_ckpt.stores.local_upload import HALF_OF_THE_CPUS, LocalUpload
-from async_ckpt.stores.target import translated
+from async_ckpt.stores.target import refuse_foreign_link, translated
 
 __all__ = ["LocalStore", "sync_path"]
 
@@ -95,6 +95,7 @@ class LocalStore:
         """Do nothing: there is nothing to free."""
 
     def _delete(self, location: Location) -> None:
+        refuse_foreign_link("delete", location)
         try:
             if stat.S_ISDIR(self._disk.lstat(location.path).st_mode):
                 self._disk.rmtree(location.path)

@@ -3,8 +3,8 @@
 Guarantees, beyond those of every upload:
 
 * The bytes go to a temporary file beside the target, which takes the target's place by one rename
-  (D2). Where the location is that of a symlink itself, it is the link that is replaced; permissions are those that
-  ``open`` gives.
+  (D2). Where the location is that of a symlink itself, it is the link that is replaced. Until the file is complete
+  it is its owner's alone; then it has the permissions of the file that it replaces, or those that ``open`` gives.
 * ``durability="fsync"``: ``commit`` returns once the file, its name and the directories that lead to it
   would survive the loss of power (D1). ``"process"`` leaves that to the kernel.
 * ``overwrite=False``: the file takes its name by a hard link, which fails if the name is taken. Where there
@@ -31,11 +31,18 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from async_ckpt.errors import StoreError
+from async_ckpt.permissions import REFUSALS
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
-from async_ckpt.stores.target import check_local_target, exists_already, translated
+from async_ckpt.stores.target import (
+    check_local_target,
+    exists_already,
+    refuse_foreign_file,
+    refuse_foreign_link,
+    translated,
+)
 
 __all__ = ["HALF_OF_THE_CPUS", "LocalUpload"]
 
@@ -83,6 +90,8 @@ class LocalUpload:
         self._directories = directories
         self._target = location.path
         self._directory = os.path.dirname(location.path)
+        self._earlier: os.stat_result | None = None  # the file that was there as this began
+        self._mode = 0o600  # of a new file
         self._made: list[str] = []  # directories, outermost first
         self._lock = threading.Lock()  # guards what follows
         self._fd: int | None = None
@@ -108,9 +117,13 @@ class LocalUpload:
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
             self._create()
+            refuse_foreign_link(
+                "begin", self._location
+            )  # again, as somebody may have been faster on the way there
             assert self._fd is not None
-            if earlier is not None and stat.S_ISREG(earlier.st_mode):
-                self._disk.take_after(self._fd, self._target, earlier)
+            self._earlier = earlier if earlier is not None and stat.S_ISREG(earlier.st_mode) else None
+            if self._earlier is None:
+                self._mode = self._disk.mode_of_new(os.path.join(self._directory, temporary_name()))
             self._disk.preallocate(self._fd, self._nbytes)
         self.swept = self._directories.sweep(self._directory)
 
@@ -172,6 +185,7 @@ class LocalUpload:
                 raise OSError(errno.EBADF, "the upload has ended")
             if not complete or self._disk.fstat(fd).st_size != self._nbytes:
                 raise OSError(errno.EINVAL, "not every byte was put")
+            self._share(fd)
             if self._fsync:
                 self._disk.fsync(fd)
             else:
@@ -190,6 +204,27 @@ class LocalUpload:
             with self._translating("commit", advice):
                 self._directories.sync(self._directory)
         self._clean()
+
+    def _share(self, fd: int) -> None:
+        """Give the complete file, until now its owner's alone, the permissions that the user expects."""
+        try:
+            now = self._disk.lstat(self._target)
+        except FileNotFoundError:
+            now = None
+        model = now if now is not None and stat.S_ISREG(now.st_mode) else self._earlier
+        if model is now is not None:
+            refuse_foreign_file("commit", self._location, now)
+        try:
+            if model is not None:
+                self._disk.take_after(fd, self._target, model)
+            else:
+                self._disk.take_mode(fd, self._mode)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            _log.warning(
+                "only its owner may read %s, as its mode cannot be changed: %s", self._location.url, error
+            )
 
     def _rename(self, fd: int, temporary: str) -> None:
         try:

@@ -12,8 +12,9 @@ import stat
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
+from async_ckpt.trust import foreign_link_on, is_foreign
 
-__all__ = ["check_local_target", "exists_already", "translated"]
+__all__ = ["check_local_target", "exists_already", "refuse_foreign_file", "refuse_foreign_link", "translated"]
 
 _ADVICE = {
     errno.ENOSPC: "Free space there, or save elsewhere. What was there before is untouched.",
@@ -37,6 +38,7 @@ def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
     Raises:
         StoreError: it is a directory or no regular file, or this user may not write there.
     """
+    refuse_foreign_link("begin", location)
     target = location.path
     try:
         earlier = disk.lstat(target)
@@ -49,6 +51,7 @@ def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
     if earlier is not None and not stat.S_ISLNK(earlier.st_mode):
         if not stat.S_ISREG(earlier.st_mode):
             raise _refusal(location, errno.EINVAL, "Only a regular file, or a symlink, can be replaced.")
+        refuse_foreign_file("begin", location, earlier)
         if _is_refused(target, disk):
             raise _refusal(location, _reason(target))
     directory = os.path.dirname(target)
@@ -63,6 +66,29 @@ def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
     return earlier
 
 
+def refuse_foreign_link(stage: str, location: Location) -> None:
+    """Refuse a way on which another user could lead us anywhere.
+
+    Raises:
+        StoreError: there is such a link on the way.
+    """
+    link = location.foreign_link or foreign_link_on(os.path.dirname(location.path))
+    if link:
+        advice = f"Another user has put the link {link!r} where anybody may; name what it leads to, if you trust it."
+        raise _refusal(location, errno.EACCES, advice, stage)
+
+
+def refuse_foreign_file(stage: str, location: Location, found: os.stat_result) -> None:
+    """Refuse to replace what was *found*, whose owner and mode the checkpoint would have, if it is no file of ours.
+
+    Raises:
+        StoreError: another user has put it where anybody may.
+    """
+    if is_foreign(found, os.path.dirname(location.path)):
+        advice = "Another user has put a file of that name where anybody may; save to another."
+        raise _refusal(location, errno.EACCES, advice, stage)
+
+
 def _is_refused(path: str, disk: Disk) -> bool:
     """Tell whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
     return not disk.writable(path) and os.path.lexists(path)
@@ -75,8 +101,8 @@ def _reason(path: str) -> int:
         return errno.EACCES
 
 
-def _refusal(location: Location, number: int, advice: str = "") -> StoreError:
-    return translated("begin", location, OSError(number, os.strerror(number)), advice)
+def _refusal(location: Location, number: int, advice: str = "", stage: str = "begin") -> StoreError:
+    return translated(stage, location, OSError(number, os.strerror(number)), advice)
 
 
 def translated(stage: str, location: Location, error: OSError, advice: str = "") -> StoreError:

@@ -212,3 +212,40 @@ def test_the_package_does_not_load_it() -> None:
         "import sys, async_ckpt; print({'async_ckpt.timeline', 'async_ckpt.trace'} & set(sys.modules))"
     )
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("earlier", [None, 0o600, 0o640])
+def test_the_file_is_nobody_elses_before_it_is_whole(tmp_path: Path, earlier: int | None) -> None:
+    """A new file gets the mode that ``open`` gives, a replaced one keeps its own."""
+    path = tmp_path / "trace.json"
+    if earlier is not None:
+        path.touch()
+        path.chmod(earlier)
+    before = os.umask(0o022)
+    try:
+        with Timeline(path) as timeline:
+            timeline.slice("steps", "step", 1.0, 2.0)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == (0o644 if earlier is None else earlier)
+    assert os.listdir(tmp_path) == ["trace.json"]
+
+
+def test_a_planted_link_leads_nowhere(tmp_path: Path) -> None:
+    """Links in the place of the file, and of every name that it can have had on the way, are not written through."""
+    victim, path = tmp_path / "victim", tmp_path / "trace.json"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    (tmp_path / f".trace.json.{os.getpid()}.tmp").symlink_to(victim)
+    with Timeline(path) as timeline:
+        timeline.slice("steps", "step", 1.0, 2.0)
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()
+
+
+def test_a_very_long_name_is_written(tmp_path: Path) -> None:
+    """The names on the way are no longer than the file's own may be."""
+    path = tmp_path / ("x" * 255)
+    with Timeline(path) as timeline:
+        timeline.slice("steps", "step", 1.0, 2.0)
+    assert path.exists()

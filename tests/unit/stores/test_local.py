@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -82,6 +83,75 @@ Disk().take_after(fd, "nothing", os.fstat(model))
         command = [sys.executable, "-c", program, *map(str, fds)]
         subprocess.run(command, timeout=100, check=True, pass_fds=fds)
     assert (new.stat().st_uid, new.stat().st_gid, mode(new)) == (11111, 23456, 0o664)
+
+
+@pytest.mark.parametrize("earlier", [None, 0o600, 0o666])
+def test_nobody_else_reads_a_file_that_is_not_complete(
+    tmp_path: Path, workers: ThreadWorkers, earlier: int | None
+) -> None:
+    """Until the commit a checkpoint is its owner's alone, also where it will not be; nobody can keep it open."""
+    target = tmp_path / "x.ckpt"
+    if earlier is not None:
+        target.write_bytes(OLD)
+        target.chmod(earlier)
+    seen = []
+
+    class Watched(Disk):
+        """Looks at the temporary file at every step."""
+
+        def write(self, fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+            """Look before and after."""
+            seen.append(stat.S_IMODE(os.fstat(fd).st_mode))
+            written = super().write(fd, pieces, offset)
+            seen.append(stat.S_IMODE(os.fstat(fd).st_mode))
+            return written
+
+        def create(self, path: str) -> int:
+            """Look as soon as it is there."""
+            fd = super().create(path)
+            seen.append(stat.S_IMODE(os.fstat(fd).st_mode))
+            return fd
+
+        def preallocate(self, fd: int, nbytes: int) -> None:
+            """Look when it could have been opened to others."""
+            seen.append(stat.S_IMODE(os.fstat(fd).st_mode))
+
+    before = os.umask(0)
+    try:
+        anyio.run(save, LocalStore(workers=workers, disk=Watched()), target)
+    finally:
+        os.umask(before)
+    assert set(seen) == {0o600}
+    assert mode(target) == (0o666 if earlier is None else earlier)
+
+
+def test_a_mode_that_changes_meanwhile_is_kept(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """Who takes a checkpoint away from others while it is replaced, has the new one taken away as well."""
+    target = tmp_path / "x.ckpt"
+    target.write_bytes(OLD)
+    target.chmod(0o644)
+
+    class Closing(Disk):
+        def write(self, fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+            """Close the earlier file to others."""
+            target.chmod(0o600)
+            return super().write(fd, pieces, offset)
+
+    anyio.run(save, LocalStore(workers=workers, disk=Closing()), target)
+    assert (target.read_bytes(), mode(target)) == (NEW, 0o600)
+
+
+@pytest.mark.parametrize("call", ["take_after", "take_mode"])
+def test_a_file_system_without_modes_keeps_the_checkpoint(
+    tmp_path: Path, workers: ThreadWorkers, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """Where no mode can be changed, the checkpoint stays its owner's alone, and a warning says so."""
+    target = tmp_path / "x.ckpt"
+    if call == "take_after":
+        target.write_bytes(OLD)
+    anyio.run(save, LocalStore(workers=workers, disk=FaultyDisk({call: (0, errno.EPERM)})), target)
+    assert (target.read_bytes(), mode(target)) == (NEW, 0o600)
+    assert "only its owner may read" in caplog.text
 
 
 def access_list(*entries: tuple[int, int, int]) -> bytes:

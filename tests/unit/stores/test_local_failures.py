@@ -40,7 +40,9 @@ def test_a_call_that_fails(tmp_path: Path, workers: ThreadWorkers, call: str, nu
     assert disk.open_descriptors == 0
 
 
-@pytest.mark.parametrize("call", ["create", "preallocate", "write", "fsync", "replace"])
+@pytest.mark.parametrize(
+    "call", ["create", "mode_of_new", "preallocate", "write", "take_mode", "fsync", "replace"]
+)
 def test_a_call_that_fails_in_a_new_directory(tmp_path: Path, workers: ThreadWorkers, call: str) -> None:
     """A failed save takes the directories away again that it made."""
     disk = FaultyDisk({call: (1, errno.EIO)})

@@ -1,0 +1,77 @@
+"""The rule by which links are followed in directories where anybody may put something."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_ckpt.trust import foreign_link_on, is_foreign, resolved
+
+_NAMES = st.sampled_from(["a", "b", "c", ".", "..", "", "nothing"])
+_WAYS = st.lists(_NAMES, min_size=1, max_size=6).map("/".join)
+
+
+@given(targets=st.lists(st.tuples(st.sampled_from(["a", "b", "c", "a/b"]), _WAYS), max_size=5), way=_WAYS)
+def test_a_path_is_resolved_as_the_system_does(
+    tmp_path_factory: pytest.TempPathFactory, targets: list[tuple[str, str]], way: str
+) -> None:
+    """Links to links, to nothing, upwards and absolute: the same as ``os.path.realpath``, and none is foreign."""
+    folder = tmp_path_factory.mktemp("tree")
+    (folder / "a").mkdir()
+    (folder / "a" / "c").mkdir()
+    for name, target in targets:
+        if not os.path.lexists(folder / name):
+            os.symlink(f"{folder}/{target}" if len(target) % 2 else target, folder / name)
+    path = f"{folder}/{way}"
+    if os.path.exists(path):
+        assert resolved(path) == (os.path.realpath(path), "")
+    else:
+        assert resolved(path)[1] == ""
+
+
+def test_a_circle_of_links_comes_to_an_end(tmp_path: Path) -> None:
+    """It is left as it is, for the system to refuse."""
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    found, foreign = resolved(f"{tmp_path}/a/x")
+    assert os.path.basename(found) == "x"
+    assert not foreign
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "owner", "directory_owner", "foreign"),
+    [
+        (0o1777, 12345, 0, True),
+        (0o1777, 0, 0, False),
+        (0o1777, 12345, 12345, False),  # the directory is theirs
+        (0o0777, 12345, 0, False),  # anybody can do anything there
+        (0o1775, 12345, 0, False),  # a group that shares a directory
+        (0o0755, 12345, 0, False),
+    ],
+)
+def test_whose_names_count(
+    tmp_path: Path, mode: int, owner: int, directory_owner: int, foreign: bool
+) -> None:
+    """In a sticky directory that all may write to: our own and those of the directory's owner; elsewhere, all."""
+    (tmp_path / "elsewhere").mkdir()
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    link = shared / "run"
+    link.symlink_to(tmp_path / "elsewhere")
+    os.lchown(link, owner, owner)
+    os.chown(shared, directory_owner, directory_owner)
+    shared.chmod(mode)
+    assert is_foreign(link.lstat(), str(shared)) is foreign
+    assert foreign_link_on(f"{link}/x.ckpt") == (str(link) if foreign else "")
+    assert resolved(f"{link}/x.ckpt") == (
+        str(tmp_path / "elsewhere" / "x.ckpt"),
+        str(link) if foreign else "",
+    )

@@ -1,8 +1,8 @@
 """What one service holds while it has something to do: its place on the loop, threads, host memory, connections.
 
-Guarantees: it is taken with the first request, and given back by `Holdings.close`, or when the interpreter ends
-(B2, D4); what is under way comes to its end before, within a deadline. Every step of that may be interrupted and taken
-again, by this thread or another (L1).
+Guarantees: it is taken with the first request, and given back by `Holdings.close`, when the service is dropped, or when
+the interpreter ends (B2, D4); what is under way comes to its end before, within a deadline where somebody waits. Every
+step of that may be interrupted and taken again, by this thread or another (L1).
 
 What does not belong here: requests (intake), what a caller is told (service).
 """
@@ -22,13 +22,13 @@ from async_ckpt import runtime as runtimes
 from async_ckpt.budget import Budget
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
 from async_ckpt.failures import Failures, tell
-from async_ckpt.handle import Handle, Outcome
+from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.loading import Loads
 from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Lane
 from async_ckpt.redaction import presentable
 from async_ckpt.request import Account
-from async_ckpt.runtime import PoolWorkers, Runtime
+from async_ckpt.runtime import PoolWorkers, Runtime, Tenant
 from async_ckpt.snapshot import HostPool
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
@@ -86,6 +86,7 @@ class Holdings:
         self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
         self._stores: dict[str, Store] = {}
+        self._tenant = Tenant(self)
         self._runtime: Runtime | None = None
         self._predecessor: Holdings | None = None
 
@@ -111,10 +112,10 @@ class Holdings:
             raise ServiceClosedError("the service has been closed; make a new one")
         runtime = self._runtime
         if runtime is None:
-            runtime = self._runtime = runtimes.acquire(self)
+            runtime = self._runtime = runtimes.acquire(self._tenant)
             if self.is_closed:  # meanwhile, by a signal handler or another thread
                 self._runtime = None
-                runtimes.release(runtime, self)
+                runtimes.release(runtime, self._tenant)
                 raise ServiceClosedError("the service was closed meanwhile")
         runtime.refuse_loop_thread()
         return runtime
@@ -122,7 +123,7 @@ class Holdings:
     def held(self) -> Runtime | None:
         """Return the runtime if it has been taken, also where that was interrupted."""
         if self._runtime is None:
-            self._runtime = runtimes.held_by(self)
+            self._runtime = runtimes.held_by(self._tenant)
         return self._runtime
 
     def store(self, location: Location) -> Store:
@@ -253,7 +254,47 @@ class Holdings:
                 runtime.call(self.account.pool.close)
         finally:
             self.workers.close(wait=not stuck)
-            runtimes.release(runtime, self, stuck=stuck)
+            runtimes.release(runtime, self._tenant, stuck=stuck)
+            self._runtime = None
+
+    def retire(self) -> bool:
+        """Do what `close` does for a service that the program has dropped: without waiting, and with no deadline.
+
+        The garbage collector may call this at any line of any thread, so nothing here waits, not even for a lock.
+
+        Returns:
+            Whether there was anything to give back.
+        """
+        if self._predecessor is not None:
+            self._predecessor.retire()
+        runtime = self.held()
+        if runtime is None:
+            return False
+        self.is_closed = True
+        self._tenant.keep(self)
+        try:
+            runtime.spawn(self._retire)
+        except ServiceClosedError:  # the loop has ended, and everything on it
+            self._tenant.let_go()
+        return True
+
+    async def _retire(self) -> None:
+        """See everything to its end and give it back, on the loop thread."""
+        runtime = self._runtime
+        if runtime is None:  # the exit was faster
+            return
+        try:
+            await await_outcome(runtime.dispatcher.close(self.account, thread=0))
+            await _close_all(self._stores)
+            self.account.pool.close()
+        except Exception:
+            with suppress(Exception):  # of the program's own log handlers
+                logger.exception("a service that was dropped could not be closed")
+        finally:
+            self.workers.close(wait=False)
+            runtimes.tell_at_exit(self.account.failures)
+            await runtimes.leave(runtime, self._tenant)
+            self._tenant.let_go()
             self._runtime = None
 
 

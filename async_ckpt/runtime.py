@@ -5,9 +5,11 @@ Guarantees:
 * One dispatcher for all services, so that order per location holds across them (O1). It is touched on the
   loop thread only; other threads send calls and wait for a future of their own, never for a shared lock, so
   a signal handler may call a service that it interrupted (L1).
-* The thread lives while a service holds it and is joined when the last one lets go (B2).
+* The thread lives while it has a tenant. The last one that leaves joins it, or where nobody can wait, lets it end by
+  itself (B2).
 * A forked child starts without it; what the parent has under way stays the parent's.
-* When the interpreter exits, every open service is drained first, within its own deadline (D4).
+* When the interpreter exits, every open service is drained first, within its own deadline (D4), and what a
+  service that is gone had nobody to tell of is told (E1).
 
 What does not belong here: anything about checkpoints.
 """
@@ -21,6 +23,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +36,19 @@ from async_ckpt.dispatch import Dispatcher
 from async_ckpt.errors import AbandonedError, ServiceClosedError
 from async_ckpt.handle import Outcome
 
-__all__ = ["Drainable", "PoolWorkers", "Runtime", "acquire", "current", "held_by", "release"]
+__all__ = [
+    "Drainable",
+    "PoolWorkers",
+    "Runtime",
+    "Tellable",
+    "Tenant",
+    "acquire",
+    "current",
+    "held_by",
+    "leave",
+    "release",
+    "tell_at_exit",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +56,52 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_PAUSE_SECONDS = 0.01
+
+
 class Drainable(Protocol):
-    """What holds the runtime."""
+    """What has work under way."""
 
     def drain_at_exit(self) -> bool:
         """End everything within a deadline; tell whether all errors had been collected. Must not raise."""
+
+
+class Tellable(Protocol):
+    """What nobody may have been told of."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+
+    def print_at_exit(self) -> bool:
+        """Print it; tell whether the program has failed by it. Must not raise."""
+
+
+class Tenant:
+    """One who keeps the runtime running.
+
+    It knows its owner weakly, so that the runtime keeps alive no service that the program has dropped, nor what
+    that service's observer refers to; strongly once it is to `keep` who has been dropped.
+
+    Args:
+        owner: what is to be drained when the interpreter exits.
+    """
+
+    def __init__(self, owner: Drainable) -> None:
+        self._owner = weakref.ref(owner)
+        self._kept: Drainable | None = None
+
+    @property
+    def owner(self) -> Drainable | None:
+        """The owner, if it lives."""
+        return self._owner() if self._kept is None else self._kept
+
+    def keep(self, owner: Drainable) -> None:
+        """Keep *owner* alive until it has left, although the program has dropped it."""
+        self._kept = owner
+
+    def let_go(self) -> None:
+        """End what `keep` began."""
+        self._kept = None
 
 
 class Runtime:
@@ -54,7 +110,7 @@ class Runtime:
     dispatcher: Dispatcher
 
     def __init__(self) -> None:
-        self.holders: dict[int, Drainable] = {}
+        self.tenants: set[Tenant] = set()
         self.stuck = False
         self._inbox: deque[Callable[[], None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -175,10 +231,14 @@ class Runtime:
         self.spawn(run)
         return answer
 
-    def stop(self) -> None:
-        """End the loop thread and join it. Everything on it must have ended. Again, if it was interrupted."""
+    def end(self) -> None:
+        """Let the loop thread end once everything on it has."""
         self._stopping = True
         self._wake_up()
+
+    def stop(self) -> None:
+        """End the loop thread and join it. Everything on it must have ended. Again, if it was interrupted."""
+        self.end()
         with suppress(RuntimeError):  # it was interrupted as it started, and will see the flag
             self._thread.join()
 
@@ -222,8 +282,9 @@ _current: Runtime | None = None
 _exit_hooked = False
 _exiting = False
 _stuck = False
-_inherited: list[Runtime] = []
+_inherited: list[tuple[Runtime, list[Drainable | None]]] = []
 """What a parent had under way; never collected here, see `_forget_in_child`."""
+_untold: list[Tellable] = []
 
 
 def current() -> Runtime | None:
@@ -231,11 +292,11 @@ def current() -> Runtime | None:
     return _current
 
 
-def acquire(holder: Drainable) -> Runtime:
-    """Return the process's runtime, started if need be, and keep it running for *holder*.
+def acquire(tenant: Tenant) -> Runtime:
+    """Return the process's runtime, started if need be, and keep it running for *tenant*.
 
     Raises:
-        ServiceClosedError: the interpreter is ending, and nobody would wait for what *holder* starts (D4).
+        ServiceClosedError: the interpreter is ending, and nobody would wait for what *tenant* starts (D4).
         RuntimeError: called on a loop thread, as by an observer.
     """
     global _current
@@ -243,17 +304,17 @@ def acquire(holder: Drainable) -> Runtime:
     with _lock:
         _hook_exit()
         if _current is None:
-            _begin(holder)
+            _begin(tenant)
         assert _current is not None
-        _current.holders[id(holder)] = holder
+        _current.tenants.add(tenant)
         return _current
 
 
-def _begin(holder: Drainable) -> None:
+def _begin(tenant: Tenant) -> None:
     """Start the process's runtime; leave no other behind, interrupted or not."""
     global _current
     runtime = Runtime()
-    runtime.holders[id(holder)] = holder  # first: nobody else would stop it
+    runtime.tenants.add(tenant)  # first: nobody else would stop it
     try:
         runtime.start()
         if _current is None:
@@ -268,35 +329,60 @@ def _refuse_loop_threads() -> None:
         raise RuntimeError("an observer or a callback must not call the service that calls it, nor another")
 
 
-def held_by(holder: Drainable) -> Runtime | None:
+def held_by(tenant: Tenant) -> Runtime | None:
     """Return what ``acquire`` has returned, or was about to return when it was interrupted."""
     runtime = _current
-    return runtime if runtime is not None and id(holder) in runtime.holders else None
+    return runtime if runtime is not None and tenant in runtime.tenants else None
 
 
-def release(runtime: Runtime, holder: Drainable, *, stuck: bool = False) -> None:
+def release(runtime: Runtime, tenant: Tenant, *, stuck: bool = False) -> None:
     """Give *runtime* back; the last one stops it. Does nothing for who does not hold it.
 
     Args:
         runtime: what ``acquire`` returned.
-        holder: what ``acquire`` was called with.
-        stuck: the holder leaves a thread behind that does not come back; the next holder gets a fresh runtime.
+        tenant: what ``acquire`` was called with.
+        stuck: the tenant leaves a thread behind that does not come back; the next one gets a fresh runtime.
     """
     global _current, _stuck
     with _lock:
-        if id(holder) not in runtime.holders:
+        if tenant not in runtime.tenants:
             return
         _stuck = _stuck or stuck
         runtime.stuck = runtime.stuck or stuck
-        if _current is runtime and len(runtime.holders) == 1:
+        if _current is runtime and len(runtime.tenants) == 1:
             _current = None
-        if len(runtime.holders) > 1:  # maybe only just now, by a signal handler (L1)
+        if len(runtime.tenants) > 1:  # maybe only just now, by a signal handler (L1)
             _current = _current or runtime
-            del runtime.holders[id(holder)]
+            runtime.tenants.discard(tenant)
             return
     if not runtime.stuck:
         runtime.stop()
-    runtime.holders.clear()  # last, so that who was interrupted can do it again
+    runtime.tenants.clear()  # last, so that who was interrupted can do it again
+
+
+async def leave(runtime: Runtime, tenant: Tenant) -> None:
+    """Do what `release` does on the loop thread itself, which cannot join itself: it ends when it has nothing to do."""
+    global _current
+    # Whoever has the lock may be waiting for this very thread (L1).
+    while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a lock of threads tells no loop
+        await anyio.sleep(_PAUSE_SECONDS)
+    try:
+        if tenant not in runtime.tenants:
+            return
+        runtime.tenants.discard(tenant)
+        if runtime.tenants:
+            return
+        if _current is runtime:
+            _current = None
+    finally:
+        _lock.release()
+    if not runtime.stuck:
+        runtime.end()
+
+
+def tell_at_exit(untold: Tellable) -> None:
+    """Have what is still in *untold* then printed when the interpreter exits (E1)."""
+    _untold[:] = [each for each in (*_untold, untold) if each]
 
 
 def _forget_in_child() -> None:
@@ -308,7 +394,9 @@ def _forget_in_child() -> None:
     global _lock, _current, _stuck
     _lock = threading.RLock()
     if _current is not None:
-        _inherited.append(_current)  # and with it its holders, and their stores
+        # And its tenants, with their stores.
+        _inherited.append((_current, [tenant.owner for tenant in _current.tenants]))
+    _untold.clear()
     _current = None
     _stuck = False
     _here.is_loop = False  # whoever forked is the child's only thread
@@ -336,11 +424,15 @@ def _drain_at_exit() -> None:
     _exiting = True
     runtime = _current
     clean = True
-    for holder in list(runtime.holders.values()) if runtime is not None else ():
-        clean = holder.drain_at_exit() and clean
-    left = not clean and runtime is not None and runtime.holders  # Ctrl-C once more
-    if runtime is not None and not (runtime.stuck or runtime.holders):
-        runtime.stop()  # again, lest Python wait for it: an interruption may have kept it from its holder
+    for tenant in list(runtime.tenants) if runtime is not None else ():
+        owner = tenant.owner
+        if owner is not None:  # else it has left just now
+            clean = owner.drain_at_exit() and clean
+    for untold in list(_untold):
+        clean = not untold.print_at_exit() and clean
+    left = not clean and runtime is not None and runtime.tenants  # Ctrl-C once more
+    if runtime is not None and not (runtime.stuck or runtime.tenants):
+        runtime.stop()  # again, lest Python wait for it: an interruption may have kept it from its tenant
     if _stuck or left or (multiprocessing.parent_process() is not None and not clean):
         _exit_with_failure()  # a stuck thread would be joined for ever; a child process runs no exit handlers
     if clean:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -41,7 +43,8 @@ class CheckpointService:
     """Saves checkpoints without making the training loop wait for storage.
 
     Threads of a program may share a service. Used as a context manager, plain or ``async``, it is closed
-    at the end; otherwise the interpreter's exit drains it.
+    at the end; otherwise the interpreter's exit drains it. One that the program drops unclosed sees everything it has
+    accepted to its end and frees what it holds, with a ``ResourceWarning``.
 
     Args:
         store_factory: makes the stores, for tests and for storage that fsspec does not know.
@@ -51,9 +54,14 @@ class CheckpointService:
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
             ``overwrite``, ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
 
+    Attributes:
+        known_as: what the program knows it as, and how that is closed; for a plugin's.
+
     Raises:
         OptionError: an option cannot work.
     """
+
+    known_as: str | None = None
 
     def __init__(
         self,
@@ -66,6 +74,21 @@ class CheckpointService:
         self._store_factory = store_factory
         self._abandon_grace_seconds = check_grace(abandon_grace_seconds)
         self._reset()
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # By the garbage collector, maybe: on any thread, at any line, in the midst of any lock.
+        if is_finalizing() or "_own" not in self.__dict__ or os.getpid() != self._pid:
+            return
+        holdings = self._own.holdings
+        was_closed = holdings.is_closed
+        try:
+            left = holdings.retire()
+        except BaseException:  # Ctrl-C, which Python swallows here
+            holdings.retire()
+            raise
+        if left and not was_closed:  # last, as a filter may raise it
+            told = f"unclosed {self.known_as or f'{self!r}: close it'}; what it has accepted goes on"
+            warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
 
     def _reset(self) -> None:
         self._pid = os.getpid()

@@ -52,6 +52,30 @@ class _Prospect:
         self.has_ended = True
 
 
+class _Announcer:
+    """Tells the observers of one desk. A service keeps it, so it knows neither: a desk is dropped with its service."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self.observers: list[Observer] = []
+        self._own = observer
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        self.meter = Meter()
+        self.addresses: dict[str, str] = {}  # by what is shown of them, where that is not all
+
+    def address_of(self, url: str) -> str:
+        return self.addresses.get(url, url)
+
+    def __call__(self, event: Event) -> None:
+        # ModelCheckpoint asks fsspec what is there, and fsspec remembers
+        forget_changed(event, self.address_of(event.url))
+        self.meter(event)
+        for observer in (*self.observers, self._own):
+            if observer is not None:
+                observer(event)
+
+
 class Desk:
     """The requests of one plugin.
 
@@ -67,16 +91,15 @@ class Desk:
         self.synchronous = False
         self._options = options
         ServiceOptions(observer=options.get("observer"))  # refuse it here: the service sees only ours
-        self._observers: list[Observer] = []
+        self._announcer = _Announcer(options.get("observer"))
         self._service = self._new_service()  # here, as a signal handler may come where one is made on demand
         self.has_ended = True
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
         self._pid = os.getpid()
-        self._meter = Meter()
+        self._announcer.begin_afresh()
         self._foreseen: dict[str, _Prospect] = {}
-        self._addresses: dict[str, str] = {}  # by what is shown of them, where that is not all
         self._under_way: set[object] = set()
         self._is_late = False
 
@@ -89,7 +112,7 @@ class Desk:
     def meter(self) -> Meter:
         """How far the saves are."""
         self._leave_to_parent()
-        return self._meter
+        return self._announcer.meter
 
     @property
     def service(self) -> CheckpointService:
@@ -99,7 +122,8 @@ class Desk:
 
     def _new_service(self) -> CheckpointService:
         """Make a service, which has no thread before its first request."""
-        service = CheckpointService(**{**self._options, "observer": self._tell})
+        service = CheckpointService(**{**self._options, "observer": self._announcer})
+        service.known_as = "AsyncCheckpointIO: call its teardown()"
         service.failures.keep_ambient_error()  # Lightning saves while it handles training's error, too
         return service
 
@@ -110,13 +134,13 @@ class Desk:
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on; again does nothing."""
-        if observer not in self._observers:
-            self._observers.append(observer)
+        if observer not in self._announcer.observers:
+            self._announcer.observers.append(observer)
 
     def disregard(self, observer: Observer) -> None:
         """Tell *observer* no more."""
-        if observer in self._observers:
-            self._observers.remove(observer)
+        if observer in self._announcer.observers:
+            self._announcer.observers.remove(observer)
 
     def save(self, checkpoint: Any, place: Location, make_writer: MakeWriter | None) -> None:
         """Have *checkpoint* written; wait for that where nobody else would."""
@@ -170,7 +194,7 @@ class Desk:
 
     def address_of(self, url: str) -> str:
         """Return what the user has written for the location that an event names."""
-        return self._addresses.get(url, url)
+        return self._announcer.address_of(url)
 
     def wait(self, timeout: float | None) -> None:
         """Wait for everything, and raise what failed."""
@@ -240,7 +264,7 @@ class Desk:
     def _remember_address(self, place: Location) -> None:
         """Take down, before there are events of it, what a location is that they do not name in full."""
         if place.address != place.url:
-            self._addresses[place.url] = place.address
+            self._announcer.addresses[place.url] = place.address
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
         # A signal handler may come in between, and do the same.
@@ -249,11 +273,3 @@ class Desk:
                 self._foreseen.pop(key, None)
         self._foreseen[place.key] = prospect = _Prospect(there)
         handle.add_done_callback(prospect.end)
-
-    def _tell(self, event: Event) -> None:
-        # ModelCheckpoint asks fsspec what is there, and fsspec remembers
-        forget_changed(event, self.address_of(event.url))
-        self._meter(event)
-        for observer in (*self._observers, self._options.get("observer")):
-            if observer is not None:
-                observer(event)

@@ -23,15 +23,15 @@ class Holder:
 @pytest.fixture
 def running() -> Iterator[Runtime]:
     """A runtime that one holder keeps."""
-    holder = Holder()
-    held = runtime.acquire(holder)
+    tenant = runtime.Tenant(Holder())
+    held = runtime.acquire(tenant)
     yield held
-    runtime.release(held, holder)
+    runtime.release(held, tenant)
 
 
 def test_one_thread_for_all_holders() -> None:
     """All holders share one loop thread; it ends when the last one lets go, and a new one can begin (B2)."""
-    one, two = Holder(), Holder()
+    one, two = runtime.Tenant(Holder()), runtime.Tenant(Holder())
     first = runtime.acquire(one)
     assert runtime.acquire(two) is first
     assert runtime.acquire(two) is first
@@ -92,9 +92,9 @@ def test_coroutines_run_on_the_loop(running: Runtime) -> None:
 
 def test_what_comes_too_late_is_refused() -> None:
     """After the loop has ended, calls raise ServiceClosedError; none waits for ever (B2)."""
-    holder = Holder()
-    ended = runtime.acquire(holder)
-    runtime.release(ended, holder)
+    tenant = runtime.Tenant(Holder())
+    ended = runtime.acquire(tenant)
+    runtime.release(ended, tenant)
     with pytest.raises(ServiceClosedError):
         ended.call(lambda: 1)
     with pytest.raises(ServiceClosedError):
@@ -104,8 +104,8 @@ def test_what_comes_too_late_is_refused() -> None:
 def test_calls_while_it_ends_are_answered_or_refused() -> None:
     """Calls that race with the end of the loop either get their answer or ServiceClosedError (B2)."""
     for _ in range(30):
-        holder = Holder()
-        ending = runtime.acquire(holder)
+        tenant = runtime.Tenant(Holder())
+        ending = runtime.acquire(tenant)
         ends: list[str] = []
 
         def call(ending: Runtime = ending, ends: list[str] = ends) -> None:
@@ -118,7 +118,7 @@ def test_calls_while_it_ends_are_answered_or_refused() -> None:
         callers = [threading.Thread(target=call) for _ in range(3)]
         for caller in callers:
             caller.start()
-        runtime.release(ending, holder)
+        runtime.release(ending, tenant)
         for caller in callers:
             caller.join(PATIENCE_SECONDS)
             assert not caller.is_alive()

@@ -44,10 +44,10 @@ class Holder:
 @pytest.fixture(scope="module")
 def loop() -> Iterator[Runtime]:
     """The loop thread."""
-    holder = Holder()
-    runtime = runtimes.acquire(holder)
+    tenant = runtimes.Tenant(Holder())
+    runtime = runtimes.acquire(tenant)
     yield runtime
-    runtimes.release(runtime, holder)
+    runtimes.release(runtime, tenant)
 
 
 class Bytes:

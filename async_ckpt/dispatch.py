@@ -227,14 +227,9 @@ class Dispatcher:
                 request.emit(Superseded if superseded else Cancelled)
                 self._finish(request, State.SUPERSEDED if superseded else State.CANCELLED, error)
             case Drop(op, _):
-                self._queue.withdraw(op)
                 done = "linked" if op.kind is Kind.LINK else "deleted"
                 message = f"{request.location.url!r} was not {done}: a save before it did not become durable"
-                with suppress(Exception):  # of the program's own log handlers
-                    logger.warning("%s", message)
-                request.emit(RemovalDropped)
-                error = RemovalDroppedError(message)
-                self._finish(request, State.DROPPED, error)
+                self._drop(request, RemovalDroppedError(message))
             case Start(op):
                 op.phase = Phase.RUNNING
                 if op.kind is Kind.LOAD:
@@ -276,7 +271,9 @@ class Dispatcher:
             return  # it was left behind, and has been reported as such
         if request.scope.cancelled_caught:
             error = AbandonedError(f"{request.location.url!r}: given up because its service was closed")
-        if error is not None:
+        if isinstance(error, RemovalDroppedError) and request.op.kind is Kind.REMOVE:
+            self._drop(request, error)
+        elif error is not None:
             self._fail(request, error)
         else:
             self._queue.durable(request.op)
@@ -307,6 +304,14 @@ class Dispatcher:
         return await writer.write(request.snapshot, request.location, request.emit)
 
     # -- the end of a request
+
+    def _drop(self, request: Request, error: RemovalDroppedError) -> None:
+        """End a removal, or a link, that is not carried out; it is told, and stops nobody."""
+        self._queue.withdraw(request.op)
+        with suppress(Exception):  # of the program's own log handlers
+            logger.warning("%s", error)
+        request.emit(RemovalDropped)
+        self._finish(request, State.DROPPED, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._queue.failed(request.op)

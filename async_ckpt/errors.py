@@ -174,7 +174,7 @@ class AbandonedError(NotDurableError):
 
 
 class RemovalDroppedError(NotDurableError):
-    """A save that the deletion had to wait for did not become durable, so nothing was deleted."""
+    """Nothing was deleted: a save before did not become durable, or a base CheckpointIO has not done it."""
 
 
 class ServiceClosedError(AsyncCheckpointError, RuntimeError):

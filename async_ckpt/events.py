@@ -147,7 +147,7 @@ class Removed(Event):
 
 
 class RemovalDropped(Event):
-    """Nothing was deleted, because a save before it did not become durable (D3)."""
+    """Nothing was deleted: a save before it did not become durable (D3), or a base CheckpointIO did not do it."""
 
     __slots__ = ()
 

@@ -6,18 +6,38 @@ What does not belong here: when it is called.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any
 
-from async_ckpt.errors import OptionError, UnknownProtocolError
+from async_ckpt.errors import AsyncCheckpointError, OptionError
 from async_ckpt.lightning.desk import MakeWriter
+from async_ckpt.options import ServiceOptions
 from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import DelegatingWriter
 
-__all__ = ["argument", "delegating", "place_of", "refuse_unfit", "slot_of"]
+__all__ = [
+    "argument",
+    "delegating",
+    "pin_path",
+    "pinned",
+    "place_of",
+    "refuse_unfit",
+    "refuse_void",
+    "slot_of",
+]
+
+# Options that only our own writer knows, and what they come to.
+_VOID: dict[str, Callable[[ServiceOptions], Any]] = {
+    "part_size": lambda options: options.part_size_bytes,
+    "max_concurrent_parts": lambda options: options.max_concurrent_parts,
+    "retry": lambda options: options.retry,
+    "storage_options": lambda options: options.storage_options,
+}
 
 
 def slot_of(
@@ -34,6 +54,17 @@ def slot_of(
     return own_name
 
 
+def pin_path(
+    method: Any, position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the path that a call carries, and the call with that path as it means the same later (`pinned`)."""
+    slot = slot_of(method, position, "path", args, kwargs)
+    path = argument(slot, args, kwargs)
+    if isinstance(slot, int):
+        return path, (*args[:slot], pinned(path), *args[slot + 1 :]), dict(kwargs)
+    return path, args, {**kwargs, slot: pinned(path)}
+
+
 def argument(slot: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the argument that is carried at *slot*."""
     return args[slot] if isinstance(slot, int) else kwargs[slot]
@@ -43,9 +74,34 @@ def place_of(path: Any) -> Location:
     """Return the location of the name *path*, or one of its own kind where only the base knows what it means."""
     try:
         return locate(path, follow=False)
-    except (UnknownProtocolError, TypeError):
+    except (
+        AsyncCheckpointError,
+        TypeError,
+        ValueError,
+    ):  # fsspec may know the protocol, and nothing more of it
         text = str(path)
         return Location(url=redacted_url(text), path=text, key=f"base:{text}", group="base", address=text)
+
+
+def pinned(path: Any) -> Any:
+    """Return *path* so that it means the same in another working directory; of the same kind, if that can be."""
+    if isinstance(path, str):
+        return _pinned(path)
+    if not isinstance(path, os.PathLike):
+        return path
+    text = os.fspath(path)
+    if not isinstance(text, str) or (absolute := _pinned(text)) == text:
+        return path
+    return type(path)(absolute) if isinstance(path, PurePath) else absolute
+
+
+def _pinned(path: str) -> str:
+    scheme, separator, local = path.rpartition("://")
+    if separator and scheme not in ("file", "local"):
+        return path
+    if not local.strip() or local.startswith(("/", "~")) or "::" in path:
+        return path
+    return f"{scheme}{separator}{os.path.join(os.getcwd(), local)}"
 
 
 def delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
@@ -77,4 +133,23 @@ def refuse_unfit(base: Any) -> None:
         kind = base if isinstance(base, type) else type(base)  # no more: it may be, or hold, a secret
         raise OptionError(
             f"checkpoint_io=<{kind.__name__}>: must be a CheckpointIO, such as TorchCheckpointIO(), or None"
+        )
+
+
+def refuse_void(base: Any, options: Mapping[str, Any]) -> None:
+    """Refuse the options that a base, which writes by itself, would make void; their defaults say nothing.
+
+    Raises:
+        OptionError: there is such an option.
+    """
+    given = ServiceOptions.of({name: options[name] for name in _VOID if name in options})
+    void = [
+        name for name, value in _VOID.items() if (value(given) or None) != (value(ServiceOptions()) or None)
+    ]
+    if options.get("store_factory") is not None:
+        void.append("store_factory")
+    if void:
+        raise OptionError(
+            f"{', '.join(void)}: {type(base).__name__} writes by itself and cannot honour that; "
+            "set it on the base, or give AsyncCheckpointIO no base"
         )

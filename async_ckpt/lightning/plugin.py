@@ -17,9 +17,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.events import Observer
-from async_ckpt.lightning.bases import argument, delegating, place_of, refuse_unfit, slot_of
+from async_ckpt.lightning.bases import (
+    argument,
+    delegating,
+    pin_path,
+    place_of,
+    refuse_unfit,
+    refuse_void,
+    slot_of,
+)
 from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.registration import default_weights_only, register
+from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.meter import Meter
 from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
@@ -47,15 +56,21 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         **options: as for ``CheckpointService``: ``queue_depth``, ``memory_limit``, ``overflow``, …
 
     Raises:
-        OptionError: an option cannot work, or the base is no CheckpointIO or asynchronous itself.
+        OptionError: an option cannot work, or not with that base, which is no CheckpointIO or asynchronous itself.
         ImportError: no Lightning is installed.
     """
 
     def __init__(self, checkpoint_io: Any = None, **options: Any) -> None:
-        self._base = checkpoint_io
         self._options = options
-        refuse_unfit(checkpoint_io)
+        self._take_base(checkpoint_io)
         self._begin_afresh()
+
+    def _take_base(self, base: Any) -> None:
+        refuse_unfit(base)
+        if base is not None:
+            refuse_void(base, self._options)
+        self._base = base
+        self._watch = Watch(base)
 
     def _begin_afresh(self) -> None:
         self._desk = Desk(self._options)
@@ -79,7 +94,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if place is not self and place is not None:
             place.checkpoint_io = checkpoint_io
         elif place is self and type(checkpoint_io).__name__ != "TorchCheckpointIO":
-            self._base = checkpoint_io
+            self._take_base(checkpoint_io)
 
     @property
     def _base_checkpoint_io_configured(self) -> bool:
@@ -108,15 +123,20 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if self._base is None:
             self._save(*args, **kwargs)
             return
-        save = self._base.save_checkpoint
+        save, watch = self._base.save_checkpoint, self._watch
         slot = slot_of(save, 0, "checkpoint", args, kwargs)
-        place = place_of(argument(slot_of(save, 1, "path", args, kwargs), args, kwargs))
+        path, args, kwargs = pin_path(save, 1, args, kwargs)
+        place = place_of(path)
+        overwrite = self._desk.service.options.overwrite
+        if not overwrite:
+            refuse_unknown_place(place)
 
         def save_snapshot(snapshot: Any) -> None:
             if isinstance(slot, int):
-                save(*args[:slot], snapshot, *args[slot + 1 :], **kwargs)
+                write = partial(save, *args[:slot], snapshot, *args[slot + 1 :], **kwargs)
             else:
-                save(*args, **{**kwargs, slot: snapshot})
+                write = partial(save, *args, **{**kwargs, slot: snapshot})
+            watch.save(place, write, overwrite=overwrite)
 
         self._desk.save(argument(slot, args, kwargs), place, delegating(place, save=save_snapshot))
 
@@ -129,7 +149,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if self._base is None:
             return self._load(*args, **kwargs)
         load = self._base.load_checkpoint
-        place = place_of(argument(slot_of(load, 0, "path", args, kwargs), args, kwargs))
+        path, args, kwargs = pin_path(load, 0, args, kwargs)
+        place = place_of(path)
         with self._desk.loading() as service, service.turn(place):
             return load(*args, **kwargs)
 
@@ -142,8 +163,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             self._remove(*args, **kwargs)
             return
         remove = self._base.remove_checkpoint
-        place = place_of(argument(slot_of(remove, 0, "path", args, kwargs), args, kwargs))
-        self._desk.remove(place, delegating(place, delete=partial(remove, *args, **kwargs)))
+        path, args, kwargs = pin_path(remove, 0, args, kwargs)
+        place = place_of(path)
+        delete = partial(self._watch.remove, place, partial(remove, *args, **kwargs))
+        self._desk.remove(place, delegating(place, delete=delete))
 
     def teardown(self) -> None:
         """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
@@ -241,8 +264,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         return {"base": self._base, "options": self._options}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self._base = state["base"]
         self._options = state["options"]
+        self._take_base(state["base"])
         self._begin_afresh()
 
     def _save(self, checkpoint: Any, path: str | os.PathLike[str], storage_options: Any = None) -> None:

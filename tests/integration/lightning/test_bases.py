@@ -121,7 +121,7 @@ def test_options_that_the_ordinary_base_refuses(tree: Any, tmp_path: Path) -> No
         {"queue_depth": 1, "overflow": "supersede"},
         {"memory_limit": 1},
         {"snapshot": "copy", "durability": "process"},
-        {"max_concurrent_saves": 4, "max_concurrent_parts": 1},
+        {"max_concurrent_saves": 4, "overwrite": True},
         {"on_error": "warn", "flush_timeout": 60},
     ],
     ids=lambda options: " ".join(options),
@@ -210,17 +210,17 @@ def test_calls_by_place_and_by_name_with_keywords_of_its_own(tree: Any) -> None:
     vault = _vault(tree)
     plugin = AsyncCheckpointIO(vault)
     weight = torch.ones(3)
-    plugin.save_checkpoint({"w": weight}, "1", {"zone": 1}, shelf="low")
-    plugin.save_checkpoint(state={"w": weight}, target="2", storage_options={"zone": 2}, shelf="high")
-    plugin.save_checkpoint({"w": weight}, target="3")
+    plugin.save_checkpoint({"w": weight}, "vault://1", {"zone": 1}, shelf="low")
+    plugin.save_checkpoint(state={"w": weight}, target="vault://2", storage_options={"zone": 2}, shelf="high")
+    plugin.save_checkpoint({"w": weight}, target="vault://3")
     weight.zero_()
-    for target in ("1", "2"):
+    for target in ("vault://1", "vault://2"):
         assert torch.equal(plugin.load_checkpoint(target, weights_only=True)["w"], torch.ones(3))
-    plugin.remove_checkpoint(target="2")
+    plugin.remove_checkpoint(target="vault://2")
     plugin.teardown()
     assert vault.options == [({"zone": 1}, "low"), ({"zone": 2}, "high"), (None, "top")]
     assert vault.loads == [{"weights_only": True}] * 2
-    assert vault.saved.keys() == {"1", "3"}
+    assert vault.saved.keys() == {"vault://1", "vault://3"}
 
 
 # -- wrappers, from outside in

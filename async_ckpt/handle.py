@@ -274,7 +274,7 @@ class Handle:
     @contextmanager
     def _waiting(self, is_there: Callable[[], bool]) -> Iterator[None]:
         waiter = _Waiter(is_there)
-        known = ref(waiter, self._waiters.discard)
+        known = ref(waiter)
         try:
             try:
                 self._waiters.add(known)

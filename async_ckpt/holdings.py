@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 from typing import TypeAlias
 
 import anyio
@@ -28,17 +29,21 @@ from async_ckpt.options import ServiceOptions
 from async_ckpt.queue import Lane
 from async_ckpt.redaction import presentable
 from async_ckpt.request import Account
-from async_ckpt.runtime import PoolWorkers, Runtime, Tenant
+from async_ckpt.runtime import Runtime, Tenant
 from async_ckpt.snapshot import HostPool
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.workers import PoolWorkers
 
 __all__ = ["ABANDON_GRACE_SECONDS", "Holdings", "StoreFactory"]
 
 logger = logging.getLogger(__name__)
 
 ABANDON_GRACE_SECONDS = 10.0
-"""How long work that was told to stop, and stores that are closed, may take before they are left behind."""
+"""How long work that was told to stop may take before it is left behind."""
+
+FREE_SECONDS = 10.0
+"""How long stores and threads may take to be closed, all of them together."""
 
 SILENT_EXIT_SECONDS = 1.0
 """How long the interpreter's exit waits for pending saves before it says so."""
@@ -246,15 +251,18 @@ class Holdings:
 
     def _free(self, runtime: Runtime, *, stuck: bool) -> None:
         # Each step may be taken twice: by two threads, or again after an interruption.
+        until = monotonic() + FREE_SECONDS
         try:
             with suppress(ServiceClosedError):  # another thread was faster
-                self.loads.end()
                 if not stuck:
-                    runtime.call_async(_close_all, self._stores).result()
+                    ended = self.loads.end()
+                    closed = runtime.call_async(_close_all, self._stores)  # it may well end a read that hangs
+                    stuck = not (_in_time(closed, until) and ended)
                 runtime.call(self.account.pool.close)
         finally:
-            self.workers.close(wait=not stuck)
-            runtimes.release(runtime, self._tenant, stuck=stuck)
+            left = 0.0 if stuck else max(0.0, until - monotonic())
+            stuck = not self.workers.close(left)
+            runtimes.release(runtime, self._tenant, seconds=0.0 if stuck else left)
             self._runtime = None
 
     def retire(self) -> bool:
@@ -291,7 +299,7 @@ class Holdings:
             with suppress(Exception):  # of the program's own log handlers
                 logger.exception("a service that was dropped could not be closed")
         finally:
-            self.workers.close(wait=False)
+            self.workers.close(0.0)
             runtimes.tell_at_exit(self.account.failures)
             await runtimes.leave(runtime, self._tenant)
             self._tenant.let_go()
@@ -302,11 +310,20 @@ def _after(limit: float) -> str:
     return f" after {limit:g} s" if limit else ""  # none where its caller had waited already
 
 
+def _in_time(outcome: Outcome[None], until: float) -> bool:
+    """Tell whether *outcome* is set by then."""
+    try:
+        outcome.exception(until - monotonic())
+    except TimeoutError:
+        return False
+    return True
+
+
 async def _close_all(stores: dict[str, Store]) -> None:
     while stores:
         _, store = stores.popitem()
         try:
-            with anyio.move_on_after(ABANDON_GRACE_SECONDS):
+            with anyio.move_on_after(FREE_SECONDS):
                 await store.aclose()
         except Exception as error:
             with suppress(Exception):  # of the program's own log handlers

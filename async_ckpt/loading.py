@@ -1,6 +1,7 @@
 """The loads of one service that are under way.
 
-Guarantees: a load ends with its service, whoever is closing it, and leaves nothing open.
+Guarantees: a load ends with its service, whoever is closing it, and leaves nothing open, but for a read that storage
+holds up: that is waited for a moment, and then left behind (B2).
 
 What does not belong here: waiting for pending saves (service), reading (format).
 """
@@ -66,11 +67,16 @@ class Loads:
                 error.add_note(f"while {location.url!r} was read")
             raise
 
-    def end(self) -> None:
-        """End every load, now and later ones as well; may be called again, by several threads."""
+    def end(self) -> bool:
+        """End every load, now and later ones as well; tell whether nothing of them is under way any more.
+
+        May be called again, by several threads.
+        """
         self._is_over = True
-        for file in list(self._files):
-            file.end(_closed())
+        files = list(self._files)
+        for file in files:  # all of them first: they are waited for together
+            file.stop(_closed())
+        return all(file.end(_closed()) for file in files)
 
     @contextmanager
     def _open(
@@ -87,7 +93,7 @@ class Loads:
             chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
             longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
         )
-        file = CheckpointFile(ahead, loop=runtime, url=location.url, is_near=near, moved=moved)
+        file = CheckpointFile(ahead, loop=runtime, url=location.url, moved=moved)
         self._files.append(file)
         try:
             if self._is_over:  # just now, by one who does not know of the file
@@ -95,7 +101,9 @@ class Loads:
             yield file
         finally:
             file.close()
-            self._files.remove(file)  # last: who interrupts the closing leaves it to the service's
+            file.when_ended(
+                partial(self._files.remove, file)
+            )  # last: who interrupts this leaves it to the service
 
 
 def _closed() -> ServiceClosedError:

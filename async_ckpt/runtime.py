@@ -6,7 +6,8 @@ Guarantees:
   loop thread only; other threads send calls and wait for a future of their own, never for a shared lock, so
   a signal handler may call a service that it interrupted (L1).
 * The thread lives while it has a tenant. The last one that leaves joins it, or where nobody can wait, lets it end by
-  itself (B2).
+  itself (B2). What storage holds up is left behind after a deadline, ends when it can, and holds up neither the
+  interpreter's exit nor the next service.
 * A forked child starts without it; what the parent has under way stays the parent's.
 * When the interpreter exits, every open service is drained first, within its own deadline (D4), and what a
   service that is gone had nobody to tell of is told (E1).
@@ -26,19 +27,20 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 
+from async_ckpt import threads
 from async_ckpt.dispatch import Dispatcher
-from async_ckpt.errors import AbandonedError, ServiceClosedError
+from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
 
 __all__ = [
+    "STOP_SECONDS",
     "Drainable",
-    "PoolWorkers",
     "Runtime",
     "Tellable",
     "Tenant",
@@ -51,6 +53,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 10.0
+"""How long what is on the loop may take to end when nobody holds it any more, before it is left behind."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -111,19 +116,22 @@ class Runtime:
 
     def __init__(self) -> None:
         self.tenants: set[Tenant] = set()
-        self.stuck = False
+        self.patience_seconds = STOP_SECONDS  # for its end; less where somebody has left something behind
         self._inbox: deque[Callable[[], None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._stopping = False
         self._ended = False
         self._ready: Outcome[None] = Outcome()
-        self._thread = threading.Thread(target=self._main, name="async_ckpt-loop", daemon=False)
+        self._over: Outcome[None] = Outcome()
+        self._thread = threading.Thread(target=self._main, name="async_ckpt-loop", daemon=True)
 
     def start(self) -> None:
         """Start the loop thread; leave none behind where that fails or is interrupted."""
+        # Here, and not on the loop thread: a child that is forked as that imports it could never import it.
+        import_module("anyio._backends._asyncio")
         try:
-            self._thread.start()
+            threads.start(self._thread)
             self._ready.result()
         except BaseException:
             self.stop()
@@ -138,6 +146,8 @@ class Runtime:
                 logger.critical("the loop thread has ended; please report it", exc_info=error)
             else:
                 self._ready.set_exception(error)
+        finally:
+            self._over.set_result(None)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()  # first: who stops it before says so by the flag alone
@@ -236,10 +246,16 @@ class Runtime:
         self._stopping = True
         self._wake_up()
 
-    def stop(self) -> None:
-        """End the loop thread and join it. Everything on it must have ended. Again, if it was interrupted."""
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Have the loop thread end, and wait for that, for *seconds* at the most. Again, if it was interrupted."""
         self.end()
-        with suppress(RuntimeError):  # it was interrupted as it started, and will see the flag
+        if self._thread.ident is None:  # it was interrupted as it started, and will see the flag
+            return
+        try:
+            self._over.result(seconds)
+        except TimeoutError:
+            logger.info("what storage holds up is left behind, and ends when it can")
+        else:
             self._thread.join()
 
     def _wake_up(self) -> None:
@@ -248,40 +264,11 @@ class Runtime:
                 self._loop.call_soon_threadsafe(self._wake.set)
 
 
-class PoolWorkers:
-    """A bounded pool of threads for what blocks; see ``stores.base.Workers``."""
-
-    def __init__(self, threads: int) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="async_ckpt-worker")
-
-    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a worker. Cancellation waits until the call has returned."""
-        future = asyncio.wrap_future(self._executor.submit(_contain, function, *args, **kwargs))
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([future])
-        return future.result()
-
-    def close(self, *, wait: bool) -> None:
-        """Let the threads end; *wait* joins them."""
-        self._executor.shutdown(wait=wait, cancel_futures=True)
-
-
-def _contain(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Keep SystemExit and the like from ending the loop thread instead of one save."""
-    try:
-        return function(*args, **kwargs)
-    except Exception:
-        raise
-    except BaseException as error:
-        raise AbandonedError(f"the worker was ended by {type(error).__name__}: {error}") from error
-
-
 _here = threading.local()
 _lock = threading.RLock()
 _current: Runtime | None = None
 _exit_hooked = False
 _exiting = False
-_stuck = False
 _inherited: list[tuple[Runtime, list[Drainable | None]]] = []
 """What a parent had under way; never collected here, see `_forget_in_child`."""
 _untold: list[Tellable] = []
@@ -335,28 +322,27 @@ def held_by(tenant: Tenant) -> Runtime | None:
     return runtime if runtime is not None and tenant in runtime.tenants else None
 
 
-def release(runtime: Runtime, tenant: Tenant, *, stuck: bool = False) -> None:
+def release(runtime: Runtime, tenant: Tenant, *, seconds: float = STOP_SECONDS) -> None:
     """Give *runtime* back; the last one stops it. Does nothing for who does not hold it.
 
     Args:
         runtime: what ``acquire`` returned.
         tenant: what ``acquire`` was called with.
-        stuck: the tenant leaves a thread behind that does not come back; the next one gets a fresh runtime.
+        seconds: how long to wait for its end, where this is the last one or a later one is; the next one gets a
+            fresh runtime.
     """
-    global _current, _stuck
+    global _current
     with _lock:
         if tenant not in runtime.tenants:
             return
-        _stuck = _stuck or stuck
-        runtime.stuck = runtime.stuck or stuck
+        runtime.patience_seconds = min(runtime.patience_seconds, seconds)
         if _current is runtime and len(runtime.tenants) == 1:
             _current = None
         if len(runtime.tenants) > 1:  # maybe only just now, by a signal handler (L1)
             _current = _current or runtime
             runtime.tenants.discard(tenant)
             return
-    if not runtime.stuck:
-        runtime.stop()
+    runtime.stop(runtime.patience_seconds)
     runtime.tenants.clear()  # last, so that who was interrupted can do it again
 
 
@@ -376,8 +362,7 @@ async def leave(runtime: Runtime, tenant: Tenant) -> None:
             _current = None
     finally:
         _lock.release()
-    if not runtime.stuck:
-        runtime.end()
+    runtime.end()
 
 
 def tell_at_exit(untold: Tellable) -> None:
@@ -391,14 +376,13 @@ def _forget_in_child() -> None:
     Its connections do. Were their owners collected here, they would be taken out of the epoll that the parent's loop
     still waits with, and the parent would not hear of answers any more.
     """
-    global _lock, _current, _stuck
+    global _lock, _current
     _lock = threading.RLock()
     if _current is not None:
         # And its tenants, with their stores.
         _inherited.append((_current, [tenant.owner for tenant in _current.tenants]))
     _untold.clear()
     _current = None
-    _stuck = False
     _here.is_loop = False  # whoever forked is the child's only thread
 
 
@@ -430,13 +414,12 @@ def _drain_at_exit() -> None:
             clean = owner.drain_at_exit() and clean
     for untold in list(_untold):
         clean = not untold.print_at_exit() and clean
-    left = not clean and runtime is not None and runtime.tenants  # Ctrl-C once more
-    if runtime is not None and not (runtime.stuck or runtime.tenants):
-        runtime.stop()  # again, lest Python wait for it: an interruption may have kept it from its tenant
-    if _stuck or left or (multiprocessing.parent_process() is not None and not clean):
-        _exit_with_failure()  # a stuck thread would be joined for ever; a child process runs no exit handlers
+    if runtime is not None and not runtime.tenants:
+        runtime.stop(runtime.patience_seconds)  # again: an interruption may have kept it from its tenant
     if clean:
         return
+    if multiprocessing.parent_process() is not None:
+        _exit_with_failure()  # such a process runs no exit handlers
     atexit.register(_exit_with_failure)  # registered last, so it runs first
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
 import anyio
 
+from async_ckpt import threads
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.failures import Failures
 from async_ckpt.handle import Handle, Outcome, await_outcome
@@ -297,17 +298,24 @@ class CheckpointService:
         Cancelled, it returns at once and the closing goes on in a thread; what fails then is logged.
         """
         # Not anyio.to_thread: it starts no thread for who is cancelled already, as the body of an async with may be.
-        thread = ThreadPoolExecutor(1, thread_name_prefix="async_ckpt-closing")
-        closing = thread.submit(self._holdings.close, self._limit(timeout))
-        thread.shutdown(wait=False)
+        holdings, limit = self._holdings, self._limit(timeout)
         closed: Outcome[None] = Outcome()
-        closing.add_done_callback(lambda _: closed.set_result(None))
+
+        def close() -> None:
+            try:
+                holdings.close(limit)
+            except BaseException as error:
+                closed.set_exception(error)
+            else:
+                closed.set_result(None)
+
+        threads.start(threading.Thread(target=close, name="async_ckpt-closing", daemon=True))
         try:
             await await_outcome(closed)
         except BaseException:
             closed.add_done_callback(self.failures.log)  # nobody is there to be told
             raise
-        closing.result()
+        closed.result()
         self.failures.raise_or_add()
 
     def __enter__(self) -> CheckpointService:

@@ -1,9 +1,9 @@
 """A checkpoint that is being fetched, as the file that ``torch.load`` reads on the caller's thread.
 
 Guarantees: every byte is that of the file, and every record that is read whole has the checksum which the file
-gives for it. Nothing is fetched into torch's memory any more once a read has returned or raised, whatever
-interrupted it. Where the records are is learned from the end of the file; a file that is no such archive is
-read all the same.
+gives for it. Torch's memory is written to only while a read of torch's lasts, or else it is kept alive until what still
+writes to it has ended, so that nobody has to wait for storage that hangs (B2). Where the records are is learned from
+the end of the file; a file that is no such archive is read all the same.
 
 What does not belong here: what is fetched when (`readahead`), what is made of the bytes (`reader`).
 """
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import os
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
@@ -28,7 +30,7 @@ from async_ckpt.format.directory import (
     find_directory,
     list_entries,
 )
-from async_ckpt.format.readahead import CHUNK_BYTES, DIRECT_BYTES, ReadAhead
+from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
 from async_ckpt.format.records import Storage, reading_order, storages_of
 from async_ckpt.snapshot.together import populate
 
@@ -37,11 +39,16 @@ __all__ = ["CheckpointFile", "Loop"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_log = logging.getLogger("async_ckpt.format")
+
 _TAIL_BYTES = 64 << 10
 _LEAD_BYTES = 4 << 10
 _MANY_BYTES = 256 << 10
 _SMALL_FILE_BYTES = 256 << 10  # read at once
 _ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
+
+END_SECONDS = 1.0
+"""How long what is under way may take to end before it is left behind, to end when it can."""
 
 LONGEST_BYTES = 32 << 20
 """Length of the reads that go straight into the memory of storages, where there is much to read."""
@@ -64,7 +71,6 @@ class CheckpointFile(io.RawIOBase):
         ahead: what fetches it.
         loop: where that runs.
         url: for messages.
-        is_near: the file answers at once, so that it is not worth a copy to have large storages come early.
         moved: told, on the caller's thread, how many bytes have come.
 
     Attributes:
@@ -83,7 +89,6 @@ class CheckpointFile(io.RawIOBase):
         *,
         loop: Loop,
         url: str,
-        is_near: bool = False,
         moved: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__()
@@ -96,10 +101,10 @@ class CheckpointFile(io.RawIOBase):
         self._ahead = ahead
         self._loop = loop
         self._url = url
-        self._is_near = is_near
         self._moved = moved
         self._position = 0
         self._running = False
+        self._end_by: float | None = None
         self._near: list[tuple[int, int, memoryview]] = []  # what was fetched last; changes with every fetch
         self._kept: list[tuple[int, int, memoryview]] = []
         self._kept_to = 0  # of the beginning
@@ -134,7 +139,6 @@ class CheckpointFile(io.RawIOBase):
                 self.nbytes,
                 self.storages,
                 skipped=skipped,
-                largest_bytes=DIRECT_BYTES if self._is_near else self.nbytes,
             )
             self._loop.call(
                 self._ahead.follow,
@@ -169,7 +173,8 @@ class CheckpointFile(io.RawIOBase):
         """Read storages straight into memory, in large ranges, several at a time.
 
         Args:
-            targets: for each storage, the memory that it fills. It must not go away before this returns.
+            targets: for each storage, the memory that it fills: a view that keeps it alive, for a read that hangs may
+                write to it after this has raised.
 
         Returns:
             False where the archive is laid out otherwise than torch does it, or has more or fewer bytes than there
@@ -209,21 +214,32 @@ class CheckpointFile(io.RawIOBase):
         last, self._last = self._last, None
         return last
 
-    def end(self, reason: BaseException) -> None:
-        """End the fetching, from any thread; the next read raises *reason*. Returns once nothing is under way."""
-        interruption: BaseException | None = None
-        while self._running:
-            # Not to be left by any exception: what is under way writes to memory that torch will free.
+    def stop(self, reason: BaseException) -> None:
+        """Have the fetching end, from any thread; the next read raises *reason*, and so does one that waits."""
+        if self._end_by is None:
+            self._end_by = monotonic() + END_SECONDS
+        with suppress(ServiceClosedError):  # the loop has ended
+            if self._running and not self._loop.call(self._ahead.stop, reason):
+                self._running = False  # it has not even begun
+
+    def end(self, reason: BaseException) -> bool:
+        """Do that, and wait until nothing is under way, but not for long; tell whether that is so."""
+        self.stop(reason)
+        if self._running and self._end_by is not None:
             try:
-                if self._loop.call(self._ahead.stop, reason):
-                    self._ahead.ended.result()
-                self._running = False
-            except ServiceClosedError:  # the loop has ended, and everything on it
-                self._running = False
-            except BaseException as error:
-                interruption = error
-        if interruption is not None:
-            raise interruption
+                self._ahead.ended.exception(self._end_by - monotonic())
+            except TimeoutError:
+                _log.info("a read of %s does not end, and is left behind", self._url)
+                return False
+            self._running = False
+        return True
+
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call *callback* once nothing is under way any more: at once, or on the loop thread."""
+        if self._running:
+            self._ahead.ended.add_done_callback(callback)
+        else:
+            callback()
 
     def close(self) -> None:
         """End the fetching."""
@@ -262,7 +278,7 @@ class CheckpointFile(io.RawIOBase):
             raise self.error
         left = max(0, self.nbytes - self._position)
         data = bytearray(left if nbytes is None or nbytes < 0 else min(nbytes, left))
-        self.readinto(data)
+        self._read_into(memoryview(data), is_kept=True)
         if self.error is not None:
             raise self.error
         self.ended_early = self.ended_early or (nbytes or 0) > left
@@ -273,7 +289,13 @@ class CheckpointFile(io.RawIOBase):
 
         Torch calls `read` when this returns 0, and while an exception is pending when this raises.
         """
-        view = memoryview(target).cast("B")
+        return self._read_into(
+            memoryview(target).cast("B"), is_kept=False
+        )  # torch's view does not keep its memory
+
+    # -- the reading
+
+    def _read_into(self, view: memoryview, *, is_kept: bool) -> int:
         start = self._position
         count = min(view.nbytes, self.nbytes - start)
         if self.error is not None:
@@ -282,23 +304,21 @@ class CheckpointFile(io.RawIOBase):
             self.ended_early = self.ended_early or view.nbytes > 0
             return 0
         try:
-            self._fill(start, view[:count])
+            self._fill(start, view[:count], is_kept)
         except BaseException as error:
             self._give_up(error)
             return 0
         self._position = start + count
         return count
 
-    # -- the reading
-
-    def _fill(self, start: int, view: memoryview) -> None:
+    def _fill(self, start: int, view: memoryview, is_kept: bool) -> None:
         record = self._records.get(start)
         if record is not None and record.nbytes == view.nbytes:
             if record.name in self._skipped:
                 self._last = record.name
                 return
             checksum = 0
-            for begin, end in self._arrivals(start, view):
+            for begin, end in self._arrivals(start, view, is_kept):
                 self._moved(end - begin)
                 checksum = crc32(view[begin:end], checksum)
             self._compare(record, checksum)
@@ -310,7 +330,7 @@ class CheckpointFile(io.RawIOBase):
             # One that says no more than where the bytes would be, if there were neither padding nor extra fields.
             LOCAL_HEADER.pack_into(view, 0, b"PK\x03\x04", *[0] * 8, len(header.name.encode()), 0)
         else:
-            for begin, end in self._arrivals(start, view):
+            for begin, end in self._arrivals(start, view, is_kept):
                 self._moved(end - begin)
         if header is not None:
             with suppress(*NOT_UNDERSTOOD):
@@ -337,8 +357,11 @@ class CheckpointFile(io.RawIOBase):
                 stage="read",
             )
 
-    def _arrivals(self, start: int, view: memoryview) -> Iterator[tuple[int, int]]:
-        """Fill *view*, and yield what has come of it, piece by piece, in order."""
+    def _arrivals(self, start: int, view: memoryview, is_kept: bool) -> Iterator[tuple[int, int]]:
+        """Fill *view*, and yield what has come of it, piece by piece, in order.
+
+        Only a view that *is_kept*, with what it shows, as long as somebody may write to it is given away.
+        """
         stop = start + view.nbytes
         for begin, end, memory in (*self._near, *self._kept):
             if begin <= start and stop <= end:
@@ -346,17 +369,20 @@ class CheckpointFile(io.RawIOBase):
                 yield 0, view.nbytes
                 return
         cut = min(stop, self._kept_from) if start < self._kept_from else stop
-        self._near = []
-        pieces = self._loop.call(self._ahead.want, start, view[: cut - start])
         at = start
-        for piece in pieces:
-            piece.arrived.result()
-            end = min(piece.stop, cut)
-            if piece.in_window:
-                _copy(view[at - start : end - start], piece.memory[at - piece.start : end - piece.start])
-            yield at - start, end - start
-            at = end
-        self._near = [(piece.start, piece.stop, piece.memory) for piece in pieces if piece.in_window]
+        while at < cut:
+            self._near = []
+            upto = cut if is_kept else min(cut, at + self._ahead.chunk_bytes)
+            target = view[at - start : upto - start] if is_kept else None
+            pieces = self._loop.call(self._ahead.want, at, upto - at, target)
+            for piece in pieces:
+                piece.arrived.result()
+                end = min(piece.stop, upto)
+                if piece.is_ours:
+                    _copy(view[at - start : end - start], piece.memory[at - piece.start : end - piece.start])
+                yield at - start, end - start
+                at = end
+            self._near = [(piece.start, piece.stop, piece.memory) for piece in pieces if piece.is_ours]
         if cut < stop:
             _, _, tail = self._kept[0]
             view[cut - start :] = tail[: stop - cut]
@@ -364,7 +390,7 @@ class CheckpointFile(io.RawIOBase):
 
     def _fetch(self, start: int, stop: int) -> memoryview:
         data = memoryview(bytearray(stop - start))
-        for _ in self._arrivals(start, data):
+        for _ in self._arrivals(start, data, is_kept=True):
             pass
         return data
 

@@ -2,11 +2,12 @@
 
 Guarantees:
 
-* Large ranges that are asked for go straight into the memory they are asked for, several at a time. Meanwhile
-  and between them, what will be asked for next comes into a window of reused buffers, so that the
+* Large ranges go straight into the reader's memory, several at a time, where that lives for as long as it is written
+  to. Meanwhile and between them, what will be asked for next comes into a window of reused buffers, so that the
   connections do not fall idle.
 * The window, the reads under way and the reach of a wrong guess are bounded (B2).
-* Once `ended` is set, nothing writes to anybody's memory any more, and the source is closed.
+* After `stop` nobody waits, though a read hangs and cannot be ended (B2). Only memory that is kept alive for it may
+  still be written to. Once `ended` is set, nothing is under way any more, and the source is closed.
 
 Everything here runs on the loop thread; the reader's side, on the caller's thread, is `file`.
 What does not belong here: what the bytes mean, and in which order they will be read (`CheckpointFile` says).
@@ -27,15 +28,12 @@ from async_ckpt.handle import Outcome
 from async_ckpt.redaction import redacted_text
 from async_ckpt.stores.base import Source
 
-__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Piece", "ReadAhead"]
+__all__ = ["CHUNK_BYTES", "Piece", "ReadAhead"]
 
 _log = logging.getLogger("async_ckpt.format")
 
 CHUNK_BYTES = 4 << 20
 """Length of the reads into the window."""
-
-DIRECT_BYTES = CHUNK_BYTES // 4
-"""What is asked for in such lengths is read straight into the reader's memory, where it is not on its way already."""
 
 _WINDOW_BYTES = 48 << 20
 
@@ -44,18 +42,18 @@ class Piece:
     """One read: the bytes *start* to *stop* of the file.
 
     Attributes:
-        targets: where they go, one after the other.
+        targets: where they go, one after the other; views that keep what they show alive.
         arrived: set once they are there.
-        in_window: whether they go to a buffer of the window, not the reader's own memory.
+        is_ours: whether they go to a buffer of ours, not the reader's own memory.
     """
 
-    __slots__ = ("arrived", "in_window", "start", "stop", "targets")
+    __slots__ = ("arrived", "is_ours", "start", "stop", "targets")
 
-    def __init__(self, start: int, *targets: memoryview, in_window: bool) -> None:
+    def __init__(self, start: int, *targets: memoryview, is_ours: bool) -> None:
         self.start = start
         self.stop = start + sum(target.nbytes for target in targets)
         self.targets = targets
-        self.in_window = in_window
+        self.is_ours = is_ours
         self.arrived: Outcome[None] = Outcome()
 
     @property
@@ -74,6 +72,7 @@ class ReadAhead:
         chunk_bytes: length of the reads into the window.
 
     Attributes:
+        chunk_bytes: as given.
         opened: the length of the file, once it is open.
         readers: how many reads are under way at a time.
         ended: set when nothing is under way any more, and nothing will be.
@@ -92,13 +91,14 @@ class ReadAhead:
         self._open_source = open_source
         self.readers = max_concurrent_reads
         self._longest_read_bytes = longest_read_bytes
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._begun = False
         self._reason: BaseException | None = None
         self._scope: anyio.CancelScope | None = None
         self._wake: anyio.Event | None = None
         self._urgent: deque[Piece] = deque()  # asked for, not begun
         self._patient: deque[Piece] = deque()  # the same, but nothing waits for it yet
+        self._under_way: set[Piece] = set()
         self._window: deque[Piece] = deque()  # side by side in the order of the script
         self._spare: list[bytearray] = []
         self._buffers = 0
@@ -118,7 +118,8 @@ class ReadAhead:
                     self._wake = anyio.Event()
                     source = await self._open_source()
                     self.readers = min(self.readers, source.max_concurrent_reads or self.readers)
-                    self.opened.set_result(source.nbytes)
+                    if not self.opened.done():
+                        self.opened.set_result(source.nbytes)
                     async with anyio.create_task_group() as tasks:
                         for _ in range(self.readers):
                             tasks.start_soon(self._keep_reading, source)
@@ -126,20 +127,27 @@ class ReadAhead:
             self._reason = error
         finally:
             self._reason = self._reason or ServiceClosedError("the loop ended while a checkpoint was read")
+            self._turn_away(self._reason)
             if source is not None:
                 await _close(source)
-            for piece in (*self._urgent, *self._patient, *self._window):
-                _fail(piece.arrived, self._reason)
-            _fail(self.opened, self._reason)
             self._spare.clear()
             self.ended.set_result(None)
 
     def stop(self, reason: BaseException) -> bool:
-        """End everything soon; whoever waits gets *reason*. Tell whether `ended` will be set."""
+        """End everything soon; whoever waits gets *reason* at once. Tell whether `ended` will be set."""
         self._reason = self._reason or reason
         if self._scope is not None:
             self._scope.cancel()
+        self._turn_away(self._reason)
         return self._begun
+
+    def _turn_away(self, reason: BaseException) -> None:
+        """Let nobody wait for what may never come."""
+        for piece in (*self._under_way, *self._urgent, *self._patient, *self._window):
+            _fail(piece.arrived, reason)
+        _fail(self.opened, reason)
+        self._urgent.clear()
+        self._patient.clear()
 
     def follow(self, script: Sequence[tuple[int, int]]) -> None:
         """Fetch, from now on, these ranges in this order, as far ahead as the window allows."""
@@ -150,19 +158,27 @@ class ReadAhead:
         self._limit = self._most
         self._notify()
 
-    def want(self, start: int, target: memoryview) -> list[Piece]:
-        """Ask for the bytes from *start* on; *target* is where they will be, unless they are in the window.
+    def want(self, start: int, nbytes: int, target: memoryview | None) -> list[Piece]:
+        """Ask for the *nbytes* bytes from *start* on.
 
         What was returned before must not be used any more: its buffers may be filled anew.
+
+        Args:
+            start: where they begin in the file.
+            nbytes: how many; without *target*, no more than ``chunk_bytes``.
+            target: where they will be, unless they are in buffers of ours; it keeps what it shows alive. None where
+                there is no such memory.
 
         Returns:
             Pieces that cover the range, in order. The first may begin before it, and the last end behind it.
         """
         if self._reason is not None:
             raise self._reason
-        pieces, at = self._on_its_way(start, start + target.nbytes)
-        if at < start + target.nbytes:
-            pieces += self._fetch(at, target[at - start :], jumped=not pieces)
+        stop = start + nbytes
+        pieces, at = self._on_its_way(start, stop)
+        if at < stop:
+            rest = None if target is None else target[at - start :]
+            pieces += self._fetch(at, stop, rest, jumped=not pieces)
         self._notify()
         return pieces
 
@@ -170,14 +186,14 @@ class ReadAhead:
         """Have ranges read straight into the reader's memory, one place after the other, once nothing else is wanted.
 
         Args:
-            ranges: where each begins, and where its bytes go.
+            ranges: where each begins, and where its bytes go; the views keep what they show alive.
 
         Returns:
             A piece for each.
         """
         if self._reason is not None:
             raise self._reason
-        pieces = [Piece(start, *targets, in_window=False) for start, targets in ranges]
+        pieces = [Piece(start, *targets, is_ours=False) for start, targets in ranges]
         self._patient.extend(pieces)
         self._notify()
         return pieces
@@ -186,7 +202,7 @@ class ReadAhead:
 
     @property
     def _most(self) -> int:
-        return min(_WINDOW_BYTES // self._chunk_bytes, 2 * self.readers)
+        return min(_WINDOW_BYTES // self.chunk_bytes, 2 * self.readers)
 
     def _on_its_way(self, start: int, stop: int) -> tuple[list[Piece], int]:
         """Return the pieces of the window from *start* on, and where they end; those before them are done with."""
@@ -204,35 +220,38 @@ class ReadAhead:
             start = piece.stop
         return found, start
 
-    def _fetch(self, start: int, target: memoryview, *, jumped: bool) -> list[Piece]:
-        """Have a range fetched that is not on its way: into the window if it is small and comes next in the script."""
+    def _fetch(self, start: int, stop: int, target: memoryview | None, *, jumped: bool) -> list[Piece]:
+        """Have a range fetched that is not on its way: into the window if it may be, and comes next in the script."""
         place = self._place_in_script(start)
-        follows = 0 <= start - self._read_to < self._chunk_bytes // 64
-        self._read_to = start + target.nbytes
+        follows = 0 <= start - self._read_to < self.chunk_bytes // 64
+        self._read_to = stop
         if place is None or ((place, start) < self._cursor and not follows):
-            return self._directly(start, target)  # the window stays with what is probably next
+            return self._directly(start, stop, target)  # the window stays with what is probably next
         if jumped:
             self._drop(len(self._window))
             self._limit = min(2 * self._limit, self._most) if self._is_near(place, start) else 1
         self._cursor = (place, start)
-        stop = start + target.nbytes
         pieces: list[Piece] = []
-        if target.nbytes < self._chunk_bytes // 4:
+        if target is None or target.nbytes < self.chunk_bytes // 4:
             while start < min(stop, self._script[place][1]) and (piece := self._next_of_script(at_once=True)):
                 self._urgent.append(piece)
                 pieces.append(piece)
                 start = piece.stop
         if start < stop:
             self._skip_to(stop)
-            pieces += self._directly(start, target[target.nbytes - (stop - start) :])
+            rest = None if target is None else target[target.nbytes - (stop - start) :]
+            pieces += self._directly(start, stop, rest)
         return pieces
 
-    def _directly(self, start: int, target: memoryview) -> list[Piece]:
-        share = -(-target.nbytes // self.readers)
-        step = min(max(share, self._chunk_bytes), self._longest_read_bytes)
-        pieces = [
-            Piece(start + at, target[at : at + step], in_window=False) for at in range(0, target.nbytes, step)
-        ]
+    def _directly(self, start: int, stop: int, target: memoryview | None) -> list[Piece]:
+        """Have a range fetched past the window: to *target*, or to a buffer of its own."""
+        if target is None:
+            pieces = [Piece(start, memoryview(bytearray(stop - start)), is_ours=True)]
+        else:
+            share = -(-target.nbytes // self.readers)
+            step = min(max(share, self.chunk_bytes), self._longest_read_bytes)
+            cuts = range(0, target.nbytes, step)
+            pieces = [Piece(start + at, target[at : at + step], is_ours=False) for at in cuts]
         self._urgent.extend(pieces)
         return pieces
 
@@ -250,7 +269,7 @@ class ReadAhead:
         if now >= len(self._script):
             return False
         left_out = at - here if place == now else self._script[now][1] - here + at - self._script[place][0]
-        return 0 <= place - now <= 1 and 0 <= left_out < self._chunk_bytes
+        return 0 <= place - now <= 1 and 0 <= left_out < self.chunk_bytes
 
     def _skip_to(self, at: int) -> None:
         place, _ = self._cursor
@@ -267,12 +286,12 @@ class ReadAhead:
         if self._spare:
             buffer = self._spare.pop()
         elif self._buffers < self._most:
-            buffer = bytearray(self._chunk_bytes)
+            buffer = bytearray(self.chunk_bytes)
             self._buffers += 1
         else:
             return None
-        stop = min(start + self._chunk_bytes, self._script[place][1])
-        piece = Piece(start, memoryview(buffer)[: stop - start], in_window=True)
+        stop = min(start + self.chunk_bytes, self._script[place][1])
+        piece = Piece(start, memoryview(buffer)[: stop - start], is_ours=True)
         self._window.append(piece)
         self._skip_to(stop)
         return piece
@@ -291,7 +310,7 @@ class ReadAhead:
     # -- the reading
 
     async def _keep_reading(self, source: Source) -> None:
-        while True:
+        while self._reason is None:  # a read that hung may come back long after `stop`
             piece = self._urgent.popleft() if self._urgent else self._next_of_script()
             if piece is None and self._patient:
                 piece = self._patient.popleft()
@@ -299,15 +318,19 @@ class ReadAhead:
                 assert self._wake is not None
                 await self._wake.wait()
                 continue
+            self._under_way.add(piece)
             try:
                 await source.read_into(piece.start, *piece.targets)
             except Exception as error:  # told to who wants the piece, if anybody does
-                piece.arrived.set_exception(error)
+                _fail(piece.arrived, error)
             except BaseException:
                 _fail(piece.arrived, self._reason or ServiceClosedError("the reading was cancelled"))
                 raise
             else:
-                piece.arrived.set_result(None)
+                if not piece.arrived.done():
+                    piece.arrived.set_result(None)
+            finally:
+                self._under_way.discard(piece)
 
     def _notify(self) -> None:
         if self._wake is not None:

@@ -254,4 +254,7 @@ def _is_native(order: bytes | None) -> bool:
 
 
 def _memory_of(storage: torch.UntypedStorage) -> memoryview:
-    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+    """Return a view that keeps the storage alive, as do all that are cut from it."""
+    memory: Any = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory.owner = storage
+    return memoryview(memory).cast("B")

@@ -48,7 +48,7 @@ def storages_of(entries: Sequence[Entry], stop: int) -> dict[str, Storage]:
 
 
 def reading_order(
-    nbytes: int, storages: Mapping[str, Storage] | None, *, skipped: Collection[str], largest_bytes: int
+    nbytes: int, storages: Mapping[str, Storage] | None, *, skipped: Collection[str]
 ) -> list[tuple[int, int]]:
     """Return what will be read, in order: what is no storage, and then storages by their numbers.
 
@@ -56,7 +56,6 @@ def reading_order(
         nbytes: length of the file.
         storages: from `storages_of`; None where the file is no archive.
         skipped: the names of storages that will not be read.
-        largest_bytes: storages that are larger are left out.
 
     Returns:
         Where each range begins and ends.
@@ -69,11 +68,7 @@ def reading_order(
         others.append((at, place.start))
         at = place.stop
     head, *rest = [*others, (at, nbytes)]
-    early = [
-        (place.start, place.stop)
-        for name, place in storages.items()
-        if name not in skipped and place.stop - place.start <= largest_bytes
-    ]
+    early = [(place.start, place.stop) for name, place in storages.items() if name not in skipped]
     return _joined([head, *early, *rest])
 
 

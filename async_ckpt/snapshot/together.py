@@ -15,9 +15,12 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+
+from async_ckpt import threads
 
 __all__ = ["PIECE_BYTES", "const_address", "copy_together", "populate", "work_together"]
 
@@ -70,19 +73,20 @@ def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: i
         except BaseException as error:
             errors.append(error)
 
-    helpers = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1
-    threads: list[threading.Thread] = []
+    count = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1
+    # Holding the memory: should an interruption come even between here and the join, it is neither freed nor the
+    # buffer reused before the thread has ended.
+    helpers = [
+        threading.Thread(target=take, args=(held,), name="async_ckpt-copy", daemon=True) for _ in range(count)
+    ]
     try:
-        for _ in range(helpers):
-            # Holding the memory: should an interruption come even between here and the join, it is neither freed
-            # nor the buffer reused before the thread has ended.
-            threads.append(threading.Thread(target=take, args=(held,), name="async_ckpt-copy"))
-            threads[-1].start()
+        with suppress(RuntimeError):  # the system allows no more threads: those that there are do it all
+            threads.start(*helpers)
         take(held)
     except BaseException as error:
         errors.append(error)
     finally:
-        _end(pieces, threads, errors)
+        _end(pieces, helpers, errors)
     if errors:
         raise errors[0]
 
@@ -100,15 +104,16 @@ def const_address(tensor: torch.Tensor) -> int:
     return int(getattr(tensor, "const_data_ptr", tensor.data_ptr)())
 
 
-def _end(pieces: Iterator[Any], threads: Sequence[threading.Thread], errors: list[BaseException]) -> None:
-    """Leave the threads nothing more to do, and join them, however often that is interrupted."""
-    while any(thread.is_alive() for thread in threads):
+def _end(pieces: Iterator[Any], helpers: Sequence[threading.Thread], errors: list[BaseException]) -> None:
+    """Leave the threads nothing to do, not even one that has yet to start; join them, however often interrupted."""
+    while True:
         try:
             for _ in pieces:
                 pass
-            for thread in threads:
+            for thread in helpers:
                 if thread.is_alive():
                     thread.join()
+            return
         except BaseException as error:
             errors.append(error)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from async_ckpt import AbandonedError, ServiceClosedError, runtime
-from async_ckpt.runtime import PoolWorkers, Runtime
+from async_ckpt.runtime import Runtime
+from async_ckpt.workers import PoolWorkers
 from tests.support import PATIENCE_SECONDS
 
 
@@ -151,4 +152,4 @@ def test_workers_are_bounded_and_contained(running: Runtime) -> None:
     assert most == 2
     with pytest.raises(AbandonedError, match="SystemExit"):
         running.call_async(leave).result(PATIENCE_SECONDS)
-    workers.close(wait=True)
+    assert workers.close(PATIENCE_SECONDS)

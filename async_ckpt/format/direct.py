@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from async_ckpt.format.checksum import crc32, crc32_combine
 from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 
-__all__ = ["Range", "Wanted", "expected_start", "plan_ranges"]
+__all__ = ["Range", "Wanted", "expected_start", "overlap", "plan_ranges"]
 
 _SATURATED = 0xFFFFFFFF
 _WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
@@ -106,11 +106,21 @@ def expected_start(entry: Entry, alignment: int) -> int:
     return -(-start // alignment) * alignment
 
 
+def overlap(records: Iterable[Wanted]) -> bool:
+    """Tell whether records lie in each other; torch's never do, and read so a file would take more than its length."""
+    stop = 0
+    for record in sorted(records, key=lambda record: record.entry.header):
+        if record.entry.header < stop:
+            return True
+        stop = record.start + record.entry.nbytes
+    return False
+
+
 def plan_ranges(records: Iterable[Wanted], *, longest_bytes: int) -> list[Range]:
     """Return the ranges that read *records*, in the order of the file.
 
     Args:
-        records: what to read; none of them empty.
+        records: what to read; none of them empty, and no two that `overlap`.
         longest_bytes: the most that one request should ask for, headers aside.
 
     Returns:

@@ -69,20 +69,17 @@ def find_directory(tail: bytes | memoryview, nbytes: int) -> tuple[int, int]:
     _expect(at >= 0, "no end of central directory")
     end = base + at
     *_, size, offset, _ = _END.unpack_from(tail, at)
-    if _SATURATED in (size, offset):
-        at -= _END64_LOCATOR.size
-        _expect(at >= 0, "no zip64 locator")
-        magic, _, where, _ = _END64_LOCATOR.unpack_from(tail, at)
-        _expect(magic == b"PK\x06\x07" and where >= base, "no zip64 locator")
+    at -= _END64_LOCATOR.size
+    if at >= 0 and tail.startswith(b"PK\x06\x07", at):  # it counts wherever it is, to torch as well
+        _, _, where, _ = _END64_LOCATOR.unpack_from(tail, at)
+        _expect(where >= base, "zip64's end of the central directory is further away")
         magic, *_, size, offset = _END64.unpack_from(tail, where - base)
         _expect(magic == b"PK\x06\x06", "no zip64 end of central directory")
         end = where
-    # Before its end come zip64's structures, or nothing. A number that is wrong could else have nearly all of the file
-    # taken for the directory, and kept in memory.
-    between = end - (offset + size)
-    _expect(
-        between in (0, _END64.size + _END64_LOCATOR.size), "the central directory is not where it should be"
-    )
+    else:
+        _expect(_SATURATED not in (size, offset), "no zip64 locator")
+    # A number that is wrong could else have nearly all of the file taken for the directory.
+    _expect(offset + size == end, "the central directory is not where it should be")
     return offset, offset + size
 
 

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.direct import Wanted, expected_start, plan_ranges
+from async_ckpt.format.direct import Wanted, expected_start, overlap, plan_ranges
 from async_ckpt.format.directory import (
     LOCAL_HEADER,
     NOT_UNDERSTOOD,
@@ -46,6 +46,12 @@ _LEAD_BYTES = 4 << 10
 _MANY_BYTES = 256 << 10
 _SMALL_FILE_BYTES = 256 << 10  # read at once
 _ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
+_POPULATED_BYTES = 128 << 10  # less lies in pages that are there, as a rule
+
+# What is kept in memory beside the state is bounded, whatever a file says of itself. What is longer, torch reads alone.
+_LONGEST_DIRECTORY_BYTES = 32 << 20
+_LONGEST_BEGINNING_BYTES = 16 << 20
+_LONGEST_NUMBER_BYTES = 20
 
 END_SECONDS = 1.0
 """How long what is under way may take to end before it is left behind, to end when it can."""
@@ -146,24 +152,29 @@ class CheckpointFile(io.RawIOBase):
             )
 
     def keep_beginning(self) -> None:
-        """Fetch once and keep what stands before the first storage: the pickle, above all."""
+        """Fetch once and keep what stands before the first storage, if it is not too long: the pickle, above all."""
         assert self.storages is not None
         with self._failing():
             stop = min((place.start for place in self.storages.values()), default=0)
-            if 0 < stop <= self._kept_from:
-                self._kept.append((0, stop, self._fetch(0, stop)))
-                self._kept_to = stop
+            if not 0 < stop <= min(self._kept_from, _LONGEST_BEGINNING_BYTES):
+                return
+            self._kept.append((0, stop, self._fetch(0, stop)))
+            self._kept_to = stop
         alignment = _ALIGNMENT
         with suppress(ValueError):
-            alignment = max(1, int(self.record(".storage_alignment") or _ALIGNMENT))
+            said = self.record(".storage_alignment", longest_bytes=_LONGEST_NUMBER_BYTES)
+            alignment = max(1, int(said or _ALIGNMENT))
         pickled = self._entry("data.pkl")
         if pickled is not None and self._start_of(pickled) == expected_start(pickled, alignment):
             self.alignment = alignment
 
-    def record(self, name: str) -> bytes | None:
-        """Return what is in the record of that name, less the archive's own name before it; None without one."""
+    def record(self, name: str, *, longest_bytes: int = _LONGEST_BEGINNING_BYTES) -> bytes | None:
+        """Return what is in the record of that name, less the archive's own name before it.
+
+        None where there is no such record, or a longer one.
+        """
         entry = self._entry(name)
-        start = None if entry is None else self._start_of(entry)
+        start = None if entry is None or entry.nbytes > longest_bytes else self._start_of(entry)
         if entry is None or start is None:
             return None
         self.seek(start)
@@ -191,14 +202,15 @@ class CheckpointFile(io.RawIOBase):
                 for entry, target in ((entries[name], target) for name, target in targets.items())
             ]
             # The lengths of the memory are what the pickle says, and older torch believes it.
-            if not all(each.fits(self.nbytes) for each in wanted):
+            if not all(each.fits(self.nbytes) for each in wanted) or overlap(wanted):
                 return False
             share = sum(target.nbytes for target in targets.values()) // (2 * self._ahead.readers)
             longest_bytes = min(max(share, CHUNK_BYTES), LONGEST_BYTES)
             ranges = plan_ranges(wanted, longest_bytes=longest_bytes)
             pieces = self._loop.call(self._ahead.gather, [(each.start, each.targets) for each in ranges])
             for target in targets.values():  # else the loop thread would, page by page, as the bytes come
-                populate(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
+                if target.nbytes >= _POPULATED_BYTES:
+                    populate(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
             as_expected = True
             for piece, each in zip(pieces, ranges, strict=True):
                 piece.arrived.result()
@@ -419,12 +431,14 @@ class CheckpointFile(io.RawIOBase):
         tail = self._fetch(self.nbytes - tail_bytes, self.nbytes)
         try:
             start, stop = find_directory(tail, self.nbytes)
+            self.has_directory = True
+            if stop - start > _LONGEST_DIRECTORY_BYTES:
+                raise ValueError("the directory is too long to be kept")
             missing = self.nbytes - tail.nbytes - start
             if missing > 0:  # and the records that stand before the directory and are read first
                 begin = max(0, start - _LEAD_BYTES)
                 tail = memoryview(bytes(self._fetch(begin, start + missing)) + bytes(tail))
             first = self.nbytes - tail.nbytes
-            self.has_directory = True
             entries = list(list_entries(tail[start - first : stop - first]))
             if all(entry.method == 0 for entry in entries):
                 self._headers = {entry.header: entry for entry in entries}

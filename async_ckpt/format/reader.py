@@ -33,6 +33,7 @@ _log = logging.getLogger("async_ckpt.format")
 
 _BUFFER_BYTES = 1 << 20
 _WORTH_BYTES = 1 << 20
+_AT_A_TIME = 16 << 10  # storages
 _ZIP = b"PK\x03\x04"
 _DAMAGED = ("archive is corrupted", "file read failed")  # what miniz, which torch reads archives with, says
 
@@ -83,7 +84,19 @@ def read_checkpoint(
 
 
 class _Elsewhere(Exception):
-    """A storage does not stay in the memory that torch made for it."""
+    """A storage does not stay in the memory that torch made for it, or is not the only one of its record."""
+
+
+class _Buffered(io.BufferedReader):
+    """A file of the old format, whose pickles say how much of it is to be read."""
+
+    raw: CheckpointFile
+
+    def read(self, nbytes: int | None = -1, /) -> bytes:
+        """Return up to *nbytes* bytes, for which no more memory is taken than the file is long."""
+        if nbytes is not None and nbytes > _BUFFER_BYTES:
+            nbytes = min(nbytes, max(0, self.raw.nbytes - self.tell()))
+        return super().read(nbytes)
 
 
 class _Reading:
@@ -130,7 +143,7 @@ class _Reading:
         def keep(storage: torch.UntypedStorage, location: str) -> Any:
             placed = self._placed(storage, location)
             if (name := self._file.take_last()) is not None:
-                if placed.data_ptr() != storage.data_ptr():
+                if placed.data_ptr() != storage.data_ptr() or name in found:
                     raise _Elsewhere
                 found[name] = storage
             return placed
@@ -141,8 +154,15 @@ class _Reading:
             if self._file.error is not None:
                 raise
             return  # with the caller's own map_location, torch.load raises its own error, or none
-        if self._file.read_storages({name: _memory_of(storage) for name, storage in found.items()}):
+        if all(map(self._file.read_storages, self._targets(found))):
             yield state
+
+    def _targets(self, found: dict[str, torch.UntypedStorage]) -> Iterator[dict[str, memoryview]]:
+        """Yield the memory of storages, of some at a time: a record being read takes 2 KiB beside its bytes."""
+        storages = self._file.storages or {}
+        names = sorted(found, key=lambda name: storages[name].start)
+        for start in range(0, len(names), _AT_A_TIME):
+            yield {name: _memory_of(found[name]) for name in names[start : start + _AT_A_TIME]}
 
     def _leave_storages_out(self) -> None:
         assert self._file.storages is not None
@@ -217,7 +237,7 @@ class _Reading:
         file.seek(0)
         is_zip = file.read(len(_ZIP)) == _ZIP
         file.seek(0)
-        buffered = None if is_zip else io.BufferedReader(file, _BUFFER_BYTES)
+        buffered = None if is_zip else _Buffered(file, _BUFFER_BYTES)
         opened: Any = buffered or file
         try:
             return torch.load(opened, map_location=map_location, weights_only=self._weights_only, mmap=False)

@@ -4,6 +4,9 @@ A path is made of the keys of nested mappings and the positions in nested lists,
 ``state_dict.layer1.weight``, ``optimizer_states.0.state.3.exp_avg``. A pattern is a path as it is, or what
 ``fnmatch`` takes, where ``*`` stands for dots as well; one that matches a path takes everything below it.
 
+Guarantees: a state whose values hold each other many times over, as only one made for that does, is refused before its
+paths fill the memory.
+
 What does not belong here: what the values are.
 """
 
@@ -23,6 +26,8 @@ __all__ = ["as_patterns", "part_of"]
 _WILD = frozenset("*?[")
 _SUGGESTIONS = 3
 _MOST_COMPARED = 20_000  # paths; difflib takes about 10 µs for each
+_MOST_TIMES = 16  # that all values together may be met on different paths, beside
+_MOST_MORE = 1 << 20  # values that are met more often
 
 
 def as_patterns(keys: str | Sequence[str]) -> tuple[str, ...]:
@@ -45,57 +50,80 @@ def part_of(state: Any, patterns: Sequence[str]) -> Any:
 
     Raises:
         KeyError: a pattern matches nothing.
+        ValueError: the values hold each other so often that there are far more paths than values.
     """
-    paths = dict.fromkeys(_paths(state, "", ()))
     exact = frozenset(patterns)
     wild = {pattern: re.compile(translate(pattern)) for pattern in exact if not _WILD.isdisjoint(pattern)}
+    walk = _Walk()
+    paths: list[str] = []
+    missing = set(exact)
+    unmet = dict(wild)
+    for path in walk.paths(state, "", ()):
+        if len(paths) < _MOST_COMPARED:
+            paths.append(path)
+        met = {path, *(pattern for pattern, each in unmet.items() if each.match(path))}
+        if not met.isdisjoint(missing):
+            missing -= met
+            unmet = {pattern: each for pattern, each in unmet.items() if pattern in missing}
+            if not missing:
+                break
     for pattern in patterns:
-        if pattern not in paths and not (pattern in wild and any(map(wild[pattern].match, paths))):
-            raise KeyError(_nothing(pattern, list(paths)))
+        if pattern in missing:
+            raise KeyError(_nothing(pattern, paths))
 
     def matches(path: str) -> bool:
         return path in exact or any(each.match(path) for each in wild.values())
 
-    return _pruned(state, "", (), matches)[0]
+    return walk.pruned(state, "", (), matches)[0]
 
 
-def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, (list, tuple)) else ()
+class _Walk:
+    """Goes through a state, path by path."""
 
+    def __init__(self) -> None:
+        self._left = _MOST_MORE
+        self._seen: set[int] = set()
 
-def _paths(value: Any, path: str, around: tuple[int, ...]) -> Iterator[str]:
-    """Return every path in *value*; one that leads back to what is *around* it is not followed."""
-    if id(value) in around:
-        return
-    for key, inner in _items(value):
-        below = f"{path}.{key}" if path else str(key)
-        yield below
-        yield from _paths(inner, below, (*around, id(value)))
+    def _look_into(self, value: Any, around: tuple[int, ...]) -> Iterable[tuple[Any, Any]]:
+        """Return the items of a container; of one that leads back to what is *around* it, none."""
+        if id(value) in around or not isinstance(value, (dict, list, tuple)):
+            return ()
+        if id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._left += _MOST_TIMES * len(value)
+        self._left -= len(value)
+        if self._left < 0:
+            raise ValueError(
+                "the checkpoint's values hold each other too many times over to be looked through"
+            )
+        return value.items() if isinstance(value, dict) else enumerate(value)
 
+    def paths(self, value: Any, path: str, around: tuple[int, ...]) -> Iterator[str]:
+        """Yield every path in *value*."""
+        for key, inner in self._look_into(value, around):
+            below = f"{path}.{key}" if path else str(key)
+            yield below
+            yield from self.paths(inner, below, (*around, id(value)))
 
-def _pruned(
-    value: Any, path: str, around: tuple[int, ...], matches: Callable[[str], bool]
-) -> tuple[Any, ...]:
-    """Return what is left of *value*, or nothing."""
-    if path and matches(path):
-        return (value,)
-    if id(value) in around:
-        return ()
-    kept = {}
-    for key, inner in _items(value):
-        below = f"{path}.{key}" if path else str(key)
-        for left in _pruned(inner, below, (*around, id(value)), matches):
-            kept[key] = left
-    if not kept:
-        return ()
-    if not isinstance(value, dict):
-        return (list(kept.values()) if isinstance(value, list) else tuple(kept.values()),)
-    part = copy.copy(value)
-    part.clear()
-    part.update(kept)
-    return (part,)
+    def pruned(
+        self, value: Any, path: str, around: tuple[int, ...], matches: Callable[[str], bool]
+    ) -> tuple[Any, ...]:
+        """Return what is left of *value*, or nothing."""
+        if path and matches(path):
+            return (value,)
+        kept = {}
+        for key, inner in self._look_into(value, around):
+            below = f"{path}.{key}" if path else str(key)
+            for left in self.pruned(inner, below, (*around, id(value)), matches):
+                kept[key] = left
+        if not kept:
+            return ()
+        if not isinstance(value, dict):
+            return (list(kept.values()) if isinstance(value, list) else tuple(kept.values()),)
+        part = copy.copy(value)
+        part.clear()
+        part.update(kept)
+        return (part,)
 
 
 def _nothing(pattern: str, paths: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from typing import Any
@@ -13,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from async_ckpt.format.direct import Wanted, expected_start, plan_ranges
+from async_ckpt.format.direct import Wanted, expected_start, overlap, plan_ranges
 from async_ckpt.format.directory import Entry, data_start
 from async_ckpt.format.plain import is_plain
 from tests.archives import entries_of, written
+from tests.hostile import hostile_pickles
 
 
 def storages(data: bytes) -> list[Entry]:
@@ -148,6 +151,53 @@ def test_plain(state: Any) -> None:
 def test_not_plain(state: Any) -> None:
     """What is rebuilt by a look at tensors, or by code that is not known, is told."""
     assert not is_plain(pickle_of(written({"state": state})))
+
+
+READING = {what: each for what, each in hostile_pickles().items() if what.startswith("reading: ")}
+KEEPING = {"reading: set", "reading: ordered", "reading: counter"}
+
+
+@pytest.mark.parametrize("what", READING)
+def test_what_is_in_a_tensor_decides(what: str) -> None:
+    """Names that are known do not make a pickle plain that calls them with a tensor, but where they only keep it."""
+    assert is_plain(READING[what]) is (what in KEEPING)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_in_every_protocol(protocol: int) -> None:
+    """What torch.save is told to use for pickles makes no difference."""
+    deep: list[Any] = [torch.ones(1)]
+    for _ in range(300):
+        deep = [deep, (1, deep)]
+    state = {
+        "a": torch.nn.Parameter(torch.ones(3)),
+        "s": "x" * 70_000,
+        "b": b"x" * 300,
+        "n": [1 << 80, 0.5, -1],
+        "d": deep,
+    }
+    assert is_plain(pickle_of(written(state, pickle_protocol=protocol)))
+
+
+@pytest.mark.parametrize("place", [1 << 27, (1 << 32) - 1])
+def test_memory_for_what_a_pickle_says(place: int) -> None:
+    """A number in a pickle is no reason to take memory: not where something is memorized, nor how long it is."""
+    pickled = b"\x80\x02Nr" + place.to_bytes(4, "little") + b"X" + place.to_bytes(4, "little") + b"."
+    tracemalloc.start()
+    try:
+        assert not is_plain(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_records_over_each_other() -> None:
+    """Records that lie in each other are told; those that torch writes do not."""
+    data = written([torch.arange(9), torch.arange(90)])
+    first, second = map(wanting, storages(data))
+    assert not overlap([second, first])
+    first.entry = dataclasses.replace(first.entry, nbytes=second.start)
+    assert overlap([second, first])
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,17 @@ def test_a_state_that_holds_itself() -> None:
         part_of(state, ["me.a.0"])
 
 
+@pytest.mark.parametrize("kind", [list, tuple, lambda pair: dict(enumerate(pair))])
+def test_a_state_that_holds_the_same_a_million_times_over(kind: Any) -> None:
+    """What comes first is found; where no end of the search is in sight, it is given up."""
+    state: Any = kind([1, 2])
+    for _ in range(60):
+        state = kind([state, state])
+    assert part_of({"a": state, "b": 3}, ["*.1"]) == {"a": part_of(state, ["*1"])}
+    with pytest.raises(ValueError, match="too many times over"):
+        part_of({"a": state, "b": 3}, ["b.*"])
+
+
 def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
     """The error names the pattern and what comes nearest to it, each pattern on its own."""
     with pytest.raises(KeyError, match=r"'state_dict\.encodr\.bias'.*'state_dict\.encoder\.bias'"):

@@ -13,7 +13,10 @@ import logging
 import sys
 import traceback
 import warnings
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from async_ckpt.errors import FlushError
 from async_ckpt.handle import Failure, Handle
@@ -21,6 +24,35 @@ from async_ckpt.handle import Failure, Handle
 __all__ = ["Failures", "tell"]
 
 logger = logging.getLogger(__name__)
+
+_MARK = "_async_ckpt_ambient"
+
+
+class _Mark:
+    """What an error carries that was being handled as a service was made; it goes no further than that error."""
+
+    __slots__ = ("__weakref__",)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _no_mark() -> None:
+    return None
+
+
+def _mark_current_error() -> Callable[[], _Mark | None]:
+    """Return a weak reference to the mark of the error that is being handled.
+
+    An error cannot be referred to weakly, and strongly would keep what its frames hold; an id is another one's later.
+    """
+    error = sys.exc_info()[1]
+    if error is None:
+        return _no_mark
+    mark = vars(error).get(_MARK)  # another service's
+    if mark is None:
+        mark = vars(error)[_MARK] = _Mark()
+    return weakref.ref(mark)
 
 
 class Failures:
@@ -33,7 +65,7 @@ class Failures:
     def __init__(self, *, warn: bool) -> None:
         self._warn = warn
         self._untold: set[Failure] = set()  # those that a handle has told may be among them
-        self._ambient_error = id(sys.exc_info()[1])
+        self._ambient_mark = _mark_current_error()
 
     def __bool__(self) -> bool:
         """Whether there is anything that nobody has been told of."""
@@ -48,7 +80,7 @@ class Failures:
 
         For owners that are made on demand, maybe while they handle an error that they will raise again.
         """
-        self._ambient_error = 0
+        self._ambient_mark = _no_mark
 
     def raise_all(self) -> None:
         """Raise what was not collected: for who asks whether all is well."""
@@ -117,8 +149,10 @@ class Failures:
 
     def _in_flight(self) -> BaseException | None:
         error = sys.exc_info()[1]
-        # Else it was being handled before there was a service: the program has caught it already.
-        return error if id(error) != self._ambient_error else None
+        mark = self._ambient_mark()
+        if mark is not None and error is not None and vars(error).get(_MARK) is mark:
+            return None  # it was being handled before there was a service: the program has caught it already
+        return error
 
     def _claimed(self, but: Handle | None = None) -> list[Failure]:
         """Take what no handle's waiter is about to be told, and no other thread is telling; *but* one."""

@@ -125,7 +125,7 @@ class HostPool:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._idle: list[HostBuffer] = []  # the longest idle first
-        self._leased: dict[int, int] = {}  # how many hold it
+        self._leased: dict[HostBuffer, int] = {}  # how many hold it
 
     @property
     def idle_bytes(self) -> int:
@@ -166,12 +166,12 @@ class HostPool:
             except BaseException:
                 self._budget.release(capacity)
                 raise
-        self._leased[id(buffer)] = 1
+        self._leased[buffer] = 1
         return buffer
 
     def share(self, buffer: HostBuffer) -> None:
         """Let one more hold *buffer*, which is on lease; each of them gives it to `release` once."""
-        self._leased[id(buffer)] += 1
+        self._leased[buffer] += 1
 
     def would_fit(self, nbytes: int, *, without: HostBuffer | None = None) -> bool:
         """Tell whether a buffer could be had once all idle ones were dropped.
@@ -181,7 +181,7 @@ class HostPool:
             without: a buffer on lease, counted as if one who holds it had given it back.
         """
         others = self._budget.held_bytes - self.idle_bytes
-        if without is not None and self._leased[id(without)] == 1:
+        if without is not None and self._leased[without] == 1:
             others -= without.nbytes
         return self._budget.fits(capacity_for(nbytes), beside=others)
 
@@ -196,12 +196,12 @@ class HostPool:
         Raises:
             ValueError: it is not on lease from this pool.
         """
-        if id(buffer) not in self._leased:
+        if buffer not in self._leased:
             raise ValueError("the buffer is not on lease from this pool")
-        self._leased[id(buffer)] -= 1
-        if self._leased[id(buffer)]:
+        self._leased[buffer] -= 1
+        if self._leased[buffer]:
             return
-        del self._leased[id(buffer)]
+        del self._leased[buffer]
         buffer.written = None
         if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
             logger.debug("a holder kept views of a %d byte buffer: not reused", buffer.nbytes)

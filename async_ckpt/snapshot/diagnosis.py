@@ -49,7 +49,7 @@ def find_offences(
     if isinstance(error, RecursionError):
         return [Offence(where="state", value=state, error=error)]
     found: list[Offence] = []
-    seen = {id(state)}
+    seen = {id(state): state}  # and alive: what a __reduce__ has made leaves its id to the next
     open_ = [Offence(where="state", value=state, error=error)]
     while open_:
         parent = open_.pop()
@@ -58,7 +58,7 @@ def find_offences(
             if id(child) not in seen:
                 reason = probe(child)
                 if reason is not None:
-                    seen.add(id(child))
+                    seen[id(child)] = child
                     failing.append(Offence(where=where, value=child, error=reason))
         if failing:
             open_.extend(reversed(failing))

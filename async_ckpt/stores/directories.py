@@ -1,8 +1,7 @@
-"""The directories of the local store: made, synced and swept, each once.
+"""The directories of the local store: made, synced and swept, each no more often than needed.
 
 Guarantees: ``sync`` returns once every directory entry that leads to a file there is on the medium, no
-matter who made it. ``sweep`` removes a temporary file only while holding its lock, or where there are no
-locks, if its process is of this host and gone: never one whose owner may live (D2).
+matter who made it, or made it again. ``sweep`` removes a temporary file only if its owner surely lives no more (D2).
 
 What does not belong here: the temporary file of the save that is under way.
 """
@@ -14,7 +13,8 @@ import os
 import threading
 
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.leftovers import is_leftover, is_of_this_host, owner_is_dead
+from async_ckpt.stores.leftovers import is_leftover
+from async_ckpt.stores.locking import is_abandoned
 
 __all__ = ["Directories"]
 
@@ -27,8 +27,9 @@ class Directories:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._lock = threading.Lock()
-        self._swept: set[str] = set()
-        self._synced: set[str] = set()
+        # A path may be another directory's by now, and so may a number: whether something in it has changed tells that.
+        self._synced: dict[str, tuple[int, int, int]] = {}
+        self._swept: set[tuple[int, int]] = set()  # a number given out again is that of an empty directory
 
     def make(self, directory: str) -> list[str]:
         """Make *directory* and what is missing above it; return those made here, outermost first."""
@@ -46,8 +47,6 @@ class Directories:
                 self.unmake(made)
                 raise
             made.append(each)
-            with self._lock:
-                self._synced.discard(each)
         return made
 
     def unmake(self, made: list[str]) -> None:
@@ -60,31 +59,41 @@ class Directories:
                 _log.debug("left the directory %s: %s", directory, error)
 
     def sync(self, directory: str) -> None:
-        """Sync *directory* and, the first time, those above it: any of them may be fresh (D1)."""
+        """Sync *directory* and those above it in which something has changed since: any of them may be fresh (D1)."""
         self._disk.sync_directory(directory)
-        with self._lock:
-            if directory in self._synced:
-                return
         above = directory
         while (parent := os.path.dirname(above)) != above:
-            try:
-                self._disk.sync_directory(parent)
-            except PermissionError:
-                break  # not ours to read, hence not ours to have made
+            now = self._state(parent)  # first: what changes while it is synced may not be
+            if now is None or now != self._synced.get(parent):
+                try:
+                    self._disk.sync_directory(parent)
+                except PermissionError:
+                    break  # not ours to read, hence not ours to have made
+                if now is not None:
+                    self._synced[parent] = now
             above = parent
-        with self._lock:
-            self._synced.add(directory)
+
+    def _state(self, directory: str) -> tuple[int, int, int] | None:
+        """Return what is another once an entry of *directory* has changed; ``None`` where that cannot be told."""
+        try:
+            found = self._disk.stat(directory)
+        except OSError:
+            return None
+        if found.st_ctime_ns % 1_000_000_000 == 0:  # it counts seconds, in which much may change
+            return None
+        return found.st_dev, found.st_ino, found.st_ctime_ns
 
     def sweep(self, directory: str) -> tuple[str, ...]:
         """Remove, the first time, what dead processes left in *directory*; return the names.
 
         That something cannot be removed is no reason for a save to fail.
         """
-        with self._lock:
-            if directory in self._swept:
-                return ()
-            self._swept.add(directory)
         try:
+            found = self._disk.stat(directory)
+            with self._lock:
+                if (found.st_dev, found.st_ino) in self._swept:
+                    return ()
+                self._swept.add((found.st_dev, found.st_ino))
             names = sorted(filter(is_leftover, self._disk.names(directory)))
         except OSError as error:
             _log.debug("cannot list %s: %s", directory, error)
@@ -98,7 +107,7 @@ class Directories:
         try:
             fd = self._disk.open_existing(path)
             try:
-                dead = self._is_dead(fd, os.path.basename(path))
+                dead = is_abandoned(self._disk, fd, os.path.basename(path))
                 if dead:
                     self._disk.unlink(path)  # before the close gives the lock back
             finally:
@@ -107,13 +116,3 @@ class Directories:
             _log.debug("left %s: %s", path, error)
             return False
         return dead
-
-    def _is_dead(self, fd: int, name: str) -> bool:
-        try:
-            self._disk.lock(fd)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return owner_is_dead(name)  # no locks here: the process id must tell
-        # Some shared file systems keep each host's locks apart: there, having it proves nothing about others.
-        return is_of_this_host(name) or self._disk.is_of_one_host(fd)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from async_ckpt import permissions
+from async_ckpt.stores import descriptors
 
 __all__ = ["Disk"]
 
@@ -30,34 +31,17 @@ _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "t
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
-#: Descriptors that no child of ours shall keep: it would keep the lock, and the room of a file that is deleted.
-_OWNED: set[int] = set()
-
-
-def _owned(fd: int) -> int:
-    _OWNED.add(fd)
-    return fd
-
-
-def _disown() -> None:
-    while _OWNED:
-        with suppress(OSError):
-            os.close(_OWNED.pop())
-
-
-os.register_at_fork(after_in_child=_disown)
-
-
 class Disk:
     """The real disk."""
 
     def create(self, path: str) -> int:
         """Create a file that is not there yet, for its owner alone."""
-        return _owned(permissions.create_private(path))
+        return descriptors.opened(permissions.create_private, path)
 
     def open_existing(self, path: str) -> int:
         """Open a file for a lock."""
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return descriptors.opened(os.open, path, flags)
 
     def open_to_read(self, path: str) -> int:
         """Open what *path* leads to for reading, without waiting for the other end of a pipe."""
@@ -65,12 +49,11 @@ class Disk:
 
     def duplicate(self, fd: int) -> int:
         """Return a second descriptor of the same open file."""
-        return _owned(os.dup(fd))
+        return descriptors.opened(os.dup, fd)
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
-        _OWNED.discard(fd)  # first: its number may be another file's at once
-        os.close(fd)
+        descriptors.close(fd)
 
     def lock(self, fd: int) -> None:
         """Take the file's exclusive lock, or raise BlockingIOError at once."""
@@ -93,6 +76,10 @@ class Disk:
     def fstat(self, fd: int) -> os.stat_result:
         """Describe an open file."""
         return os.fstat(fd)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Describe what *path* leads to."""
+        return os.stat(path)
 
     def lstat(self, path: str) -> os.stat_result:
         """Describe *path* itself."""

@@ -1,7 +1,8 @@
 """The names of temporary files, and whose they are: pure but for asking the system who it is.
 
-Guarantees: a name tells its host and its process. ``owner_is_dead`` answers True only for a process
-of this very host, and of this very container, that no longer runs (D2).
+Guarantees: a name tells its process, and where the id of that means anything: the running system and, within it, the
+container. ``owner_is_dead`` answers True only for a process of this very one that no longer runs; where it cannot be
+known which one this is, what is made here is nobody's but its own process's (D2).
 
 What does not belong here: listing, locking and deleting, which each store does its own way.
 """
@@ -14,12 +15,13 @@ import os
 import re
 import secrets
 import socket
+import sys
 from pathlib import Path
 
-__all__ = ["is_leftover", "is_of_this_host", "owner_is_dead", "temporary_name"]
+__all__ = ["host_name", "is_leftover", "owner_is_dead", "temporary_name"]
 
 _PATTERN = re.compile(r"\.async_ckpt\.(?P<host>[0-9a-f]{12})\.(?P<pid>[0-9]{1,10})\.[0-9a-f]{16}\.tmp")
-_FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO: the host itself, not a container
+_PROC = Path("/proc")
 
 
 def temporary_name() -> str:
@@ -30,12 +32,6 @@ def temporary_name() -> str:
 def is_leftover(name: str) -> bool:
     """Tell whether *name* is one that ``temporary_name`` gives."""
     return _PATTERN.fullmatch(name) is not None
-
-
-def is_of_this_host(name: str) -> bool:
-    """Tell whether a process of this host, and of this container, made *name*."""
-    match = _PATTERN.fullmatch(name)
-    return match is not None and match["host"] == _host()
 
 
 def owner_is_dead(name: str) -> bool:
@@ -54,21 +50,40 @@ def owner_is_dead(name: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a name for where process ids mean what they mean here."""
-    identity = [socket.gethostname(), _read("/etc/machine-id")]
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = _FIRST_PID_NAMESPACE
-    if namespace != _FIRST_PID_NAMESPACE:
-        # Containers have hosts of one name, and ids of their own; their number is given out again
-        # after a boot. A host by itself keeps its name over a boot, and then all ids are dead.
-        identity += [namespace, _read("/proc/sys/kernel/random/boot_id")]
+    """Return a name for where process ids mean what they mean here, as ``host_name`` has it."""
+    return host_name(_PROC)
+
+
+os.register_at_fork(after_in_child=_host.cache_clear)  # a child may be the first of a container
+
+
+def host_name(proc: Path) -> str:
+    """Return a name for where process ids mean what they mean here.
+
+    Names of hosts are given to several, as are the numbers of containers, which moreover are given out again after a
+    boot: the boot tells those apart.
+
+    Args:
+        proc: where the system shows processes.
+
+    Returns:
+        The name; one that no other process has, where the system does not show enough to know.
+    """
+    identity = [socket.gethostname(), _read(Path("/etc/machine-id"))]
+    if sys.platform == "linux":  # no other system that torch runs on gives a process several ids
+        try:
+            namespace = os.readlink(proc / "self/ns/pid")
+        except OSError:
+            namespace = ""
+        boot = _read(proc / "sys/kernel/random/boot_id")
+        if not (namespace and boot):
+            return secrets.token_hex(6)
+        identity += [namespace, boot]
     return hashlib.blake2b("\0".join(identity).encode(), digest_size=6).hexdigest()
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""

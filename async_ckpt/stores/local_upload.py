@@ -36,6 +36,7 @@ from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.locking import hold_fresh
 from async_ckpt.stores.target import (
     check_local_target,
     exists_already,
@@ -53,7 +54,6 @@ _log = logging.getLogger("async_ckpt.stores.local")
 _NO_HARD_LINKS = frozenset(
     {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EMLINK}
 )
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 # Another process may remove a directory or a fresh file of ours in the moment before we hold it; that
 # cannot go on for long.
 _BEGIN_ATTEMPTS = 10
@@ -138,21 +138,10 @@ class LocalUpload:
                 continue  # another upload's abort took a directory away
             with self._lock:
                 self._fd, self._temporary = fd, path
-            if self._hold(fd):
+            if hold_fresh(self._disk, fd):
                 return
             self._drop_file()
         raise OSError(errno.EBUSY, "what is made there vanishes at once")
-
-    def _hold(self, fd: int) -> bool:
-        """Lock the fresh file; False if a sweeper was faster."""
-        try:
-            self._disk.lock(fd)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        return self._disk.fstat(fd).st_nlink > 0
 
     def _write(self, part: Part, content: Content) -> Receipt:
         pieces = content.read(part.start, part.stop)

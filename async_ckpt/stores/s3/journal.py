@@ -1,34 +1,39 @@
 """Which uploads this process has open, written down for the next one: a killed process cannot abort its own.
 
-Guarantees: a journal is locked while its owner lives, and only this host's are read, hence an upload found in
-an abandoned one is nobody's any more (D2). Failing to write or read is no failure of a save.
+Guarantees: a journal is locked before anything is written to it and while its owner lives, hence an upload found in an
+abandoned one is nobody's any more (D2). Whatever is the matter with a journal, or with where they are, fails no save.
 
 A journal is a file of JSON lines in the user's state directory, readable by the user alone. It holds endpoint,
-bucket, key and id of multipart uploads, no credentials; it is gone once no upload is open. All methods block.
+bucket, key and id of multipart uploads, no credentials; it is gone once no upload is open. A line begins with its
+line break, as the one before may have been cut off. All methods block.
 
-What does not belong here: aborting.
+What does not belong here: aborting, and when a file is abandoned (`locking`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from async_ckpt.stores.leftovers import is_leftover, is_of_this_host, owner_is_dead, temporary_name
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.leftovers import is_leftover, temporary_name
+from async_ckpt.stores.locking import hold_fresh, is_abandoned
 
 __all__ = ["Entry", "Journal", "state_directory"]
 
 _log = logging.getLogger("async_ckpt.stores.s3.journal")
 
 _FORGOTTEN_SECONDS = 30 * 24 * 3600.0  # by then, the sweep by age or the bucket's own rule has been there
+_CREATE_ATTEMPTS = 10
+_LONGEST_LINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,41 +46,46 @@ class Entry:
     upload_id: str
 
 
-def state_directory() -> Path:
-    """Return where journals are, as the XDG base directory specification has it."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / "async_ckpt" / "uploads"
+def state_directory() -> Path | None:
+    """Return where journals are, as the XDG specification has it; ``None`` where the user has no home."""
+    base = Path(os.environ.get("XDG_STATE_HOME") or "")
+    if not base.is_absolute():  # to be ignored, says the specification
+        base = Path(os.path.expanduser("~"), ".local", "state")
+    return base / "async_ckpt" / "uploads" if base.is_absolute() else None
 
 
 class Journal:
     """The journal of one store.
 
     Args:
-        directory: where journals are; made when first needed.
+        directory: where journals are; made when first needed. ``None`` keeps none.
+        disk: the system calls.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None, disk: Disk | None = None) -> None:
         self._directory = directory
+        self._disk = disk or Disk()
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._fd: int | None = None
-        self._open: set[Entry] = set()
+        self._open: dict[Entry, None] = {}
 
     def opened(self, entry: Entry) -> None:
         """Write down that *entry* is open."""
         with self._lock, _debugging("write"):
-            self._open.add(entry)
-            if self._fd is None:
-                self._create()
-            assert self._fd is not None
-            os.write(self._fd, _line("open", entry))
+            self._open[entry] = None
+            if self._fd is not None:
+                self._write(self._fd, "open", [entry])
+            elif self._directory is not None:
+                self._write(self._create(self._directory), "open", self._open)
 
     def ended(self, entry: Entry) -> None:
         """Write down that *entry* is no more; the file goes with the last one."""
         with self._lock, _debugging("write"):
-            self._open.discard(entry)
+            self._open.pop(entry, None)
             if self._fd is not None:
-                os.write(self._fd, _line("end", entry))
+                with _debugging("write"):  # a full disk, and yet it can be removed
+                    self._write(self._fd, "end", [entry])
                 if not self._open:
                     self._remove()
 
@@ -85,97 +95,129 @@ class Journal:
             if self._fd is not None and not self._open:
                 self._remove()
             elif self._fd is not None:
-                os.close(self._fd)
-                self._fd = self._path = None
+                fd, self._fd = self._fd, None
+                self._disk.close(fd)
             self._open.clear()
 
     def abandoned(self) -> list[tuple[Path, list[Entry]]]:
-        """Return what dead processes of this host have left open, by the file that says so."""
+        """Return what dead processes have left open, by the file that says so."""
         found = []
         with _debugging("read"):
-            for name in sorted(os.listdir(self._directory)):
-                path = self._directory / name
-                if is_leftover(name) and is_of_this_host(name) and path != self._path:
-                    with _debugging("read"), _taken(path) as fd:
+            for name in sorted(filter(is_leftover, self._names())):
+                path = Path(self._directory or "", name)
+                if self._fd is None or path != self._path:
+                    with _debugging("read"), self._taken(path) as fd:
                         if fd is not None:
-                            found.append((path, _read(fd)))
+                            found.append((path, _read(fd).still_open))
         return found
 
     def settle(self, path: Path, entries: Iterable[Entry]) -> None:
         """Write down that *entries* of the abandoned *path* are no more; remove it if none is left."""
-        with _debugging("write"), _taken(path) as fd:
+        with _debugging("write"), self._taken(path) as fd:
             if fd is None:
                 return
-            for entry in entries:
-                os.write(fd, _line("end", entry))
-            forgotten = time.time() - os.fstat(fd).st_ctime > _FORGOTTEN_SECONDS
-            if forgotten or not _read(fd):
-                path.unlink()
+            with _debugging("write"):  # a full disk, and yet it can be removed
+                self._write(fd, "end", entries)
+            content = _read(fd)
+            forgotten = time.time() - self._disk.fstat(fd).st_ctime > _FORGOTTEN_SECONDS
+            if forgotten or (content.is_understood and not set(content.still_open) - set(entries)):
+                self._disk.unlink(str(path))
 
-    def _create(self) -> None:
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._directory / temporary_name()
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._path, self._fd = path, fd
-        with contextlib.suppress(OSError):  # a file system without locks: the process id must tell
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _names(self) -> list[str]:
+        try:
+            return [] if self._directory is None else self._disk.names(str(self._directory))
+        except FileNotFoundError:  # no process has had one
+            return []
+
+    def _create(self, directory: Path) -> int:
+        """Make the file, locked before a sweeper can take it for abandoned."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for _ in range(_CREATE_ATTEMPTS):
+            path = directory / temporary_name()
+            fd = self._disk.create(str(path))
+            self._path, self._fd = path, fd
+            try:
+                held = hold_fresh(self._disk, fd)
+            except OSError:
+                self._remove()
+                raise
+            if held:
+                return fd
+            self._remove()
+        raise OSError("what is made there is taken at once")
 
     def _remove(self) -> None:
         assert self._fd is not None
         assert self._path is not None
-        fd, path = self._fd, self._path
-        self._fd = self._path = None
+        fd, self._fd = self._fd, None
         try:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(str(self._path))
         finally:
-            os.close(fd)
+            self._disk.close(fd)
 
+    def _write(self, fd: int, event: str, entries: Iterable[Entry]) -> None:
+        lines = [b"\n" + json.dumps({"event": event, **asdict(entry)}).encode() for entry in entries]
+        self._disk.write(fd, [memoryview(b"".join(lines))], self._disk.fstat(fd).st_size)
 
-@contextlib.contextmanager
-def _taken(path: Path) -> Iterator[int | None]:
-    """Hold the lock of *path*; None if its owner lives."""
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
+    @contextlib.contextmanager
+    def _taken(self, path: Path) -> Iterator[int | None]:
+        """Hold the lock of the file at *path*; ``None`` if its owner may live, or it is no journal of this user's."""
+        fd = self._disk.open_existing(str(path))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            dead = True
-        except BlockingIOError:
-            dead = False
-        except OSError:
-            dead = owner_is_dead(path.name)
-        yield fd if dead else None
-    finally:
-        os.close(fd)
+            found = self._disk.fstat(fd)
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            yield fd if ours and is_abandoned(self._disk, fd, path.name) else None
+        finally:
+            self._disk.close(fd)
 
 
 @contextlib.contextmanager
 def _debugging(what: str) -> Iterator[None]:
-    """Log failures only: without a journal, the sweep by age remains."""
+    """Log failures only, of whatever kind: without a journal, the sweep by age remains."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         _log.debug("cannot %s the journal of uploads: %s", what, error)
 
 
-def _line(event: str, entry: Entry) -> bytes:
-    return json.dumps({"event": event, **asdict(entry)}).encode() + b"\n"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """What a journal says.
+
+    Attributes:
+        still_open: what has no end in it.
+        is_understood: whether no line is of a kind that we do not know, as a later version of us may write.
+    """
+
+    still_open: list[Entry]
+    is_understood: bool
 
 
-def _read(fd: int) -> list[Entry]:
-    """Return the entries that are open, of those lines that are whole."""
+def _read(fd: int) -> _Content:
+    still: dict[Entry, None] = {}
+    is_understood = True
     with open(os.dup(fd), "rb") as file:
         file.seek(0)
-        lines = file.read().splitlines()
-    still: dict[Entry, None] = {}
-    for line in lines:
-        try:
-            values = json.loads(line)
-            event = values.pop("event")
-            entry = Entry(**values)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-        if event == "open":
-            still[entry] = None
-        else:
-            still.pop(entry, None)
-    return list(still)
+        while line := file.readline(_LONGEST_LINE_BYTES):
+            event, entry = _parsed(line)
+            if event not in ("", "open", "end"):
+                is_understood = False
+            elif entry is not None and event == "open":
+                still[entry] = None
+            elif entry is not None:
+                still.pop(entry, None)
+    return _Content(still_open=list(still), is_understood=is_understood)
+
+
+def _parsed(line: bytes) -> tuple[str, Entry | None]:
+    """Return the event and the upload of *line*; nothing of what is no line of a journal."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # cut off, or none of ours
+        return "", None
+    if not isinstance(values, dict):
+        return "", None
+    texts = {field.name: values.get(field.name) for field in fields(Entry)}
+    known = {name: text for name, text in texts.items() if text and isinstance(text, str)}
+    return str(values.get("event") or ""), Entry(**known) if known.keys() == texts.keys() else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Mapping
 
 import anyio
@@ -14,9 +16,13 @@ import pytest
 
 from async_ckpt import CheckpointService
 from async_ckpt.events import Event, Swept
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.s3.journal import Journal
+from async_ckpt.testing import BytesContent
 from stress.httpfaults import response
-from tests.integration.s3.place import LARGE, OLD, QUICK, SMALL, Place, Times, running, save
-from tests.support import PATIENCE_SECONDS, python
+from tests.integration.s3.place import LARGE, OLD, QUICK, SMALL, Place, Times, running, save, send
+from tests.support import PATIENCE_SECONDS, python, start_python
 
 pytestmark = pytest.mark.integration
 
@@ -116,6 +122,123 @@ def test_a_killed_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None
     assert orphan in swept.names[0]
     assert place.open_uploads() == [other]
     assert not list((place.folder / "async_ckpt" / "uploads").iterdir())
+
+
+SURVIVED = """
+    import os, signal, sys, threading
+    import torch
+    from async_ckpt import CheckpointService
+    from async_ckpt.events import PartWritten
+
+    written, never = threading.Event(), threading.Event()
+
+    def observer(event):
+        if isinstance(event, PartWritten):
+            written.set()
+            never.wait()
+
+    CheckpointService(part_size="5MiB", observer=observer).save(torch.zeros(3_000_000), sys.argv[1])
+    written.wait()
+    if os.fork() == 0:
+        os.read(0, 1)  # until the test has looked
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_child_that_survives(place: Place, monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
+    """What a killed process left is swept while a child that it had forked, as data loaders do, lives on (D2)."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(place.folder))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of forking with threads, from 3.12 on
+    for name, value in place.server.environment.items():
+        monkeypatch.setenv(name, value)
+    folder = str(place.folder) if local else f"s3://{place.bucket}/run"
+    process = start_python(SURVIVED, f"{folder}/x.ckpt", stdin=subprocess.PIPE)
+    try:
+        assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+        events: list[Event] = []
+        with CheckpointService(observer=events.append) as service:
+            service.save({"x": 1}, f"{folder}/y.ckpt").wait(PATIENCE_SECONDS)
+        (swept,) = [event for event in events if isinstance(event, Swept)]
+        assert len(swept.names) == 1
+        assert place.open_uploads() == []
+    finally:
+        process.communicate("\n")
+
+
+def test_a_job_that_starts_as_another_begins(place: Place) -> None:
+    """A store that sweeps in the moment in which another has its journal, and no lock yet, never aborts its uploads."""
+    folder = place.folder / "journal"
+
+    class Overtaken(Disk):
+        def lock(self, fd: int) -> None:
+            """Let another look, and take what it finds for settled."""
+            for path, entries in Journal(folder).abandoned():
+                Journal(folder).settle(path, entries)
+            super().lock(fd) if overtaken() else self.overtake(fd)
+
+        def overtake(self, fd: int) -> None:
+            """Be too late: a sweeper has the lock."""
+            (path,) = folder.iterdir()
+            with Journal(folder)._taken(path):
+                super().lock(fd)
+
+    once = Times(1)
+
+    def overtaken() -> bool:
+        return not once()
+
+    live = place.store(journal=Journal(folder, Overtaken()))
+
+    async def run() -> None:
+        upload = await live.begin(place.locate(), len(LARGE))
+        starting = place.store()
+        await save(starting, place.locate("other.ckpt"), LARGE)
+        await starting.aclose()
+        await upload.commit(await send(upload, BytesContent(LARGE)))
+
+    running(live, run)
+    assert place.read() == LARGE
+    place.assert_nothing_left()
+
+
+def test_bad_journals(place: Place) -> None:
+    """Whatever a journal says, or is, a save is made, and what other journals say is done (D2)."""
+    folder = place.folder / "journal"
+    folder.mkdir()
+    place.ask("POST", "run/x.ckpt?uploads=")
+    (orphan,) = place.open_uploads()
+
+    def line(**values: object) -> str:
+        entry = {
+            "endpoint": place.server.url,
+            "bucket": place.bucket,
+            "key": "run/x.ckpt",
+            "upload_id": orphan,
+        }
+        return "\n" + json.dumps({"event": "open", **entry, **values})
+
+    odd = [
+        line(key=""),
+        line(key="/", upload_id="?"),
+        line(key="\n", upload_id=" "),
+        line(key=["x"]),
+        line(upload_id="no-such-upload"),
+        line(event={}),
+        "\n[[",
+        line()[:-5],
+    ]
+    (folder / temporary_name()).write_text("".join(odd))
+    (folder / temporary_name()).mkdir()
+    (folder / temporary_name()).write_text(line())
+    store = place.store()
+    running(store, lambda: save(store, place.locate("other.ckpt"), LARGE))
+    assert place.read("other.ckpt") == LARGE
+    assert place.open_uploads() == []
+    for path in place.journals():
+        assert path.is_dir(), path.read_text()
+        path.rmdir()
 
 
 def test_uploads_of_the_distant_past(place: Place) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from async_ckpt import AbandonedError, FlushError, State, StoreError
+from async_ckpt.failures import Failures
+from async_ckpt.handle import Failure, Handle, Outcome
 from async_ckpt.testing import Fault
 from tests.support import PATIENCE_SECONDS, Rig, gated, state
 from tests.unit.service.calls import failing, loaded
@@ -194,3 +199,59 @@ def test_an_ambient_error_is_not_in_flight() -> None:
     except ZeroDivisionError:
         with pytest.raises(StoreError), Rig(failing(), memory=True) as rig:
             rig.service.save(state(1), "memory://a")
+
+
+def test_two_services_share_an_ambient_error() -> None:
+    """Each of several services made inside one error handler knows that error for caught (E1)."""
+    try:
+        raise ZeroDivisionError("first attempt failed")
+    except ZeroDivisionError:
+        rigs = [Rig(failing(), memory=True) for _ in range(2)]
+        for rig in rigs:
+            with pytest.raises(StoreError), rig:
+                rig.service.save(state(1), "memory://a")
+
+
+def test_an_error_in_place_of_a_dead_one() -> None:
+    """An error that lies in memory where one lay that was caught before the service was made is in flight (E2)."""
+    failures, past = made_while_handling(ValueError("caught, and forgotten"))
+    failures.add(Failure(Handle("memory://a", Outcome()), StoreError("no more room")))
+    kept = []
+    while id(error := ValueError("training failed")) != past:
+        kept.append(error)
+        assert len(kept) < 10_000
+    try:
+        raise error
+    except ValueError:
+        failures.raise_unless_in_flight(but=Handle("memory://b", Outcome()))
+        failures.raise_or_add()
+    assert not failures
+
+
+def made_while_handling(error: Exception) -> tuple[Failures, int]:
+    """Return failures of a service that is made while *error* is handled, and where that lay in memory."""
+    try:
+        raise error
+    except ValueError:
+        return Failures(warn=False), id(error)
+
+
+def test_an_ambient_error_keeps_nothing() -> None:
+    """The error in whose handler a service was made is not kept alive by it, and can be sent to other processes."""
+
+    class Local:
+        """Something in a frame of the error's traceback."""
+
+    def fail() -> weakref.ref[Local]:
+        local = Local()
+        try:
+            raise ValueError("caught")
+        except ValueError as error:
+            services.append(Failures(warn=False))
+            copies.extend([pickle.loads(pickle.dumps(error)), copy.deepcopy(error)])
+        return weakref.ref(local)
+
+    services: list[Failures] = []
+    copies: list[ValueError] = []
+    assert fail()() is None
+    assert [each.args for each in copies] == [("caught",)] * 2

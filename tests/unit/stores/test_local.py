@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -273,6 +274,54 @@ def test_ancestors_are_synced_once(tmp_path: Path, workers: ThreadWorkers) -> No
     disk.calls.clear()
     anyio.run(save, store, tmp_path / "y.ckpt")
     assert disk.calls.count("sync_directory") == 1
+
+
+class Recording(Disk):
+    """A disk that tells which directories were synced."""
+
+    def __init__(self) -> None:
+        self.synced: set[str] = set()
+
+    def sync_directory(self, path: str) -> None:
+        """Sync, and remember."""
+        self.synced.add(path)
+        super().sync_directory(path)
+
+
+@pytest.mark.parametrize("again", ["made", "moved"])
+def test_another_directory_of_that_name_is_synced(tmp_path: Path, workers: ThreadWorkers, again: str) -> None:
+    """Directories that take the place of those that were synced, as another program has it, are synced, too (D1)."""
+    disk = Recording()
+    store = LocalStore(workers=workers, disk=disk)
+    target = tmp_path / "run" / "a" / "x.ckpt"
+    anyio.run(save, store, target)
+    if again == "made":
+        shutil.rmtree(tmp_path / "run")
+        target.parent.mkdir(parents=True)
+    else:
+        (tmp_path / "run").rename(tmp_path / "aside")
+        (tmp_path / "other" / "a").mkdir(parents=True)
+        (tmp_path / "other").rename(tmp_path / "run")
+    disk.synced.clear()
+    anyio.run(save, store, target)
+    assert {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "a")} <= disk.synced
+
+
+def test_times_that_count_seconds_prove_nothing(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """Where a file system's times are too coarse to tell of a change, every directory is synced each time (D1)."""
+
+    class Coarse(Recording):
+        def stat(self, path: str) -> os.stat_result:
+            """Leave the fractions of seconds out."""
+            found = super().stat(path)
+            return os.stat_result(found, {"st_ctime_ns": found.st_ctime_ns // 10**9 * 10**9})
+
+    disk = Coarse()
+    store = LocalStore(workers=workers, disk=disk)
+    anyio.run(save, store, tmp_path / "x.ckpt")
+    disk.synced.clear()
+    anyio.run(save, store, tmp_path / "x.ckpt")
+    assert len(disk.synced) == len(tmp_path.parts)
 
 
 def test_what_others_wrote_is_synced(tmp_path: Path) -> None:

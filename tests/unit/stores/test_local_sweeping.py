@@ -71,6 +71,31 @@ def test_a_directory_is_swept_once(tmp_path: Path, workers: ThreadWorkers) -> No
     left.unlink()
 
 
+def test_another_directory_of_that_name_is_swept(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """A directory that has taken the place of one that was swept is swept, too."""
+    store = LocalStore(workers=workers)
+    run, other = tmp_path / "run", tmp_path / "other"
+    anyio.run(save, store, run / "x.ckpt")
+    other.mkdir()
+    left = leave(other, pid=dead_pid())
+    run.rename(tmp_path / "aside")
+    other.rename(run)
+    assert anyio.run(save, store, run / "x.ckpt") == (left.name,)
+
+
+def test_a_lock_that_its_owner_may_not_have(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """Where a file system is not known to be one host's, a living process's file is left, locked or not (D2)."""
+
+    class Shared(Disk):
+        def is_of_one_host(self, fd: int) -> bool:
+            """Answer as NFS."""
+            return False
+
+    dead, own = leave(tmp_path, pid=dead_pid()), leave(tmp_path)
+    assert anyio.run(save, LocalStore(workers=workers, disk=Shared()), tmp_path / "x.ckpt") == (dead.name,)
+    own.unlink()
+
+
 def test_a_living_save_is_not_swept(tmp_path: Path, workers: ThreadWorkers) -> None:
     """The file of a save that is under way, of another store of this process, is left alone."""
 

@@ -187,6 +187,7 @@ class Snapshot:
         Raises:
             ValueError: the snapshot has been closed.
         """
+        self._open_buffer().show_to_children(True)  # the base may fork processes to write it
         return self._unpickle(self._over_memory, LIVE)
 
     def _unpickle(

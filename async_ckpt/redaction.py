@@ -19,9 +19,9 @@ HIDDEN = "***"
 
 # Words in the names of parameters, options and fields of connection strings whose values are secret.
 _SECRET_NAME = re.compile(
-    r"(?:^|[^a-z])(?:sig|pass|pwd|key|sas|code|jwt)(?:$|[^a-z])"
+    r"(?:^|[^a-z])(?:auth|sig|pass|pwd|key|sas|code|jwt)(?:$|[^a-z])"
     r"|signature|secret|token(?!s)|passw|passphrase|(?:access|account|api|customer|p)key|credential"
-    r"|connection.?string|auth(?!or)|cookie|session.?id|upload.?id",
+    r"|connection.?string|oauth|authori[sz]|authent|cookie|session.?id|upload.?id",
     re.IGNORECASE,
 )
 # Endings of such names whose values are none: where something is, or of what kind.
@@ -140,22 +140,27 @@ def _in_parameters(text: str, *, always: bool) -> Iterator[str]:
             yield value
 
 
-def _in_options(options: Mapping[Any, Any], *, of_secret: bool = False) -> Iterator[str]:
+def _in_options(options: Mapping[Any, Any]) -> Iterator[str]:
     for name, value in options.items():
-        secret = is_secret(str(name))
-        if isinstance(value, Mapping):
-            yield from _in_options(value, of_secret=secret)
-            continue
-        for text in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(text, bytes):
-                text = text.decode(errors="replace")
-            if not isinstance(text, str):
-                continue
-            if secret:
-                yield text
-                if "=" in text:
-                    yield from _in_parameters(text, always=False)
-            yield from _in_url(text)
+        yield from _in_value(value, secret=is_secret(str(name)))
+
+
+def _in_value(value: Any, *, secret: bool) -> Iterator[str]:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, str):
+        if secret:
+            yield value
+            if "=" in value:
+                yield from _in_parameters(value, always=False)
+        yield from _in_url(value)
+    elif isinstance(value, Mapping):
+        yield from _in_options(value)
+    elif isinstance(value, (list, tuple)):
+        if len(value) == 2 and isinstance(value[0], str):  # a header
+            secret = secret or is_secret(value[0])
+        for each in value:
+            yield from _in_value(each, secret=secret)
 
 
 def redacted_text(text: str, secrets: Iterable[str] = ()) -> str:

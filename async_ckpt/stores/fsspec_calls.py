@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import posixpath
 import socket
+import stat
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,8 +33,10 @@ __all__ = [
     "info_of",
     "info_of_file",
     "marks_lost",
+    "mode_of",
     "remove_empty_directory",
     "remove_file",
+    "set_mode",
     "translating",
     "version_in",
 ]
@@ -111,6 +115,27 @@ def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
         raise
     if name in names:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+
+
+def mode_of(file_system: Any, path: str) -> int | None:
+    """Return the permission bits of a file; None if it is not there, or the file system does not tell of any."""
+    look = getattr(getattr(file_system, "ftp", None), "stat", None)  # of SFTP, whose info leaves the mode out
+    try:
+        mode = look(path).st_mode if look else info_of_file(file_system, path).get("mode")
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(mode) if isinstance(mode, int) else None
+
+
+def set_mode(file_system: Any, path: str, mode: int) -> None:
+    """Give a file these permission bits, where the file system lets that be done; only a lost connection fails."""
+    change = getattr(file_system, "chmod", None) or getattr(getattr(file_system, "ftp", None), "chmod", None)
+    try:
+        if change is not None:
+            change(path, mode)
+    except Exception as error:
+        if marks_lost(error):
+            raise
 
 
 def version_in(info: dict[str, Any]) -> list[Any]:
@@ -235,5 +260,5 @@ def translating(stage: str, location: Location) -> Iterator[None]:
         if stage == "read" and isinstance(error, FileNotFoundError):
             if error is raised:
                 raise
-            raise error from None
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.url) from error
         raise StoreError.during(stage, location.url, error) from error

@@ -24,8 +24,10 @@ from async_ckpt.stores.base import Content, Location, Part, Receipt
 from async_ckpt.stores.fsspec_calls import (
     info_of,
     marks_lost,
+    mode_of,
     remove_empty_directory,
     remove_file,
+    set_mode,
     translating,
 )
 from async_ckpt.stores.leftovers import temporary_name
@@ -57,6 +59,7 @@ class GenericUpload:
         self._move: Move | None = None  # until it has begun
         self._handle: Any = None
         self._handle_fs: Any = None  # on which it was opened
+        self._mode: int | None = None  # of a new file
         self._position = 0
         self._broken = False  # or ended
         self._takes_views = True
@@ -92,6 +95,7 @@ class GenericUpload:
             self._move = Move(self._temporary, self._location.path, self._nbytes)
             self._refuse_to_replace("begin")
             self._open()
+            self._keep_private()
             if self._is_directory(self._location.path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self.swept = self._store.sweep(self._directory)
@@ -112,6 +116,18 @@ class GenericUpload:
             # have none, and some would make a bucket.
             if not self._fs.async_impl:
                 self._make_directories()
+
+    def _keep_private(self) -> None:
+        """Let nobody else read what is written, where that can be had."""
+        self._mode = mode_of(self._fs, self._temporary)
+        if self._mode is not None:
+            set_mode(self._fs, self._temporary, 0o600)
+
+    def _share(self) -> None:
+        """Give the complete file the mode of the one that it replaces, or that of a new one."""
+        if self._mode is not None:
+            earlier = mode_of(self._fs, self._location.path)
+            set_mode(self._fs, self._temporary, self._mode if earlier is None else earlier)
 
     def _make_directories(self) -> None:
         missing = []
@@ -177,6 +193,7 @@ class GenericUpload:
                 raise OSError(errno.EINVAL, "not every byte was put")
             if not self._move.begun:
                 self._refuse_to_replace("commit")
+                self._share()
             self._move.go(self._fs)
 
     def _refuse_to_replace(self, stage: str) -> None:

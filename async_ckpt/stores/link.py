@@ -16,9 +16,10 @@ import shutil
 from contextlib import suppress
 
 from async_ckpt.options import Durability
+from async_ckpt.permissions import create_private, take_after
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.local import sync_path
-from async_ckpt.stores.target import translated
+from async_ckpt.stores.target import refuse_foreign_link, translated
 
 __all__ = ["make_link"]
 
@@ -35,6 +36,7 @@ def make_link(location: Location, target: Location, durability: Durability) -> N
     Raises:
         StoreError: it could not be made; a file or link that was there stays.
     """
+    refuse_foreign_link("link", location)
     path = location.path
     directory, name = os.path.split(path)
     # Not the name itself, which may be as long as a name can be.
@@ -66,7 +68,9 @@ def _make(made: str, target: str, directory: str) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with open(target, "rb") as source, open(made, "xb") as copy:  # never through a link that is there
+        # Never through a link that is there, and nobody else's before it is what the checkpoint is.
+        with open(target, "rb") as source, open(create_private(made), "wb") as copy:
             shutil.copyfileobj(source, copy)
             copy.flush()
+            take_after(copy.fileno(), target, os.fstat(source.fileno()))
             os.fsync(copy.fileno())

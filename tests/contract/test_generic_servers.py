@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from async_ckpt import CheckpointService
 from async_ckpt.errors import StoreError
+from async_ckpt.events import Event
 from async_ckpt.stores import locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing import StoreConformance
@@ -134,3 +136,26 @@ def test_checkpoints_on_servers(sftp: FolderServer, ftp: FolderServer, webdav: F
     assert ran.stderr == ""
     assert [torch.load(folder / "kept.ckpt")["step"] for folder in folders] == [3, 3, 3]
     assert [os.listdir(folder) for folder in folders] == [["kept.ckpt"]] * 3
+
+
+@pytest.mark.parametrize("earlier", [None, 0o600, 0o664])
+def test_a_checkpoint_over_sftp_is_private_until_it_is_whole(sftp: FolderServer, earlier: int | None) -> None:
+    """On the server, too, others read no byte that is not to be theirs; a replaced checkpoint keeps its mode."""
+    bucket = fresh_bucket(sftp)
+    folder = sftp.folder / bucket
+    new = folder / "new"
+    new.touch()
+    if earlier is not None:
+        (folder / "x.ckpt").touch()
+        (folder / "x.ckpt").chmod(earlier)
+    seen: list[int] = []
+
+    def look(event: Event) -> None:
+        if type(event).__name__ in ("Begun", "PartWritten"):
+            seen.extend(path.stat().st_mode & 0o777 for path in folder.glob(".async_ckpt.*"))
+
+    with CheckpointService(storage_options=sftp.storage_options, observer=look) as service:
+        service.save({"weights": torch.ones(1000)}, url_of(sftp, bucket, "x.ckpt"))
+    assert seen == [0o600, 0o600]
+    wanted = new.stat().st_mode & 0o777 if earlier is None else earlier
+    assert (folder / "x.ckpt").stat().st_mode & 0o777 == wanted

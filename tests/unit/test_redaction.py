@@ -93,6 +93,7 @@ _OPTIONS = {
     [
         "AKIA-secret-key", "secret/with+signs", "secret%2Fwith%2Bsigns", "secret-session", "secret-proxy",
         "-----BEGIN\\nsecret-lines", "secret-account==", "secret-signature=", "secret-bytes",
+        "secret-header",
     ],
 )  # fmt: skip
 def test_options_secrets_are_found_in_any_text(secret: str) -> None:

@@ -8,17 +8,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Location
+from async_ckpt.stores.base import Location, Part
 from async_ckpt.stores.generic import GenericStore
 from async_ckpt.stores.leftovers import temporary_name
-from async_ckpt.testing import ThreadWorkers
+from async_ckpt.testing import BytesContent, ThreadWorkers
 from tests.generic_doubles import NEW, OLD, TARGET, Memory, Unsteady, generic, save
 
 
@@ -224,3 +226,31 @@ def test_a_handle_that_breaks_at_once_is_closed(workers: ThreadWorkers) -> None:
     with pytest.raises(StoreError, match="broken"):
         anyio.run(read_half, generic(file_system, workers))
     assert [handle.closed for handle in file_system.handles] == [True]
+
+
+@pytest.mark.parametrize("earlier", [None, 0o600])
+def test_a_local_file_system_of_fsspecs_keeps_others_out(
+    tmp_path: Path, workers: ThreadWorkers, earlier: int | None
+) -> None:
+    """What is written through fsspec to a disk is its owner's alone as well, until it is whole."""
+    path = tmp_path / "x.ckpt"
+    if earlier is not None:
+        path.touch()
+        path.chmod(earlier)
+    (tmp_path / "new").touch()
+
+    def seen() -> int:
+        [temporary] = tmp_path.glob(".async_ckpt.*")
+        return temporary.stat().st_mode & 0o777
+
+    async def write() -> int:
+        store = generic(LocalFileSystem(skip_instance_cache=True), workers)
+        upload = await store.begin(Location(url="u", path=str(path), key="x", group="double"), len(NEW))
+        receipt = await upload.put(Part(index=0, start=0, stop=len(NEW)), BytesContent(NEW))
+        mode = seen()
+        await upload.commit([receipt])
+        return mode
+
+    assert anyio.run(write) == 0o600
+    assert path.read_bytes() == NEW
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode if earlier is None else 0o100600

@@ -92,3 +92,33 @@ def test_what_cannot_be_made_is_told(tmp_path: Path, target: Path) -> None:
     with pytest.raises(StoreError, match=r"link.*new\.ckpt/last\.ckpt"):
         make_link(at(target / "last.ckpt"), at(target))
     assert os.listdir(tmp_path) == ["new.ckpt"]
+
+
+COPY = """
+import errno, os, shutil, sys
+from async_ckpt.stores import link, locate
+
+def refuse(*_, **__):
+    raise OSError(errno.EPERM, "no links here")
+
+def look(source, copy):
+    print(oct(os.fstat(copy.fileno()).st_mode & 0o777))
+    copy.write(source.read())
+
+os.symlink, shutil.copyfileobj = refuse, look
+os.umask(0)
+link.make_link(locate(sys.argv[1], follow=False), locate(sys.argv[2]), "fsync")
+"""
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_copy_is_as_private_as_the_checkpoint(tmp_path: Path, target: Path, mode: int) -> None:
+    """Where there are no links, the copy is its owner's alone while it is made, and then has the checkpoint's mode."""
+    target.chmod(mode)
+    paths = [str(tmp_path / "last.ckpt"), str(target)]
+    done = subprocess.run(
+        [sys.executable, "-c", COPY, *paths], timeout=100, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "0o600\n"
+    assert (tmp_path / "last.ckpt").read_text() == "new"
+    assert (tmp_path / "last.ckpt").stat().st_mode & 0o777 == mode

@@ -6,8 +6,8 @@ and copied.
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeGuard
 
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
+from async_ckpt.limits import smallest_bound
 from async_ckpt.retry import RetryPolicy
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "check_grace",
     "parse_bytes",
 ]
+
+logger = logging.getLogger(__name__)
 
 Overflow = Literal["block", "raise", "supersede"]
 OnError = Literal["raise", "warn"]
@@ -63,15 +66,13 @@ def parse_bytes(text: int | str, *, option: str) -> int:
     return nbytes
 
 
-def default_memory_limit() -> int:
-    """Return half of the memory this process may use, in bytes: the machine's, or its control group's."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(name).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return min(limits) // 2
+def default_memory_limit(root: Path = Path("/")) -> int:
+    """Return half of the memory that this process may use, in bytes, as found out below *root*."""
+    bound = smallest_bound(root)
+    logger.debug(
+        "memory_limit is %d bytes, half of %d, from %s", bound.nbytes // 2, bound.nbytes, bound.source
+    )
+    return bound.nbytes // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,8 @@ class ServiceOptions:
     Attributes:
         queue_depth: saves that may be accepted and not yet ended, the running ones included (B1).
         memory_limit: host bytes that snapshots may hold together, as an int or ``"8GiB"``; ``None`` is
-            half of what the process may use. A larger single save runs alone.
+            half of what the process's control groups, ``RLIMIT_AS`` and the machine allow it. A larger single
+            save runs alone.
         overflow: what ``save`` does when there is no room: ``"block"`` waits, ``"raise"`` raises a
             ``BackPressureError``, ``"supersede"`` gives the place of a queued, unstarted save of the same
             location to the new one, and waits where there is none.

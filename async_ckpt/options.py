@@ -122,7 +122,7 @@ class ServiceOptions:
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # there are secrets in it
-    observer: Observer | None = None
+    observer: Observer | None = field(default=None, repr=False)  # it may well hold one
 
     def __post_init__(self) -> None:
         for name in ("queue_depth", "max_concurrent_saves", "max_concurrent_parts"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -23,6 +23,7 @@ from async_ckpt.writers import DelegatingWriter
 __all__ = [
     "argument",
     "delegating",
+    "layers_of",
     "pin_path",
     "pinned",
     "place_of",
@@ -30,6 +31,8 @@ __all__ = [
     "refuse_void",
     "slot_of",
 ]
+
+_MOST_LAYERS = 32
 
 # Options that only our own writer knows, and what they come to.
 _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
@@ -119,16 +122,23 @@ def delegating(place: Location, *, save: Any = None, delete: Any = None) -> Make
     return make
 
 
+def layers_of(base: Any) -> Iterator[Any]:
+    """Yield *base* and what it wraps, from outside in; not for ever, as an object may have any attribute."""
+    for _ in range(_MOST_LAYERS):
+        if base is None or isinstance(base, type):
+            return
+        yield base
+        base = getattr(base, "checkpoint_io", None)
+
+
 def refuse_unfit(base: Any) -> None:
     """Refuse what is no CheckpointIO, and one that returns before it has written: that is not durable (D1)."""
-    inner = base
-    while inner is not None and not isinstance(inner, type):
+    for inner in layers_of(base):
         if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(inner).__mro__):
             raise OptionError(
                 f"{type(inner).__module__}.{type(inner).__name__} is asynchronous itself; "
                 "give AsyncCheckpointIO what that writes with, or nothing"
             )
-        inner = getattr(inner, "checkpoint_io", None)
     if isinstance(base, type) or (base is not None and not hasattr(base, "save_checkpoint")):
         kind = base if isinstance(base, type) else type(base)  # no more: it may be, or hold, a secret
         raise OptionError(

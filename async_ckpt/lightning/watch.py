@@ -19,9 +19,12 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypeAlias
 
 from async_ckpt.errors import OptionError, RemovalDroppedError, StoreError
+from async_ckpt.lightning.bases import layers_of
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.fsspec_calls import version_in
@@ -35,8 +38,12 @@ _LIGHTNINGS = frozenset({"lightning", "lightning_fabric", "pytorch_lightning"})
 _TICK_SECONDS = 0.02  # no clock of a local file system is coarser, but for those that count in seconds
 _ELSEWHERE = "If it is right that it writes elsewhere, set writes_elsewhere = True on it."
 
+_REMOTE_TICK_SECONDS = 1.1
+
 Sight: TypeAlias = "tuple[object, ...] | None"
 """What changes when a file is written anew; None where nothing is."""
+
+_UNKNOWN: Sight = ("not seen",)
 
 
 class Watch:
@@ -49,6 +56,8 @@ class Watch:
     def __init__(self, base: Any) -> None:
         self._base = base
         self._is_ordinary = _is_lightnings_own(base)
+        self._is_related = base is not None and _is_related(base)
+        self._written: dict[str, float] = {}  # when what is remote was seen to be new
         self._leaves_traces = False
         self._left_nothing = False
 
@@ -62,12 +71,14 @@ class Watch:
         """
         before = self._before(place, overwrite=overwrite)
         write()
-        if not self._can_look(place):
+        after = self._look(place, "write") if self._can_look(place) else _UNKNOWN
+        if after is _UNKNOWN:
             return
-        after = _sight(place, "write")
         if _is_whole(after) and (after != before or _is_directory(after)):
             self._leaves_traces = True
-        elif self._writes_there:
+            if not is_local(place):
+                self._written[place.key] = time.monotonic()
+        elif self._is_ordinary or self._leaves_traces:
             reason = f"{self._name} returned, but {'nothing' if after is None else 'nothing new'} is there"
             raise StoreError.during("write", place.url, OSError(errno.EIO, reason), _ELSEWHERE)
         else:
@@ -80,23 +91,19 @@ class Watch:
             RemovalDroppedError: what was there is there still, or is all that is known to be there.
             Exception: the base's own.
         """
-        if not self._can_look(place):
+        before = self._look(place, "delete") if self._can_look(place) else None
+        if before in (None, _UNKNOWN):
             delete()
             return
-        if self._left_nothing and not self._leaves_traces and _sight(place, "delete") is not None:
+        if self._left_nothing and not self._leaves_traces:
             raise RemovalDroppedError(
                 f"{place.url!r} was not deleted: {self._name} has left nothing where it saved since. {_ELSEWHERE}"
             )
-        before = _sight(place, "delete")
         delete()
-        if before is not None and _sight(place, "delete") is not None:
+        if self._look(place, "delete") not in (None, _UNKNOWN):
             raise RemovalDroppedError(
                 f"{place.url!r} was not deleted: {self._name} returned, and it is still there"
             )
-
-    @property
-    def _writes_there(self) -> bool:
-        return self._is_ordinary or self._leaves_traces
 
     @property
     def _name(self) -> str:
@@ -106,18 +113,36 @@ class Watch:
         """Tell whether what the base does there can be seen: it may have a login of its own for what is remote."""
         if place.group == "base" or getattr(self._base, "writes_elsewhere", False):
             return False
-        return is_local(place) or self._is_ordinary
+        return is_local(place) or self._is_related
+
+    def _look(self, place: Location, stage: str) -> Sight:
+        """Look, where that can be; that Lightning's own base is denied a look is a failure, as it hides just that."""
+        try:
+            return _sight(place, stage)
+        except StoreError:
+            if self._is_ordinary:
+                raise
+            return _UNKNOWN
 
     def _before(self, place: Location, *, overwrite: bool) -> Sight:
         """Look before a save; refuse to replace, where that is wished."""
-        if overwrite and not self._can_look(place):
-            return None
-        before = _sight(place, "begin")
-        if before is not None and not overwrite:
-            raise exists_already("begin", place)
-        if before is not None and is_local(place):
-            _let_clock_tick(place.path)
+        if overwrite:
+            before = self._look(place, "begin") if self._can_look(place) else None
+        else:
+            before = _sight(place, "begin")
+            if before is not None:
+                raise exists_already("begin", place)
+        if before is not None:
+            self._let_clock_tick(place, before)
         return before
+
+    def _let_clock_tick(self, place: Location, before: Sight) -> None:
+        """Wait, if what is there was written this very moment, until what is written now has another time."""
+        if is_local(place):
+            with suppress(OSError):
+                _sleep_until(time.time() - os.stat(place.path).st_ctime, _TICK_SECONDS)
+        elif place.key in self._written and not _has_fine_time(before):
+            _sleep_until(time.monotonic() - self._written.pop(place.key), _REMOTE_TICK_SECONDS)
 
     def _tell_once(self, place: Location) -> None:
         if not self._left_nothing:
@@ -147,6 +172,13 @@ def _is_lightnings_own(base: Any) -> bool:
     )
 
 
+def _is_related(base: Any) -> bool:
+    """Tell whether *base*, or what it wraps, is made from ``TorchCheckpointIO``, and so asks fsspec as that does."""
+    *_, innermost = layers_of(base)
+    kinds = [kind for kind in type(innermost).__mro__ if kind.__name__ == "TorchCheckpointIO"]
+    return any(kind.__module__.partition(".")[0] in _LIGHTNINGS for kind in kinds)
+
+
 def _sight(place: Location, stage: str) -> Sight:
     if is_local(place):
         return _local_sight(place.path)
@@ -155,7 +187,7 @@ def _sight(place: Location, stage: str) -> Sight:
     try:  # as Lightning does, and so with the very same file system
         file_system, path = fsspec.core.url_to_fs(place.address)
         file_system.invalidate_cache()
-        return tuple(map(repr, version_in(file_system.info(path))))
+        return tuple(version_in(file_system.info(path)))
     except FileNotFoundError:
         return None
     except Exception as error:
@@ -190,11 +222,11 @@ def _is_directory(sight: Sight) -> bool:
     return sight is not None and isinstance(sight[0], int) and stat.S_ISDIR(sight[0])
 
 
-def _let_clock_tick(path: str) -> None:
-    """Wait, if *path* was changed this very moment, until a change of now has another time; in a worker."""
-    try:
-        changed = os.stat(path).st_ctime
-    except OSError:
-        return
-    if 0 <= (age := time.time() - changed) < _TICK_SECONDS:
-        time.sleep(_TICK_SECONDS - age)
+def _has_fine_time(sight: Sight) -> bool:
+    """Tell whether it has a time that counts in less than seconds; that of S3 does not."""
+    return any(isinstance(each, datetime) and each.microsecond for each in sight or ())
+
+
+def _sleep_until(age: float, least: float) -> None:
+    if 0 <= age < least:
+        time.sleep(least - age)

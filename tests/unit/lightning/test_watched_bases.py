@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import MagicMock
 
 import fsspec
 import pytest
@@ -139,6 +140,14 @@ def test_nothing_is_replaced_on_other_file_systems() -> None:
             plugin.save_checkpoint({"a": 1}, "vault-of-mine://new")
     assert list(base.saved) == ["memory://watched/new.ckpt"]
     fsspec.filesystem("memory").rm("/watched", recursive=True)
+
+
+def test_a_base_that_has_every_attribute_is_taken() -> None:
+    """A mock in its place, in a user's own tests, is a base like another."""
+    base = MagicMock()
+    with AsyncCheckpointIO(base) as plugin:
+        plugin.save_checkpoint({"a": 1}, "vault://x")
+    base.save_checkpoint.assert_called_once()
 
 
 # -- paths
@@ -274,6 +283,44 @@ def test_a_denial_that_lightnings_own_base_swallows_is_a_failed_save(
     denying.denies = ()
     assert plugin.load_checkpoint("denying://run/old.ckpt") == {"a": 1}
     plugin.teardown()
+
+
+class Announced(TorchCheckpointIO):
+    """A base made from Lightning's."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, path)
+
+
+class Registry(TorchCheckpointIO):
+    """A base made from Lightning's, for whatever reason, that keeps checkpoints in a way of its own."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        pass
+
+
+def test_a_base_made_from_lightnings_is_held_to_what_it_has_done(denying: Any) -> None:
+    """On remote storage, too: it asks fsspec as Lightning's does, so what it has left there once is looked for."""
+    plugin = AsyncCheckpointIO(Announced())
+    plugin.save_checkpoint({"a": 1}, "denying://run/a.ckpt")
+    plugin.wait()
+    denying.denies = ("open",)
+    plugin.save_checkpoint({"a": 2}, "denying://run/a.ckpt")
+    with pytest.raises(StoreError, match="nothing new is there"):
+        plugin.wait()
+    denying.denies = ("open", "info")  # it may have a login that may not look, or not this one
+    plugin.save_checkpoint({"a": 2}, "denying://run/b.ckpt")
+    plugin.teardown()
+
+
+def test_a_base_made_from_lightnings_may_write_elsewhere(
+    denying: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it is there, and nothing fails."""
+    with AsyncCheckpointIO(Registry()) as plugin:
+        plugin.save_checkpoint({"a": 1}, "denying://run/a.ckpt")
+        plugin.remove_checkpoint("denying://run/b.ckpt")
+    assert "its word alone" in caplog.text
 
 
 def _remove_and_wait(plugin: AsyncCheckpointIO, path: str) -> None:

@@ -7,7 +7,6 @@ error, with the worker's traceback (E1). What does not belong here: anything tha
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import sys
 import threading
@@ -23,6 +22,7 @@ from weakref import ref
 import anyio
 
 from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.processes import process_id
 
 __all__ = ["Failure", "Handle", "Outcome", "Report", "State", "await_outcome"]
 
@@ -191,7 +191,7 @@ class Handle:
         self._url = url
         self._shown_url = url if shown_url is None else shown_url
         self._outcome = outcome
-        self._pid = os.getpid()
+        self._pid = process_id()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
         self._waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
@@ -295,7 +295,7 @@ class Handle:
                 self._failure.is_told = True
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if process_id() != self._pid:
             raise RuntimeError(
                 f"the save of {self._shown_url!r} belongs to another process; wait for it there"
             )

@@ -28,6 +28,7 @@ from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.holdings import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
 from async_ckpt.intake import Intake
 from async_ckpt.options import ServiceOptions, check_grace
+from async_ckpt.processes import process_id
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Workers
 from async_ckpt.writers import Writer
@@ -78,7 +79,7 @@ class CheckpointService:
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # By the garbage collector, maybe: on any thread, at any line, in the midst of any lock.
-        if is_finalizing() or "_own" not in self.__dict__ or os.getpid() != self._pid:
+        if is_finalizing() or "_own" not in self.__dict__ or process_id() != self._pid:
             return
         holdings = self._own.holdings
         was_closed = holdings.is_closed
@@ -92,13 +93,13 @@ class CheckpointService:
             warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._pid = process_id()
         self._own = Intake(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
 
     @property
     def _intake(self) -> Intake:
         """Ours; a forked child leaves to its parent what is under way there (L1), and what failed there (E1)."""
-        if os.getpid() != self._pid:
+        if process_id() != self._pid:
             self._reset()
         return self._own
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from async_ckpt.events import Event, Failed
 from async_ckpt.permissions import create_private, take_place_of
+from async_ckpt.processes import process_id
 from async_ckpt.trace import Span, trace_of
 from async_ckpt.trust import foreign_link_on
 
@@ -51,7 +52,7 @@ class Timeline:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._pid = process_id()
         self._events: deque[Event] = deque(maxlen=self._max_events)
         # Apart, so that a million training steps do not push the saves out.
         self._spans: deque[Span] = deque(maxlen=self._max_events)
@@ -127,7 +128,7 @@ class Timeline:
 
     def _leave_to_parent(self) -> None:
         """Forget, in a forked child, what the parent has kept and will write."""
-        if os.getpid() != self._pid:
+        if process_id() != self._pid:
             self._reset()
 
     def _write_or_log(self) -> None:

@@ -21,6 +21,7 @@ from async_ckpt.lightning.flushing import give_up, patiently
 from async_ckpt.lightning.listings import forget_changed
 from async_ckpt.meter import Meter
 from async_ckpt.options import ServiceOptions
+from async_ckpt.processes import process_id
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location
@@ -97,7 +98,7 @@ class Desk:
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        self._pid = os.getpid()
+        self._pid = process_id()
         self._announcer.begin_afresh()
         self._foreseen: dict[str, _Prospect] = {}
         self._under_way: set[object] = set()
@@ -105,7 +106,7 @@ class Desk:
 
     def _leave_to_parent(self) -> None:
         """In a forked child, know nothing of what the parent has pending (L1)."""
-        if os.getpid() != self._pid:
+        if process_id() != self._pid:
             self._begin_afresh()
 
     @property

@@ -108,6 +108,48 @@ def test_a_forked_child_starts_afresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+def test_a_forked_child_with_its_parents_id(tmp_path: Path) -> None:
+    """A child that has its parent's process id, as in a container of its own, starts afresh like any other (L1)."""
+    done = python(
+        """
+        import os, sys
+        import torch
+        from async_ckpt import AsyncCheckpointIO
+        from async_ckpt.timeline import Timeline
+        from tests.support import Rig, gated, number_at, reached, state
+        from pathlib import Path
+
+        torch.set_num_threads(1)
+        os.getpid = lambda: 1  # as both are told that are the first of their container
+        path = sys.argv[1]
+        gate, hold = gated("commit")
+        plugin = AsyncCheckpointIO(observer=Timeline(f"{path}/timeline.json"))
+        with Rig(hold) as rig, plugin:
+            handle = rig.service.save(state(1), f"{path}/parent.ckpt")
+            plugin.save_checkpoint(state(3), f"{path}/plugin.ckpt")
+            reached(gate)
+            child = os.fork()
+            if child == 0:
+                gate.open()
+                assert plugin.meter.pending == []
+                try:
+                    handle.wait(1)
+                except RuntimeError as error:
+                    print("refused:", "another process" in str(error), flush=True)
+                rig.service.save(state(2), f"{path}/child.ckpt").wait(20)
+                rig.service.close()
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            gate.open()
+        print(*(number_at(Path(path, f"{name}.ckpt")) for name in ("parent", "child", "plugin")))
+        """,
+        tmp_path,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout.split("\n") == ["refused: True", "0", "1.0 2.0 3.0", ""], done.stderr
+
+
+@pytest.mark.integration
 def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
     """A child that inherits a service in use and ends, closing it or not, disturbs nothing (L1, D4)."""
     done = python(

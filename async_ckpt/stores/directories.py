@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.leftovers import is_leftover
+from async_ckpt.stores.leftovers import is_leftover, owner_is_dead
 from async_ckpt.stores.locking import is_abandoned
 
 __all__ = ["Directories"]
@@ -104,10 +105,16 @@ class Directories:
         return swept
 
     def _sweep_one(self, path: str) -> bool:
+        name = os.path.basename(path)
         try:
+            if stat.S_ISLNK(self._disk.lstat(path).st_mode):  # on its way to a link's place; it has no lock
+                dead = owner_is_dead(name)
+                if dead:
+                    self._disk.unlink(path)
+                return dead
             fd = self._disk.open_existing(path)
             try:
-                dead = is_abandoned(self._disk, fd, os.path.basename(path))
+                dead = is_abandoned(self._disk, fd, name)
                 if dead:
                     self._disk.unlink(path)  # before the close gives the lock back
             finally:

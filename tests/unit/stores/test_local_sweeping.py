@@ -71,6 +71,19 @@ def test_a_directory_is_swept_once(tmp_path: Path, workers: ThreadWorkers) -> No
     left.unlink()
 
 
+def test_links_of_the_dead_are_swept(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """A link that a killed process has left on its way to a name is removed, and not what it leads to; others stay."""
+    (tmp_path / "best.ckpt").write_bytes(OLD)
+    dead, own = leave(tmp_path, pid=dead_pid()), leave(tmp_path)
+    for path in (dead, own):
+        path.unlink()
+        path.symlink_to("best.ckpt")
+    assert anyio.run(save, LocalStore(workers=workers), tmp_path / "x.ckpt") == (dead.name,)
+    assert own.is_symlink()
+    assert (tmp_path / "best.ckpt").read_bytes() == OLD
+    own.unlink()
+
+
 def test_another_directory_of_that_name_is_swept(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A directory that has taken the place of one that was swept is swept, too."""
     store = LocalStore(workers=workers)

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointIO
+from async_ckpt import AsyncCheckpointIO, StoreError
 from async_ckpt.events import Event, Swept
 from stress.servers.s3 import call
 from tests.environment import found_by_environment
@@ -295,3 +295,35 @@ def test_killed_in_mid_upload(root: str, seaweedfs: Any) -> None:
     assert open_uploads() == 0
     assert _names(root) == [*before, "epoch=2-step=6.ckpt"]
     assert _plain_load(f"{root}/epoch=2-step=6.ckpt")["epoch"] == 2
+
+
+@everywhere
+def test_lightnings_own_base_is_looked_after(tree: Any, root: str) -> None:
+    """``TorchCheckpointIO`` below the plugin: the same bytes, written twice within a second, are written."""
+    plugin = AsyncCheckpointIO(tree.fabric.plugins.TorchCheckpointIO(), queue_depth=4)
+    for _ in range(2):
+        plugin.save_checkpoint({"step": 1}, f"{root}/last.ckpt")
+    plugin.wait()
+    assert _plain_load(f"{root}/last.ckpt") == {"step": 1}
+    plugin.remove_checkpoint(f"{root}/last.ckpt")
+    plugin.teardown()
+    assert not [
+        name for name in _names(root) if name.endswith("last.ckpt")
+    ]  # a folder may be left, by the base
+
+
+@on_s3
+def test_a_denial_by_s3_that_the_base_swallows_is_a_failed_save(
+    tree: Any, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong key: ``TorchCheckpointIO`` returns as if it had written, which nobody takes for durable (D1)."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    plugin = AsyncCheckpointIO(tree.fabric.plugins.TorchCheckpointIO())
+    try:
+        plugin.save_checkpoint({"step": 1}, f"{root}/last.ckpt")
+        with pytest.raises(StoreError, match=r"run/last\.ckpt.*could not be looked at"):
+            plugin.wait()
+    finally:
+        plugin.teardown()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

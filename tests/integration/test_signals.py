@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures._base
+import gc
 import linecache
 import signal
 import sys
@@ -110,8 +111,15 @@ def use(service: CheckpointService, url: str, number: float) -> None:
 def walk(step: Callable[[int], list[str]]) -> int:
     """Call *step* with 1, 2, … until there is no such line; return how many there were."""
     number = 1
-    while step(number):
-        number += 1
+    # No collection in the midst of a step: what is raised in a finalizer, Python swallows, and nobody was interrupted.
+    gc.disable()
+    try:
+        while step(number):
+            number += 1
+            if number % 50 == 0:
+                gc.collect()
+    finally:
+        gc.enable()
     return number - 1
 
 

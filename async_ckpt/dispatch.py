@@ -36,6 +36,7 @@ from async_ckpt.events import (
     Writing,
 )
 from async_ckpt.handle import Failure, Handle, Outcome, Report, State
+from async_ckpt.patience import moving
 from async_ckpt.queue import Action, Admit, Cancel, Drop, Kind, Op, Phase, Queue, Refuse, Start, Supersede
 from async_ckpt.request import Account, Request
 from async_ckpt.snapshot import Snapshot
@@ -163,6 +164,18 @@ class Dispatcher:
         ]
         return [self._requests[op.id].handle for op in live]
 
+    def moved_seconds(self, account: Account) -> float:
+        """Tell when something last got on that *account* waits for: its own, or another's that it is behind."""
+        ops = list(self._queue.live(account.lane))
+        keys = {key for op in ops for key in (op.key, op.target) if key is not None}
+        groups = {op.group for op in ops} - {None}
+        accounts = [account] + [
+            other.account
+            for other in self._requests.values()
+            if other.op.key in keys or other.op.group in groups
+        ]
+        return max(each.progress.seconds for each in accounts)
+
     def is_idle(self, account: Account) -> bool:
         """Tell whether nothing is under way, loads and who waits to be let in included."""
         return not any(True for _ in self._queue.live(account.lane))
@@ -173,7 +186,7 @@ class Dispatcher:
         for request in self._live(account):
             op = request.op
             if op.phase is Phase.RUNNING and op.kind is not Kind.LOAD:
-                request.given_up = True
+                request.given_up = reason
                 if request.scope is not None:
                     request.scope.cancel()
                 running.append(op.id)
@@ -262,7 +275,8 @@ class Dispatcher:
             if request.given_up:
                 request.scope.cancel()
             try:
-                nbytes = await self._work(request)
+                with moving(request.account.progress):
+                    nbytes = await self._work(request)
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as raised:  # a SystemExit would end the loop
@@ -270,7 +284,7 @@ class Dispatcher:
         if request.op.id not in self._requests:
             return  # it was left behind, and has been reported as such
         if request.scope.cancelled_caught:
-            error = AbandonedError(f"{request.location.url!r}: given up because its service was closed")
+            error = AbandonedError(f"{request.location.url!r}: {request.given_up}")
         if isinstance(error, RemovalDroppedError) and request.op.kind is Kind.REMOVE:
             self._drop(request, error)
         elif error is not None:

@@ -10,12 +10,13 @@ What does not belong here: requests (intake), what a caller is told (service).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import anyio
 
@@ -26,6 +27,7 @@ from async_ckpt.failures import Failures, tell
 from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.loading import Loads
 from async_ckpt.options import ServiceOptions
+from async_ckpt.patience import Limit, Patience
 from async_ckpt.queue import Lane
 from async_ckpt.redaction import presentable
 from async_ckpt.request import Account
@@ -190,21 +192,33 @@ class Holdings:
         """Return what has not ended, as text."""
         return ", ".join(repr(handle.shown_url) for handle in self.pending())
 
-    def too_late(self, limit: float) -> FlushTimeoutError:
-        """Return what to raise where *limit* seconds were not enough."""
-        return FlushTimeoutError(f"still pending{_after(limit)}, and going on: {self.pending_urls()}")
+    def patience(self, limit: Limit | None = None, **options: Any) -> Patience:
+        """Return a wait for what is pending, from now on; without *limit*, as the options have it."""
+        return Patience(limit or self.options.limit(None), self._moved_seconds, **options)
+
+    def _moved_seconds(self) -> float:
+        runtime = self.held()
+        if runtime is not None:
+            with suppress(ServiceClosedError):  # by another thread, just now
+                return runtime.call(runtime.dispatcher.moved_seconds, self.account)
+        return -math.inf
+
+    def too_late(self, patience: Patience) -> FlushTimeoutError:
+        """Return what to raise where *patience* is over."""
+        what = f"still pending{patience.told}, and going on until its service is closed"
+        return FlushTimeoutError(f"{what}: {self.pending_urls()}")
 
     # -- giving back
 
-    def close_predecessor(self, limit: float) -> None:
+    def close_predecessor(self, limit: Limit) -> None:
         """Close what this took over from; again, where that was interrupted."""
         predecessor = self._predecessor
         if predecessor is not None:
             predecessor.close(limit)
             self._predecessor = None
 
-    def close(self, limit: float) -> None:
-        """See everything to its end, abandon what is not done after *limit* seconds, and give everything back."""
+    def close(self, limit: Limit) -> None:
+        """See everything to its end, abandon what is not done within *limit*, and give everything back."""
         self.close_predecessor(limit)
         runtime = self.held()
         if runtime is not None:
@@ -215,25 +229,34 @@ class Holdings:
         stuck = False
         with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
             drained = runtime.call(runtime.dispatcher.close, self.account, thread=threading.get_ident())
+            patience = self.patience(limit)
             try:
-                drained.result(limit)
+                patience.wait(drained)
             except TimeoutError:
-                stuck = self._abandon(runtime, f"not done{_after(limit)} when its service was closed")
+                stuck = self._abandon(runtime, f"given up{patience.told}, as its service was closed")
         self._free(runtime, stuck=stuck)
 
     def drain_at_exit(self) -> bool:
         """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
-        limit = self.options.flush_timeout
+        limit = self.options.limit(None)
+        seconds = min(limit.idle_seconds, limit.total_seconds)
         try:
             try:
                 try:
-                    self.drained().result(min(limit, SILENT_EXIT_SECONDS))
+                    self.drained().result(min(seconds, SILENT_EXIT_SECONDS))
                 except TimeoutError:
-                    tell(f"waiting up to {limit:g} s until {self.pending_urls()} are done; Ctrl-C gives up")
+                    bound = (
+                        f"for {seconds:g} s"
+                        if seconds == limit.total_seconds
+                        else f"while it gets on, or {seconds:g} s"
+                    )
+                    tell(
+                        f"waiting until {self.pending_urls()} are done, {bound} at the most; Ctrl-C gives up"
+                    )
                 self.close(limit)
             except KeyboardInterrupt:
                 tell("interrupted: pending checkpoints are given up")
-                self.close(0.0)
+                self.close(Limit.hard(0.0))
         except BaseException:  # Ctrl-C once more
             tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
             return False
@@ -304,10 +327,6 @@ class Holdings:
             await runtimes.leave(runtime, self._tenant)
             self._tenant.let_go()
             self._runtime = None
-
-
-def _after(limit: float) -> str:
-    return f" after {limit:g} s" if limit else ""  # none where its caller had waited already
 
 
 def _in_time(outcome: Outcome[None], until: float) -> bool:

@@ -43,7 +43,6 @@ class Intake:
         self.holdings = holdings
         self._account = holdings.account
         self._failures = holdings.account.failures
-        self._flush_timeout = holdings.options.flush_timeout
 
     def save(
         self, state: Any, location: Location, writer: Writer | None, *, share_unpicklable: bool, tell: bool
@@ -107,10 +106,12 @@ class Intake:
         request = self._request(Kind.LOAD, location, None)
         try:
             runtime.post(runtime.dispatcher.take_in, request)
+            patience = self.holdings.patience()
             try:
-                request.admitted.result(self._flush_timeout)
+                patience.wait(request.admitted)
             except TimeoutError:
-                raise self.holdings.too_late(self._flush_timeout) from None
+                raise self.holdings.too_late(patience) from None
+            request.admitted.result()
             failures = self._failures.claim()
             if not failures:
                 yield
@@ -134,13 +135,15 @@ class Intake:
 
     def _await_admission(self, request: Request) -> None:
         """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
+        patience = self.holdings.patience()
         try:
-            request.admitted.result(self._flush_timeout)
+            patience.wait(request.admitted)
         except TimeoutError:
             raise FlushTimeoutError(
-                f"{request.location.url!r} was not accepted: no room after {self._flush_timeout:g} s; "
+                f"{request.location.url!r} was not accepted: no room{patience.told}; "
                 f"pending: {self.holdings.pending_urls()}"
             ) from None
+        request.admitted.result()
 
     def _stage(self, request: Request, captured: Capture, runtime: Runtime, *, only_reads: bool) -> None:
         """Take the snapshot and hand it over."""

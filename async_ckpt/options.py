@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeGuard
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
 from async_ckpt.limits import smallest_bound
+from async_ckpt.patience import Limit
 from async_ckpt.retry import RetryPolicy
 
 __all__ = [
@@ -100,8 +101,13 @@ class ServiceOptions:
         overwrite: whether a save may replace what is at its location; if not, it fails with a
             ``CheckpointExistsError``. Object stores and local disks check as they commit, others just before.
         on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
-        flush_timeout: seconds that anything waits for pending saves at the most: ``wait``, ``flush``,
-            ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
+        flush_timeout: seconds without progress after which nothing waits for pending saves any longer: ``wait``,
+            ``flush``, ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
+            Every byte that moves counts, within a part as well, and every request that begins or ends. A base
+            CheckpointIO tells of no bytes: there it must be longer than a save takes.
+        flush_deadline: seconds after which they end their waiting whatever moves, as where a scheduler leaves no more;
+            ``None`` sets no such limit. A ``timeout`` that is given to ``wait``, ``flush`` or ``close`` takes the
+            place of both.
         storage_options: passed to the fsspec file system.
         observer: called with every event; see ``async_ckpt.events``.
 
@@ -121,6 +127,7 @@ class ServiceOptions:
     overwrite: bool = True
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
+    flush_deadline: float | None = None
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # there are secrets in it
     observer: Observer | None = field(default=None, repr=False)  # it may well hold one
 
@@ -143,10 +150,9 @@ class ServiceOptions:
             parse_bytes(self.memory_limit, option="memory_limit")
         if self.part_size_bytes < MINIMUM_PART_BYTES:
             raise OptionError(f"part_size={self.part_size!r}: must be at least 64KiB")
-        if not _is_finite(self.flush_timeout) or self.flush_timeout <= 0:
-            raise OptionError(
-                f"flush_timeout={self.flush_timeout!r}: must be a finite number of seconds, more than zero"
-            )
+        _check_seconds("flush_timeout", self.flush_timeout)
+        if self.flush_deadline is not None:
+            _check_seconds("flush_deadline", self.flush_deadline)
         if not isinstance(self.retry, RetryPolicy):
             raise OptionError(f"retry={_kind(self.retry)}: must be a RetryPolicy")
         if self.storage_options is not None and not isinstance(self.storage_options, Mapping):
@@ -162,6 +168,13 @@ class ServiceOptions:
         if unknown:
             raise OptionError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}")
         return cls(**options)
+
+    def limit(self, timeout: float | None) -> Limit:
+        """Return how long to wait for pending saves, where the caller gives *timeout*, or None."""
+        if timeout is not None:
+            return Limit.hard(timeout)
+        deadline = math.inf if self.flush_deadline is None else self.flush_deadline
+        return Limit(idle_seconds=self.flush_timeout, total_seconds=deadline)
 
     @property
     def memory_limit_bytes(self) -> int:
@@ -188,6 +201,11 @@ def check_grace(seconds: object) -> float:
             "zero leaves at once what has not ended"
         )
     return seconds
+
+
+def _check_seconds(name: str, seconds: object) -> None:
+    if not _is_finite(seconds) or seconds <= 0:
+        raise OptionError(f"{name}={seconds!r}: must be a finite number of seconds, more than zero")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -28,6 +28,7 @@ from async_ckpt.errors import (
 from async_ckpt.events import Event, Observer
 from async_ckpt.failures import Failures
 from async_ckpt.handle import Handle, Outcome, Report
+from async_ckpt.patience import Progress
 from async_ckpt.queue import Lane, Op
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot
 from async_ckpt.stores.base import Location
@@ -47,6 +48,7 @@ class Account:
         pool: its host memory.
         observer: whom it tells of events.
         failures: what it has not told yet.
+        progress: of its requests.
         closed: whether it lets nothing more in.
         newest: the save that was staged last; its memory may serve another save.
     """
@@ -55,6 +57,7 @@ class Account:
     pool: HostPool
     observer: Observer | None
     failures: Failures
+    progress: Progress = field(default_factory=Progress)
     closed: bool = False
     newest: tuple[Request, Snapshot] | None = None
 
@@ -68,7 +71,7 @@ class Request:
         buffer: the memory of its snapshot; another save's as well where it *borrows*.
         scope: of the task that runs it.
         turned_away: the service was closed beneath the caller, who returns no handle.
-        given_up: the service was closed, and it runs no longer.
+        given_up: why it runs no longer, where its service has been closed.
         staged_at_seconds: since the epoch.
     """
 
@@ -85,7 +88,7 @@ class Request:
         self.snapshot: Snapshot | None = None
         self.scope: anyio.CancelScope | None = None
         self.turned_away = False
-        self.given_up = False
+        self.given_up = ""
         self.started_seconds = monotonic()
         self.stall_seconds = 0.0
         self.staged_at_seconds = 0.0
@@ -100,6 +103,7 @@ class Request:
 
     def emit(self, event: type[Event], **values: Any) -> None:
         """Tell the service's observer; what it raises goes no further."""
+        self.account.progress.note()
         observer = self.account.observer
         if observer is None:
             return

@@ -28,6 +28,7 @@ from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.holdings import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
 from async_ckpt.intake import Intake
 from async_ckpt.options import ServiceOptions, check_grace
+from async_ckpt.patience import Limit, Patience
 from async_ckpt.processes import process_id
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Workers
@@ -54,7 +55,8 @@ class CheckpointService:
             zero leaves it at once.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
-            ``overwrite``, ``on_error``, ``flush_timeout``, ``storage_options``, ``observer``.
+            ``overwrite``, ``on_error``, ``flush_timeout``, ``flush_deadline``, ``storage_options``,
+            ``observer``.
 
     Attributes:
         known_as: what the program knows it as, and how that is closed; for a plugin's.
@@ -213,7 +215,7 @@ class CheckpointService:
         """Block until everything accepted so far has ended.
 
         Args:
-            timeout: seconds; ``None`` takes ``flush_timeout``.
+            timeout: seconds, whatever gets on meanwhile; ``None`` takes ``flush_timeout`` and ``flush_deadline``.
 
         Raises:
             FlushTimeoutError: the time passed first. Nothing is given up; wait again.
@@ -232,25 +234,30 @@ class CheckpointService:
 
     def _await_drained(self, timeout: float | None) -> None:
         holdings = self._holdings
-        limit = self._limit(timeout)
+        patience = holdings.patience(self._limit(timeout))
         try:
-            holdings.drained().result(limit)
+            patience.wait(holdings.drained())
         except TimeoutError:
-            raise holdings.too_late(limit) from None
+            raise holdings.too_late(patience) from None
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
         holdings = self._holdings
-        limit = self._limit(timeout)
+        patience = holdings.patience(self._limit(timeout))
         drained = holdings.drained()
-        with anyio.move_on_after(limit):
-            await await_outcome(drained)
+        while not drained.done() and (left := patience.left()) > 0:
+            with anyio.move_on_after(left):
+                await await_outcome(drained)
         if not drained.done():
-            raise holdings.too_late(limit)
+            raise holdings.too_late(patience)
         self.failures.raise_all()
 
-    def _limit(self, timeout: float | None) -> float:
-        return self._options.flush_timeout if timeout is None else timeout
+    def _limit(self, timeout: float | None) -> Limit:
+        return self._options.limit(timeout)
+
+    def patience(self, timeout: float | None = None, **options: Any) -> Patience:
+        """Return how long a plugin's own waiting goes on, from now on: as ``wait`` waits; *options* of ``Patience``."""
+        return self._holdings.patience(self._limit(timeout), **options)
 
     @property
     def pending(self) -> tuple[Handle, ...]:
@@ -264,7 +271,7 @@ class CheckpointService:
         earlier checkpoints stay. Closing again does nothing.
 
         Args:
-            timeout: seconds; ``None`` takes ``flush_timeout``.
+            timeout: seconds, whatever gets on meanwhile; ``None`` takes ``flush_timeout`` and ``flush_deadline``.
 
         Raises:
             Exception: a save failed and nobody has been told yet; several come as one ``FlushError``. An error
@@ -284,7 +291,7 @@ class CheckpointService:
         The next request takes them anew; what is durable stays known. No other thread may be making a request now.
         """
         holdings = self._holdings
-        limit = self._options.flush_timeout
+        limit = self._limit(None)
         holdings.close_predecessor(limit)
         if holdings.is_idle():
             successor = holdings.successor()

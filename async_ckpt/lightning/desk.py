@@ -227,13 +227,12 @@ class Desk:
         Where the user does not want to wait any longer, everything is given up; the next save begins afresh. Where
         ``flush_timeout`` has passed once, nobody waits for as long again until something new is saved.
         """
-        if limit is None:
-            limit = 0.0 if self._is_late else service.options.flush_timeout
-        left = patiently(service, self.meter, limit=limit, handle=handle)
+        timeout = 0.0 if limit is None and self._is_late else limit
+        left = patiently(service, self.meter, timeout=timeout, handle=handle)
         if left is None:
             self._service = self._new_service()
             give_up(service)
-        elif left == 0.0 and handle is None and limit == service.options.flush_timeout:
+        elif left == 0.0 and handle is None and limit is None:
             self._is_late = True
         return left or 0.0
 

@@ -37,7 +37,7 @@ def patiently(
     service: CheckpointService,
     meter: Meter,
     *,
-    limit: float,
+    timeout: float | None = None,
     handle: Handle | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> float | None:
@@ -46,17 +46,17 @@ def patiently(
     Args:
         service: who has accepted it.
         meter: its observer.
-        limit: seconds to wait at the most.
+        timeout: seconds to wait at the most; ``None`` waits as long as the service's options say.
         handle: wait for this request alone.
         clock: returns a monotonic time in seconds.
 
     Returns:
-        The seconds that are left of *limit*; ``None`` where the user does not want to wait any longer.
+        The seconds that are left to wait; ``None`` where the user does not want to wait any longer.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, where it is not ignored; everything goes on.
     """
-    began = clock()
+    patience = service.patience(timeout, clock=clock)
     pending = _of(service, meter) if handle is None else [handle]
     bell: SimpleQueue[bool] = SimpleQueue()  # a signal handler may ring it
     for request in pending:
@@ -64,9 +64,9 @@ def patiently(
     saves = [save for save in meter.pending if handle is None or save.url == handle.shown_url]
     with _hearing_interrupts(lambda: bell.put(False)) as heard, _Display(saves, heard, clock) as display:
         while pending:
-            left = limit - (clock() - began)
+            left = patience.left()
             if left <= 0:
-                logger.warning("waited %g s, as long as flush_timeout allows", limit)
+                logger.warning("not done%s; no longer waited for", patience.told)
                 return 0.0
             try:
                 if not bell.get(timeout=min(left, _SLICE_SECONDS)):
@@ -75,7 +75,7 @@ def patiently(
             except Empty:
                 pass
             display.update()
-    return max(0.0, limit - (clock() - began))
+    return max(0.0, patience.left())
 
 
 def give_up(service: CheckpointService) -> None:

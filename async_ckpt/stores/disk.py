@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from async_ckpt import permissions
+from async_ckpt.patience import moved
 from async_ckpt.stores import descriptors
 
 __all__ = ["Disk"]
@@ -122,6 +123,7 @@ class Disk:
             written = os.pwritev(fd, batch, position)
             if written == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
+            moved()
             position += written
             while written:
                 piece = waiting.pop()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec.spec
 
 from async_ckpt.errors import TransientStoreError
+from async_ckpt.patience import moved
 from async_ckpt.stores.base import Content, Location, Part, Receipt
 from async_ckpt.stores.fsspec_calls import (
     info_of,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["GenericUpload"]
 
 _log = logging.getLogger("async_ckpt.stores.generic")
+
+_WRITE_BYTES = 4 << 20  # at a time: on a slow line, whoever waits sees that something moves
 
 
 class GenericUpload:
@@ -170,13 +173,15 @@ class GenericUpload:
     def _write_piece(self, piece: memoryview) -> None:
         while piece.nbytes:
             try:
-                written = self._handle.write(piece if self._takes_views else bytes(piece))
+                some = piece[:_WRITE_BYTES]
+                written = self._handle.write(some if self._takes_views else bytes(some))
             except TypeError:
                 if not self._takes_views:
                     raise
                 self._takes_views = False
                 continue
-            written = written if isinstance(written, int) else piece.nbytes
+            written = written if isinstance(written, int) else some.nbytes
+            moved()
             if written <= 0:
                 raise OSError(errno.EIO, "the handle takes no bytes")
             self._position += written

@@ -20,6 +20,7 @@ from typing import ParamSpec, TypeVar
 import anyio
 
 from async_ckpt.errors import StoreError, ThrottledError
+from async_ckpt.patience import moved
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.scatter import Scatter
@@ -101,14 +102,18 @@ def patience(seconds: float) -> Iterator[Callable[[], None]]:
     with anyio.CancelScope() as scope:
         put_off_at = 0.0
 
-        def moved() -> None:
+        def put_off() -> None:
             nonlocal put_off_at
             if (now := monotonic()) >= put_off_at:  # not for each slice: it costs a timer of the loop's
                 put_off_at = now + seconds / 16
                 scope.deadline = anyio.current_time() + seconds * 17 / 16
 
-        moved()
-        yield moved
+        def has_moved() -> None:
+            put_off()
+            moved()
+
+        put_off()
+        yield has_moved
     if scope.cancelled_caught:
         raise TimeoutError(errno.ETIMEDOUT, f"nothing moved for {seconds:g} s")
 

@@ -53,7 +53,7 @@ class Metered(Rig):
     def wait(self, **options: Any) -> float | None:
         """Wait with a clock on which every look at it is five seconds later."""
         seconds = count(0, 5)
-        defaults: dict[str, Any] = {"limit": FOR_EVER, "clock": lambda: float(next(seconds))}
+        defaults: dict[str, Any] = {"timeout": FOR_EVER, "clock": lambda: float(next(seconds))}
         return patiently(self.service, self.meter, **{**defaults, **options})
 
     def __enter__(self) -> Metered:
@@ -125,7 +125,7 @@ def test_nothing_of_a_short_wait(capsys: Any, caplog: pytest.LogCaptureFixture, 
     clock = ManualClock()
     with Metered(Fault(operation="commit", delay_seconds=0.5)) as rig:
         handle = rig.service.save(state(1), tmp_path / "a.ckpt")
-        assert patiently(rig.service, rig.meter, limit=7.0, clock=clock) == 7.0
+        assert patiently(rig.service, rig.meter, timeout=7.0, clock=clock) == 7.0
         assert handle.done()
     assert (capsys.readouterr().err, caplog.records) == ("", [])
 
@@ -222,7 +222,7 @@ def test_the_limit(tmp_path: Path) -> None:
     gate, hold = gated("commit")
     with Metered(hold) as rig:
         handle = rig.service.save(state(1), tmp_path / "a")
-        assert rig.wait(limit=20.0) == 0.0
+        assert rig.wait(timeout=20.0) == 0.0
         assert not handle.done()
         gate.open()
         handle.wait(PATIENCE_SECONDS)
@@ -268,7 +268,7 @@ def test_ctrl_c_where_it_is_not_ignored(tmp_path: Path) -> None:
 
         with ctrl_c(signal.default_int_handler):
             with pytest.raises(KeyboardInterrupt):
-                patiently(rig.service, rig.meter, limit=FOR_EVER, clock=clock)
+                patiently(rig.service, rig.meter, timeout=FOR_EVER, clock=clock)
             presser.join()
         assert not handle.done()
         gate.open()
@@ -350,7 +350,7 @@ def test_a_handler_does_not_wait_for_the_save_it_interrupted(tmp_path: Path) -> 
                 signal.pthread_kill(main, signal.SIGUSR1)
 
         def handle(*_):
-            print(patiently(service, meter, limit=10.0) > 5)
+            print(patiently(service, meter, timeout=10.0) > 5)
 
         signal.signal(signal.SIGUSR1, handle)
         with CheckpointService(observer=observe) as service:

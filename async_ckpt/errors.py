@@ -9,6 +9,7 @@
     │   ├── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
     │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and a checkpoint is there
     │   ├── CorruptCheckpointError               what was read is not what was written
+    │   ├── RankError                            another rank could not, and this one relies on it
     │   └── TransientStoreError                  the same request may succeed a moment later
     │       └── ThrottledError                       the store asks for fewer requests
     ├── MissingDependencyError (ImportError) the file system's package is not installed
@@ -52,6 +53,7 @@ __all__ = [
     "NotDurableError",
     "OptionError",
     "QueueFullError",
+    "RankError",
     "RemovalDroppedError",
     "ServiceClosedError",
     "StoreError",
@@ -131,6 +133,13 @@ class CheckpointExistsError(StoreError, FileExistsError):
 
 class CorruptCheckpointError(StoreError):
     """What was read does not have the checksum that the file gives for it, or is no whole checkpoint."""
+
+
+class RankError(StoreError):
+    """Another rank of the process group failed to write what this one relies on, or ended without a word of it.
+
+    Its own error, of whatever kind, is in the message.
+    """
 
 
 class TransientStoreError(StoreError):

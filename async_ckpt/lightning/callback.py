@@ -82,9 +82,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         self._plugin = plugin = plugin_of(trainer) if self._acts_in(trainer) else None
         if plugin is None:
             return
-        if plugin not in _accompanied:
-            _accompanied.add(plugin)
-            plugin.synchronous = True
+        _accompany(plugin)
         self._warn_of_bypass(trainer)
         _see_to_teardown(trainer, plugin, self)
 
@@ -138,6 +136,11 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if companion is not None:
             companion.end()
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """See to it that a save is synchronous where no ``setup`` comes: in the process that has launched others."""
+        if self._plugin is None and self._acts_in(trainer) and (plugin := plugin_of(trainer)) is not None:
+            _accompany(plugin)
+
     # -- ours
 
     def strategy_ends(self) -> None:
@@ -145,10 +148,10 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._companion is not None:
             self._companion.strategy_ends()
 
-    def strategy_ended(self) -> None:
-        """The strategy has been torn down, and the plugin with it."""
+    def strategy_ended(self, error: BaseException | None) -> None:
+        """The strategy has been torn down, and the plugin with it, and *error* has come up meanwhile."""
         if self._companion is not None:
-            self._companion.strategy_ended()
+            self._companion.strategy_ended(error)
 
     def _acts_in(self, trainer: Any) -> bool:
         """Tell whether it is this one that acts: the user's own comes before one that was found."""
@@ -183,6 +186,13 @@ class FoundCallback(AsyncCheckpointCallback):
         super().__init__(log_metrics=False)
 
 
+def _accompany(plugin: AsyncCheckpointIO) -> None:
+    """Have the plugin's saves be synchronous, but for those in a fit."""
+    if plugin not in _accompanied:
+        _accompanied.add(plugin)
+        plugin.synchronous = True
+
+
 def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:
     if plugin.is_used:
         strategy.checkpoint_io.teardown()
@@ -197,7 +207,7 @@ def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncChe
     def teardown() -> None:
         shadows.lift()
         with ExitStack() as steps:  # whatever fails in between; last first
-            steps.callback(callback.strategy_ended)
+            steps.push(lambda kind, error, trace: callback.strategy_ended(error))
             steps.callback(_tear_down_plugin, plugin, strategy)
             steps.callback(tear_down)
             callback.strategy_ends()

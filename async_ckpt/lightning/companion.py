@@ -2,7 +2,8 @@
 
 Guarantees: whatever is put in the way of callbacks, loggers and the progress bar is gone when the fit has been torn
 down, also after an error; an error in flight is never replaced (E2); once a wait at the end has run out of time,
-nobody waits again. Of fits one within another, each knows of its own saves. No collective operation is called.
+nobody waits again. Of fits one within another, each knows of its own saves. Of several ranks, each returns from the fit
+when all is durable, or raises what the first rank has failed with. No collective operation is called.
 
 What does not belong here: Lightning's hooks (callback).
 """
@@ -10,14 +11,17 @@ What does not belong here: Lightning's hooks (callback).
 from __future__ import annotations
 
 import logging
+import sys
+from collections import deque
 from functools import partial
 from time import time
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from async_ckpt.errors import FlushTimeoutError
-from async_ckpt.events import Accepted, Event
+from async_ckpt.events import Accepted, Event, Failed
 from async_ckpt.lightning.bars import show_pending
+from async_ckpt.lightning.departure import departure_of
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _meters: WeakKeyDictionary[AsyncCheckpointIO, list[Meter]] = WeakKeyDictionary()
 """Of the fits that a plugin is in, one within another; what is saved now belongs to the last."""
+
+_NAMED_FAILURES = 8
 
 
 class Companion:
@@ -55,6 +61,8 @@ class Companion:
         self._timeline = timeline
         self._failing = False
         self._out_of_time = False
+        self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
+        self._departure = departure_of(trainer, plugin.service.options.flush_timeout)
         self._shadows = Shadows()
         # False where another Trainer's fit, around this one, has the plugin, too.
         self._was_synchronous = plugin.synchronous
@@ -87,13 +95,22 @@ class Companion:
         self._removals.release()
 
     def flush(self) -> None:
-        """Wait for everything, raise what failed, tell of the rest."""
+        """Wait for everything, raise what failed, tell of the rest.
+
+        Nobody waits for what is saved from now on, so each save does.
+        """
         began_seconds = time()
+        if self._departure is not None:
+            self._departure.training_ended()
         try:
             if self._plugin.is_used:
                 self._plugin.wait()
-        except FlushTimeoutError:
+            self._plugin.synchronous = self._was_synchronous
+            if self._departure is not None:
+                self._departure.agree()
+        except FlushTimeoutError as error:
             self._out_of_time = True
+            self._failures.append(_named(error))
             raise
         finally:
             self._record("training thread", "flush", began_seconds)
@@ -110,11 +127,17 @@ class Companion:
         """Have removed what was to be, before the plugin is torn down."""
         self._removals.release(everything=True)
 
-    def strategy_ended(self) -> None:
-        """Nobody waits for what is saved from now on, so each save does."""
+    def strategy_ended(self, error: BaseException | None) -> None:
+        """Leave the fit, with the other ranks; *error* is what came up as the strategy was torn down.
+
+        Nobody waits for what is saved from now on, so each save does.
+        """
         self._plugin.synchronous = self._was_synchronous
-        if self._failing:  # no hook follows
-            self.end()
+        try:
+            self._depart(error or sys.exc_info()[1])
+        finally:
+            if self._failing:  # no hook follows
+                self.end()
 
     def end(self) -> None:
         """Tell of the rest and be gone."""
@@ -142,8 +165,19 @@ class Companion:
         if self._meter in meters:
             meters.remove(self._meter)
 
+    def _depart(self, error: BaseException | None) -> None:
+        if self._departure is None:
+            return
+        tells = error is not None and self._plugin.service.options.on_error == "raise"
+        failure = "; ".join(self._failures) if tells else ""
+        # Who presses Ctrl-C does not want to wait.
+        waits = error is None or isinstance(error, Exception)
+        self._departure.leave(failure=failure or None, waits=waits)
+
     def _take_in(self, event: Event) -> None:
         """Hand on an event, but not of what a fit within this one saves."""
+        if isinstance(event, Failed):
+            self._failures.append(_named(event.error))
         if not isinstance(event, Accepted) or _meters[self._plugin][-1:] == [self._meter]:
             self._meter(event)
 
@@ -169,3 +203,7 @@ class Companion:
                 self._timeline.write()
             except OSError:
                 logger.exception("the timeline was not written")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -8,30 +8,37 @@ What does not belong here: how Lightning calls a CheckpointIO, and what a base d
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeAlias
 
-from async_ckpt.errors import NotDurableError
-from async_ckpt.events import Event, Observer
+from async_ckpt.errors import FlushTimeoutError, NotDurableError, RankError
+from async_ckpt.events import Event, Observer, PartWritten
 from async_ckpt.handle import Handle
 from async_ckpt.lightning.flushing import give_up, patiently
+from async_ckpt.lightning.group_pending import pending_of_group
 from async_ckpt.lightning.listings import forget_changed
 from async_ckpt.meter import Meter
 from async_ckpt.options import ServiceOptions
 from async_ckpt.processes import process_id
 from async_ckpt.service import CheckpointService
-from async_ckpt.stores import is_local
+from async_ckpt.stores import is_local, locate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import Writer
 
 __all__ = ["Desk"]
 
+logger = logging.getLogger(__name__)
+
 # What Lightning reads back without asking the plugin that has written it: the requeued job; the process that has
 # spawned the training; all ranks, when a tuner is done; Fabric's XLAFSDPStrategy, which makes one file of many.
 _REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
+_BROUGHT_HOME = re.compile(r"(.*[/\\])?\.temp\.ckpt")
 _READ_BACK = re.compile(
     r"(.*[/\\])?"
     r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
@@ -72,6 +79,8 @@ class _Announcer:
         # ModelCheckpoint asks fsspec what is there, and fsspec remembers
         forget_changed(event, self.address_of(event.url))
         self.meter(event)
+        if isinstance(event, PartWritten) and (group := pending_of_group()) is not None:
+            group.beat()
         for observer in (*self.observers, self._own):
             if observer is not None:
                 observer(event)
@@ -153,11 +162,12 @@ class Desk:
             self._remember_address(place)
             self._is_late = False
             # A job is requeued whatever became of an earlier checkpoint; who tears down is told of it.
-            handle = service.submit(
-                checkpoint, place, writer, share_unpicklable=writer is not None, tell=not waits
+            submit = partial(
+                service.submit, checkpoint, place, writer, share_unpicklable=writer is not None, tell=False
             )
-            self._foresee(place, handle, there=True)
-            if waits and self._wait_for_one(service, handle) and not requeue:
+            handle = self._request(place, submit, there=True)
+            given_up = waits and not self._wait_for_one(service, handle)
+            if not given_up and not requeue:
                 service.failures.raise_unless_in_flight(but=handle)
 
     def remove(self, place: Location, make_writer: MakeWriter | None) -> None:
@@ -167,8 +177,7 @@ class Desk:
             service = self.service
             writer = None if make_writer is None else make_writer(service)
             self._remember_address(place)
-            handle = service.submit_removal(place, writer)
-            self._foresee(place, handle, there=False)
+            handle = self._request(place, partial(service.submit_removal, place, writer), there=False)
             # A directory is no checkpoint of ours. Who has it removed may be about to put a file in its place.
             foreign = writer is None and is_local(place) and os.path.isdir(place.path)
             if foreign or waits:
@@ -179,13 +188,22 @@ class Desk:
     def link(self, place: Location, target: Location) -> None:
         """Have *place* lead to *target* once that is durable."""
         if place.key != target.key:  # it is that file already, by another spelling
-            self._foresee(place, self.service.submit_link(place, target), there=True)
+            self._request(place, partial(self.service.submit_link, place, target), there=True)
 
     @contextmanager
-    def loading(self) -> Iterator[CheckpointService]:
-        """Lend the service for a load."""
+    def loading(self, place: Location) -> Iterator[CheckpointService]:
+        """Lend the service for a load from *place*, once what other ranks have pending there has ended."""
+        if _BROUGHT_HOME.fullmatch(place.url):  # others have trained; nobody tears down here
+            self.synchronous = True
         with self._at_rest_after(rests=True):  # Fabric loads, and never tears down
-            yield self.service
+            service = self.service
+            group = pending_of_group()
+            if group is not None:
+                limit = service.options.flush_timeout
+                group.wait_for(place.key, place.url, limit=limit)
+                if is_local(place) and os.path.islink(place.path):  # by now, where it will lead
+                    group.wait_for(locate(place.path).key, place.url, limit=limit)
+            yield service
 
     def will_exist(self, place: Location) -> bool | None:
         """Tell whether *place* will be there; ``None`` where nothing of it is pending."""
@@ -198,17 +216,21 @@ class Desk:
         return self._announcer.address_of(url)
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for everything, and raise what failed."""
+        """Wait for everything, also of other ranks, and raise what failed here."""
         service = self.service
-        service.wait(self._wait(service, limit=timeout))
+        left = self._wait(service, limit=timeout)
+        service.wait(left)
+        _wait_for_other_ranks(left)
 
     def settle(self) -> None:
         """Do the same for who may be handling an error, which is not replaced (E2)."""
         service = self._service
-        service.settle(self._wait(service))
+        left = self._wait(service)
+        service.settle(left)
+        _wait_for_other_ranks(left, in_flight=sys.exc_info()[1])
 
     def end(self) -> None:
-        """See everything to its end and free the service.
+        """See everything to its end, also of other ranks, and free the service.
 
         Where Ctrl-C comes while this waits, what is pending goes on, and Lightning comes again.
         """
@@ -218,6 +240,7 @@ class Desk:
         self._service = self._new_service()
         self.has_ended = True
         service.close(left)
+        _wait_for_other_ranks(left, in_flight=sys.exc_info()[1])
 
     def _wait(
         self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
@@ -266,6 +289,24 @@ class Desk:
         if place.address != place.url:
             self._announcer.addresses[place.url] = place.address
 
+    def _request(self, place: Location, submit: Callable[[], Handle], *, there: bool) -> Handle:
+        """Make a request that is known of, also to other ranks."""
+        group = pending_of_group()
+        if group is None:
+            handle = submit()
+            self._foresee(place, handle, there=there)
+            return handle
+        announcement = group.announce(place.key)
+        raises = self._service.options.on_error == "raise"
+        try:
+            handle = submit()
+            self._foresee(place, handle, there=there)
+            handle.add_done_callback(lambda ended: announcement.end(_failure_of(ended) if raises else None))
+        except BaseException:  # they must not wait for what may never be
+            announcement.end()
+            raise
+        return handle
+
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
         # A signal handler may come in between, and do the same.
         for key, earlier in list(self._foreseen.items()):
@@ -273,3 +314,26 @@ class Desk:
                 self._foreseen.pop(key, None)
         self._foreseen[place.key] = prospect = _Prospect(there)
         handle.add_done_callback(prospect.end)
+
+
+def _wait_for_other_ranks(limit: float, in_flight: BaseException | None = None) -> None:
+    """Wait for what they have pending; an error that is *in_flight* is not replaced (E2).
+
+    With one, too: when this process ends with it, a launcher may end the one that writes.
+    """
+    group = pending_of_group()
+    if group is None:
+        return
+    group.store.finish()
+    try:
+        group.wait_for_all(limit=limit)
+    except (RankError, FlushTimeoutError) as error:
+        if in_flight is None:
+            raise
+        logger.error("%s", error)
+
+
+def _failure_of(handle: Handle) -> str | None:
+    """Return what other ranks are told of a request that has ended."""
+    failure = handle._failure
+    return None if failure is None else f"{type(failure.error).__name__}: {failure.error}"

@@ -151,7 +151,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         load = self._base.load_checkpoint
         path, args, kwargs = pin_path(load, 0, args, kwargs)
         place = place_of(path)
-        with self._desk.loading() as service, service.turn(place):
+        with self._desk.loading(place) as service, service.turn(place):
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -280,7 +280,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def _load(self, path: str | os.PathLike[str], map_location: Any = "cpu", **options: Any) -> Any:
         options.setdefault("weights_only", default_weights_only())
-        with self._desk.loading() as service:
+        with self._desk.loading(self._locate(path)) as service:
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words

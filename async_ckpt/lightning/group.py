@@ -1,0 +1,168 @@
+"""The key-value store of torch's process group: how ranks talk without a collective operation.
+
+Every process group has one, through which its ranks have found each other. A rank that never answers harms nobody
+there, while a collective operation that one rank does not take part in ends the group for training, too.
+
+Guarantees: whoever asks waits a bounded time, also where the process that hosts the store has died or stands still,
+and hears Ctrl-C meanwhile; the connection is one of our own, where torch can make one, so training's calls are not held
+up by ours; in a process without a group nothing is imported and nothing happens. Nobody waits for a lock here, so a
+signal handler may come at any line (L1).
+
+What does not belong here: what is said.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from async_ckpt.processes import process_id
+
+__all__ = ["GroupStore", "UnreachableError", "store_of_group"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ANSWER_SECONDS = 20.0
+"""How long an answer may take that takes microseconds."""
+
+_EXIT_SECONDS = 5.0
+
+
+class UnreachableError(Exception):
+    """The store does not answer: its host has ended, or stands still."""
+
+
+class GroupStore:
+    """A connection to the store of a process group.
+
+    Args:
+        store: torch's.
+        rank: of this process.
+        world_size: how many there are.
+        answer_seconds: how long to wait for an answer.
+    """
+
+    def __init__(
+        self, store: Any, *, rank: int, world_size: int, answer_seconds: float = _ANSWER_SECONDS
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._answer_seconds = answer_seconds
+        self._connection: Any = None
+        self._untold: deque[Callable[[Any], object]] = deque()
+        self._telling = threading.Lock()  # never waited for: only a flag that one thread can win
+        self._teller: threading.Thread | None = None
+
+    def ask(self, talk: Callable[[Any], T]) -> T:
+        """Return what *talk* returns, called with the store on a thread of its own.
+
+        Raises:
+            UnreachableError: it did not answer.
+        """
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                answers.put((talk(self._connected()), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        try:
+            _start(run)
+            answer, error = answers.get(timeout=self._answer_seconds)
+        except (Empty, RuntimeError) as none:  # no answer; no thread
+            raise UnreachableError("the process group's store does not answer") from none
+        if error is not None:
+            raise UnreachableError(f"the process group's store is gone: {error}") from error
+        return answer  # type: ignore[no-any-return]
+
+    def tell(self, talk: Callable[[Any], object]) -> None:
+        """Have *talk* called with the store, soon, after all that was to be told before; never waits."""
+        self._untold.append(talk)
+        if self._telling.acquire(blocking=False):
+            try:
+                self._teller = _start(self._tell_all)
+            except BaseException:
+                self._telling.release()
+                raise
+
+    def finish(self) -> None:
+        """Wait, a bounded time, until all has been told."""
+        teller = self._teller
+        if teller is not None:
+            teller.join(self._answer_seconds)
+
+    def _tell_all(self) -> None:
+        while True:
+            with suppress(IndexError):
+                while True:
+                    talk = self._untold.popleft()
+                    try:
+                        talk(self._connected())
+                    except Exception as error:
+                        logger.debug("the other ranks were not told: %s", error)
+            self._telling.release()
+            # Who came before that has left it to us.
+            if not self._untold or not self._telling.acquire(blocking=False):
+                return
+
+    def _connected(self) -> Any:
+        connection = self._connection
+        if connection is None:
+            try:
+                connection = self._store.clone()
+            except Exception:  # an older torch, or a store of the user's own
+                connection = self._store
+            self._connection = connection
+        return connection
+
+
+_known: tuple[int, GroupStore] | None = None
+"""The store of the last group, and the process whose connection it is."""
+
+
+def store_of_group() -> GroupStore | None:
+    """Return the store of this process's group; ``None`` where it is alone, or the group has none (MPI's)."""
+    global _known
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    world_size = distributed.get_world_size()
+    if world_size < 2:
+        return None
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+    except Exception:
+        return None
+    if store is None:
+        return None
+    known = _known
+    if known is None or known[1]._store is not store:
+        known = _known = process_id(), GroupStore(store, rank=distributed.get_rank(), world_size=world_size)
+    # A forked child, of a data loader, is no rank: two processes must not talk on one connection.
+    return known[1] if known[0] == process_id() else None
+
+
+def _start(run: Callable[[], None]) -> threading.Thread:
+    # A daemon, alone in this package: where the host stands still, a call never returns, and Python would wait for it
+    # at its end. What is underway there otherwise has been waited for by then.
+    thread = threading.Thread(target=run, name="async_ckpt-ranks", daemon=True)
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _finish() -> None:
+    known = _known
+    if known is not None and known[0] == process_id() and known[1]._teller is not None:
+        known[1]._teller.join(_EXIT_SECONDS)

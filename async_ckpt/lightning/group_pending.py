@@ -1,0 +1,251 @@
+"""What the ranks of a process group have pending, known to all of them.
+
+Only the rank that saves knows that a file is pending. It counts its requests, accepted and ended, in the group's store,
+in all and for each location; the others compare the two.
+
+Guarantees: a rank waits for storage, never for another rank to come somewhere, so no two wait for each other; it gives
+up after ``flush_timeout`` in which nothing has moved anywhere, or when the store is gone. Training's thread is held up
+for one exchange with the store, about 0.2 ms, for each request. Nothing of it happens in a process on its own.
+
+What does not belong here: how the ranks leave a fit (departure).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+from async_ckpt.errors import FlushTimeoutError, RankError
+from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_group
+
+__all__ = ["Announcement", "GroupPending", "pending_of_group"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ALL = "all"
+_BEAT_SECONDS = 5.0
+_SHORTEST_PAUSE_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 0.25
+
+
+class Announcement:
+    """One request that the other ranks know of.
+
+    Args:
+        store: of the group.
+        name: what stands for its location.
+        numbers: of all requests and of those for its location, up to this one; ``None`` if nobody could be told.
+    """
+
+    def __init__(self, store: GroupStore, name: str, numbers: tuple[int, int] | None) -> None:
+        self._store = store
+        self._name = name
+        self._numbers = numbers
+        self._has_ended = False
+
+    def end(self, failure: str | None = None) -> None:
+        """Tell them that it has ended, once; *failure* says why it has failed."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        name, numbers = self._name, self._numbers
+
+        def talk(store: Any) -> None:
+            if failure is not None and numbers is not None:  # first, as who sees the end looks for it
+                of_all, of_location = numbers
+                store.set(f"async_ckpt/failed/{name}/{of_location}", json.dumps([of_all, failure]))
+            for each in (name, _ALL):
+                store.add(f"async_ckpt/ended/{each}", 1)
+
+        self._store.tell(talk)
+
+
+class GroupPending:
+    """The requests of a group's ranks.
+
+    Args:
+        store: of the group.
+
+    Attributes:
+        store: the same.
+    """
+
+    def __init__(self, store: GroupStore) -> None:
+        self.store = store
+        self._fits = 0
+        self._own: Counter[str] = Counter()
+        self._told = 0  # this rank knows of all failures among so many requests
+        self._told_single: set[int] = set()
+        self._beat_at_seconds = 0.0
+        self._is_cut_off = False
+
+    def next_fit(self) -> int:
+        """Return the number of a fit that begins; all ranks count the same ones."""
+        self._fits += 1
+        return self._fits
+
+    # -- the rank that saves
+
+    def announce(self, key: str) -> Announcement:
+        """Tell the other ranks of a request for the location of *key*, before it is made."""
+        name = _name(key)
+
+        def talk(store: Any) -> tuple[int, int]:
+            return (
+                store.add(f"async_ckpt/accepted/{_ALL}", 1),
+                store.add(f"async_ckpt/accepted/{name}", 1),
+            )
+
+        numbers = None
+        if not self._is_cut_off:  # else each request would wait again
+            try:
+                numbers = self.store.ask(talk)
+                self._own[name] += 1
+                self._own[_ALL] += 1
+            except UnreachableError as error:
+                self._is_cut_off = True
+                logger.warning("other ranks do not learn which checkpoints are pending: %s", error)
+        return Announcement(self.store, name, numbers)
+
+    def beat(self) -> None:
+        """Tell them that bytes move: now and then, however often it is called."""
+        now = monotonic()
+        if now - self._beat_at_seconds >= _BEAT_SECONDS:
+            self._beat_at_seconds = now
+            self.store.tell(lambda store: store.add("async_ckpt/beats", 1))
+
+    # -- the others
+
+    def wait_for(self, key: str, url: str, *, limit: float) -> None:
+        """Wait until what other ranks have accepted of a location has ended.
+
+        Args:
+            key: of the location.
+            url: what to call it.
+            limit: seconds in which nothing moves.
+
+        Raises:
+            RankError: the last request failed, which this rank has not been told yet; or its rank has ended.
+            FlushTimeoutError: nothing has moved for *limit* seconds.
+        """
+        name = _name(key)
+        number = self._wait(name, repr(url), limit)
+        found = self.ask_quietly(lambda store: read(store, f"async_ckpt/failed/{name}/{number}"))
+        if number is None or found is None:
+            return
+        of_all, failure = json.loads(found)
+        if of_all > self._told and of_all not in self._told_single:
+            self._told_single.add(of_all)
+            raise RankError(f"the rank that was to write {url!r} failed: {failure}")
+
+    def wait_for_all(self, *, limit: float) -> None:
+        """Wait until all that other ranks have accepted so far has ended, well or not.
+
+        Raises:
+            RankError: a rank has ended meanwhile.
+            FlushTimeoutError: nothing has moved for *limit* seconds.
+        """
+        self._wait(_ALL, "checkpoints", limit)
+
+    def count_as_told(self) -> None:
+        """Tell this rank no more of what has failed so far."""
+        self._told = self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) or self._told
+
+    def _wait(self, name: str, what: str, limit: float) -> int | None:
+        """Return how many requests there were; ``None`` where there were only our own."""
+
+        def look(store: Any) -> tuple[int, int]:
+            return store.add(f"async_ckpt/accepted/{name}", 0), store.add(f"async_ckpt/ended/{name}", 0)
+
+        first = self.ask_quietly(look)
+        if first is None or first[0] <= self._own[name]:
+            return None
+        accepted, ended = first
+        if ended < accepted:
+            self.poll(lambda store: look(store)[1] >= accepted or None, f"{what} pending", limit=limit)
+        return int(accepted)
+
+    def poll(self, look: Callable[[Any], T | None], what: str, *, limit: float) -> T:
+        """Ask again and again until *look*, called with the store, returns something.
+
+        Args:
+            look: ``None`` to go on.
+            what: is being waited for.
+            limit: seconds in which nothing moves.
+
+        Raises:
+            RankError: the store is gone, and the rank that hosts it.
+            FlushTimeoutError: nothing has moved for *limit* seconds.
+        """
+        moved, began = -1, monotonic()
+        for pause in self._pauses():
+            try:
+                found, moves = self.store.ask(lambda store: (look(store), _moves(store)))
+            except UnreachableError as error:
+                raise RankError(f"another rank, which has {what}, has ended: {error}") from error
+            if found is not None:
+                return found
+            if moves != moved:
+                moved, began = moves, monotonic()
+            left = limit - (monotonic() - began)
+            if left <= 0:
+                raise FlushTimeoutError(f"another rank has {what}, and nothing has moved for {limit:g} s")
+            sleep(min(pause, left))
+        raise AssertionError("the pauses never end")
+
+    def can_ask(self) -> bool:
+        """Tell whether the store is still there."""
+        return self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) is not None
+
+    def _pauses(self) -> Iterator[float]:
+        """Yield short pauses at first, for what ends soon; long ones where many ranks ask one host."""
+        longest = max(_LONGEST_PAUSE_SECONDS, self.store.world_size / 1000)
+        pause = _SHORTEST_PAUSE_SECONDS
+        while True:
+            yield pause
+            pause = min(pause * 1.5, longest)
+
+    def ask_quietly(self, talk: Callable[[Any], T]) -> T | None:
+        """Return what *talk* returns; ``None`` where the store is gone, whose host may have left before us."""
+        try:
+            return self.store.ask(talk)
+        except UnreachableError as error:
+            logger.info("what other ranks have pending is not known: %s", error)
+            return None
+
+
+def read(store: Any, key: str) -> str | None:
+    """Return what torch's *store* has under *key*, if anything; its own ``get`` would wait for it."""
+    return store.get(key).decode() if store.check([key]) else None
+
+
+_known: GroupPending | None = None
+
+
+def pending_of_group() -> GroupPending | None:
+    """Return what this process's group has pending; ``None`` where it is alone."""
+    global _known
+    store = store_of_group()
+    if store is None:
+        return None
+    known = _known
+    if known is None or known.store is not store:
+        known = _known = GroupPending(store)
+    return known
+
+
+def _moves(store: Any) -> int:
+    """Return a number that changes while storage does something for any rank."""
+    return int(store.add(f"async_ckpt/ended/{_ALL}", 0) + store.add("async_ckpt/beats", 0))
+
+
+def _name(key: str) -> str:
+    """Return what stands for a location's key, which may be long, and hold what is secret."""
+    return hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -40,6 +40,7 @@ from async_ckpt.patience import moving
 from async_ckpt.queue import Action, Admit, Cancel, Drop, Kind, Op, Phase, Queue, Refuse, Start, Supersede
 from async_ckpt.request import Account, Request
 from async_ckpt.snapshot import Snapshot
+from async_ckpt.stores.base import Location
 from async_ckpt.writers import Linker
 
 __all__ = ["Dispatcher"]
@@ -56,6 +57,7 @@ class Dispatcher:
         self._tasks = tasks
         self._queue = Queue()
         self._requests: dict[int, Request] = {}
+        self.expected: set[Request] = set()  # sent here and not ended; callers add to it
         self._comparing: set[Request] = set()  # they have borrowed memory, and have not come in
         self._drains: list[tuple[set[int], Outcome[None]]] = []
 
@@ -78,16 +80,27 @@ class Dispatcher:
             self._return_memory(request)
             self._pump()
 
-    def _one_waits(self, account: Account) -> bool:
-        return any(op.phase is Phase.WAITING for op in self._queue.live(account.lane))
+    def changes(self, names: Iterable[str]) -> dict[str, str | None]:
+        """Tell which of *names* are about to become something else: a link to another key, or no link."""
+        found: dict[str, str | None] = {}
+        for name in names:
+            op = self._queue.changing(name)
+            if op is not None:
+                found[name] = op.target if op.kind is Kind.LINK and op.key == name else None
+        return found
+
+    def is_changing(self, location: Location) -> bool:
+        """Tell whether something pending may change whether *location* can be saved to."""
+        return self._queue.is_changing(location.key)
 
     def take_in(self, request: Request) -> None:
         """Queue a new request; ``request.admitted`` tells when its caller may go on."""
-        if request.account.closed or self._one_waits(request.account):
+        if request.account.closed or self._queue.one_waits(request.account.lane):
             # First come, first served: who waits for that memory would wait for ever for who is behind it.
             self.take_back(request)
         self._comparing.discard(request)
         if request.account.closed:
+            self.expected.discard(request)
             closed = ServiceClosedError("the service was closed meanwhile")
             request.handle._state = State.DROPPED
             request.admitted.set_exception(closed)
@@ -120,6 +133,7 @@ class Dispatcher:
         op = request.op
         handed_over = op.kind is Kind.SAVE and op.phase not in (Phase.WAITING, Phase.STAGING)
         if op.id not in self._requests:
+            self.expected.discard(request)
             self.take_back(request)
             return
         if handed_over:
@@ -361,6 +375,7 @@ class Dispatcher:
 
     def _give_back(self, request: Request) -> None:
         del self._requests[request.op.id]
+        self.expected.discard(request)
         if request.snapshot is not None:
             request.snapshot.close()
             request.snapshot = None

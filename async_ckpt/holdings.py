@@ -101,7 +101,7 @@ class Holdings:
         """Return what takes over: it holds nothing but this, and knows what is durable and what failed."""
         successor = Holdings(self.options, self._store_factory, self._abandon_grace_seconds)
         lane = self.account.lane
-        successor.account.lane.lost, successor.account.lane.newest = lane.lost, lane.newest
+        successor.account.lane.history = lane.history
         successor.account.failures = self.account.failures
         successor._predecessor = self
         return successor

@@ -10,10 +10,10 @@ What does not belong here: which request may run (queue), what becomes of it (di
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from time import monotonic, time
 from typing import Any
 
@@ -25,11 +25,14 @@ from async_ckpt.queue import Kind, Op, Phase
 from async_ckpt.request import Request
 from async_ckpt.runtime import Runtime
 from async_ckpt.snapshot import Capture, capture
-from async_ckpt.stores import check_target, is_local, locate
+from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import Linker, StreamingWriter, Writer
 
 __all__ = ["Intake"]
+
+_TRIES = 8
+"""How often a load looks for the end of links that change before its turn."""
 
 
 class Intake:
@@ -49,9 +52,10 @@ class Intake:
     ) -> Handle:
         """Take a snapshot of *state* and queue it; see ``CheckpointService.submit``."""
         runtime = self.holdings.running()
+        location = _as_it_will_be(location, runtime)
         if writer is None:
             if is_local(location) or not self.holdings.has_own_stores:
-                check_target(location)
+                _check_target(location, runtime)
             writer = self._streaming_writer(location)
         started_seconds = monotonic()
         captured = capture(state, share_unpicklable=share_unpicklable)
@@ -60,7 +64,7 @@ class Intake:
         try:
             if writer.only_reads:
                 self._borrow(request, captured, runtime)
-            runtime.post(runtime.dispatcher.take_in, request)
+            _send(request, runtime)
             self._await_admission(request)
             self._stage(request, captured, runtime, only_reads=writer.only_reads)
         except BaseException as error:
@@ -76,25 +80,28 @@ class Intake:
     def remove(self, location: Location, writer: Writer | None) -> Handle:
         """Queue a deletion; see ``CheckpointService.submit_removal``."""
         runtime = self.holdings.running()
+        location = _as_it_will_be(location, runtime)
         writer = self._streaming_writer(location) if writer is None else writer
         return self._hand_over(self._request(Kind.REMOVE, location, writer), runtime)
 
     def link(self, location: Location, target: Location) -> Handle:
         """Queue a link; see ``CheckpointService.submit_link``."""
         runtime = self.holdings.running()
+        location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
         linker = Linker(target, self.holdings.workers, self.holdings.options.durability)
         return self._hand_over(self._request(Kind.LINK, location, linker, target=target.key), runtime)
 
     @contextmanager
-    def turn(self, location: Location) -> Iterator[None]:
+    def turn(self, location: Location) -> Iterator[Location]:
         """Hold *location* for reading; see ``CheckpointService.turn``."""
-        if is_local(location) and os.path.islink(location.path):  # it may be about to lead elsewhere
-            with self._turn(location):
-                pass
-            with suppress(StoreError):  # it leads back to itself, as the reader will say
-                location = locate(location.path)
-        with self._turn(location):
-            yield
+        tries = _TRIES if is_local(location) else 1
+        for tried in range(1, tries + 1):
+            here = _where_it_leads(location)
+            with self._turn(here):
+                # What was pending may have changed a link on the way; so may another process, again and again.
+                if tried == tries or _where_it_leads(location) == here:
+                    yield here
+                    return
 
     @contextmanager
     def _turn(self, location: Location) -> Iterator[None]:
@@ -105,7 +112,7 @@ class Intake:
         runtime = self.holdings.running()
         request = self._request(Kind.LOAD, location, None)
         try:
-            runtime.post(runtime.dispatcher.take_in, request)
+            _send(request, runtime)
             patience = self.holdings.patience()
             try:
                 patience.wait(request.admitted)
@@ -163,7 +170,7 @@ class Intake:
     # -- what they have in common
 
     def _hand_over(self, request: Request, runtime: Runtime) -> Handle:
-        runtime.post(runtime.dispatcher.take_in, request)
+        _send(request, runtime)
         self._failures.raise_unless_in_flight(but=request.handle)
         return request.handle
 
@@ -181,6 +188,8 @@ class Intake:
             lane=self._account.lane,
             kind=kind,
             key=location.key,
+            through=location.links if kind is Kind.LOAD else (),
+            place=location.group,
             phase=Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED,
             thread=threading.get_ident(),
             group=None if writer is None else writer.group,
@@ -191,3 +200,38 @@ class Intake:
 
     def _streaming_writer(self, location: Location) -> StreamingWriter:
         return StreamingWriter(self.holdings.store(location), self.holdings.workers, self.holdings.options)
+
+
+def _send(request: Request, runtime: Runtime) -> None:
+    runtime.dispatcher.expected.add(request)
+    runtime.post(runtime.dispatcher.take_in, request)
+
+
+def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
+    """Return where *location* leads once what is pending has ended: links on its way may be about to change (O1)."""
+    known: set[str] = set()
+    changes: dict[str, str | None] = {}
+    while runtime.dispatcher.expected and (new := set(location.links) - known):
+        known |= new
+        found = runtime.call(runtime.dispatcher.changes, new)
+        if found:
+            changes.update(found)
+            location = relocate(location, changes)
+    return location
+
+
+def _where_it_leads(location: Location) -> Location:
+    """Return what is read at *location* now."""
+    if is_local(location):
+        with suppress(StoreError):  # it leads back to itself, as the reader will say
+            return relocate(replace(location, follows=True), {})
+    return location
+
+
+def _check_target(location: Location, runtime: Runtime) -> None:
+    """Refuse what no save could end in, unless something pending may change that: then it shows at the save's turn."""
+    try:
+        check_target(location)
+    except StoreError:
+        if not (is_local(location) and runtime.call(runtime.dispatcher.is_changing, location)):
+            raise

@@ -200,9 +200,9 @@ class CheckpointService:
         location = locate(url, storage_options=self._options.storage_options, follow=False)
         holdings = self._holdings
         store = holdings.store(location)
-        with self.turn(location):
+        with self.turn(location) as here:
             return holdings.loads.read(
-                location,
+                here,
                 store,
                 holdings.running(),
                 map_location=map_location,
@@ -390,11 +390,14 @@ class CheckpointService:
         """
         return self._intake.link(location, target)
 
-    def turn(self, location: Location) -> AbstractContextManager[None]:
+    def turn(self, location: Location) -> AbstractContextManager[Location]:
         """Hold *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
 
         Args:
-            location: from ``locate(…, follow=False)``; what a link leads to is held as well.
+            location: from ``locate``; what a link leads to is held as well.
+
+        Returns:
+            A context in which the location holds still; it gives what links lead to then.
 
         Raises:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.

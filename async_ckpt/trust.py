@@ -1,58 +1,104 @@
-"""Whose links are followed, and whose files are replaced, in directories where anybody may put something.
+"""Where a local path leads, and whose links lead there.
 
-Guarantees: the rule is the one that Linux has for ``open`` where it is told to (``protected_symlinks`` and
-``protected_regular`` in proc_sys_fs(5)), here for every step of a path and on every system: in a directory that is
-sticky and that everybody may write to, such as ``/tmp``, only our own names count, and those of the directory's owner.
+Guarantees: a path is resolved as the kernel does it, in one walk, so that what is checked is what is returned; what
+comes out leads through no link any more, but for its last name where that is not to be followed. Whose links, and whose
+files, may be used is what Linux has for ``open`` where it is told to (``protected_symlinks`` and ``protected_regular``
+in proc_sys_fs(5)), here for every step of a path and on every system: in a directory that is sticky and that everybody
+may write to, such as ``/tmp``, only our own names count, and those of the directory's owner.
 
-What does not belong here: raising; each caller knows what it was about to do.
+What does not belong here: refusing; each caller knows what it was about to do.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Mapping
+from typing import NamedTuple
 
-__all__ = ["foreign_link_on", "is_foreign", "resolved"]
+__all__ = ["Resolved", "foreign_link_on", "is_foreign", "resolve"]
 
-_MOST_LINKS = 40  # as the kernel has it
+_MOST_LINKS = 40  # as Linux has it
 
 
-def resolved(path: str) -> tuple[str, str]:
-    """Return what ``os.path.realpath`` does, and the first foreign link that was followed; empty if there is none.
+class Resolved(NamedTuple):
+    """Where a path leads.
 
-    In one walk, so that what is checked is what is returned. Links that lead in a circle are left as they are.
+    Attributes:
+        path: absolute, and without links.
+        links: those that it leads through, in order.
+        foreign: the first of them that another user has put where anybody may; empty if there is none.
     """
-    steps = os.path.join(os.getcwd() if not path.startswith("/") else "/", path).split("/")[::-1]
-    reached, foreign, links = "/", "", 0
-    while steps:
-        name = steps.pop()
-        if name in ("", "."):
+
+    path: str
+    links: tuple[str, ...]
+    foreign: str
+
+
+def resolve(path: str, *, follow: bool = True, changes: Mapping[str, str | None] | None = None) -> Resolved:
+    """Return where *path* leads; what is missing of it may be made yet.
+
+    Args:
+        path: relative to the working directory, or absolute.
+        follow: whether the last name, if it is a link, stands for what it leads to.
+        changes: names that will be something else than they are: a link to the path given, or no link.
+
+    Raises:
+        OSError: links lead in a circle.
+    """
+    changes = changes or {}
+    here, foreign = "/" if path.startswith("/") else os.getcwd(), ""
+    ahead = _names(path)
+    links: list[str] = []
+    while ahead:
+        name = ahead.pop()
+        if name in (".", ".."):
+            here = here if name == "." else os.path.dirname(here)
             continue
-        if name == "..":
-            reached = os.path.dirname(reached)
+        there = os.path.join(here, name)
+        target = None
+        if ahead or follow:
+            target = changes[there] if there in changes else _target(there)
+        if target is None:
+            here = there
             continue
-        step = os.path.join(reached, name)
-        try:
-            followed = os.readlink(step)
-            found = os.lstat(step)
-        except OSError:  # it is no link, nothing is there, or we may not look
-            reached = step
-            continue
-        links += 1
-        if links > _MOST_LINKS:
-            reached = step
-            continue
-        if not foreign and is_foreign(found, reached):
-            foreign = step
-        if followed.startswith("/"):
-            reached = "/"
-        steps += followed.split("/")[::-1]
-    return reached, foreign
+        links.append(there)
+        if len(links) > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if not foreign and _is_foreign_link(there, here):
+            foreign = there
+        ahead += _names(target)
+        if target.startswith("/"):
+            here = "/"
+    return Resolved(here, tuple(links), foreign)
+
+
+def _names(path: str) -> list[str]:
+    """Return the names on the way, the last one first."""
+    return [name for name in reversed(path.split("/")) if name]
+
+
+def _target(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:  # no link, not there, or not for us to see
+        return None
+
+
+def _is_foreign_link(path: str, directory: str) -> bool:
+    try:
+        return is_foreign(os.lstat(path), directory)
+    except OSError:  # it is one yet to be made, by us
+        return False
 
 
 def foreign_link_on(path: str) -> str:
     """Return the first foreign link on the way to *path*, itself included; empty if there is none."""
-    return resolved(path)[1]
+    try:
+        return resolve(path).foreign
+    except OSError:  # it leads nowhere
+        return ""
 
 
 def is_foreign(found: os.stat_result, directory: str) -> bool:

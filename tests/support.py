@@ -75,6 +75,7 @@ class Play:
         nbytes: int = 0,
         group: str | None = None,
         target: str | None = None,
+        through: tuple[str, ...] = (),
     ) -> Op:
         """Add an operation and let the queue decide."""
         phase = Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED
@@ -88,6 +89,7 @@ class Play:
             nbytes=nbytes,
             group=group,
             target=target,
+            through=through,
         )
         self.arrived(op)
         self.queue.add(op)

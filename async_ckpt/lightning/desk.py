@@ -43,6 +43,8 @@ _READ_BACK = re.compile(
     r"(.*[/\\])?"
     r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
 )
+_FEW = 64
+"""What is foreseen is looked through for what has ended once there is more of it than this, and than before."""
 
 MakeWriter: TypeAlias = Callable[[CheckpointService], Writer]
 """Makes the writer of one request; where there is none, our own writes."""
@@ -110,6 +112,7 @@ class Desk:
         self._pid = process_id()
         self._announcer.begin_afresh()
         self._foreseen: dict[str, _Prospect] = {}
+        self._most_foreseen = _FEW
         self._under_way: set[object] = set()
         self._is_late = False
 
@@ -308,10 +311,12 @@ class Desk:
         return handle
 
     def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        # A signal handler may come in between, and do the same.
-        for key, earlier in list(self._foreseen.items()):
-            if earlier.has_ended:
-                self._foreseen.pop(key, None)
+        # A signal handler may come in between, and do the same. Not each time: there may be thousands.
+        if len(self._foreseen) >= self._most_foreseen:
+            for key, earlier in list(self._foreseen.items()):
+                if earlier.has_ended:
+                    self._foreseen.pop(key, None)
+            self._most_foreseen = 2 * len(self._foreseen) + _FEW
         self._foreseen[place.key] = prospect = _Prospect(there)
         handle.add_done_callback(prospect.end)
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.redaction import redacted_url, secrets_in
 from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.trust import resolved
+from async_ckpt.stores.identity import path_of_place, place_of_options
+from async_ckpt.trust import resolve
 
 if TYPE_CHECKING:
     from async_ckpt.options import Durability
     from async_ckpt.retry import RetryPolicy
 
-__all__ = ["LOCAL_GROUP", "check_target", "is_local", "locate", "open_store"]
+__all__ = ["LOCAL_GROUP", "check_target", "is_local", "locate", "open_store", "relocate"]
 
 LOCAL_GROUP = "file"
 
@@ -89,15 +90,34 @@ def locate(
         raise OptionError(f"{shown!r} names no file")
     protocols = file_system.protocol
     name = protocols if isinstance(protocols, str) else protocols[0]
-    group = f"{name}:{_token(options)}"
+    place = place_of_options(file_system, name, options)
     return Location(
         url=shown,
         path=path,
-        key=f"{group}:{path}",
-        group=group,
+        key=f"{name}:{place}:{path_of_place(name, path)}",
+        group=f"{name}:{_token(options)}",
         address=text,
         secrets=secrets_in(text, {**_configured(scheme[1]), **options}),
     )
+
+
+def relocate(location: Location, changes: Mapping[str, str | None]) -> Location:
+    """Return where a local *location* leads once links on its way have changed.
+
+    Args:
+        location: from ``locate``, which has just been called.
+        changes: by key, the key of what a name will lead to; ``None`` where it will be no link.
+
+    Raises:
+        StoreError: links lead in a circle.
+    """
+    paths = {
+        _local_path(name): None if target is None else _local_path(target) for name, target in changes.items()
+    }
+    url = location.address
+    scheme = _SCHEME.match(url)
+    path = url if scheme is None else url[scheme.end() :]
+    return _locate_local(url, path, location.follows, paths)
 
 
 def is_local(location: Location) -> bool:
@@ -214,27 +234,36 @@ def _is_protocol(text: str) -> bool:
     return text in fsspec.available_protocols()
 
 
-def _locate_local(url: str, path: str, follow: bool) -> Location:
+def _locate_local(
+    url: str, path: str, follow: bool, changes: Mapping[str, str | None] | None = None
+) -> Location:
     if path.startswith("~"):
         path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
     if not path.strip("/") or "\0" in path:
         raise OptionError(f"{redacted_url(url)!r} names no file")
-    parent, name = os.path.split(path.rstrip("/"))
-    if name in ("", ".", ".."):
-        own, foreign = resolved(path)
-    else:
-        above, foreign = resolved(parent)
-        own = os.path.join(above, name)
     shown = redacted_url(url)  # there may be a URL in it that lost a slash
-    if follow and os.path.islink(own):
-        own, also_foreign = resolved(own)
-        foreign = foreign or also_foreign
-        if os.path.islink(own):
-            cause = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            raise StoreError.during("begin", shown, cause) from cause
+    try:
+        own, links, foreign = resolve(path, follow=follow, changes=changes)
+    except OSError as error:
+        raise StoreError.during("begin", shown, error) from error
     return Location(
-        url=shown, path=own, key=f"{LOCAL_GROUP}:{own}", group=LOCAL_GROUP, address=url, foreign_link=foreign
+        url=shown,
+        path=own,
+        key=_local_key(own),
+        group=LOCAL_GROUP,
+        address=url,
+        foreign_link=foreign,
+        links=tuple(map(_local_key, links)),
+        follows=follow,
     )
+
+
+def _local_key(path: str) -> str:
+    return f"{LOCAL_GROUP}:{path}"
+
+
+def _local_path(key: str) -> str:
+    return key.partition(":")[2]
 
 
 def _file_system_of(location: Location) -> Any:

@@ -49,10 +49,13 @@ class Location:
     Attributes:
         url: as the user wrote it, but with its passwords and signatures hidden: for messages, events and reports.
         path: what the store itself works with.
-        key: equal for two locations if and only if they name the same file; for ordering (O1).
+        key: equal for two locations if they name the same file; one in a directory begins with that one's, and a slash.
+            For ordering (O1).
         group: names the file system; base CheckpointIOs run one at a time in a group.
         address: as the user wrote it; to connect with, never to be shown. ``url`` where none is given.
         foreign_link: a symlink on the way that another user has put where anybody may; nothing is written through it.
+        links: on a local disk, the keys of the symlinks that the address leads through.
+        follows: on a local disk, whether the last name of the address stands for what it leads to.
         secrets: what may not be shown of the address, and of the options that go with it.
     """
 
@@ -62,6 +65,8 @@ class Location:
     group: str = field(repr=False)
     address: str = field(default="", repr=False)
     foreign_link: str = field(default="", repr=False)
+    links: tuple[str, ...] = field(default=(), repr=False)
+    follows: bool = field(default=False, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:

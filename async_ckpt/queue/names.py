@@ -1,0 +1,84 @@
+"""Which of many things concern a location: those at it, those it lies in, and those that lie in it.
+
+Guarantees: each question costs as much as the location is deep, and what is found is in the order in which it came,
+however many things there are.
+
+What does not belong here: what a location is called (stores).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import chain
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Names", "lies_in"]
+
+T = TypeVar("T")
+
+_NOTHING: OrderedDict[int, Any] = OrderedDict()
+
+
+def lies_in(key: str, place: str) -> bool:
+    """Tell whether *key* is *place*, or a location in it."""
+    return key == place or (key.startswith(place) and key[len(place)] == "/")
+
+
+@lru_cache(maxsize=4096)
+def _above(key: str) -> tuple[str, ...]:
+    """Return what *key* lies in, innermost first."""
+    places = []
+    end = key.rfind("/")
+    while end > 0:
+        places.append(key[:end])
+        end = key.rfind("/", 0, end)
+    return tuple(places)
+
+
+class Names(Generic[T]):
+    """Things with a number, by the location that each concerns."""
+
+    def __init__(self) -> None:
+        # Ordered ones, where to find the first stays cheap when many before it have gone.
+        self._at: dict[str, OrderedDict[int, T]] = {}
+        self._below: dict[str, OrderedDict[int, T]] = {}
+
+    def add(self, key: str, number: int, item: T) -> None:
+        """Take in *item*."""
+        self._at.setdefault(key, OrderedDict())[number] = item
+        for place in _above(key):
+            self._below.setdefault(place, OrderedDict())[number] = item
+
+    def discard(self, key: str, number: int) -> None:
+        """Let go of what `add` was given; where there is no such thing, do nothing."""
+        _discard(self._at, key, number)
+        for place in _above(key):
+            _discard(self._below, place, number)
+
+    def at(self, key: str) -> OrderedDict[int, T]:
+        """Return what concerns the location itself, by number."""
+        return self._at.get(key, _NOTHING)
+
+    def above(self, key: str) -> Iterator[OrderedDict[int, T]]:
+        """Yield what concerns each of the locations that *key* lies in."""
+        for place in _above(key):
+            if place in self._at:
+                yield self._at[place]
+
+    def below(self, key: str) -> OrderedDict[int, T]:
+        """Return what concerns the locations that lie in *key*, by number."""
+        return self._below.get(key, _NOTHING)
+
+    def related(self, key: str) -> Iterator[OrderedDict[int, T]]:
+        """Yield all of these."""
+        return chain((self.at(key),), self.above(key), (self.below(key),))
+
+
+def _discard(index: dict[str, OrderedDict[int, T]], key: str, number: int) -> None:
+    found = index.get(key)
+    if found is not None:
+        found.pop(number, None)
+        if not found:
+            del index[key]

@@ -1,0 +1,146 @@
+"""When two URLs name one place: what of a file system's options, and of a path, tells places apart.
+
+Guarantees: no network is touched, and no secret comes out. Where it cannot be known, two spellings count as two
+places; where it can, a port that is the usual one, the case of a host, credentials and time-outs make no difference.
+
+What does not belong here: local paths (trust), the choice of a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+__all__ = ["path_of_place", "place_of_options"]
+
+_OBJECT_STORES = frozenset(
+    {
+        "s3",
+        "gs",
+        "abfs",
+        "memory",
+        "oss",
+        "cos",
+        "cosn",
+        "obs",
+        "tos",
+        "oci",
+        "ocilake",
+        "r2",
+        "b2",
+        "hf",
+        "lakefs",
+    }
+)
+_PORTS = {"ftp": 21, "sftp": 22, "smb": 445, "http": 80, "https": 443}
+# Of any file system: how it is spoken to, and what proves who speaks, not where it is.
+_NO_PLACE = frozenset(
+    {
+        "asynchronous", "batch_size", "block_size", "encoding", "listings_expiry_time", "loop", "max_paths",
+        "password", "skip_instance_cache", "timeout", "use_listings_cache",
+    }
+)  # fmt: skip
+_ACCOUNT = re.compile(r"(?:^|;)\s*(AccountName|BlobEndpoint|EndpointSuffix)\s*=\s*([^;]*)", re.IGNORECASE)
+
+
+def path_of_place(protocol: str, path: str) -> str:
+    """Return what is the same for every spelling of *path*.
+
+    Args:
+        protocol: the first name of the file system.
+        path: as the file system has it, its protocol stripped.
+
+    Returns:
+        The path itself in an object store, where a name is any text; elsewhere without ``//``, ``/./`` and ``/../``.
+    """
+    if protocol in _OBJECT_STORES:
+        return path
+    plain = posixpath.normpath(path)
+    return "/" + plain.lstrip("/") if plain.startswith("//") else plain
+
+
+def place_of_options(file_system: Any, protocol: str, options: Mapping[str, Any]) -> str:
+    """Return a token that differs for file systems in which one path is two places.
+
+    Args:
+        file_system: the class.
+        protocol: the first name of the file system.
+        options: what one is made with.
+    """
+    package = file_system.__module__.partition(".")[0]
+    chosen = _NATIVE[package](options) if package in _NATIVE else _of_any(file_system, protocol, options)
+    chosen = {name: value for name, value in chosen.items() if value not in (None, "")}
+    if not chosen:
+        return ""
+    text = repr(sorted(chosen.items()))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _of_s3(options: Mapping[str, Any]) -> dict[str, Any]:
+    endpoint = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
+    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {"endpoint": _endpoint(endpoint or environment), "profile": options.get("profile")}
+
+
+def _of_gcs(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"endpoint": _endpoint(options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST"))}
+
+
+def _of_azure(options: Mapping[str, Any]) -> dict[str, Any]:
+    connection = options.get("connection_string") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING") or ""
+    said = {name.lower(): value.strip() for name, value in _ACCOUNT.findall(str(connection))}
+    account = (
+        options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or said.get("accountname")
+    )
+    host = options.get("account_host") or said.get("blobendpoint") or said.get("endpointsuffix")
+    usual = (None, "core.windows.net", f"{account}.blob.core.windows.net")
+    host = _endpoint(host)
+    return {"account": account, "host": None if host in usual else host}
+
+
+def _of_any(file_system: Any, protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = _defaults(file_system)
+    chosen = {
+        name: value
+        for name, value in options.items()
+        if name not in _NO_PLACE and not (name in defaults and defaults[name] == value)
+    }
+    if chosen.get("port") in (_PORTS.get(protocol, -1), str(_PORTS.get(protocol, -1))):
+        del chosen["port"]
+    if isinstance(chosen.get("host"), str):
+        chosen["host"] = chosen["host"].lower()
+    return {name: value if isinstance(value, (str, int)) else repr(value) for name, value in chosen.items()}
+
+
+def _defaults(file_system: Any) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(file_system.__init__).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+
+def _endpoint(url: Any) -> str | None:
+    """Return a server's address without the usual port, and without what makes no difference."""
+    if not url:
+        return None
+    parts = urlsplit(str(url) if "//" in str(url) else f"//{url}")
+    try:
+        port = parts.port
+    except ValueError:
+        return str(url)
+    host = (parts.hostname or "") if port in (None, _PORTS.get(parts.scheme)) else f"{parts.hostname}:{port}"
+    return host + parts.path.rstrip("/")
+
+
+_NATIVE: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "s3fs": _of_s3,
+    "gcsfs": _of_gcs,
+    "adlfs": _of_azure,
+}

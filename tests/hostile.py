@@ -6,6 +6,7 @@ import io
 import pickletools
 import random
 import struct
+import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -106,6 +107,7 @@ def hostile_pickles() -> dict[str, bytes]:
     parameter = name("torch._utils", "_rebuild_parameter")
     cases = {
         "honest": listed(pair),
+        "usual": _usual(),
         "dup bomb": listed(pair, b"}" + b"2" * 100_000),
         "mark bomb": listed(pair) [:-2] + MARK * 100_000 + b"e" + STOP,
         "build bomb": listed(called(name("collections", "OrderedDict")) + (b"}" + b"b") * 100_000),
@@ -182,7 +184,7 @@ def _mutated_pickles(count: int, seed: int = 0) -> Iterator[bytes]:
     """Yield pickles in which a few ops were left out, put in, or replaced by others that push a value."""
     draw = random.Random(seed)
     cases = hostile_pickles()
-    originals = [_ops(cases["honest"])] * 5
+    originals = [_ops(cases["usual"])] * 20 + [_ops(cases["honest"])] * 5
     originals += [_ops(each) for what, each in cases.items() if what.startswith("reading")]
     values = [
         number(1),
@@ -215,6 +217,20 @@ def _mutated_pickles(count: int, seed: int = 0) -> Iterator[bytes]:
                 start = draw.randrange(len(other))
                 ops[at:at] = other[start : start + draw.randrange(8)]
         yield b"".join(ops)
+
+
+def _usual() -> bytes:
+    """Return what torch.save writes of tensors, some tied, some views of one storage."""
+    first, second = (torch.empty(NUMEL, dtype=torch.uint8) for _ in range(2))
+    state = {
+        "a": first,
+        "v": first[3:],
+        "p": torch.nn.Parameter(second, False),
+        "s": second[:8].view(2, 2, 2, 1),
+        "e": first[1],
+    }
+    with zipfile.ZipFile(io.BytesIO(written({**state, "again": first}))) as made:
+        return made.read("archive/data.pkl")
 
 
 def scalar() -> bytes:

@@ -10,6 +10,7 @@ What does not belong here: whether the pickle may be loaded at all, which torch 
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
@@ -56,10 +57,22 @@ _OPCODES = {op.name: op for op in pickletools.opcodes}
 _STOP, _BINGET, _BINUNICODE, _LONG_BINPUT = (
     ord(_OPCODES[name].code) for name in ("STOP", "BINGET", "BINUNICODE", "LONG_BINPUT")
 )
+
+# The arguments of `_REBUILD` as torch.save mostly writes them, and the call.
+_REBUILD, _HOOKS = "torch._utils._rebuild_tensor_v2", "collections.OrderedDict"
+_GET, _PUT, _INT = rb"(h.|j.{4})", rb"(q.|r.{4})", rb"(?:K.|M..|J.{4})"
+_INTS = rb"(?:\)|(?:I\x85|II\x86|III\x87|\(I{4,8}t)P)".replace(b"I", _INT).replace(b"P", _PUT)
+_USUAL = re.compile(
+    rb"\(\(" + _GET + _GET + rb"X(.)\0{3}([0-9]{1,9})" + _PUT
+    + rb"(?:" + _GET + rb"|X(.)\0{3}([a-z]{1,9}:?[0-9]{0,4})" + _PUT + rb")" + _INT + rb"t" + _PUT + rb"Q"
+    + _INT + _INTS + _INTS + rb"[\x88\x89]" + _GET + rb"\)R" + _PUT + rb"t" + _PUT + rb"R",
+    re.DOTALL,
+)  # fmt: skip
 _CONSTANT_BYTES = [0] * 256  # of ops for constants of a fixed length: how many bytes they take
 for _op in map(_OPCODES.get, ("NONE", "NEWTRUE", "NEWFALSE", "BININT1", "BININT2", "BININT", "BINFLOAT")):
     assert _op is not None
     _CONSTANT_BYTES[ord(_op.code)] = 1 if _op.arg is None else 1 + _op.arg.n
+_SHORT_OP_BYTES = 2
 _unpack_4 = struct.Struct("<L").unpack_from
 
 
@@ -106,8 +119,13 @@ class _Reading:
                 memo[_unpack_4(data, at)[0]] = stack[-1]
                 at += 4
             elif op == _BINGET:
-                stack.append(memo[data[at]])
+                value = memo[data[at]]
                 at += 1
+                if value == _REBUILD and (stop := self._tensor(at)):
+                    stack.append(_HELD)
+                    at = stop
+                else:
+                    stack.append(value)
             elif op == _BINUNICODE:
                 stack.append(_CONSTANT)
                 at += 4 + _unpack_4(data, at)[0]
@@ -118,6 +136,29 @@ class _Reading:
                 self._at = at
                 ops[op](self)
                 at = self._at
+
+    def _tensor(self, at: int) -> int:
+        """Go over the arguments of `_REBUILD` and the call, if they are the usual ones; return where they end, or 0.
+
+        This does what all their ops would do, but that the memo then knows less of what nobody will get from it.
+        """
+        found = _USUAL.match(self._data, at)
+        if found is None:
+            return 0
+        word, kind, key_length, key, key_put, place, place_length, place_text, *puts, hooks, put, last = (
+            found.groups()
+        )
+        if len(key) != key_length[0] or (place is None and len(place_text) != place_length[0]):
+            return 0
+        memo = self._memo
+        pid = _tuple([memo[_index(word)], memo[_index(kind)], memo[_index(place)] if place else _CONSTANT])
+        if not _is_constant(pid) or memo[_index(hooks)] != _HOOKS:
+            return 0
+        memo[_index(key_put)] = _CONSTANT  # it stands for other views of the storage, too
+        for each in (*puts, put, last):
+            if each is not None:
+                memo[_index(each)] = _HELD
+        return found.end()
 
     # -- arguments of ops
 
@@ -253,6 +294,11 @@ class _Reading:
         if not _is_constant(self.stack.pop()):
             raise _OddError("it refers to no storage")
         self.stack.append(_HELD)
+
+
+def _index(op: bytes) -> int:
+    """Return the place in the memo of an op for it."""
+    return op[1] if len(op) == _SHORT_OP_BYTES else int(_unpack_4(op, 1)[0])
 
 
 def _tuple(items: list[_Value]) -> tuple[_Value, ...]:

@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 
-MUTATED = 1500 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 60
+MUTATED = 300 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 60
 
 #: What a file of 1.2 MB may take beyond what it takes torch.load.
 MORE_BYTES = 64 << 20
@@ -39,6 +39,8 @@ CHILD = """
             torch.save(state, file := io.BytesIO())
         except RecursionError:
             return "deep"
+        except Exception as error:
+            return f"loaded, not to be saved: {error}"
         return hashlib.sha256(file.getvalue()).hexdigest()
 
     def status(name):

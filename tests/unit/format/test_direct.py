@@ -153,6 +153,15 @@ def test_not_plain(state: Any) -> None:
     assert not is_plain(pickle_of(written({"state": state})))
 
 
+def test_plain_whatever_the_place() -> None:
+    """Tensors on any device, tied and views among them, and hundreds of them, rebuild whatever is in them."""
+    weights = [torch.ones(number % 5, 2, dtype=torch.uint8) for number in range(300)]
+    views: list[Any] = [each[1:] for each in weights] + [torch.ones(1, 2, 3, 4, 5), torch.tensor(1)]
+    pickled = pickle_of(written([weights, views, weights[7], torch.nn.Parameter(torch.ones(3))]))
+    for place in (b"cpu", b"cuda:0", b"privateuseone:12", b"mps"):
+        assert is_plain(pickled.replace(b"\x03\0\0\0cpu", len(place).to_bytes(4, "little") + place))
+
+
 READING = {what: each for what, each in hostile_pickles().items() if what.startswith("reading: ")}
 KEEPING = {"reading: set", "reading: ordered", "reading: counter"}
 

@@ -429,3 +429,4 @@ def _forget_locals(error: BaseException) -> None:
             seen.add(id(link))
             traceback.clear_frames(link.__traceback__)
             chain += [link.__cause__, link.__context__]
+            chain += getattr(link, "exceptions", ())  # of a group

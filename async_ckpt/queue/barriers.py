@@ -11,7 +11,8 @@ What does not belong here: what becomes of those that wait (queue).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from async_ckpt.queue.operation import Kind, Lane, Op
 
@@ -151,17 +152,16 @@ class Barriers:
                 for other in list(barrier.everything()):
                     self._hold(holding, other)
 
-    def would_gain(self, op: Op, by: Op) -> Iterator[tuple[Iterator[Op], Iterator[Op]]]:
-        """Yield who would wait for more than before if *by* took the place of *op*, and for what more."""
+    def would_gain(self, op: Op, by: Op) -> Iterator[tuple[Callable[[Op], bool], Iterator[Op]]]:
+        """Yield who would wait for more than before if *by* took the place of *op*, as a test, and for what more."""
         for holding in self._held_up_by(op):
-            barrier = by.barrier
+            barrier = by.barrier if by.kind is Kind.REMOVE else None
             if by.kind is not Kind.REMOVE:
-                yield holding.everybody(), iter((by,))
+                yield partial(_waits_behind, holding, None), iter((by,))
             elif barrier is not None and not holding.covers(barrier):
-                if holding.is_before(barrier):
-                    yield _between(holding, barrier)
-                else:
-                    yield holding.everybody(), barrier.everything()
+                in_row = holding.is_before(barrier)
+                more = _between(holding, barrier) if in_row else barrier.everything()
+                yield partial(_waits_behind, holding, barrier if in_row else None), more
 
     def _held_up_by(self, op: Op) -> list[Barrier]:
         return self._holding.get(op.id, [])
@@ -206,17 +206,18 @@ class Barriers:
         return stays
 
 
-def _between(one: Barrier, other: Barrier) -> tuple[Iterator[Op], Iterator[Op]]:
-    """Return who waits for *one*, but not for all that *other*, further behind, stands for; and what that is more."""
-    waiters: list[Op] = []
-    more: list[Op] = []
-    barrier: Barrier | None = one
-    while barrier is not None and barrier is not other:
-        waiters += barrier.waiters.values()
-        barrier = barrier.behind
-        if barrier is not None:
-            more += barrier.pending.values()
-    return iter(waiters), iter(more)
+def _waits_behind(one: Barrier, other: Barrier | None, op: Op) -> bool:
+    """Tell whether *op* waits for what *one* stands for, but not for all that *other*, further behind, does."""
+    barrier = op.barrier
+    return barrier is not None and barrier.covers(one) and not (other is not None and barrier.covers(other))
+
+
+def _between(one: Barrier, other: Barrier) -> Iterator[Op]:
+    """Yield what *other* stands for beside what *one*, before it, does."""
+    barrier: Barrier | None = other
+    while barrier is not None and barrier is not one:
+        yield from barrier.pending.values()
+        barrier = barrier.before
 
 
 def _size(barrier: Barrier) -> int:

@@ -418,19 +418,15 @@ class Queue:
 
     def _would_deadlock(self, op: Op, by: Op) -> bool:
         """Tell whether what inherits from *op* would wait for a save that itself waits for the heir."""
-        for heirs, inheritance in self._barriers.would_gain(op, by):
-            waiters = {heir.id for heir in heirs}
-            if waiters and self._any_depends(inheritance, waiters):
-                return True
-        return False
+        return any(self._any_depends(more, is_heir) for is_heir, more in self._barriers.would_gain(op, by))
 
-    def _any_depends(self, ops: Iterable[Op], on: set[int]) -> bool:
-        """Tell whether one of *ops* waits for one of *on*, or for one that does, and so on."""
+    def _any_depends(self, ops: Iterable[Op], on: Callable[[Op], bool]) -> bool:
+        """Tell whether one of *ops* waits for one of those for which *on* is true, or for one that does, and so on."""
         seen: set[int] = set()
-        stack = list(ops)
+        stack = list(ops)[::-1]  # the newest first: they are the most likely
         while stack:
             op = stack.pop()
-            if op.id in on:
+            if on(op):
                 return True
             if op.id not in seen:
                 seen.add(op.id)

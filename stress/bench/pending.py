@@ -1,0 +1,108 @@
+"""What thousands of pending operations cost: the CPU time of the loop thread, which holds the GIL meanwhile.
+
+    python -m stress.bench.pending [--operations 10000] [--rounds 5]
+
+A save is held up in storage, and everything else waits behind it; then it is let go, and all come to their end. Storage is
+a dictionary, so what is measured is accepting, ordering and ending. The times are the loop thread's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from async_ckpt import CheckpointService
+from async_ckpt.testing import Fault, FaultyStore, Gate
+from stress.bench.harness import table
+
+Program = Callable[[CheckpointService, int], None]
+
+
+def removals(service: CheckpointService, number: int) -> None:
+    """Removals of different files."""
+    for index in range(number):
+        service.remove(f"memory://run/{index}")
+
+
+def rotation(service: CheckpointService, number: int) -> None:
+    """Save a new one, remove the one before."""
+    state = {"weights": torch.zeros(64)}
+    for index in range(number // 2):
+        service.save(state, f"memory://run/{index}")
+        service.remove(f"memory://run/{index - 1}")
+
+
+def directories(service: CheckpointService, number: int) -> None:
+    """Removals in a directory, and of the directory itself."""
+    for index in range(number):
+        service.remove(f"memory://run/{index}" if index % 10 else "memory://run")
+
+
+PROGRAMS: dict[str, Program] = {each.__name__: each for each in (removals, rotation, directories)}
+
+
+def loop_seconds(program: Program, number: int) -> float:
+    """Return the CPU seconds of the loop thread, from the first of *number* operations to the end of the last."""
+    gate = Gate()
+    store = FaultyStore(_Nowhere(), [Fault(operation="begin", calls=[1], gate=gate)])
+    with CheckpointService(
+        queue_depth=number + 1, store_factory=lambda *_: store, durability="process", memory_limit="4GiB"
+    ) as service:
+        service.save({"weights": torch.zeros(64)}, "memory://held")
+        runtime = service._holdings.running()
+        began = runtime.call(time.thread_time)
+        program(service, number)
+        gate.open()
+        service.wait()
+        return float(runtime.call(time.thread_time) - began)
+
+
+class _Nowhere:
+    """Storage that takes no time and keeps nothing."""
+
+    repeats_parts = True
+    part_size = None
+    max_concurrent_parts = None
+    is_paced = False
+    swept = ()
+
+    async def begin(self, location: Any, nbytes: int) -> _Nowhere:
+        return self
+
+    async def put(self, part: Any, content: Any) -> Any:
+        from async_ckpt.stores.base import Receipt
+
+        return Receipt(index=part.index)
+
+    async def nothing(self, *_: Any) -> None:
+        return
+
+    commit = abort = delete = aclose = nothing
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--operations", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    sizes = [options.operations // 4, options.operations // 2, options.operations]
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(options.rounds):
+        for name, program in PROGRAMS.items():
+            for size in sizes:
+                found.setdefault((name, size), []).append(loop_seconds(program, size))
+    rows = []
+    for name in PROGRAMS:
+        seconds = [median(found[name, size]) for size in sizes]
+        rows.append([name, *(f"{each:.2f} s" for each in seconds), f"{seconds[-1] / sizes[-1] * 1e6:.0f} µs"])
+    print(table(["pending", *map(str, sizes), "each"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@
     AsyncCheckpointError (Exception)
     ├── OptionError (ValueError)             an option has a value that cannot work
     ├── UnpicklableStateError (TypeError)    the state holds an object that pickle refuses
+    ├── StateChangedError (RuntimeError)     another thread freed memory of the state while it was saved
     ├── StoreError (OSError)                 a store could not do what was asked of it
     │   ├── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
     │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and a checkpoint is there
@@ -56,6 +57,7 @@ __all__ = [
     "RankError",
     "RemovalDroppedError",
     "ServiceClosedError",
+    "StateChangedError",
     "StoreError",
     "SupersededError",
     "ThrottledError",
@@ -95,6 +97,10 @@ class UnpicklableStateError(AsyncCheckpointError, TypeError):
     def __init__(self, message: str, *, where: str = "state") -> None:
         super().__init__(message)
         self.where = where
+
+
+class StateChangedError(AsyncCheckpointError, RuntimeError):
+    """Another thread freed or resized memory of the state while it was being saved; nothing was accepted."""
 
 
 class StoreError(AsyncCheckpointError, OSError):

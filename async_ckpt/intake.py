@@ -24,7 +24,7 @@ from async_ckpt.holdings import Holdings
 from async_ckpt.queue import Kind, Op, Phase
 from async_ckpt.request import Request
 from async_ckpt.runtime import Runtime
-from async_ckpt.snapshot import Capture, capture
+from async_ckpt.snapshot import Capture, capture, capture_objects
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import Linker, StreamingWriter, Writer
@@ -58,7 +58,10 @@ class Intake:
                 _check_target(location, runtime)
             writer = self._streaming_writer(location)
         started_seconds = monotonic()
-        captured = capture(state, share_unpicklable=share_unpicklable)
+        if writer.takes_objects:
+            captured = capture_objects(state, share_unpicklable=share_unpicklable)
+        else:
+            captured = capture(state)
         request = self._request(Kind.SAVE, location, writer, nbytes=captured.nbytes)
         request.started_seconds = started_seconds
         try:

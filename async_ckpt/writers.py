@@ -46,9 +46,11 @@ class Writer(Protocol):
 
     Attributes:
         only_reads: the snapshot's memory is neither changed nor kept, so that another save may share it.
+        takes_objects: it wants the objects of the state, not what a file of them is made of.
     """
 
     only_reads: bool
+    takes_objects: bool
 
     @property
     def group(self) -> str | None:
@@ -84,6 +86,7 @@ class StreamingWriter:
 
     group = None
     only_reads = True
+    takes_objects = False
 
     def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
         self._store = store
@@ -187,6 +190,7 @@ class DelegatingWriter:
     """
 
     only_reads = False  # the base may do with its state what it likes
+    takes_objects = True
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from async_ckpt.format.archive import Records, find_records
 from async_ckpt.format.checksum import combine, crc32, crc32_combine
 from async_ckpt.format.overlap import Piece
-from async_ckpt.format.recorder import Reference, Segment, record_writing
+from async_ckpt.format.recorder import Reference, Segment
 from async_ckpt.format.writing import write
 from async_ckpt.snapshot import Snapshot
 
@@ -40,8 +40,7 @@ def lay_out(snapshot: Snapshot) -> Layout:
     Raises:
         AsyncCheckpointError: torch writes archives in a way that is not known here.
     """
-    segments = write(snapshot)
-    return Layout(snapshot, record_writing(snapshot) if segments is None else segments)
+    return Layout(snapshot, write(snapshot))
 
 
 class Layout:

@@ -1,4 +1,4 @@
-"""What torch's writer emits, noted instead of written: the way that suits every torch, at 50 to 100 µs a tensor.
+"""What torch's writer emits, noted instead of written: the way for a torch that cannot skip the bytes of storages.
 
 Guarantees: bytes that belong to a storage are never touched, only recognised by their address; every
 other byte is copied when it is emitted, for torch's memory is its own.
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import pickle
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from async_ckpt.snapshot import Snapshot, Storages
+from async_ckpt.snapshot.conventions import Record, open_writer
 from async_ckpt.snapshot.copying import aligned
 
-__all__ = ["INLINE_BYTES", "Reference", "Segment", "alignment", "open_writer", "record_writing"]
+__all__ = ["INLINE_BYTES", "Reference", "Segment", "record_writing"]
 
 INLINE_BYTES = 1024
 """Storages up to this length are copied, so that thousands of them do not become thousands of segments."""
@@ -46,48 +46,23 @@ class Reference:
 Segment: TypeAlias = bytearray | Reference
 
 
-def record_writing(snapshot: Snapshot) -> list[Segment]:
+def record_writing(snapshot: Snapshot, records: Sequence[Record]) -> list[Segment]:
     """Return the file of *snapshot*, checksums missing, as torch writes it over stand-ins for the storages.
 
     Args:
         snapshot: its small storages are copied, the others referred to.
+        records: what the archive is to hold.
     """
     stand_ins = _StandIns(snapshot.storages)
     recorder = _Recorder(stand_ins, snapshot.view)
-    _emit(snapshot.rebuild(stand_ins.storage), recorder)
-    return recorder.segments
-
-
-def _emit(picture: Any, recorder: _Recorder) -> None:
-    """Have torch write *picture*, without checksums where its version allows that.
-
-    The option that ``torch.save`` has for it is global and would change the user's own saves, so its
-    parts are called; where a version lacks them, ``torch.save`` reads the stand-ins, which costs time
-    but not correctness.
-    """
-    writer = open_writer(recorder)
-    save = getattr(torch.serialization, "_save", None)
-    if writer is None or save is None:
-        torch.save(picture, recorder)  # type: ignore[arg-type]
-        return
-    save(picture, writer, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
+    writer = open_writer(recorder, snapshot.alignment)
+    for name, content in records:
+        if isinstance(content, int):
+            writer.write_record(name, stand_ins.storage(content), stand_ins.sizes[content])
+        else:
+            writer.write_record(name, content, len(content))
     writer.write_end_of_file()
-
-
-def open_writer(file: Any) -> Any:
-    """Return torch's writer into a file-like object, ``None`` where it is not opened in a way known here."""
-    writer: Any = torch._C.PyTorchFileWriter
-    for arguments in ((False, alignment()), (False,), ()):  # torch 2.7 on, 2.6, before
-        try:
-            return writer(file, *arguments)
-        except TypeError:
-            continue
-    return None
-
-
-def alignment() -> int:
-    """Return what torch is told to align storages to; before 2.7 that cannot be told."""
-    return int(getattr(torch.serialization, "_get_storage_alignment", lambda: 64)())
+    return recorder.segments
 
 
 class _StandIns:

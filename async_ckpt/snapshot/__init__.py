@@ -1,7 +1,8 @@
 """Snapshots: a picture of a state at one instant, in host memory that is reused (S1).
 
-``capture`` walks a state once, on the training thread; ``Capture.stage`` copies its bulk data into a
-leased ``HostBuffer``; the ``Snapshot`` that results shares nothing with the state any more.
+``capture`` walks a state once, on the training thread, for a file; ``capture_objects`` does so for a writer that wants
+the objects. ``Capture.stage`` copies the bulk data into a leased ``HostBuffer``; the ``Snapshot`` that results shares
+nothing with the state any more.
 
 What does not belong here: the bytes of the file, the queue, waiting for memory.
 """
@@ -10,6 +11,6 @@ from __future__ import annotations
 
 from async_ckpt.snapshot.copying import HostBuffer, HostPool
 from async_ckpt.snapshot.picture import Snapshot, Storages
-from async_ckpt.snapshot.tree import Capture, capture
+from async_ckpt.snapshot.tree import Capture, capture, capture_objects
 
-__all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "Storages", "capture"]
+__all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "Storages", "capture", "capture_objects"]

@@ -6,11 +6,12 @@ one that still fails. It follows what pickle would follow, not what an object ha
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from async_ckpt.snapshot.reduced import PROTOCOL
+from async_ckpt.snapshot.pickler import PROTOCOL
 
 __all__ = ["Offence", "find_offences"]
 
@@ -98,7 +99,8 @@ def _of_items(where: str, items: Any) -> _Children:
 
 
 def _of_reduced(where: str, value: Any) -> _Children:
-    parts = value.__reduce_ex__(PROTOCOL)
+    reducer = copyreg.dispatch_table.get(type(value))
+    parts = value.__reduce_ex__(PROTOCOL) if reducer is None else reducer(value)
     if not isinstance(parts, tuple):
         return
     _, arguments, state, items, pairs, *_ = (*parts, None, None, None, None)

@@ -1,20 +1,14 @@
-"""What a skeleton refers to by number: the things that pickle lifted out of the state.
+"""What a skeleton refers to by number: the things that were lifted out of the state while it was pickled.
 
-Each entry is a plain value that holds nothing of the live state, but for `SharedEntry`, whose value
-is immutable or knowingly shared.
-
-In a picture the entries of tensors and storages stand where those were, in sets and as keys too: as those, an entry
-equals itself alone.
+Each entry is a plain value that holds nothing of the live state, but for `SharedEntry`, whose value is immutable or
+knowingly shared.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-
-if TYPE_CHECKING:
-    import numpy
 
 __all__ = ["ArrayEntry", "Entry", "SharedEntry", "StorageEntry", "TensorEntry"]
 
@@ -30,33 +24,21 @@ class TensorEntry(NamedTuple):
     requires_grad: bool
     is_parameter: bool
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
 
 class StorageEntry(NamedTuple):
-    """A storage on its own; ``dtype`` is that of a TypedStorage, ``None`` for an UntypedStorage."""
+    """A storage on its own: *dtype* is that of a TypedStorage, *kind* and *length* are what torch writes of it."""
 
     storage: int
     dtype: torch.dtype | None
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
+    kind: type
+    length: int
 
 
 class ArrayEntry(NamedTuple):
-    """A numpy array without objects, whose bytes are at *region* of the buffer."""
+    """The bytes of a numpy array, at *region* of the buffer."""
 
     region: int
-    dtype: numpy.dtype[Any]
-    shape: tuple[int, ...]
-    order: Literal["C", "F"]
+    nbytes: int
 
 
 class SharedEntry(NamedTuple):

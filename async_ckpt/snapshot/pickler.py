@@ -1,260 +1,182 @@
-"""The pickler that lifts bulk data out of a state.
+"""The picklers that lift bulk data out of a state.
 
-Guarantees: the skeleton it writes is a copy of everything but what it lifted; what it lifted is kept
-alive here, so no identity is reused during the walk. A plain tensor costs a few microseconds.
+`FilePickler` writes what ``torch.save`` would have pickle write, with holes where things were lifted: whatever
+pickle asks of an object, or looks up for it, it asks and looks up now. `ObjectPickler` writes what the objects
+themselves are made from again, for a writer that wants those.
 
-It runs in C but for one call for each object, `persistent_id`, and one for each object that is not
-a builtin, ``reducer_override``. Tensors that are in any way special go through their own
-``__reduce_ex__``, which leads here again by their storages.
+What does not belong here: what they have in common (`lifting`), what fills the holes (`filling`).
 """
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TypeAlias
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, BinaryIO
 
 import torch
 
-from async_ckpt.snapshot.copying import bytes_of
-from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
-from async_ckpt.snapshot.locations import location_of
-from async_ckpt.snapshot.reduced import reduce
-from async_ckpt.snapshot.xla import value_id
+from async_ckpt.snapshot import arrays
+from async_ckpt.snapshot.entries import SharedEntry
+from async_ckpt.snapshot.lifting import (
+    DTYPES,
+    LONG_TEXT,
+    STORED,
+    TORCH_WORDS,
+    ArrayBytes,
+    Handler,
+    LiftingPickler,
+    share,
+)
+from async_ckpt.snapshot.rebuild import INSTEAD, itself, make_array
 
-__all__ = ["Lifted", "LiftingPickler"]
+__all__ = ["PROTOCOL", "FilePickler", "ObjectPickler"]
 
-_SHARED_LENGTH = 64 << 10  # immutable values from this length on are passed by reference
+PROTOCOL = 2  # what torch.save writes, and asks objects for
 
-# torch.save writes these very objects, and once each: a state that holds one must go on holding that one. Python has
-# more than one object for a text of one character; unpickled, it would be one.
-_TORCH_WORDS = frozenset({"cpu", "storage"})
-
-# Until torch 2.12.
-_has_names: Callable[[torch.Tensor], bool] | None = getattr(torch.Tensor, "has_names", None)
-
-# Tensors of these dtypes are saved with an UntypedStorage, which torch counts as one of uint8.
-_UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
-# Before torch 2.5 there are dtypes that torch.save refuses; its own code is left to say so.
-_DTYPES = _UNTYPED_DTYPES | frozenset(torch.storage._dtype_to_storage_type_map())
+# Beyond these, pickle's protocol may have no room for them; it is left to say so itself.
+_LONGEST_TEXT = 1 << 30
+_LONGEST_BYTES = 2 << 30
 
 
-@dataclass(slots=True, kw_only=True)
-class Lifted:
-    """What was lifted out.
+class FilePickler(LiftingPickler):
+    """Writes the skeleton of a file: the pickle in it, with holes.
 
-    Attributes:
-        entries: what the skeleton refers to by number.
-        storages: each storage once, as a tensor of its bytes.
-        sizes: their sizes in bytes.
-        locations: what ``torch.save`` would write for each.
-        arrays: the place in ``entries`` of each numpy array, and the array.
-        remotes: the place in ``storages`` of what is to be brought by value, and the tensor.
+    What a hole is filled with may refer to a few objects that the rest refers to as well, such as ``OrderedDict``, and
+    is to be referred to by it: those are holes too, wherever they occur.
+
+    Args:
+        file: where to.
+        words: by their identity, the objects beside strings that a hole is filled with.
+        dtypes: tensors of those for which this is true are lifted.
     """
 
-    entries: list[Entry] = field(default_factory=list)
-    storages: list[torch.Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    locations: list[str] = field(default_factory=list)
-    arrays: list[tuple[int, Any]] = field(default_factory=list)
-    remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    def __init__(
+        self, file: BinaryIO, words: Mapping[int, bytes], dtypes: Mapping[torch.dtype, object]
+    ) -> None:
+        super().__init__(file, PROTOCOL, dtypes)
+        self._words = words
+        for kind in (torch.Tensor, torch.nn.Parameter):
+            if kind in copyreg.dispatch_table:  # whoever says how tensors are pickled is asked, for each
+                self._handlers[kind] = None
+
+    def reducer_override(self, obj: Any, /) -> Any:
+        """Have pickle ask every object itself, but lift the bytes of large arrays out of what numpy would say."""
+        if arrays.is_liftable(obj):
+            return arrays.reduction(obj, data=ArrayBytes(obj))
+        return NotImplemented
+
+    def _choose(self, kind: type) -> Handler | None:
+        return _word if issubclass(kind, type) else super()._choose(kind)
 
 
-class LiftingPickler(pickle.Pickler):
-    """Writes the skeleton of a state.
+def _word(pickler: FilePickler, value: Any) -> int | None:
+    return share(pickler, value) if id(value) in pickler._words else None
+
+
+def _text(pickler: LiftingPickler, value: str) -> int | None:
+    if LONG_TEXT <= len(value) <= _LONGEST_TEXT or value in TORCH_WORDS:
+        return share(pickler, value)
+    return None
+
+
+def _bytes(pickler: LiftingPickler, value: bytes) -> int | None:
+    return share(pickler, value) if LONG_TEXT <= len(value) < _LONGEST_BYTES else None
+
+
+FilePickler.handlers = {
+    **STORED,
+    str: _text,
+    bytes: _bytes,
+    FunctionType: _word,
+    BuiltinFunctionType: _word,
+    torch.dtype: _word,
+}
+
+
+class ObjectPickler(LiftingPickler):
+    """Writes what the objects of a state are made from again. Classes and functions are passed by reference.
 
     Args:
         file: where to.
         shared: objects to pass on by reference, whatever they are.
     """
 
-    def __init__(self, file: BinaryIO, shared: Iterable[Any]) -> None:
-        super().__init__(file, protocol=5)
-        self.lifted = Lifted()
-        self._handlers = _Handlers(_HANDLERS)
-        self._shared = {id(value): value for value in shared}
-        self._seen: dict[int, int] = {}
-        self._kept: list[Any] = []
-        self._indices: dict[int, int] = {}
-        self._remote_indices: dict[int, int] = {}
-        self._dtypes: list[torch.dtype] = []
-
-    def persistent_id(self, obj: Any, /) -> int | None:
-        """Return the number of what is lifted out, ``None`` for what is pickled."""
-        handler = self._handlers[type(obj)]
-        if self._shared and id(obj) in self._shared:
-            return self._lift(obj, SharedEntry(obj))
-        return None if handler is None else handler(self, obj)
+    def __init__(self, file: BinaryIO, shared: Iterable[Any] = ()) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL, _All(DTYPES), shared)
 
     def reducer_override(self, obj: Any, /) -> Any:
-        """Store how to rebuild *obj*, so that a rebuild may be inert."""
-        return reduce(obj)
+        """Ask what ``torch.save`` would, and refer to constants themselves, not to their names."""
+        if arrays.is_liftable(obj):
+            order = "F" if arrays.is_fortran(obj) else "C"
+            return make_array, (ArrayBytes(obj), obj.dtype, obj.shape, order)
+        reducer = copyreg.dispatch_table.get(type(obj))
+        value = obj.__reduce_ex__(PROTOCOL) if reducer is None else reducer(obj)
+        if isinstance(value, str):
+            pickle.dumps(obj, PROTOCOL)  # refuses a name that leads elsewhere
+            return itself, (_Held(obj),)
+        return value
 
-    def _lift(self, obj: Any, entry: Entry) -> int:
-        number = self._seen[id(obj)] = len(self.lifted.entries)
-        self.lifted.entries.append(entry)
-        self._kept.append(obj)
-        return number
-
-    def _storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
-        index = self._indices.get(storage._cdata)
-        if index is None:
-            return self._new_storage(storage, dtype)
-        if self._dtypes[index] is not dtype and self.lifted.sizes[index]:
-            raise RuntimeError(
-                "Cannot save multiple tensors or storages that view the same data as different types "
-                f"({self._dtypes[index]} and {dtype})"
-            )
-        return index
-
-    def _new_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
-        location = location_of(storage)
-        if location == "meta":
-            raise RuntimeError("a storage on the meta device has no data to save")
-        index = self._indices[storage._cdata] = self._add_storage(storage, location, dtype)
-        return index
-
-    def _remote(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
-        """Return the storage that the value of a tensor without memory gets; in the file it is one of the CPU's."""
-        number = value_id(tensor)
-        index = self._remote_indices.get(number)
-        if index is None:
-            empty = torch.UntypedStorage(tensor.nbytes, device="meta")
-            index = self._remote_indices[number] = self._add_storage(empty, "cpu", dtype)
-            if tensor.nbytes:
-                self.lifted.remotes.append((index, tensor))
-        return index
-
-    def _add_storage(self, storage: torch.UntypedStorage, location: str, dtype: torch.dtype) -> int:
-        self.lifted.storages.append(bytes_of(storage))
-        self.lifted.sizes.append(storage.nbytes())
-        self.lifted.locations.append(location)
-        self._dtypes.append(dtype)
-        return len(self._dtypes) - 1
+    def _choose(self, kind: type) -> Handler | None:
+        if kind is type or (issubclass(kind, type) and kind not in copyreg.dispatch_table):
+            return _by_reference
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is not None and issubclass(kind, getattr(numpy, "dtype", ())):
+            return _data_type
+        return super()._choose(kind)
 
 
-_Handler: TypeAlias = Callable[[LiftingPickler, Any], int | None]
-
-
-class _Handlers(dict[type, "_Handler | None"]):
-    """What to do with an object, by its exact type; made anew for each walk, so it keeps no type alive."""
-
-    def __missing__(self, kind: type) -> _Handler | None:
-        handler = self[kind] = _choose(kind)
-        return handler
-
-
-def _choose(kind: type) -> _Handler | None:
-    if issubclass(kind, torch.TypedStorage):
-        return _typed_storage
-    if issubclass(kind, torch.UntypedStorage) or kind in torch._storage_classes:
-        return _untyped_storage
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "ndarray"):
-        if kind is numpy.ndarray:
-            return _array
-        if issubclass(kind, numpy.dtype):
-            return _share  # they are compared by identity when they are written
-    return None
-
-
-def _tensor(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
-    if tensor._backward_hooks and tensor.device.type != "xla":
-        return None  # torch warns of hooks
-    return _parameter(pickler, tensor)
-
-
-def _parameter(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
-    number = pickler._seen.get(id(tensor))
-    if number is not None:
-        return number
-    if (
-        tensor.layout is not torch.strided
-        or not (tensor.is_cpu or tensor.is_cuda)
-        or tensor.is_quantized
-        or tensor.is_nested
-        or tensor.__dict__
-        or tensor.is_conj()
-        or tensor.is_neg()
-        or tensor._is_zerotensor()  # has no memory; torch refuses it
-        or (_has_names is not None and _has_names(tensor))  # torch refuses those, too
-    ):
-        return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
-    dtype = tensor.dtype
-    if dtype not in _DTYPES:
-        return None
-    storage = tensor.untyped_storage()
-    index = pickler._storage(storage, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
-    if not pickler.lifted.sizes[index] and tensor.numel():
-        return None  # a freed storage: torch saves such a tensor, but cannot make one again
-    entry = TensorEntry(
-        index,
-        dtype,
-        int(tensor.storage_offset()),
-        tuple(tensor.size()),
-        tensor.stride(),
-        tensor.requires_grad,
-        type(tensor) is not torch.Tensor,
-    )
-    return pickler._lift(tensor, entry)
-
-
-def _on_xla(pickler: LiftingPickler, tensor: torch.Tensor) -> int | None:
-    is_parameter, dtype = type(tensor) is not torch.Tensor, tensor.dtype
-    if dtype not in _DTYPES or (is_parameter and tensor.__dict__):
+class _All(dict[torch.dtype, bool]):
+    def __missing__(self, dtype: torch.dtype) -> bool:
         return (
-            None  # a parameter's data is met again, on its own; torch_xla leaves a tensor's attributes behind
+            False  # before torch 2.5 there are dtypes that torch.save refuses; its own code is left to say so
         )
-    index = pickler._remote(tensor, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
-    size = tensor.size()
-    stride = torch.empty(size, device="meta").stride()  # as it comes from the device, whatever it was there
-    entry = TensorEntry(index, dtype, 0, size, stride, tensor.requires_grad, is_parameter)
-    return pickler._lift(tensor, entry)
 
 
-def _typed_storage(pickler: LiftingPickler, storage: torch.TypedStorage) -> int:
-    number = pickler._seen.get(id(storage))
-    if number is not None:
-        return number
-    storage._pickle_storage_type()  # raises where torch.save would
-    index = pickler._storage(storage._untyped_storage, storage.dtype)
-    return pickler._lift(storage, StorageEntry(index, storage.dtype))
+class _Held:
+    """Stands for a constant."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
-def _untyped_storage(pickler: LiftingPickler, storage: torch.UntypedStorage) -> int:
-    number = pickler._seen.get(id(storage))
-    if number is not None:
-        return number
-    return pickler._lift(storage, StorageEntry(pickler._storage(storage, torch.uint8), None))
+def _held(pickler: LiftingPickler, held: _Held) -> int:
+    return pickler._lift(held, SharedEntry(held.value))
 
 
-def _array(pickler: LiftingPickler, array: Any) -> int | None:
-    number = pickler._seen.get(id(array))
-    if number is not None or array.dtype.hasobject:
-        return number
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    number = pickler._lift(array, ArrayEntry(0, array.dtype, array.shape, "F" if fortran else "C"))
-    pickler.lifted.arrays.append((number, array))
+def _by_reference(pickler: LiftingPickler, value: Any) -> int:
+    number = pickler._seen.get(id(value))
+    if number is None:
+        pickle.dumps(value, PROTOCOL)  # refuses what is not there by its name
+        number = pickler._lift(value, SharedEntry(value))
     return number
 
 
-def _share(pickler: LiftingPickler, value: Any) -> int:
-    number = pickler._seen.get(id(value))
-    return pickler._lift(value, SharedEntry(value)) if number is None else number
+def _function(pickler: LiftingPickler, function: Any) -> int:
+    return _by_reference(pickler, INSTEAD.get(function, function))
 
 
-def _text(pickler: LiftingPickler, value: str | bytes) -> int | None:
-    if len(value) >= _SHARED_LENGTH or len(value) < 2 or value in _TORCH_WORDS:
-        return _share(pickler, value)
+def _data_type(pickler: LiftingPickler, dtype: Any) -> int | None:
+    """Share what cannot change: numpy has one object for it, and what is written depends on that."""
+    is_constant = dtype.names is None and dtype.subdtype is None and dtype.metadata is None
+    return share(pickler, dtype) if is_constant else None
+
+
+def _identical(pickler: LiftingPickler, value: str | bytes) -> int | None:
+    """Share what is long, and those of which there is one object, which another writer may refer to."""
+    if len(value) >= LONG_TEXT or len(value) < 2 or value in TORCH_WORDS:
+        return share(pickler, value)
     return None
 
 
-_HANDLERS: dict[type, _Handler | None] = {
-    torch.Tensor: _tensor,
-    torch.nn.Parameter: _parameter,
-    torch.UntypedStorage: _untyped_storage,
-    str: _text,
-    bytes: _text,
+ObjectPickler.handlers = {
+    **STORED,
+    str: _identical,
+    bytes: _identical,
+    _Held: _held,
+    FunctionType: _function,
 }

@@ -1,7 +1,7 @@
 """A state as it was at one instant, in host memory that nothing else writes to (S1).
 
 Guarantees: a snapshot holds no reference to the live state; storages are given up one by one, and the
-memory is given back once, with the last of them. ``rebuild`` runs no code of the state.
+memory is given back once, with the last of them. ``records`` runs no code of the state.
 
 What does not belong here: how the bytes came here (`copying`), what is done with them.
 """
@@ -9,15 +9,16 @@ What does not belong here: how the bytes came here (`copying`), what is done wit
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
+from async_ckpt.snapshot.conventions import Record
 from async_ckpt.snapshot.copying import HostBuffer
-from async_ckpt.snapshot.entries import Entry
 from async_ckpt.snapshot.locations import mark
-from async_ckpt.snapshot.rebuild import INERT, LIVE, Rebuilder
+from async_ckpt.snapshot.rebuild import Rebuilder
 from async_ckpt.snapshot.sharing import NOTHING, Outline
 
 __all__ = ["Snapshot", "SnapshotStorage", "Storages"]
@@ -65,8 +66,7 @@ class Snapshot:
     """The picture of a state; made by ``Capture.stage`` and ``Capture.share``.
 
     Args:
-        skeleton: the pickled state, bulk data lifted out.
-        entries: what the skeleton refers to.
+        content: what else there is.
         storages: where each storage's bytes are.
         buffer: the leased memory.
         nbytes: what the snapshot needs of host memory.
@@ -76,8 +76,7 @@ class Snapshot:
     def __init__(
         self,
         *,
-        skeleton: bytes,
-        entries: Sequence[Entry],
+        content: Content,
         storages: Storages,
         buffer: HostBuffer,
         nbytes: int,
@@ -86,8 +85,7 @@ class Snapshot:
         self.nbytes = nbytes
         self.outline = outline
         self.storages = storages
-        self._skeleton = skeleton
-        self._entries = tuple(entries)
+        self._content: Content | None = content
         self._buffer: HostBuffer | None = buffer
         self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
         self._held = set(range(len(self.storages)))
@@ -102,11 +100,6 @@ class Snapshot:
     def written(self, written: object) -> None:
         if self._buffer is not None:
             self._buffer.written = written
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """What the state consists of, beside what pickle itself makes."""
-        return self._entries
 
     def view(self, index: int) -> memoryview:
         """Return the bytes of a storage, read-only.
@@ -140,39 +133,37 @@ class Snapshot:
             self._buffer = None
             self._view = None
             self._held.clear()
-            self._entries = ()
-            self._skeleton = b""
+            self._content = None
 
-    def picture(self) -> Any:
-        """Return an inert picture of the state, with the entries of tensors and storages in their places.
+    @property
+    def file(self) -> bytes | None:
+        """The whole file, where torch had to write it itself; what there is else is in `records`."""
+        content = self._open_content()
+        return content.file if isinstance(content, Whole) else None
 
-        Plain arrays and builtin containers are themselves; any other object is a
-        `async_ckpt.snapshot.reduced.Reduced`, which pickles to what the object would have pickled to. Two things
-        may differ in the bytes, neither in what is loaded: the order of a set, and whether an attribute's name and
-        an equal string elsewhere are written once or twice.
+    @property
+    def alignment(self) -> int:
+        """What torch was told to align storages in files to."""
+        content = self._open_content()
+        if isinstance(content, Unfilled):
+            return content.convention.alignment
+        assert isinstance(content, Records), "a snapshot for a file"
+        return content.alignment
+
+    def records(self) -> Sequence[Record]:
+        """Return what the archive that ``torch.save`` would have written holds, storages by their number.
 
         Returns:
-            The picture.
+            The records, but for those that torch's writer adds itself.
 
         Raises:
             ValueError: the snapshot has been closed.
         """
-        return self._unpickle(None, INERT)
-
-    def rebuild(self, storage_for: Callable[[int], torch.UntypedStorage]) -> Any:
-        """Return what `picture` does, with tensors and storages over storages of the caller's choice.
-
-        Args:
-            storage_for: gives the storage with a number, of the right size; called once for each
-                number that is needed.
-
-        Returns:
-            The picture, of which ``torch.save`` writes what it would have written of the state.
-
-        Raises:
-            ValueError: the snapshot has been closed.
-        """
-        return self._unpickle(lambda index: mark(storage_for(index), self.storages[index].location), INERT)
+        content = self._open_content()
+        if isinstance(content, Unfilled):
+            return content.convention.records(content.skeleton, self._bytes_at)
+        assert isinstance(content, Records), "a snapshot for a file"
+        return content.records
 
     def state(self) -> Any:
         """Return the state itself, rebuilt over the snapshot's memory.
@@ -187,17 +178,15 @@ class Snapshot:
         Raises:
             ValueError: the snapshot has been closed.
         """
+        content = self._open_content()
+        assert isinstance(content, Objects), "a snapshot for objects"
         self._open_buffer().show_to_children(True)  # the base may fork processes to write it
-        return self._unpickle(self._over_memory, LIVE)
-
-    def _unpickle(
-        self,
-        storage_for: Callable[[int], torch.UntypedStorage] | None,
-        globals_: dict[tuple[str, str], Any],
-    ) -> Any:
         memory = self._open_buffer().memory
         with torch.no_grad():
-            return Rebuilder(self._skeleton, self._entries, globals_, storage_for, memory).load()
+            return Rebuilder(content.skeleton, content.entries, self._over_memory, memory).load()
+
+    def _bytes_at(self, start: int, nbytes: int) -> memoryview:
+        return memoryview(self._open_buffer().memory)[start : start + nbytes]
 
     def _over_memory(self, index: int) -> torch.UntypedStorage:
         storage = self.storages[index]
@@ -212,3 +201,8 @@ class Snapshot:
         if self._buffer is None:
             raise ValueError("the snapshot has been closed")
         return self._buffer
+
+    def _open_content(self) -> Content:
+        if self._content is None:
+            raise ValueError("the snapshot has been closed")
+        return self._content

@@ -1,7 +1,7 @@
-"""From a skeleton and its entries back to objects.
+"""From the skeleton of objects and its entries back to objects.
 
-Guarantees: each entry becomes one object, so ties and views stay tied; an inert rebuild runs no code
-of the state; a live one runs what unpickling runs, and leaves nothing behind in torch's globals.
+Guarantees: each entry becomes one object, so ties and views stay tied; it runs what unpickling runs, looks nothing of
+the state up by its name, and leaves nothing behind in torch's globals.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from async_ckpt.snapshot import reduced
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, StorageEntry, TensorEntry
 
-__all__ = ["INERT", "LIVE", "Rebuilder"]
+__all__ = ["INSTEAD", "Rebuilder", "itself", "make_array"]
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Rebuilder(pickle.Unpickler):
     """Reads one skeleton.
 
     Args:
-        skeleton: the pickled state, bulk data lifted out.
+        skeleton: what an ``ObjectPickler`` wrote.
         entries: what it refers to by number.
-        globals_: `INERT` or `LIVE`: what some names in the skeleton mean.
-        storage_for: gives the storage with a number; ``None`` leaves tensors and storages as entries.
+        storage_for: gives the storage with a number.
         memory: holds the bytes of arrays.
     """
 
@@ -34,22 +34,15 @@ class Rebuilder(pickle.Unpickler):
         self,
         skeleton: bytes,
         entries: Sequence[Entry],
-        globals_: dict[tuple[str, str], Any],
-        storage_for: Callable[[int], torch.UntypedStorage] | None,
+        storage_for: Callable[[int], torch.UntypedStorage],
         memory: Any,
     ) -> None:
         super().__init__(io.BytesIO(skeleton))
         self._entries = entries
-        self._globals = globals_
         self._storage_for = storage_for
         self._memory = memory
         self._objects: dict[int, Any] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        """Resolve a global, the few with a special meaning here first."""
-        found = self._globals.get((module, name))
-        return super().find_class(module, name) if found is None else found
 
     def persistent_load(self, pid: int) -> Any:
         """Return the object of an entry."""
@@ -58,34 +51,46 @@ class Rebuilder(pickle.Unpickler):
         return self._objects[pid]
 
     def _make(self, entry: Entry) -> Any:
-        if self._storage_for is None and isinstance(entry, (TensorEntry, StorageEntry)):
-            return entry
         if isinstance(entry, TensorEntry):
             return self._tensor(entry)
         if isinstance(entry, StorageEntry):
             untyped = self._storage(entry.storage)
             return untyped if entry.dtype is None else _typed(untyped, entry.dtype)
-        return self._array(entry) if isinstance(entry, ArrayEntry) else entry.value
+        return (self._memory, entry.region) if isinstance(entry, ArrayEntry) else entry.value
 
     def _storage(self, index: int) -> torch.UntypedStorage:
         if index not in self._storages:
-            assert self._storage_for is not None
             self._storages[index] = self._storage_for(index)
         return self._storages[index]
 
     def _tensor(self, entry: TensorEntry) -> torch.Tensor:
-        tensor = torch.empty(0, dtype=entry.dtype, device="cpu")
-        tensor.set_(self._storage(entry.storage), entry.offset, entry.size, entry.stride)
+        tensor = _empty(entry.dtype).set_(
+            self._storage(entry.storage), entry.offset, entry.size, entry.stride
+        )
+        tensor = tensor if tensor.dtype is entry.dtype else tensor.view(entry.dtype)
         if entry.is_parameter:
             return torch.nn.Parameter(tensor, entry.requires_grad)
         return tensor.requires_grad_() if entry.requires_grad else tensor
 
-    def _array(self, entry: ArrayEntry) -> Any:
-        import numpy
 
-        if 0 in entry.shape:  # numpy would ask the buffer to be longer than it needs
-            return numpy.empty(entry.shape, entry.dtype, order=entry.order)
-        return numpy.ndarray(entry.shape, entry.dtype, self._memory, entry.region, order=entry.order)
+def _empty(dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    except RuntimeError:  # a quantized type, which is only made by looking at others' bytes as such
+        return torch.empty(0, dtype=_SAME_SIZE[dtype.itemsize], device="cpu")
+
+
+def itself(value: Any) -> Any:
+    """Stand in a skeleton for a constant."""
+    return value
+
+
+def make_array(place: tuple[Any, int], dtype: Any, shape: tuple[int, ...], order: Any) -> Any:
+    """Return the array whose bytes are in host memory at *place*."""
+    import numpy
+
+    memory, start = place
+    return numpy.ndarray(shape, dtype, memory, start, order=order)
 
 
 def _typed(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
@@ -115,12 +120,13 @@ def _on_cpu(data: torch.Tensor, dtype: torch.dtype, device: str, requires_grad: 
     return data.to(dtype).requires_grad_(requires_grad)
 
 
-_HERE = reduced.__name__
-INERT: dict[tuple[str, str], Any] = {}
-LIVE: dict[tuple[str, str], Any] = {
-    (_HERE, reduced.reduced.__name__): reduced.call,
-    (_HERE, reduced.set_state.__name__): reduced.apply_state,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_sparse_tensor"): _rebuild_sparse_tensor,
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _on_cpu,
+#: By functions of torch, those that are called in their place.
+INSTEAD: dict[Any, Any] = {
+    getattr(torch._utils, name): function
+    for name, function in {
+        "_rebuild_tensor_v3": _rebuild_tensor_v3,
+        "_rebuild_sparse_tensor": _rebuild_sparse_tensor,
+        "_rebuild_device_tensor_from_cpu_tensor": _on_cpu,
+    }.items()
+    if hasattr(torch._utils, name)
 }

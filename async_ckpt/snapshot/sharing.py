@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from async_ckpt.snapshot.copying import HostBuffer, aligned
-from async_ckpt.snapshot.pickler import Lifted
+from async_ckpt.snapshot.lifting import Lifted
 from async_ckpt.snapshot.together import PIECE_BYTES, const_address, work_together
 
 __all__ = ["NOTHING", "Outline", "are_same", "outline", "resembles", "sizes_of"]
@@ -44,7 +44,7 @@ NOTHING = Outline((), ())
 
 def sizes_of(lifted: Lifted) -> tuple[int, ...]:
     """Return the sizes of what goes into the buffer, in its order."""
-    return (*lifted.sizes, *(array.nbytes for _, array in lifted.arrays))
+    return (*lifted.sizes, *(array.nbytes for _, array, _ in lifted.arrays))
 
 
 def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -> Outline:
@@ -111,10 +111,11 @@ def _sampled(sizes: Sequence[int]) -> range:
 
 
 def _address_of(lifted: Lifted, index: int, nbytes: int) -> int | None:
-    """Return where the bytes of a storage or an array lie, ``None`` where they are not in one piece."""
+    """Return where the bytes of a storage or an array lie, ``None`` where that is no longer, or not in one piece."""
     if index < len(lifted.storages):
         view = lifted.storages[index]
-        return const_address(view) if view.numel() == nbytes else None
-    array = lifted.arrays[index - len(lifted.storages)][1]
+        return const_address(view) if view.numel() == nbytes == lifted.owners[index].nbytes() else None
+    _, array, shape = lifted.arrays[index - len(lifted.storages)]
     flags = array.flags
-    return int(array.ctypes.data) if flags.c_contiguous or flags.f_contiguous else None
+    is_whole = array.shape == shape and (flags.c_contiguous or flags.f_contiguous)
+    return int(array.ctypes.data) if is_whole else None

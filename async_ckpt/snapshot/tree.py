@@ -2,36 +2,65 @@
 
 Guarantees: what pickle or torch refuses is refused here, on the caller's thread, and the error says
 where in the state it is; storages are met once each, so ties and views stay tied; nothing is copied
-before `Capture.stage`, and after it nothing here refers to the state.
+before `Capture.stage`, and after it nothing here refers to the state. Where this torch is not known, torch itself
+writes what is written, here and now.
 
-What does not belong here: memory (`copying`), rebuilding (`rebuild`).
+What does not belong here: memory (`copying`), rebuilding (`rebuild`), what torch writes (`conventions`, `filling`).
 """
 
 from __future__ import annotations
 
+import copyreg
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from async_ckpt.errors import UnpicklableStateError
-from async_ckpt.snapshot.copying import HostBuffer, aligned, copy_storages
+import torch
+
+from async_ckpt.errors import StateChangedError, UnpicklableStateError
+from async_ckpt.snapshot.arrays import is_fortran
+from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
+from async_ckpt.snapshot.conventions import Convention, alignment, ask, convention, open_writer
+from async_ckpt.snapshot.copying import HostBuffer, aligned, bytes_of, copy_storages
 from async_ckpt.snapshot.diagnosis import Offence, find_offences
 from async_ckpt.snapshot.entries import ArrayEntry
-from async_ckpt.snapshot.pickler import Lifted, LiftingPickler
+from async_ckpt.snapshot.filling import Skeleton
+from async_ckpt.snapshot.lifting import Lifted
+from async_ckpt.snapshot.pickler import FilePickler, ObjectPickler
 from async_ckpt.snapshot.picture import Snapshot, Storages
 from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
 from async_ckpt.snapshot.xla import bring
 
-__all__ = ["Capture", "capture"]
+__all__ = ["Capture", "capture", "capture_objects"]
 
 logger = logging.getLogger("async_ckpt.snapshot")
 
 _LEAST_SHARE = 20  # in the skeleton's own size: where memory is shared nobody counts the skeleton (B1)
 
 
-def capture(state: Any, *, share_unpicklable: bool = False) -> Capture:
-    """Take stock of *state* without copying its bulk data.
+def capture(state: Any) -> Capture:
+    """Take stock of *state* for a file, without copying its bulk data.
+
+    Args:
+        state: anything that ``torch.save`` takes.
+
+    Returns:
+        The capture, to be staged before *state* changes.
+
+    Raises:
+        UnpicklableStateError: pickle or torch refuses something in *state*.
+    """
+    known = convention()
+    try:
+        return _as_torch_says(state) if known is None else _walk(state, known)
+    except Exception as error:  # whatever a __reduce__ in the state raises
+        offence = find_offences(state, error, _probe_file)[0]
+    raise _refusal(offence) from offence.error
+
+
+def capture_objects(state: Any, *, share_unpicklable: bool = False) -> Capture:
+    """Take stock of *state* for a writer that is given its objects, without copying its bulk data.
 
     Args:
         state: anything that ``torch.save`` takes.
@@ -45,17 +74,17 @@ def capture(state: Any, *, share_unpicklable: bool = False) -> Capture:
         UnpicklableStateError: pickle or torch refuses something in *state*.
     """
     try:
-        return _walk(state)
+        return _walk_objects(state)
     except Exception as error:  # whatever a __reduce__ in the state raises
         failure = error
-    offences = find_offences(state, failure, _probe)
+    offences = find_offences(state, failure, _probe_objects)
     if not share_unpicklable:
         raise _refusal(offences[0]) from offences[0].error
     for into_objects in (True, False):
         if not into_objects:
-            offences = find_offences(state, failure, _probe, into_objects=False)
+            offences = find_offences(state, failure, _probe_objects, into_objects=False)
         try:
-            made = _walk(state, shared=[offence.value for offence in offences])
+            made = _walk_objects(state, shared=[offence.value for offence in offences])
         except Exception as error:  # what was found does not exist twice: try the objects around it
             failure = error
         else:
@@ -72,26 +101,25 @@ class Capture:
         nbytes: the host memory that staging needs.
     """
 
-    __slots__ = ("_lifted", "_sizes", "_skeleton", "_starts", "_storages", "nbytes")
+    __slots__ = ("_content", "_lifted", "_overhead", "_sizes", "_starts", "_storages", "nbytes")
 
-    def __init__(self, skeleton: bytes, lifted: Lifted) -> None:
+    def __init__(self, content: Content, lifted: Lifted, overhead: int) -> None:
         start = 0
         starts: list[int] = []
         for nbytes in lifted.sizes:
             starts.append(start)
             start += aligned(nbytes)
-        for position, array in lifted.arrays:
-            entry = lifted.entries[position]
-            assert isinstance(entry, ArrayEntry)
-            lifted.entries[position] = entry._replace(region=start)
+        for position, array, _ in lifted.arrays:
+            lifted.entries[position] = ArrayEntry(start, array.nbytes)
             starts.append(start)
             start += aligned(array.nbytes)
-        self._skeleton = skeleton
+        self._content = content
+        self._overhead = overhead
         self._lifted: Lifted | None = lifted
         self._storages = Storages(lifted.sizes, lifted.locations, starts)
         self._sizes = sizes_of(lifted)
         self._starts = starts
-        self.nbytes = start + len(skeleton)
+        self.nbytes = start + overhead
 
     @property
     def storages(self) -> Storages:
@@ -109,24 +137,26 @@ class Capture:
 
         Raises:
             ValueError: the buffer is too small.
+            StateChangedError: memory of the state has been freed or resized since it was captured.
             RuntimeError: the capture was staged before.
         """
         lifted = self._unused()
         if buffer.nbytes < self.nbytes:
             raise ValueError(f"a buffer of {buffer.nbytes} bytes cannot hold {self.nbytes}")
+        _check_sizes(lifted)
         if lifted.remotes:
             remotes = [(self._storages[index].start, tensor) for index, tensor in lifted.remotes]
             bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
         copy_storages(lifted.storages, lifted.sizes, buffer)
-        for position, array in lifted.arrays:
+        for position, array, _ in lifted.arrays:
             entry = lifted.entries[position]
             assert isinstance(entry, ArrayEntry)
-            _copy_array(array, entry, buffer)
+            _copy_array(array, entry.region, buffer)
         return self._finish(lifted, buffer)
 
     def resembles(self, snapshot: Snapshot) -> bool:
         """Tell, in microseconds, whether `equals` is worth asking; *snapshot* may have been closed."""
-        if _LEAST_SHARE * len(self._skeleton) > self.nbytes:
+        if _LEAST_SHARE * self._overhead > self.nbytes:
             return False
         return resembles(self._unused(), self._sizes, snapshot.outline)
 
@@ -146,8 +176,7 @@ class Capture:
     def _finish(self, lifted: Lifted, buffer: HostBuffer) -> Snapshot:
         self._lifted = None
         return Snapshot(
-            skeleton=self._skeleton,
-            entries=lifted.entries,
+            content=self._content,
             storages=self._storages,
             buffer=buffer,
             nbytes=self.nbytes,
@@ -155,26 +184,101 @@ class Capture:
         )
 
 
-def _copy_array(array: Any, entry: ArrayEntry, buffer: HostBuffer) -> None:
-    if array.nbytes:
-        import numpy
+def _check_sizes(lifted: Lifted) -> None:
+    """Refuse to copy what is not there any more: another thread had all the time of a wait for room.
 
-        # As bytes: copied as what it is, an array leaves out those that belong to no field (S1).
-        raw = numpy.dtype((numpy.void, array.dtype.itemsize))
-        target = numpy.ndarray(array.shape, raw, buffer.memory, entry.region, order=entry.order)
-        numpy.copyto(target, array.view(raw))
+    Raises:
+        StateChangedError: memory has been freed or resized.
+    """
+    shapes = [array.shape for _, array, _ in lifted.arrays]
+    if list(map(torch.UntypedStorage.nbytes, lifted.owners)) != lifted.sizes or shapes != [
+        shape for _, _, shape in lifted.arrays
+    ]:
+        raise StateChangedError(
+            "memory of the state was freed or resized while it was being saved; nothing was saved. "
+            "Change the state in other threads only when save has returned"
+        )
 
 
-def _walk(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
-    sink = io.BytesIO()
-    pickler = LiftingPickler(sink, shared)
+def _copy_array(array: Any, region: int, buffer: HostBuffer) -> None:
+    import numpy
+
+    # As bytes: copied as what it is, an array leaves out those that belong to no field (S1).
+    raw = numpy.dtype((numpy.void, array.dtype.itemsize))
+    order: Any = "F" if is_fortran(array) else "C"
+    target = numpy.ndarray(array.shape, raw, buffer.memory, region, order=order)
+    numpy.copyto(target, array.view(raw))
+
+
+def _walk(state: Any, known: Convention) -> Capture:
+    file = io.BytesIO()
+    pickler = FilePickler(file, known.words, known.reductions)
+    asked = _registered()
     pickler.dump(state)
-    return Capture(sink.getvalue(), pickler.lifted)
+    if (
+        convention() is not known or _registered() != asked
+    ):  # something in the state has changed how it is written
+        return _as_torch_says(state)
+    lifted = pickler.lifted
+    skeleton = Skeleton(
+        file.getvalue(), lifted.entries, lifted.sizes, lifted.locations, known.reductions, known.words
+    )
+    return Capture(Unfilled(skeleton, known), lifted, len(skeleton.pickle))
 
 
-def _probe(value: Any) -> Exception | None:
+def _registered() -> list[bool]:
+    """Tell whether somebody else says how tensors and parameters are pickled."""
+    return [kind in copyreg.dispatch_table for kind in (torch.Tensor, torch.nn.Parameter)]
+
+
+def _as_torch_says(state: Any) -> Capture:
+    """Have torch pickle *state*, and write it, if need be."""
+    lifted = Lifted()
     try:
-        LiftingPickler(io.BytesIO(), ()).dump(value)
+        records = [(name, _content(value, lifted)) for name, value in ask(state)]
+        if open_writer(io.BytesIO(), alignment()) is not None:
+            overhead = sum(len(value) for _, value in records if not isinstance(value, int))
+            return Capture(Records(records, alignment()), lifted, overhead)
+    except Exception:  # the state's, which torch will raise again; or torch wants an archive of its own
+        logger.debug("torch %s cannot be asked what it writes", torch.__version__, exc_info=True)
+    file = io.BytesIO()
+    torch.save(state, file)
+    logger.warning("torch %s is not known here: it has made the whole file in memory", torch.__version__)
+    return Capture(Whole(file.getvalue()), Lifted(), file.tell())
+
+
+def _content(value: Any, lifted: Lifted) -> bytes | str | int:
+    if not isinstance(value, torch.UntypedStorage):
+        return value  # type: ignore[no-any-return]
+    lifted.owners.append(value)
+    lifted.storages.append(bytes_of(value))
+    lifted.sizes.append(value.nbytes())
+    lifted.locations.append("cpu")
+    return len(lifted.sizes) - 1
+
+
+def _walk_objects(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
+    file = io.BytesIO()
+    pickler = ObjectPickler(file, shared)
+    pickler.dump(state)
+    skeleton = file.getvalue()
+    return Capture(Objects(skeleton, pickler.lifted.entries), pickler.lifted, len(skeleton))
+
+
+def _probe_objects(value: Any) -> Exception | None:
+    return _failure(ObjectPickler(io.BytesIO()).dump, value)
+
+
+def _probe_file(value: Any) -> Exception | None:
+    known = convention()
+    return _failure(
+        ask if known is None else FilePickler(io.BytesIO(), known.words, known.reductions).dump, value
+    )
+
+
+def _failure(dump: Callable[[Any], object], value: Any) -> Exception | None:
+    try:
+        dump(value)
     except Exception as error:  # whatever a __reduce__ raises
         return error
     return None

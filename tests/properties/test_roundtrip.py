@@ -53,6 +53,41 @@ def arrays(draw: st.DrawFn) -> Any:
     return array[::2] if array.ndim and draw(st.booleans()) else array
 
 
+class Thing:
+    """An object that is pickled in one of the ways there are."""
+
+    def __init__(self, value: Any, way: int) -> None:
+        self.value = value
+        self.way = way
+
+    def __reduce__(self) -> Any:
+        made = [
+            (Thing, (self.value, self.way)),
+            (Thing, (None, self.way), {"value": self.value}),
+            (list, (), None, iter([self.value, self.value])),
+            (OrderedDict, (), None, None, iter([(self.way, self.value)])),
+            (Thing, (None, self.way), {"value": self.value}, None, None, setattr),
+        ]
+        return made[self.way]
+
+
+WORDS: list[Any] = [
+    *("cpu", "storage", "latin1", "0", "1", "7", "10", "x", "", "a\nb", "Q", "K\x01Q"),
+    *(b"", b"5", b"K\x01Q", b"cpu", b"abc", b"x" * 70_000, "y" * 70_000, "é" * 65_536),
+    *(1 << 40, -(1 << 200), 1 << 3000, 255, 256, 65_535, 65_536, -1),
+    *(
+        OrderedDict,
+        torch.FloatStorage,
+        torch.UntypedStorage,
+        torch.float8_e5m2,
+        torch.float32,
+        torch._utils._rebuild_tensor_v2,
+    ),
+    *(numpy.dtype("f8"), numpy.dtype([("a", "i4")]), numpy.float32(2), len, frozenset({"cpu", 3})),
+    *(numpy.array([(1, 2.0)], [("a", "i1"), ("b", "f8")]), numpy.array(["ab", None]), numpy.array([7], "i1")),
+]
+
+
 def tied(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return a tensor twice, and a view of all of it."""
     return [tensor, tensor, tensor.detach().expand(2, *tensor.shape)]
@@ -69,6 +104,8 @@ LEAVES = st.one_of(
     tensors(),
     tensors().map(tied),
     arrays(),
+    st.sampled_from(WORDS),
+    st.lists(tensors(), min_size=12, max_size=40),  # names of storages of two digits, numbers of two bytes
 )
 STATES = st.recursive(
     LEAVES,
@@ -78,6 +115,7 @@ STATES = st.recursive(
         st.dictionaries(st.text(max_size=3), inner, max_size=4),
         st.dictionaries(st.text(max_size=3), inner, max_size=3).map(OrderedDict),
         inner.map(lambda value: [value, value]),
+        st.builds(Thing, inner, st.integers(0, 4)),
     ),
     max_leaves=12,
 )
@@ -88,7 +126,11 @@ def overwrite(state: Any) -> None:
     if isinstance(state, torch.Tensor):
         torch.empty(0, dtype=torch.uint8).set_(state.untyped_storage()).fill_(171)
     elif isinstance(state, numpy.ndarray):
-        state[...] = 11
+        if not any(state is word for word in WORDS):
+            state[...] = 11
+    elif isinstance(state, Thing):
+        overwrite(state.value)
+        state.value = None
     elif isinstance(state, (list, tuple, dict)):
         for inner in state.values() if isinstance(state, dict) else state:
             overwrite(inner)

@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from async_ckpt.format import Layout
-from async_ckpt.snapshot import HostBuffer, Snapshot, capture
+from async_ckpt.snapshot import Capture, HostBuffer, Snapshot, capture, capture_objects
 
 
 @pytest.fixture
 def take() -> Iterator[Callable[[Any], Snapshot]]:
-    """Take snapshots that are closed when the test ends."""
+    """Take snapshots for files, that are closed when the test ends."""
+    yield from _taking(capture)
+
+
+@pytest.fixture
+def take_objects() -> Iterator[Callable[[Any], Snapshot]]:
+    """Take snapshots of objects, that are closed when the test ends."""
+    yield from _taking(capture_objects)
+
+
+def _taking(capture: Callable[[Any], Capture]) -> Iterator[Callable[[Any], Snapshot]]:
     taken: list[Snapshot] = []
 
     def take(state: Any) -> Snapshot:

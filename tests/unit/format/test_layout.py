@@ -22,7 +22,7 @@ from async_ckpt.errors import AsyncCheckpointError
 from async_ckpt.format import Layout, lay_out
 from async_ckpt.format.archive import find_records
 from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, capture
-from async_ckpt.snapshot.entries import TensorEntry
+from async_ckpt.snapshot.contents import Unfilled
 
 Take = Callable[[Any], Snapshot]
 Saved = Callable[[Any], bytes]
@@ -164,11 +164,12 @@ def test_a_layout_keeps_no_view(take: Take) -> None:
 
 def _untouched(nbytes: int) -> Snapshot:
     """Return a snapshot of a large tensor of zeros, whose memory does not exist yet."""
-    shape = capture(torch.empty(nbytes, dtype=torch.uint8, device="meta").new_empty(0, device="cpu"))
-    entry = TensorEntry(0, torch.uint8, 0, (nbytes,), (1,), False, False)
+    empty = capture(torch.empty(0, dtype=torch.uint8))._content
+    assert isinstance(empty, Unfilled)
+    entry: Any = empty.skeleton.entries[0]
+    skeleton = empty.skeleton._replace(entries=[entry._replace(size=(nbytes,))], sizes=[nbytes])
     return Snapshot(
-        skeleton=shape._skeleton,
-        entries=[entry],
+        content=empty._replace(skeleton=skeleton),
         storages=Storages([nbytes], ["cpu"], [0]),
         buffer=HostBuffer(nbytes),
         nbytes=nbytes,

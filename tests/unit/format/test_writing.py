@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import io
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +12,8 @@ import torch
 
 from async_ckpt.format import Layout, lay_out
 from async_ckpt.format.recorder import Reference, record_writing
-from async_ckpt.format.writing import write
-from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, capture
-from async_ckpt.snapshot.entries import TensorEntry
+from async_ckpt.format.writing import skip_writing
+from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, contents
 
 Take = Callable[[Any], Snapshot]
 Saved = Callable[[Any], bytes]
@@ -23,7 +22,6 @@ Whole = Callable[[Layout], bytes]
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C.PyTorchFileWriter, "write_record_metadata"), reason="torch before 2.6 skips nothing"
 )
-#: Some tests make torch write otherwise; what is known of torch is known by alignment, so each has one of its own.
 alignments = pytest.importorskip("torch.utils.serialization").config
 
 
@@ -40,15 +38,11 @@ def _state() -> list[Any]:
 
 
 def _untouched(*sizes: int) -> Snapshot:
-    """Return a snapshot of byte tensors whose memory does not exist."""
-    shape = capture([torch.empty(0, dtype=torch.uint8) for _ in sizes])
-    strides = [torch.empty(1).stride() for _ in sizes]  # one object each, which pickle looks at
+    """Return a snapshot of storages whose memory does not exist."""
     return Snapshot(
-        skeleton=shape._skeleton,
-        entries=[
-            TensorEntry(index, torch.uint8, 0, (size,), stride, False, False)
-            for index, (size, stride) in enumerate(zip(sizes, strides, strict=True))
-        ],
+        content=contents.Records(
+            [("data.pkl", b"pickle"), *((f"data/{key}", key) for key in range(len(sizes)))], 64
+        ),
         storages=Storages(sizes, ["cpu"] * len(sizes), [sum(sizes[:index]) for index in range(len(sizes))]),
         buffer=HostBuffer(sum(sizes)),
         nbytes=sum(sizes),
@@ -76,12 +70,13 @@ def _described(snapshot: Snapshot, segments: Any) -> list[Any]:
 def test_both_ways_lead_to_one_file(sizes: list[int]) -> None:
     """Where torch skips bytes and where it is given stand-ins for them, it writes the same around them."""
     snapshot = _untouched(*sizes)
-    quick = write(snapshot)
+    records = snapshot.records()
+    quick = skip_writing(snapshot, records)
     assert quick is not None
     assert [len(each) for each in quick if isinstance(each, Reference)] == [
         size for size in sizes if size > 1024
     ]
-    assert _described(snapshot, quick) == _described(snapshot, record_writing(snapshot))
+    assert _described(snapshot, quick) == _described(snapshot, record_writing(snapshot, records))
     snapshot.close()
 
 
@@ -89,13 +84,13 @@ def test_both_ways_lead_to_one_file(sizes: list[int]) -> None:
 def test_storages_lie_where_torch_is_told_to_align_them(
     boundary: int, take: Take, saved: Saved, whole: Whole
 ) -> None:
-    """The file is torch.save's with any alignment of storages, which is asked for at each save."""
+    """The file is torch.save's with any alignment of storages, that it was told at the save."""
     with alignments.patch("save.storage_alignment", boundary):
         state = _state()
         expected = saved(state)
         snapshot = take(state)
-        assert write(snapshot) is not None
-        assert whole(lay_out(snapshot)) == expected
+        assert isinstance(snapshot._content, contents.Unfilled)
+    assert whole(lay_out(snapshot)) == expected  # whatever torch is told since
 
 
 def test_devices_are_named_as_torch_names_them(
@@ -124,27 +119,26 @@ def _wants_its_own_writer(save: Any, state: Any, archive: Any, *others: Any) -> 
     save(state, archive, *others)
 
 
-@pytest.mark.parametrize(
-    ("otherwise", "boundary"),
-    [(_adds_a_record, 192), (_pickles_otherwise, 320), (_wants_its_own_writer, 448)],
-)
+@pytest.mark.parametrize("otherwise", [_adds_a_record, _pickles_otherwise, _wants_its_own_writer])
 def test_a_torch_that_writes_otherwise_writes_itself(
-    otherwise: Any,
-    boundary: int,
-    take: Take,
-    saved: Saved,
-    whole: Whole,
-    monkeypatch: pytest.MonkeyPatch,
+    otherwise: Any, take: Take, saved: Saved, whole: Whole, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a torch to come adds or changes is in the file: the quick way is only taken where it is torch's own."""
+    """What a torch to come adds or changes is in the file, as it was at the save: torch says it then, or writes all."""
+    state = [torch.randn(700), torch.arange(9), {"a": torch.nn.Parameter(torch.ones(3))}]
     save = torch.serialization._save
-    monkeypatch.setattr(torch.serialization, "_save", lambda *given: otherwise(save, *given))
-    with alignments.patch("save.storage_alignment", boundary):
-        state = [torch.randn(700), torch.arange(9)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "_save", lambda *given: otherwise(save, *given))
         expected = saved(state)
-        snapshot = take(state)
-        assert write(snapshot) is None
-        assert whole(lay_out(snapshot)) == expected
+        with caplog.at_level(logging.WARNING, "async_ckpt"):
+            snapshot = take(state)
+    for tensor in (state[0], state[1]):
+        tensor.zero_()
+    wants_all = otherwise is _wants_its_own_writer
+    assert isinstance(snapshot._content, contents.Whole if wants_all else contents.Records)
+    assert [record.message for record in caplog.records] == [
+        f"torch {torch.__version__} is not known here: it has made the whole file in memory"
+    ] * wants_all
+    assert whole(lay_out(snapshot)) == expected
 
 
 class _Skipper:
@@ -173,12 +167,5 @@ def test_a_torch_that_skips_otherwise_is_given_stand_ins(
     expected = saved(state)
     snapshot = take(state)
     monkeypatch.setattr(torch._C, "PyTorchFileWriter", _Skipper)
-    assert write(snapshot) is None
+    assert skip_writing(snapshot, snapshot.records()) is None
     assert whole(lay_out(snapshot)) == expected
-
-
-def test_nothing_of_torch_is_made_for_a_tensor(take: Take) -> None:
-    """The picture that is pickled holds entries, so laying out makes no tensor and no storage."""
-    snapshot = take([torch.randn(700) for _ in range(5)])
-    lay_out(snapshot)  # now the kind is known
-    assert not [each for each in gc.get_referents(snapshot.picture()) if isinstance(each, torch.Tensor)]

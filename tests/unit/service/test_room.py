@@ -5,8 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from async_ckpt import MemoryLimitError, QueueFullError, State, SupersededError
+from async_ckpt import MemoryLimitError, QueueFullError, State, StateChangedError, SupersededError
 from tests.support import PATIENCE_SECONDS, Rig, gated, state, wait_until_one_waits
 from tests.unit.service.calls import loaded
 
@@ -35,6 +36,27 @@ def test_overflow_block() -> None:
         gate.open()
         blocked.result(PATIENCE_SECONDS).wait(PATIENCE_SECONDS)
         assert loaded(rig, "memory://b") == 2
+
+
+def test_memory_freed_while_a_save_waits_for_room() -> None:
+    """A save whose tensors another thread frees while it waits for room is refused, and nothing was accepted (B1)."""
+    gate, hold = gated(calls=[1])
+    with Rig(hold, memory=True, queue_depth=1) as rig, ThreadPoolExecutor(1) as pool:
+        rig.service.save(state(1), "memory://a")
+        freed = {"large": torch.ones(5 << 20), "small": torch.ones(9)}
+        blocked = pool.submit(rig.service.save, freed, "memory://b")
+        wait_until_one_waits(rig.service)
+        for tensor in freed.values():
+            tensor.untyped_storage().resize_(0)
+        gate.open()
+        with pytest.raises(StateChangedError, match="nothing was saved"):
+            blocked.result(PATIENCE_SECONDS)
+        rig.service.wait()
+        assert rig.service.pending == ()
+        rig.service.save(state(3), "memory://b").wait(PATIENCE_SECONDS)
+        assert loaded(rig, "memory://b") == 3
+    assert rig.memory is not None
+    assert [kind for kind, _ in rig.memory.log] == ["save", "save"]
 
 
 def test_overflow_supersede() -> None:

@@ -11,14 +11,14 @@ import numpy
 import pytest
 import torch
 
-from async_ckpt.snapshot import HostBuffer, Snapshot, capture
+from async_ckpt.snapshot import HostBuffer, Snapshot, capture, capture_objects
 from async_ckpt.snapshot.locations import mark
 
 _is_cow: Any = getattr(torch._C, "_is_cow_tensor", None)
 
 
 def _take(state: Any) -> Snapshot:
-    made = capture(state)
+    made = capture_objects(state)
     return made.stage(HostBuffer(made.nbytes))
 
 
@@ -63,7 +63,7 @@ def test_a_capture_is_staged_once() -> None:
 
 def test_storages_are_released_one_by_one() -> None:
     """A storage that was released is gone, the others stay; with the last the snapshot is closed."""
-    captured = capture([torch.ones(3), torch.ones(4)])
+    captured = capture_objects([torch.ones(3), torch.ones(4)])
     buffer = HostBuffer(captured.nbytes)
     snapshot = captured.stage(buffer)
     snapshot.release(0)
@@ -93,7 +93,7 @@ def test_a_copy_on_write_source_goes_on_sharing() -> None:
 def test_large_immutable_values_are_not_copied() -> None:
     """Long strings and bytes cannot change, so they need no memory of ours."""
     text, data = "x" * (1 << 20), b"y" * (1 << 20)
-    captured = capture([text, data])
+    captured = capture_objects([text, data])
     assert captured.nbytes < 4096
     rebuilt = captured.stage(HostBuffer(captured.nbytes)).state()
     assert rebuilt[0] is text

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from async_ckpt.budget import Budget
-from async_ckpt.snapshot import HostBuffer, HostPool, capture
+from async_ckpt.snapshot import HostBuffer, HostPool, capture_objects
 from async_ckpt.snapshot.together import copy_together
 
 PAGE = mmap.PAGESIZE
@@ -120,7 +120,7 @@ def test_a_buffer_someone_still_looks_at_is_not_reused() -> None:
     """Memory to which a tensor or view still refers is never written by another save."""
     budget = Budget(1 << 40)
     pool = HostPool(budget)
-    captured = capture({"w": torch.arange(1000.0)})
+    captured = capture_objects({"w": torch.arange(1000.0)})
     buffer = _lease(pool, captured.nbytes)
     snapshot = captured.stage(buffer)
     kept = snapshot.state()["w"]

@@ -13,11 +13,11 @@ import torch
 
 from async_ckpt.errors import UnpicklableStateError
 from async_ckpt.format import lay_out
-from async_ckpt.snapshot import HostBuffer, Snapshot, capture
+from async_ckpt.snapshot import HostBuffer, Snapshot, capture, capture_objects
 
 
 def _take(state: Any) -> Snapshot:
-    made = capture(state, share_unpicklable=True)
+    made = capture_objects(state, share_unpicklable=True)
     return made.stage(HostBuffer(made.nbytes))
 
 

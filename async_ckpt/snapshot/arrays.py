@@ -1,0 +1,71 @@
+"""What numpy says of an array, without its bytes.
+
+Guarantees: an array is only lifted where numpy was seen to say of one what is said here; all others are left to numpy
+itself. numpy is not imported before somebody else has.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from functools import cache
+from typing import Any
+
+__all__ = ["is_fortran", "is_liftable", "reduction"]
+
+_LARGEST_BYTES = 2 << 30  # beyond it, pickle may have no room for them, and is left to say so
+_PROTOCOL = 2
+_PLAIN_KINDS = frozenset("biufcmMSUV")  # of dtypes whose elements are bytes in the array and nothing else
+
+
+def is_liftable(obj: Any) -> bool:
+    """Tell whether *obj* is an array whose bytes are to be lifted out of what it is pickled to."""
+    numpy: Any = sys.modules.get("numpy")
+    return (
+        numpy is not None
+        and type(obj) is getattr(numpy, "ndarray", None)
+        and 1
+        < obj.nbytes
+        < _LARGEST_BYTES  # of shorter bytes Python has one object, and pickle asks which it is
+        and obj.dtype.kind in _PLAIN_KINDS
+        and not obj.dtype.hasobject
+        and numpy.ndarray not in copyreg.dispatch_table
+        and _said() is not None
+    )
+
+
+def reduction(array: Any, *, data: Any) -> tuple[Any, ...]:
+    """Return what numpy tells pickle of an array that is liftable, with *data* in place of its bytes."""
+    said = _said()
+    assert said is not None
+    return _reduction(array, data, *said)
+
+
+def is_fortran(array: Any) -> bool:
+    """Tell whether the first index of *array* is the one that runs fastest in what is written of it."""
+    return bool(array.flags.fnc)
+
+
+def _reduction(array: Any, data: Any, function: Any, version: int) -> tuple[Any, ...]:
+    nothing = (*array.shape[:0], 0)  # new each time, as numpy's is: pickle tells them apart
+    return (
+        function,
+        (type(array), nothing, b"b"),
+        (version, array.shape, array.dtype, is_fortran(array), data),
+    )
+
+
+@cache
+def _said() -> tuple[Any, int] | None:
+    """Return the function and the number that this numpy names, if it says of arrays what is said here."""
+    import numpy
+
+    parts: Any = numpy.empty(0).__reduce_ex__(_PROTOCOL)
+    function, version = parts[0], parts[2][0]
+    whole = numpy.arange(6.0).reshape(2, 3)
+    pairs = numpy.array([(1, 2.5)], dtype=[("a", "i1"), ("b", "f8")])
+    is_known = all(
+        array.__reduce_ex__(_PROTOCOL) == _reduction(array, array.tobytes("A"), function, version)
+        for array in (whole, whole.T, whole[:, ::2], whole[0], whole[0, 0:1].reshape(()), pairs)
+    )
+    return (function, version) if is_known else None

@@ -96,6 +96,7 @@ def outcomes(folder: Path, how: str) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
+@pytest.mark.timeout(300)
 def test_hostile_files(tmp_path: Path) -> None:
     """Whatever a pickle or the archive around it says, it loads as with torch.load; saying so takes no memory."""
     expected = {name: only for name, (only,) in outcomes(tmp_path, "torch").items()}
@@ -103,7 +104,7 @@ def test_hostile_files(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     ends = [end for end, _ in expected.values()]
     assert {"refused", "deep"} < set(ends)
-    assert sum(end != "refused" for end in ends) > MUTATED // 4
+    assert sum(end != "refused" for end in ends) > 40
     ours = {name: [end for end, _ in each] for name, each in found.items()}
     assert {name: (end, *ours[name]) for name, (end, _) in expected.items() if set(ours[name]) != {end}} == {}
     peaks = {name: max(peak for _, peak in each) for name, each in found.items()}

@@ -36,6 +36,7 @@ import anyio
 from async_ckpt import threads
 from async_ckpt.dispatch import Dispatcher
 from async_ckpt.errors import ServiceClosedError
+from async_ckpt.forking import finish_imports
 from async_ckpt.handle import Outcome
 
 __all__ = [
@@ -386,7 +387,7 @@ def _forget_in_child() -> None:
     _here.is_loop = False  # whoever forked is the child's only thread
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=finish_imports, after_in_child=_forget_in_child)
 
 
 def _hook_exit() -> None:

@@ -301,15 +301,15 @@ def _file_system_options(
 
 def _configured(protocol: str) -> Mapping[str, Any]:
     """Return what the user's own configuration of fsspec adds to the options of every file system of a kind."""
-    import fsspec.config
+    from fsspec.config import conf  # not by way of fsspec: an import that Ctrl-C broke off leaves it without
 
-    found = fsspec.config.conf.get(protocol)
+    found = conf.get(protocol)
     return found if isinstance(found, Mapping) else {}
 
 
 def _token(options: dict[str, Any]) -> str:
     if not options:
         return ""
-    import fsspec.utils
+    from fsspec.utils import tokenize
 
-    return str(fsspec.utils.tokenize(sorted(options.items(), key=lambda item: item[0])))
+    return str(tokenize(sorted(options.items(), key=lambda item: item[0])))

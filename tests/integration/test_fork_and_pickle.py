@@ -290,3 +290,83 @@ def test_a_stuck_thread_is_the_parents() -> None:
         env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
     )
     assert done.stdout.split() == ["abandoned", "7"], done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("imports", ["in a worker", "on the loop"])
+def test_a_child_forked_during_the_first_save_can_save(tmp_path: Path, imports: str) -> None:
+    """A child that is forked while the first save imports its file system has all of it, and saves (L1)."""
+    (tmp_path / "slow_backend.py").write_text("import time\ntime.sleep(0.5)\nimport slow_part\n")
+    (tmp_path / "slow_part.py").write_text("import time\ntime.sleep(0.2)\n")
+    done = python(
+        f"""
+        import importlib, os, signal, sys, threading
+        sys.path.insert(0, {str(tmp_path)!r})
+        from async_ckpt import CheckpointService
+        from tests.support import MemoryStore, state
+
+        class Slow(MemoryStore):
+            def __init__(self, location, workers):
+                super().__init__()
+                self.workers = workers
+
+            def connect(self):
+                began.set()
+                importlib.import_module("slow_backend").slow_part.time
+
+            async def begin(self, location, nbytes):
+                if {imports == "in a worker"}:
+                    await self.workers.run(self.connect)
+                else:
+                    self.connect()
+                return await super().begin(location, nbytes)
+
+        began = threading.Event()
+        service = CheckpointService(store_factory=Slow)
+        handle = service.save(state(1), "memory://a")
+        assert began.wait(20)
+        children = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                with service:
+                    service.save(state(2), "memory://b").wait(15)
+                os._exit(0)
+            children.append(pid)
+        handle.wait(20)
+        print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+        """,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout == "[0, 0, 0]\n", done.stderr
+
+
+@pytest.mark.integration
+def test_children_forked_at_any_moment_of_the_first_save_can_save(tmp_path: Path) -> None:
+    """Whenever within the first save a child is forked, it saves, too: what our threads need is there before (L1)."""
+    done = python(
+        """
+        import os, signal, sys, time
+        from async_ckpt import CheckpointService
+        from tests.support import state
+
+        service = CheckpointService()
+        children = []
+        handle = service.save(state(1), f"{sys.argv[1]}/parent")
+        for number in range(12):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                with service:
+                    service.save(state(2), f"{sys.argv[1]}/{number}").wait(15)
+                os._exit(0)
+            children.append(pid)
+            time.sleep(0.003)
+        handle.wait(20)
+        print({os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children})
+        """,
+        tmp_path,
+        env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
+    )
+    assert done.stdout == "{0}\n", done.stderr

@@ -11,6 +11,7 @@ What does not belong here: how records become a file, which torch's writer knows
 
 from __future__ import annotations
 
+import _pickle
 import codecs
 import copyreg
 import io
@@ -67,11 +68,14 @@ def convention() -> Convention | None:
     global _latest
     now = _circumstances()
     if _latest is None or _latest[0] != now:
-        _latest = now, _find_out()
+        found = _find_out()
+        if found is None:  # perhaps for the moment: the caller may have put torch into some mode
+            return None
+        _latest = now, found
     return _latest[1]
 
 
-_latest: tuple[tuple[Any, ...], Convention | None] | None = None
+_latest: tuple[tuple[Any, ...], Convention] | None = None
 
 
 def ask(state: Any) -> list[tuple[str, Any]]:
@@ -107,7 +111,7 @@ def _circumstances() -> tuple[Any, ...]:
     """Return what decides how torch writes: its functions, what it is told, and names that pickle knows by number."""
     return (
         *_functions(),
-        _have_own_state(),
+        _is_interfered_with(),
         torch.serialization.DEFAULT_PROTOCOL,
         alignment(),
         frozenset(copyreg._extension_registry) if copyreg._extension_registry else None,  # type: ignore[attr-defined]
@@ -129,12 +133,20 @@ def _functions() -> tuple[Any, ...]:
     )
 
 
-def _have_own_state() -> bool:
-    """Tell whether somebody else says what the state of tensors is, beside their attributes."""
+def _is_interfered_with() -> bool:
+    """Tell whether somebody else says how what a tensor is pickled with is pickled, or adds a state to tensors."""
     default = getattr(object, "__getstate__", None)  # from Python 3.11 on
-    return any(
-        getattr(kind, "__getstate__", None) is not default for kind in (torch.Tensor, torch.nn.Parameter)
+    return (
+        pickle.Pickler is not _pickle.Pickler
+        or not copyreg.dispatch_table.keys().isdisjoint(_PARTS)
+        or any(
+            getattr(kind, "__getstate__", None) is not default for kind in (torch.Tensor, torch.nn.Parameter)
+        )
     )
+
+
+#: Kinds of what tensors and bytes are pickled with, whose reducers pickle would ask.
+_PARTS = (OrderedDict, torch.dtype, type(codecs.encode), type(torch.FloatStorage))
 
 
 def _is_torchs(function: Any) -> bool:
@@ -156,7 +168,7 @@ def _find_out() -> Convention | None:
 
 
 def _found_out() -> Convention | None:
-    if _have_own_state() or not all(map(_is_torchs, _functions())):
+    if _is_interfered_with() or not all(map(_is_torchs, _functions())):
         return None
     if open_writer(io.BytesIO(), alignment()) is None:
         return None

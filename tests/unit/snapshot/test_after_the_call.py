@@ -11,6 +11,7 @@ import enum
 import functools
 import io
 import operator
+import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -134,6 +135,41 @@ def test_other_registered_reducers(kind: Any, reducers: Any) -> None:
     reducers(kind, lambda value: (operator.itemgetter, ("replaced",)))
     state = [torch.arange(4.0), torch.arange(3).untyped_storage(), numpy.arange(900.0)]
     assert _written(capture(state)) == _saved(state)
+
+
+@pytest.mark.parametrize("kind", [collections.OrderedDict, torch.dtype, type(len), type(torch.FloatStorage)])
+def test_reducers_of_what_tensors_are_pickled_with(kind: Any, reducers: Any, calls: list[str]) -> None:
+    """They are asked as torch.save asks them, for each tensor, and at the call."""
+    state = [_weights()["b"], torch.arange(3).to(torch.float8_e5m2), b"x" * 70_000, numpy.arange(9.0)]
+
+    def reduce(value: Any) -> Any:
+        calls.append("reduce")
+        return str, ("replaced",)
+
+    reducers(kind, reduce)
+    expected = _saved(state)
+    captured = capture(state)
+    asked = len(calls)
+    assert asked > 0
+    del copyreg.dispatch_table[kind]
+    assert _written(captured) == expected
+    assert len(calls) == asked
+
+
+def test_another_pickler_is_used_as_torch_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the pickler that torch.save takes has been replaced, it writes the file, too."""
+
+    class Other(pickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            return (str, ("replaced",)) if isinstance(obj, enum.Enum) else NotImplemented
+
+    monkeypatch.setattr(pickle, "Pickler", Other)
+    state = [Colour.RED, torch.ones(3)]
+    expected = _saved(state)
+    captured = capture(state)
+    monkeypatch.undo()
+    assert b"replaced" in expected
+    assert _written(captured) == expected
 
 
 def _doubled(original: Any, calls: list[str]) -> Any:

@@ -13,6 +13,7 @@ import io
 import operator
 import pickle
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -525,6 +526,23 @@ def test_what_torch_save_reaches_is_reached() -> None:
     ours = _deepest(capture)
     assert ours >= _deepest(_saved) - 20
     assert _written(capture(_nested(ours))) == _saved(_nested(ours))
+
+
+def test_a_small_stack_bears_what_was_accepted() -> None:
+    """However deep a state is for which the caller's stack and recursion limit were enough, any thread lays it out."""
+    limit, stack = sys.getrecursionlimit(), threading.stack_size()
+    written: list[bytes] = []
+    try:
+        sys.setrecursionlimit(50_000)
+        expected, captured = _saved(_nested(8000)), capture(_nested(8000))
+        threading.stack_size(256 << 10)
+        thread = threading.Thread(target=lambda: written.append(_written(captured)))
+        thread.start()
+        thread.join()
+    finally:
+        sys.setrecursionlimit(limit)
+        threading.stack_size(stack)
+    assert written == [expected]
 
 
 # -- memory that is gone

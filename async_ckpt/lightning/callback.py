@@ -79,10 +79,9 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._companion is not None:  # whatever was to end it was itself interrupted
             self._companion.end()
         self._companion = None
-        self._plugin = plugin = plugin_of(trainer) if self._acts_in(trainer) else None
+        self._plugin = plugin = self._take_charge(trainer)
         if plugin is None:
             return
-        _accompany(plugin)
         self._warn_of_bypass(trainer)
         _see_to_teardown(trainer, plugin, self)
 
@@ -129,6 +128,8 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         """Wait for everything; what failed is added to the error's notes."""
         if self._companion is not None:
             self._companion.settle()
+        elif self._plugin is None:  # what was called has failed before any setup
+            self._take_charge(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tell of what has become durable since, while loggers listen."""
@@ -137,9 +138,9 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
             companion.end()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """See to it that a save is synchronous where no ``setup`` comes: in the process that has launched others."""
-        if self._plugin is None and self._acts_in(trainer) and (plugin := plugin_of(trainer)) is not None:
-            _accompany(plugin)
+        """See to it that a save is synchronous where no ``setup`` has come, as where others have been launched."""
+        if self._plugin is None:
+            self._take_charge(trainer)
 
     # -- ours
 
@@ -152,6 +153,14 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         """The strategy has been torn down, and the plugin with it, and *error* has come up meanwhile."""
         if self._companion is not None:
             self._companion.strategy_ended(error)
+
+    def _take_charge(self, trainer: Any) -> AsyncCheckpointIO | None:
+        """Return the plugin, if it is ours to accompany; from now on its saves outside of ``fit`` are synchronous."""
+        plugin = plugin_of(trainer) if self._acts_in(trainer) else None
+        if plugin is not None and plugin not in _accompanied:
+            _accompanied.add(plugin)
+            plugin.synchronous = True
+        return plugin
 
     def _acts_in(self, trainer: Any) -> bool:
         """Tell whether it is this one that acts: the user's own comes before one that was found."""
@@ -184,13 +193,6 @@ class FoundCallback(AsyncCheckpointCallback):
 
     def __init__(self) -> None:
         super().__init__(log_metrics=False)
-
-
-def _accompany(plugin: AsyncCheckpointIO) -> None:
-    """Have the plugin's saves be synchronous, but for those in a fit."""
-    if plugin not in _accompanied:
-        _accompanied.add(plugin)
-        plugin.synchronous = True
 
 
 def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:

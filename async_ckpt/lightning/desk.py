@@ -23,6 +23,7 @@ from async_ckpt.handle import Handle
 from async_ckpt.lightning.flushing import give_up, patiently
 from async_ckpt.lightning.group_pending import pending_of_group
 from async_ckpt.lightning.listings import forget_changed
+from async_ckpt.lightning.prospects import Prospects
 from async_ckpt.meter import Meter
 from async_ckpt.options import ServiceOptions
 from async_ckpt.processes import process_id
@@ -43,23 +44,9 @@ _READ_BACK = re.compile(
     r"(.*[/\\])?"
     r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
 )
-_FEW = 64
-"""What is foreseen is looked through for what has ended once there is more of it than this, and than before."""
 
 MakeWriter: TypeAlias = Callable[[CheckpointService], Writer]
 """Makes the writer of one request; where there is none, our own writes."""
-
-
-class _Prospect:
-    """What one request will make of its location; not the handle, whose error would keep what its frames hold."""
-
-    def __init__(self, is_there: bool) -> None:
-        self.is_there = is_there
-        self.has_ended = False
-
-    def end(self, _: Handle) -> None:
-        """It has come true, or not."""
-        self.has_ended = True
 
 
 class _Announcer:
@@ -111,8 +98,7 @@ class Desk:
     def _begin_afresh(self) -> None:
         self._pid = process_id()
         self._announcer.begin_afresh()
-        self._foreseen: dict[str, _Prospect] = {}
-        self._most_foreseen = _FEW
+        self._prospects = Prospects()
         self._under_way: set[object] = set()
         self._is_late = False
 
@@ -191,7 +177,8 @@ class Desk:
     def link(self, place: Location, target: Location) -> None:
         """Have *place* lead to *target* once that is durable."""
         if place.key != target.key:  # it is that file already, by another spelling
-            self._request(place, partial(self.service.submit_link, place, target), there=True)
+            submit = partial(self.service.submit_link, place, target)
+            self._request(place, submit, there=True, target=target)
 
     @contextmanager
     def loading(self, place: Location) -> Iterator[CheckpointService]:
@@ -208,11 +195,10 @@ class Desk:
                     group.wait_for(locate(place.path).key, place.url, limit=limit)
             yield service
 
-    def will_exist(self, place: Location) -> bool | None:
-        """Tell whether *place* will be there; ``None`` where nothing of it is pending."""
+    def will_exist(self, place: Location, leaves: Callable[[str], bool]) -> bool | None:
+        """See ``Prospects.will_exist``."""
         self._leave_to_parent()
-        prospect = self._foreseen.get(place.key)
-        return None if prospect is None or prospect.has_ended else prospect.is_there
+        return self._prospects.will_exist(place, leaves)
 
     def address_of(self, url: str) -> str:
         """Return what the user has written for the location that an event names."""
@@ -292,33 +278,25 @@ class Desk:
         if place.address != place.url:
             self._announcer.addresses[place.url] = place.address
 
-    def _request(self, place: Location, submit: Callable[[], Handle], *, there: bool) -> Handle:
+    def _request(
+        self, place: Location, submit: Callable[[], Handle], *, there: bool, target: Location | None = None
+    ) -> Handle:
         """Make a request that is known of, also to other ranks."""
         group = pending_of_group()
         if group is None:
             handle = submit()
-            self._foresee(place, handle, there=there)
+            self._prospects.add(place, handle, there=there, target=target)
             return handle
         announcement = group.announce(place.key)
         raises = self._service.options.on_error == "raise"
         try:
             handle = submit()
-            self._foresee(place, handle, there=there)
+            self._prospects.add(place, handle, there=there, target=target)
             handle.add_done_callback(lambda ended: announcement.end(_failure_of(ended) if raises else None))
         except BaseException:  # they must not wait for what may never be
             announcement.end()
             raise
         return handle
-
-    def _foresee(self, place: Location, handle: Handle, *, there: bool) -> None:
-        # A signal handler may come in between, and do the same. Not each time: there may be thousands.
-        if len(self._foreseen) >= self._most_foreseen:
-            for key, earlier in list(self._foreseen.items()):
-                if earlier.has_ended:
-                    self._foreseen.pop(key, None)
-            self._most_foreseen = 2 * len(self._foreseen) + _FEW
-        self._foreseen[place.key] = prospect = _Prospect(there)
-        handle.add_done_callback(prospect.end)
 
 
 def _wait_for_other_ranks(limit: float, in_flight: BaseException | None = None) -> None:

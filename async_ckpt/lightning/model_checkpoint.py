@@ -60,7 +60,7 @@ class Foresight:
         """Tell whether *path* will be there."""
         try:
             self._removals.release_path(path)
-            foreseen = self._plugin.will_exist(path)
+            foreseen = self._plugin.will_exist(path, leaves=self._removals.holds)
         except (OptionError, UnknownProtocolError, MissingDependencyError):  # what can be no checkpoint
             foreseen = None
         return bool(self._file_system.exists(path, **options)) if foreseen is None else foreseen

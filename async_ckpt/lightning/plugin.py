@@ -10,7 +10,7 @@ What does not belong here: anything that also concerns a loop without Lightning;
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -229,9 +229,16 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         """Tell *observer* no more."""
         self._desk.disregard(observer)
 
-    def will_exist(self, path: str | os.PathLike[str]) -> bool | None:
-        """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending."""
-        return self._desk.will_exist(self._locate(path))
+    def will_exist(
+        self, path: str | os.PathLike[str], *, leaves: Callable[[str], bool] = lambda key: False
+    ) -> bool | None:
+        """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending.
+
+        Args:
+            path: of a checkpoint, or of a link to one.
+            leaves: tells of a ``key_of`` whether its removal, though not asked for yet, is to be counted as pending.
+        """
+        return self._desk.will_exist(self._locate(path), leaves)
 
     def address_of(self, url: str) -> str:
         """Return *url*, which an event has named, with the passwords and signatures that events leave out."""

@@ -63,6 +63,10 @@ class Removals:
             finally:
                 del first  # else it would keep its own frames
 
+    def holds(self, key: str) -> bool:
+        """Tell whether what has the plugin's *key* is to be removed, and the plugin has not been asked."""
+        return key in self._held
+
     def release_path(self, path: Any) -> None:
         """Have *path* removed now, if it is to be: it is about to be used again."""
         if self._held:
@@ -72,10 +76,17 @@ class Removals:
 
     def _remove_later(self, *args: Any, **kwargs: Any) -> None:
         path = os.fspath(next(iter((*args, *kwargs.values()))))
+        if self._leads_nowhere(path):
+            return
         if self.wait_for_links or self._is_awaited(path):
             self._held[self._plugin.key_of(path)] = path, partial(self._remove, *args, **kwargs)
         else:
             self._remove(*args, **kwargs)
+
+    def _leads_nowhere(self, path: str) -> bool:
+        """Tell whether *path* is a link to what has gone, or is about to go; Lightning leaves such a link."""
+        foreseen = self._plugin.will_exist(path, leaves=self.holds)
+        return os.path.islink(path) and not os.path.exists(path) if foreseen is None else not foreseen
 
     def _remove_and_save(self, *args: Any, **kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):

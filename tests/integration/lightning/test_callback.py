@@ -214,6 +214,26 @@ def test_saves_outside_of_fit_are_durable_when_they_return(tree: Any, tmp_path: 
     assert seen == {"validate": True, "fit": False, "fit end": True, "test": True, "after": True}
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_saves_before_any_setup_are_durable_when_they_return(
+    tree: Any, tmp_path: Path, faults: Any, weights_only: bool
+) -> None:
+    """So they are with a Trainer whose call has failed before it set anything up, and, whole, with one never called."""
+    faults.slow(0.02)
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    trainer = tree.trainer(
+        tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path)]
+    )
+    if weights_only:  # of such a save, no callback hears
+        with pytest.raises(ValueError, match="best"):
+            trainer.fit(tree.model(), ckpt_path="best")
+    else:
+        trainer.strategy.connect(tree.model())
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    assert (tmp_path / "a.ckpt").exists()
+    assert not plugin.is_used
+
+
 def test_a_fit_within_a_fit(tree: Any, tmp_path: Path) -> None:
     """A Trainer that fits inside another's fit, with the same plugin, leaves that one asynchronous."""
     plugin = AsyncCheckpointIO()

@@ -131,3 +131,39 @@ def test_nothing_better_comes(both: Both) -> None:
     files = both.fit(saving({"monitor": "val_loss", "save_last": "link"}), resume="last")
     assert files.keys() == {"ckpt/epoch=1-step=8.ckpt", "ckpt/last.ckpt"}
     assert not any(isinstance(content, str) for content in files.values())
+
+
+def _logging(*losses: float) -> Any:
+    def validation_step(self: Any, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.tensor(losses[self.current_epoch]))
+
+    return validation_step
+
+
+@WITH_CALLBACK
+@ONE_TREE
+def test_something_better_comes(both: Both) -> None:
+    """Where the best checkpoint is replaced, ``last``, which led to it, counts as absent, and leads to the new one."""
+    files = both.fit(
+        saving({"monitor": "val_loss", "save_last": "link"}),
+        resume="last",
+        validation_step=_logging(0.3, 0.4, 0.2, 0.1),
+    )
+    assert {name for name, content in files.items() if content == "epoch=3-step=16.ckpt"} == {
+        "ckpt/last.ckpt"
+    }
+    assert files.keys() == {"ckpt/epoch=3-step=16.ckpt", "ckpt/last.ckpt"}
+
+
+@WITH_CALLBACK
+@ONE_TREE
+def test_a_link_to_what_was_removed_is_left(both: Both) -> None:
+    """Lightning sees nothing at a link to a checkpoint that has gone, and leaves the link: so it is with ours."""
+
+    def callbacks(tree: Any, folder: Path) -> list[Any]:
+        checkpoint = tree.checkpoints(folder / "ckpt", save_last="link")
+        checkpoint.CHECKPOINT_NAME_LAST = "last-{epoch}"
+        return [checkpoint]
+
+    files = both.fit(callbacks)
+    assert {name for name in files if "last" in name} == {f"ckpt/last-epoch={n}.ckpt" for n in range(4)}

@@ -126,6 +126,9 @@ def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture
 
         save_checkpoint = key_of = staticmethod(str)
 
+        def will_exist(self, path: str, **options: Any) -> None:
+            return None
+
     plugin: Any = Base()
     removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
     removals.wait_for_links = True

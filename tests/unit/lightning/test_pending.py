@@ -64,6 +64,38 @@ def test_what_will_exist(tmp_path: Path) -> None:
     plugin.teardown()
 
 
+def test_what_will_exist_through_links(tmp_path: Path) -> None:
+    """A link, pending or there, counts as what it will lead to: nothing, where that is to be removed."""
+    gate = Gate()
+    plugin = AsyncCheckpointIO(**held(gate))
+    old, new, last, mine, loop, aside = (
+        tmp_path / f"{name}.ckpt" for name in ("old", "new", "last", "mine", "loop", "aside")
+    )
+    torch.save(STATE, old)
+    torch.save(STATE, aside)
+    last.symlink_to(old.name)
+    mine.symlink_to(last.name)
+    loop.symlink_to(loop.name)
+    assert [plugin.will_exist(each) for each in (last, mine)] == [None, None]
+    assert plugin.will_exist(mine, leaves={plugin.key_of(old)}.__contains__) is False
+    assert plugin.will_exist(loop) is False
+    plugin.save_checkpoint(STATE, new)
+    plugin.remove_checkpoint(old)
+    assert [plugin.will_exist(each) for each in (last, mine)] == [False, False]
+    plugin.link(last, new)
+    assert [plugin.will_exist(each) for each in (last, mine)] == [True, True]
+    plugin.link(last, aside)
+    assert [plugin.will_exist(each) for each in (last, mine)] == [True, True]
+    assert plugin.will_exist(mine, leaves={plugin.key_of(aside)}.__contains__) is False
+    plugin.link(last, tmp_path / "gone.ckpt")
+    assert [plugin.will_exist(each) for each in (last, mine)] == [False, False]
+    plugin.save_checkpoint(STATE, last)  # in place of the link
+    assert [plugin.will_exist(each) for each in (last, mine)] == [True, True]
+    gate.open()
+    plugin.teardown()
+    assert not last.is_symlink()
+
+
 def test_a_link_is_made_once_its_target_is_durable(tmp_path: Path) -> None:
     """Until the new checkpoint is durable the link leads to the one before, which is removed only after that."""
     gate = Gate()

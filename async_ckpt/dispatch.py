@@ -180,15 +180,9 @@ class Dispatcher:
 
     def moved_seconds(self, account: Account) -> float:
         """Tell when something last got on that *account* waits for: its own, or another's that it is behind."""
-        ops = list(self._queue.live(account.lane))
-        keys = {key for op in ops for key in (op.key, op.target) if key is not None}
-        groups = {op.group for op in ops} - {None}
-        accounts = [account] + [
-            other.account
-            for other in self._requests.values()
-            if other.op.key in keys or other.op.group in groups
-        ]
-        return max(each.progress.seconds for each in accounts)
+        lanes = self._queue.lanes_met(account.lane)
+        accounts = {request.account for request in self._requests.values() if request.account.lane in lanes}
+        return max(each.progress.seconds for each in accounts | {account})
 
     def is_idle(self, account: Account) -> bool:
         """Tell whether nothing is under way, loads and who waits to be let in included."""

@@ -120,6 +120,18 @@ class Queue:
         share = self._shares.get(lane)
         return share is not None and bool(share.waiting)
 
+    def lanes_met(self, lane: Lane) -> set[Lane]:
+        """Return *lane*, and those of which it may have to wait for an operation."""
+        if len(self._shares) <= 1:
+            return {lane}
+        ops = list(self.live(lane))
+        keys = {key for op in ops for key in (*op.keys, op.target) if key is not None}
+        groups = {op.group for op in ops if op.group is not None}
+        located = (self._located.writes, self._located.loads)
+        related = (found for key in keys for names in located for found in names.related(key))
+        met = {op.lane for found in related for op in found.values()}
+        return met | {op.lane for op in self._ops.values() if op.group in groups} | {lane}
+
     def changing(self, name: str) -> Op | None:
         """Return the last live operation that decides what is at the location *name*, a link maybe."""
         writes = self._located.writes

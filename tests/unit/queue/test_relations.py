@@ -166,3 +166,15 @@ def test_deep_names(kind: Kind) -> None:
     assert op.phase is Phase.QUEUED
     play.end(removal)
     assert op.phase is Phase.RUNNING
+
+
+def test_whom_a_lane_may_wait_for() -> None:
+    """Other services count where one of their operations is on a related location, or in the same group; else not."""
+    play, of, above, base, other = Play(), lane(), lane(), lane(), lane()
+    play.save(of, "f:/run/a", group="base")
+    assert play.queue.lanes_met(of) == {of}
+    play.remove(above, "f:/run")
+    play.save(base, "f:/else", group="base")
+    play.save(other, "f:/other")
+    assert play.queue.lanes_met(of) == {of, above, base}
+    assert play.queue.lanes_met(other) == {other}

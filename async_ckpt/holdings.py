@@ -35,6 +35,7 @@ from async_ckpt.runtime import Runtime, Tenant
 from async_ckpt.snapshot import HostPool
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.stores.link import Links
 from async_ckpt.workers import PoolWorkers
 
 __all__ = ["ABANDON_GRACE_SECONDS", "Holdings", "StoreFactory"]
@@ -69,6 +70,7 @@ class Holdings:
         is_closed: nothing more comes in.
         loads: those that are under way.
         workers: the threads for what blocks.
+        links: what makes the links.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Holdings:
         # No thread starts before it is needed. Made here, so that threads which come first together share them.
         self.loads = Loads(options.max_concurrent_parts)
         self.workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
+        self.links = Links(options.durability)
         self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
         self._stores: dict[str, Store] = {}

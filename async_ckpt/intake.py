@@ -91,7 +91,7 @@ class Intake:
         """Queue a link; see ``CheckpointService.submit_link``."""
         runtime = self.holdings.running()
         location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
-        linker = Linker(target, self.holdings.workers, self.holdings.options.durability)
+        linker = Linker(target, self.holdings.links, self.holdings.workers)
         return self._hand_over(self._request(Kind.LINK, location, linker, target=target.key), runtime)
 
     @contextmanager

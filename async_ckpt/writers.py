@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from time import time_ns
 from typing import Any, Protocol, cast
 
 import anyio
@@ -26,7 +27,7 @@ from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers, aborted_on_error
-from async_ckpt.stores.link import make_link
+from async_ckpt.stores.link import Links
 from async_ckpt.stores.local import sync_path
 
 __all__ = ["DelegatingWriter", "Emit", "Linker", "StreamingWriter", "Writer"]
@@ -227,14 +228,15 @@ class Linker:
 
     group = None
 
-    def __init__(self, target: Location, workers: Workers, durability: Durability) -> None:
+    def __init__(self, target: Location, links: Links, workers: Workers) -> None:
         self._target = target
+        self._links = links
         self._workers = workers
-        self._durability = durability
+        self._asked_ns = time_ns()
 
     async def link(self, location: Location) -> None:
         """Let *location* lead to the checkpoint, durably."""
-        await self._workers.run(make_link, location, self._target, self._durability)
+        await self._workers.run(self._links.make, location, self._target, asked_ns=self._asked_ns)
 
 
 def _overlap(layout: Layout, other: Layout) -> Overlap | None:

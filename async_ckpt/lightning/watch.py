@@ -28,6 +28,7 @@ from async_ckpt.lightning.bases import layers_of
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.fsspec_calls import version_in
+from async_ckpt.stores.link import detach
 from async_ckpt.stores.target import exists_already
 
 __all__ = ["Watch", "refuse_unknown_place"]
@@ -69,6 +70,8 @@ class Watch:
             StoreError: there is nothing new where the base is known to write.
             Exception: the base's own.
         """
+        if overwrite and is_local(place) and self._can_look(place):
+            detach(place)  # it may write in place, and then never through a link
         before = self._before(place, overwrite=overwrite)
         write()
         after = self._look(place, "write") if self._can_look(place) else _UNKNOWN

@@ -1,8 +1,9 @@
 """A second name for a checkpoint on a local disk: a symbolic link, replaced in one step.
 
 Guarantees: whoever looks at the name of a file or link finds what it was before or what it is now, never nothing (D2);
-what the name stood for is not written to. When this returns, the link survives the loss of power (D1). What a killed
-process left, the next link of that name removes.
+what the name stood for is not written to. When ``make`` returns, the link survives the loss of power (D1). Each one is
+made under a name of its own, so any number of threads and processes may link one name; what a killed process left is
+swept as its other temporary files are.
 
 What does not belong here: when the link may be made; that is the queue's (rule 5).
 """
@@ -10,67 +11,160 @@ What does not belong here: when the link may be made; that is the queue's (rule 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from async_ckpt.options import Durability
-from async_ckpt.permissions import create_private, take_after
+from async_ckpt.permissions import take_after
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.local import sync_path
+from async_ckpt.stores.directories import Directories
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.locking import hold_fresh
 from async_ckpt.stores.target import refuse_foreign_link, translated
 
-__all__ = ["make_link"]
-
+__all__ = ["Links", "detach"]
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+_ATTEMPTS = 10  # a sweeper may take a fresh copy, and another process the directory, but not for long
 
 
-def make_link(location: Location, target: Location, durability: Durability) -> None:
-    """Let *location* lead to *target*, in place of what was there.
+class Links:
+    """Makes the links of one service; threads may share it.
 
-    The link is relative, so that the directory may be moved as a whole. Where the file system has no links, it is
-    a copy.
+    Args:
+        durability: of the links.
+        disk: the system calls.
+    """
+
+    def __init__(self, durability: Durability, disk: Disk | None = None) -> None:
+        self._fsync = durability == "fsync"
+        self._disk = disk or Disk()
+        self._directories = Directories(self._disk)
+
+    def make(self, location: Location, target: Location, *, asked_ns: int) -> None:
+        """Let *location* lead to *target*, in place of what was there.
+
+        The link is relative, so that the directory may be moved as a whole. Where the file system has no links, it is
+        a copy.
+
+        Args:
+            location: the second name.
+            target: the checkpoint.
+            asked_ns: when that was asked for, which is the link's modification time, but just after the target's: what
+                is saved later is newer, however soon after the target that is written.
+
+        Raises:
+            StoreError: it could not be made; a file or link that was there stays.
+        """
+        refuse_foreign_link("link", location)
+        path = location.path
+        directory = os.path.dirname(path)
+
+        def link(made: str) -> None:
+            with _linked(target.path, made, directory, self._disk):
+                _date(made, max(asked_ns, _modified_ns(target.path) + 1))
+                # A checkpoint of many files, which another strategy has written.
+                if os.path.isdir(path) and not os.path.islink(path):
+                    self._disk.rmtree(path)
+                self._disk.replace(made, path)
+
+        with _translating("link", location):
+            os.makedirs(directory, exist_ok=True)
+            _under_a_fresh_name(directory, link)
+            self._directories.sweep(directory)
+            if self._fsync:
+                self._directories.sync(directory)
+
+
+def detach(location: Location, disk: Disk | None = None) -> None:
+    """Make of a link to a file, or to nothing, a name whose file may be written to in place: a copy, or nothing.
 
     Raises:
-        StoreError: it could not be made; a file or link that was there stays.
+        StoreError: that could not be done; the link stays.
     """
-    refuse_foreign_link("link", location)
     path = location.path
-    directory, name = os.path.split(path)
-    # Not the name itself, which may be as long as a name can be.
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-    made = os.path.join(directory, f".async_ckpt-link.{digest}")
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.remove(made)
+    disk = disk or Disk()
+    with _translating("begin", location):
+        if not os.path.islink(path) or os.path.isdir(path):
+            return
+        if not os.path.exists(path):
+            disk.unlink(path)
+            return
+
+        def copy(made: str) -> None:
+            with _copied(path, made, disk):
+                disk.replace(made, path)
+
+        _under_a_fresh_name(os.path.dirname(path), copy)
+
+
+class _SweptError(OSError):
+    """A sweeper was faster than our lock."""
+
+
+def _under_a_fresh_name(directory: str, make: Callable[[str], None]) -> None:
+    """Call *make* with a name in *directory* that nobody else has, and leave nothing of that name."""
+    for _ in range(_ATTEMPTS):
+        made = os.path.join(directory, temporary_name())
         try:
-            _make(made, target.path, directory)
-            # A checkpoint of many files, which another strategy has written.
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            os.replace(made, path)
-        except BaseException:
-            with suppress(FileNotFoundError):
+            return make(made)
+        except _SweptError:
+            continue
+        finally:
+            with suppress(FileNotFoundError):  # mostly: it has got another name
                 os.remove(made)
-            raise
-        if durability == "fsync":
-            sync_path(path)
-    except OSError as error:
-        raise translated("link", location, error) from error
+    raise OSError(errno.EBUSY, "what is made there vanishes at once")
 
 
-def _make(made: str, target: str, directory: str) -> None:
+@contextmanager
+def _linked(target: str, made: str, directory: str, disk: Disk) -> Iterator[None]:
+    """Make a link, or where there are none a copy, for who gives it its place."""
     try:
         os.symlink(os.path.relpath(target, directory), made)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # Never through a link that is there, and nobody else's before it is what the checkpoint is.
-        with open(target, "rb") as source, open(create_private(made), "wb") as copy:
-            shutil.copyfileobj(source, copy)
+        with _copied(target, made, disk):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _copied(source: str, made: str, disk: Disk) -> Iterator[None]:
+    """Make a copy, locked against sweepers until it has its place, and nobody else's before it is whole."""
+    fd = disk.create(made)
+    try:
+        if not hold_fresh(disk, fd):
+            raise _SweptError(errno.EBUSY, os.strerror(errno.EBUSY))
+        with open(source, "rb") as original, open(fd, "wb", closefd=False) as copy:
+            shutil.copyfileobj(original, copy)
             copy.flush()
-            take_after(copy.fileno(), target, os.fstat(source.fileno()))
-            os.fsync(copy.fileno())
+            take_after(fd, source, os.fstat(original.fileno()))
+            os.fsync(fd)
+        yield
+    finally:
+        disk.close(fd)
+
+
+def _modified_ns(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _date(path: str, modified_ns: int) -> None:
+    with suppress(OSError, NotImplementedError):  # not every system, or file system, dates links
+        os.utime(path, ns=(modified_ns, modified_ns), follow_symlinks=False)
+
+
+@contextmanager
+def _translating(stage: str, location: Location) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise translated(stage, location, error) from error

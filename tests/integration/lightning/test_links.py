@@ -76,6 +76,27 @@ def test_a_link_is_replaced_by_a_file(
 
 
 @ONE_TREE
+@pytest.mark.parametrize("target", LINKS.values(), ids=LINKS)
+def test_a_base_that_writes_in_place_does_not_write_through(tree: Any, tmp_path: Path, target: str) -> None:
+    """As ``torch.save`` does, and Lightning's own where its temporary folder is on another file system."""
+
+    class InPlace(tree.fabric.plugins.TorchCheckpointIO):  # type: ignore[misc]  # a base that is found at run time
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            torch.save(checkpoint, path)
+
+    path = lay_out(tmp_path / "run", target)
+    others = {name: content for name, content in contents(tmp_path / "run").items() if name != "last.ckpt"}
+    plugin = AsyncCheckpointIO(InPlace())
+    plugin.save_checkpoint({"step": 2}, path)
+    plugin.teardown()
+    assert not path.is_symlink()
+    assert torch.load(path) == {"step": 2}
+    found = contents(tmp_path / "run")
+    assert {name: found[name] for name in others} == others
+    assert found.keys() - others.keys() == {str(path.resolve().relative_to(tmp_path / "run"))}
+
+
+@ONE_TREE
 def test_a_link_stays_until_the_file_is_durable(tree: Any, tmp_path: Path, faults: Any) -> None:
     """While the file is under way, and if it fails, the name leads where it has led (D2)."""
     gate = faults.hold()

@@ -15,7 +15,7 @@ import pytest
 from tests.support import PATIENCE_SECONDS, python
 
 #: Interrupts one line in so many; each one at night.
-STRIDE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 40
+STRIDE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 307
 
 WALK = """
 import faulthandler, os, signal, sys, threading, time, warnings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+from tests.integration.lightning.both_ways import sparing
 from tests.integration.lightning.setups import (
     BATCHES,
     FOLDERS,
@@ -252,10 +254,12 @@ class Run:
         )
 
     def _checkpoint(self, options: dict[str, Any]) -> Any:
-        options = dict(options)
+        known = inspect.signature(self._tree.pl.callbacks.ModelCheckpoint).parameters.keys()
+        options = {name: options[name] for name in options if name in known | {"CHECKPOINT_NAME_LAST"}}
         name_of_last = options.pop("CHECKPOINT_NAME_LAST", None)
         folder = options.pop("dirpath")
-        checkpoint = self._tree.checkpoints(None if folder is None else f"{self._root}/{folder}", **options)
+        folder = None if folder is None else f"{self._root}/{folder}"
+        checkpoint = sparing(self._tree.checkpoints(folder, **options))
         if name_of_last is not None:
             checkpoint.CHECKPOINT_NAME_LAST = name_of_last
         return checkpoint

@@ -62,7 +62,7 @@ class Companion:
         self._failing = False
         self._out_of_time = False
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
-        self._departure = departure_of(trainer, plugin.service.options.flush_timeout)
+        self._departure = departure_of(trainer, plugin.service.options.limit(None))
         self._shadows = Shadows()
         # False where another Trainer's fit, around this one, has the plugin, too.
         self._was_synchronous = plugin.synchronous

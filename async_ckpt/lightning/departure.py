@@ -20,6 +20,7 @@ from typing import Any
 
 from async_ckpt.errors import FlushTimeoutError, RankError
 from async_ckpt.lightning.group_pending import GroupPending, pending_of_group, read
+from async_ckpt.patience import Limit
 
 __all__ = ["Departure", "departure_of"]
 
@@ -33,17 +34,18 @@ class Departure:
 
     Args:
         pending: of the group.
-        limit: how long the first rank waits while nothing moves.
+        limit: how long the first rank waits for what it has pending.
         grace_seconds: how much longer the others do, and how long the first rank waits for them.
     """
 
-    def __init__(self, pending: GroupPending, *, limit: float, grace_seconds: float = _GRACE_SECONDS) -> None:
+    def __init__(self, pending: GroupPending, *, limit: Limit, grace_seconds: float = _GRACE_SECONDS) -> None:
         self._pending = pending
         self._store = pending.store
         self._limit = limit
         self._grace_seconds = grace_seconds
         fit = f"async_ckpt/fits/{pending.next_fit()}"
         self._word, self._left = f"{fit}/word", f"{fit}/left"
+        pending.can_ask()  # connects, while all are there
         self._has_spoken = self._has_ended = self._has_left = False
 
     def training_ended(self) -> None:
@@ -65,7 +67,10 @@ class Departure:
                 "the first rank has ended already; what became of its last checkpoints is not known"
             )
             return
-        limit = self._limit + self._grace_seconds
+        limit = Limit(
+            idle_seconds=self._limit.idle_seconds + self._grace_seconds,
+            total_seconds=self._limit.total_seconds + self._grace_seconds,
+        )
         word = self._pending.poll(
             lambda store: read(store, self._word), "checkpoints to wait for", limit=limit
         )
@@ -107,14 +112,14 @@ class Departure:
             return True
 
         try:
-            self._pending.poll(look, "to leave the fit", limit=self._grace_seconds)
+            self._pending.poll(look, "to leave the fit", limit=Limit.hard(self._grace_seconds))
         except FlushTimeoutError:
             logger.warning("not every rank has left the fit after %g s; going on", self._grace_seconds)
         except RankError as error:  # the group's store is elsewhere, and has gone
             logger.debug("%s", error)
 
 
-def departure_of(trainer: Any, limit: float) -> Departure | None:
+def departure_of(trainer: Any, limit: Limit) -> Departure | None:
     """Return how the ranks of *trainer* will leave its fit; ``None`` where it is alone."""
     pending = pending_of_group()
     if pending is None:

@@ -26,6 +26,7 @@ from async_ckpt.lightning.listings import forget_changed
 from async_ckpt.lightning.prospects import Prospects
 from async_ckpt.meter import Meter
 from async_ckpt.options import ServiceOptions
+from async_ckpt.patience import Limit
 from async_ckpt.processes import process_id
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate
@@ -189,7 +190,7 @@ class Desk:
             service = self.service
             group = pending_of_group()
             if group is not None:
-                limit = service.options.flush_timeout
+                limit = service.options.limit(None)
                 group.wait_for(place.key, place.url, limit=limit)
                 if is_local(place) and os.path.islink(place.path):  # by now, where it will lead
                     group.wait_for(locate(place.path).key, place.url, limit=limit)
@@ -209,14 +210,14 @@ class Desk:
         service = self.service
         left = self._wait(service, limit=timeout)
         service.wait(left)
-        _wait_for_other_ranks(left)
+        _wait_for_other_ranks(service.options.limit(None if timeout is None else left))
 
     def settle(self) -> None:
         """Do the same for who may be handling an error, which is not replaced (E2)."""
         service = self._service
         left = self._wait(service)
         service.settle(left)
-        _wait_for_other_ranks(left, in_flight=sys.exc_info()[1])
+        _wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
 
     def end(self) -> None:
         """See everything to its end, also of other ranks, and free the service.
@@ -229,7 +230,7 @@ class Desk:
         self._service = self._new_service()
         self.has_ended = True
         service.close(left)
-        _wait_for_other_ranks(left, in_flight=sys.exc_info()[1])
+        _wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
 
     def _wait(
         self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
@@ -299,7 +300,7 @@ class Desk:
         return handle
 
 
-def _wait_for_other_ranks(limit: float, in_flight: BaseException | None = None) -> None:
+def _wait_for_other_ranks(limit: Limit, in_flight: BaseException | None = None) -> None:
     """Wait for what they have pending; an error that is *in_flight* is not replaced (E2).
 
     With one, too: when this process ends with it, a launcher may end the one that writes.

@@ -13,7 +13,6 @@ What does not belong here: what is said.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import sys
 import threading
@@ -22,8 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
-
-from async_ckpt.processes import process_id
+from weakref import ref
 
 __all__ = ["GroupStore", "UnreachableError", "store_of_group"]
 
@@ -33,8 +31,6 @@ T = TypeVar("T")
 
 _ANSWER_SECONDS = 20.0
 """How long an answer may take that takes microseconds."""
-
-_EXIT_SECONDS = 5.0
 
 
 class UnreachableError(Exception):
@@ -56,7 +52,7 @@ class GroupStore:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._store = store
+        self._store = ref(store)  # lest rank 0 go on to host it when the group has ended
         self._answer_seconds = answer_seconds
         self._connection: Any = None
         self._untold: deque[Callable[[Any], object]] = deque()
@@ -97,7 +93,7 @@ class GroupStore:
                 raise
 
     def finish(self) -> None:
-        """Wait, a bounded time, until all has been told."""
+        """Wait, a bounded time, until all has been told that was to be told by now."""
         teller = self._teller
         if teller is not None:
             teller.join(self._answer_seconds)
@@ -119,21 +115,22 @@ class GroupStore:
     def _connected(self) -> Any:
         connection = self._connection
         if connection is None:
+            store: Any = self._store()
             try:
-                connection = self._store.clone()
-            except Exception:  # an older torch, or a store of the user's own
-                connection = self._store
+                connection = store.clone()
+            except (AttributeError, NotImplementedError):  # an older torch, or a store of the user's own
+                connection = store
+            if connection is None:
+                raise UnreachableError("the process group has ended")
             self._connection = connection
         return connection
 
 
-_known: tuple[int, GroupStore] | None = None
-"""The store of the last group, and the process whose connection it is."""
+def store_of_group() -> tuple[Any, int, int] | None:
+    """Return torch's store of this process's group, its rank and how many there are.
 
-
-def store_of_group() -> GroupStore | None:
-    """Return the store of this process's group; ``None`` where it is alone, or the group has none (MPI's)."""
-    global _known
+    ``None`` where it is alone, or the group has none, as MPI's.
+    """
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -144,13 +141,7 @@ def store_of_group() -> GroupStore | None:
         store = distributed.distributed_c10d._get_default_store()
     except Exception:
         return None
-    if store is None:
-        return None
-    known = _known
-    if known is None or known[1]._store is not store:
-        known = _known = process_id(), GroupStore(store, rank=distributed.get_rank(), world_size=world_size)
-    # A forked child, of a data loader, is no rank: two processes must not talk on one connection.
-    return known[1] if known[0] == process_id() else None
+    return None if store is None else (store, distributed.get_rank(), world_size)
 
 
 def _start(run: Callable[[], None]) -> threading.Thread:
@@ -159,10 +150,3 @@ def _start(run: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=run, name="async_ckpt-ranks", daemon=True)
     thread.start()
     return thread
-
-
-@atexit.register
-def _finish() -> None:
-    known = _known
-    if known is not None and known[0] == process_id() and known[1]._teller is not None:
-        known[1]._teller.join(_EXIT_SECONDS)

@@ -5,13 +5,14 @@ in all and for each location; the others compare the two.
 
 Guarantees: a rank waits for storage, never for another rank to come somewhere, so no two wait for each other; it gives
 up after ``flush_timeout`` in which nothing has moved anywhere, or when the store is gone. Training's thread is held up
-for one exchange with the store, about 0.2 ms, for each request. Nothing of it happens in a process on its own.
+for one exchange with the store, about a millisecond, for each request. Nothing of it happens in a process on its own.
 
 What does not belong here: how the ranks leave a fit (departure).
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -19,9 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from time import monotonic, sleep
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from async_ckpt.errors import FlushTimeoutError, RankError
 from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_group
+from async_ckpt.patience import Limit, Patience
+from async_ckpt.processes import process_id
 
 __all__ = ["Announcement", "GroupPending", "pending_of_group"]
 
@@ -123,17 +127,17 @@ class GroupPending:
 
     # -- the others
 
-    def wait_for(self, key: str, url: str, *, limit: float) -> None:
+    def wait_for(self, key: str, url: str, *, limit: Limit) -> None:
         """Wait until what other ranks have accepted of a location has ended.
 
         Args:
             key: of the location.
             url: what to call it.
-            limit: seconds in which nothing moves.
+            limit: how long to wait.
 
         Raises:
             RankError: the last request failed, which this rank has not been told yet; or its rank has ended.
-            FlushTimeoutError: nothing has moved for *limit* seconds.
+            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
         """
         name = _name(key)
         number = self._wait(name, repr(url), limit)
@@ -145,12 +149,12 @@ class GroupPending:
             self._told_single.add(of_all)
             raise RankError(f"the rank that was to write {url!r} failed: {failure}")
 
-    def wait_for_all(self, *, limit: float) -> None:
+    def wait_for_all(self, *, limit: Limit) -> None:
         """Wait until all that other ranks have accepted so far has ended, well or not.
 
         Raises:
             RankError: a rank has ended meanwhile.
-            FlushTimeoutError: nothing has moved for *limit* seconds.
+            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
         """
         self._wait(_ALL, "checkpoints", limit)
 
@@ -158,7 +162,7 @@ class GroupPending:
         """Tell this rank no more of what has failed so far."""
         self._told = self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) or self._told
 
-    def _wait(self, name: str, what: str, limit: float) -> int | None:
+    def _wait(self, name: str, what: str, limit: Limit) -> int | None:
         """Return how many requests there were; ``None`` where there were only our own."""
 
         def look(store: Any) -> tuple[int, int]:
@@ -172,19 +176,20 @@ class GroupPending:
             self.poll(lambda store: look(store)[1] >= accepted or None, f"{what} pending", limit=limit)
         return int(accepted)
 
-    def poll(self, look: Callable[[Any], T | None], what: str, *, limit: float) -> T:
+    def poll(self, look: Callable[[Any], T | None], what: str, *, limit: Limit) -> T:
         """Ask again and again until *look*, called with the store, returns something.
 
         Args:
             look: ``None`` to go on.
             what: is being waited for.
-            limit: seconds in which nothing moves.
+            limit: how long to wait.
 
         Raises:
             RankError: the store is gone, and the rank that hosts it.
-            FlushTimeoutError: nothing has moved for *limit* seconds.
+            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
         """
-        moved, began = -1, monotonic()
+        moved, moved_seconds = -1, monotonic()
+        patience = Patience(limit, lambda: moved_seconds)
         for pause in self._pauses():
             try:
                 found, moves = self.store.ask(lambda store: (look(store), _moves(store)))
@@ -193,10 +198,10 @@ class GroupPending:
             if found is not None:
                 return found
             if moves != moved:
-                moved, began = moves, monotonic()
-            left = limit - (monotonic() - began)
+                moved, moved_seconds = moves, monotonic()
+            left = patience.left()
             if left <= 0:
-                raise FlushTimeoutError(f"another rank has {what}, and nothing has moved for {limit:g} s")
+                raise FlushTimeoutError(f"another rank has {what} still{patience.told}")
             sleep(min(pause, left))
         raise AssertionError("the pauses never end")
 
@@ -226,19 +231,30 @@ def read(store: Any, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
 
 
-_known: GroupPending | None = None
+_known: WeakKeyDictionary[Any, tuple[int, GroupPending]] = WeakKeyDictionary()
+"""By torch's store of a group: the process whose connection it is, and what it knows."""
 
 
 def pending_of_group() -> GroupPending | None:
     """Return what this process's group has pending; ``None`` where it is alone."""
-    global _known
-    store = store_of_group()
-    if store is None:
+    group = store_of_group()
+    if group is None:
         return None
-    known = _known
-    if known is None or known.store is not store:
-        known = _known = GroupPending(store)
-    return known
+    store, rank, world_size = group
+    known = _known.get(store)
+    if known is None:
+        pending = GroupPending(GroupStore(store, rank=rank, world_size=world_size))
+        known = _known.setdefault(store, (process_id(), pending))
+    process, pending = known
+    # A forked child, as of a data loader, is no rank: two processes must not talk on one connection.
+    return pending if process == process_id() else None
+
+
+@atexit.register
+def _finish() -> None:
+    for process, pending in list(_known.values()):
+        if process == process_id():
+            pending.store.finish()
 
 
 def _moves(store: Any) -> int:

@@ -14,10 +14,6 @@ _BY_HAND = (
     "calls methods of a ModelCheckpoint or a Trainer that runs nothing, so neither a callback's setup nor a"
     " teardown comes, and looks for the file at once"
 )
-_RANKS = (
-    "has another process load what this one has just saved, without a wait between; without collectives, that one"
-    " cannot know of it"
-)
 _THEIRS = "is about the inside of Lightning's own plugin: a base that it is given, one wrapped into another"
 _CALLBACKS = "wants no other callbacks in the Trainer than its own; ours is one, by its entry point"
 
@@ -38,7 +34,6 @@ _REASONS = {
     "trainer/connectors/test_callback_connector.py::test_checkpoint_callbacks_are_last": _CALLBACKS,
     "trainer/connectors/test_callback_connector.py::test_configure_external_callbacks": _CALLBACKS,
     "trainer/test_trainer.py::test_model_checkpoint_options": _BY_HAND,
-    "tests/tests_fabric/strategies/test_ddp_integration.py::test_ddp_save_load": _RANKS,
 }
 
 

@@ -7,6 +7,7 @@ here it is started once for each rank, so that each one's end can be seen.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,12 @@ def run_ranks(tree: str, folder: Path, runs: list[str], environment: dict[str, s
             process.communicate()
     records = {}
     for rank in RANKS:
-        for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines():
+        written = folder / f"rank-{rank}.jsonl"
+        for line in written.read_text().splitlines() if written.exists() else ():
             record = json.loads(line)
             records[record["run"], rank] = record
-    assert len(records) == len(runs) * len(RANKS), errors
+    killed = [run for run in runs if "is_killed" in run]
+    assert len(records) == len(runs) * len(RANKS) - len(killed), errors
     return Ran(records, [process.returncode for process in processes])
 
 
@@ -178,3 +181,17 @@ def test_fabric_loads_on_every_rank_what_one_has_just_saved(other: Ran) -> None:
 def test_every_rank_ends_well(one: Ran, other: Ran) -> None:
     """No process hangs or ends with an error, whatever happened in it."""
     assert one.exit_codes == other.exit_codes == [0, 0]
+
+
+def test_death_of_the_rank_that_writes_is_told_to_the_others(
+    tmp_path: Path, process_group: dict[str, str]
+) -> None:
+    """Rank 0 is killed as it writes the last checkpoint: another rank raises an error that says so, and soon."""
+    ran = run_ranks("pytorch_lightning", tmp_path, ["first_is_killed:ours"], process_group)
+    assert ran.exit_codes == [-signal.SIGKILL, 0]
+    record = ran.records["first_is_killed:ours", 1]
+    assert record["error"] == "RankError"
+    assert "another rank, which has checkpoints to wait for, has ended" in record["text"]
+    assert record["seconds"] < 30
+    for file in tmp_path.rglob(".async_ckpt*"):  # the next save there would have swept it
+        file.unlink()

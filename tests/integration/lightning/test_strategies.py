@@ -156,6 +156,7 @@ def test_error_of_a_save_is_raised_by_the_first_process(subprocesses: Launched) 
     """DDP: where storage refuses, ``fit`` raises the storage's error on rank 0, and no process hangs (E1)."""
     fit = subprocesses.one("fits", "ddp:broken", rank=0)
     assert "StoreError: the disk is full" in fit["error"]
+    assert "RankError" not in fit["error"]
     assert list((subprocesses.folder / "ddp:broken").iterdir()) == []
 
 
@@ -220,15 +221,24 @@ def test_weights_come_back_through_a_synchronous_save(multiprocessing: Launched)
     The parent has the trained weights then, and no thread of ours.
     """
     for run in _launchers(multiprocessing):
-        waited = {save["name"]: save["waited"] for save in multiprocessing.of("saves", run)[:-1]}
+        waited = {save["name"]: save["waited"] for save in multiprocessing.of("saves", run)}
         assert waited["epoch=0-step=4.ckpt"] is False
-        last = multiprocessing.of("saves", run)[-1]
-        assert (last["name"], last["waited"]) == (".temp.ckpt", True)
+        assert waited[".temp.ckpt"] is True
         fit = multiprocessing.one("fits", run)
         assert fit["threads"] == []
         if not run.startswith("ddp_forkserver"):
             saved = multiprocessing.load(run, "last.ckpt")["state_dict"]["layer.weight"]
             assert saved.tolist() == fit["weight"]
+
+
+def test_parent_finds_what_its_children_have_saved(multiprocessing: Launched) -> None:
+    """When ``fit`` returns in the process that has launched others, the best checkpoint is there; and what is saved by
+    hand there is, as soon as ``trainer.save_checkpoint`` returns.
+    """
+    for run in _launchers(multiprocessing):
+        fit = multiprocessing.one("fits", run)
+        assert (fit["best"], fit["best_exists"]) == (FILES[0], True)
+        assert fit["by_hand"] == fit["weight"]
 
 
 def test_error_of_a_save_in_a_child_reaches_the_parent(multiprocessing: Launched) -> None:

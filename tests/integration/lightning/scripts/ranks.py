@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -261,6 +262,17 @@ def is_lost() -> dict[str, Any]:
     """Raise an error in training on rank 1 alone, while rank 0 has a save pending; the group is of no use then."""
     ended = error_of(lambda: trainer(Raises("on_train_batch_start", [1]), epochs=2).fit(Model()))
     return {**ended, "files": files()}
+
+
+def first_is_killed() -> dict[str, Any]:
+    """Kill rank 0 as it writes the last checkpoint, and waits for that; the group is gone with it."""
+
+    def kill() -> StoreError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it is dead")
+
+    one = trainer(faults=(Fault(operation="commit", calls=[2], error=kill),))
+    return {**error_of(lambda: one.fit(Model())), "files": files()}
 
 
 def fabric() -> dict[str, Any]:

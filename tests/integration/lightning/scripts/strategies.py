@@ -248,6 +248,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 FOLDER = Path(sys.argv[2])
 RUN = ["none"]
 LOOKED = [Gate()]  # of this run
+LAUNCHED = ("ddp_notebook", "ddp_spawn", "ddp_forkserver")
 
 
 def train(run: str) -> None:
@@ -280,6 +281,14 @@ def train(run: str) -> None:
         str(warning.message) for warning in warned if "AsyncCheckpointIO" in str(warning.message)
     ]
     report["rank"] = trainer.global_rank
+    report["best"] = Path(trainer.checkpoint_callback.best_model_path).name
+    report["best_exists"] = Path(trainer.checkpoint_callback.best_model_path).is_file()
+    if report["error"] is None and name in LAUNCHED:
+        by_hand = FOLDER / f"{run}-by-hand.ckpt"
+        LOOKED[0].open()  # somebody has, in a child
+        trainer.save_checkpoint(by_hand)
+        # At once, and past the plugin.
+        report["by_hand"] = torch.load(by_hand, weights_only=True)["state_dict"]["layer.weight"].tolist()
     report["weight"] = None if name.startswith(("fsdp", "model")) else model.layer.weight.tolist()
     report["threads"] = [t.name for t in threading.enumerate() if t.name.startswith("async_ckpt")]
     for plugin in plugins:

@@ -1,6 +1,6 @@
 """Whether a history keeps the promises. Pure: it looks at records and returns what is wrong.
 
-* **O1, O2, O3, S1**: at each path, the operations fit into one order in which each takes effect at one moment
+* **O1, O2, O3, S1**: at each path, also where a directory is removed that it lies in, the operations fit into one order in which each takes effect at one moment
   of its call, a load reads what the last effective save before it had as content, and those that failed or were
   superseded, cancelled or dropped have no effect. A save counts from its call on, whenever its bytes arrive:
   so a load that follows it must see it.
@@ -62,9 +62,19 @@ def check(
         what = f"{history.most_accepted} saves accepted, queue_depth {queue_depth}"
         found.append(Violation(promise="B1", what=what))
     for path, content in final.items():
-        operations = [each for each in history.operations if each.path == path and each.outcome in _EFFECTIVE]
+        operations = [
+            each
+            for each in history.operations
+            if each.outcome in _EFFECTIVE
+            and (each.path == path or (each.kind == "remove" and lies_in(path, each.path)))
+        ]
         found += _order(path, operations, content)
     return found
+
+
+def lies_in(path: str, place: str) -> bool:
+    """Tell whether *path* is *place*, or something in that directory."""
+    return path == place or path.startswith(f"{place}/")
 
 
 def _unknown_contents(history: History, final: Mapping[str, str]) -> Iterator[Violation]:
@@ -93,11 +103,12 @@ def _untold(history: History) -> Iterator[Violation]:
 
 
 def _unsafe_removals(operations: Sequence[Operation]) -> Iterator[Violation]:
+    failed = [each for each in operations if each.kind == "save" and each.outcome == "failed"]
     for removal in operations:
         if removal.kind != "remove" or removal.outcome != "removed":
             continue
-        for save in operations:
-            lost = save.kind == "save" and save.outcome == "failed" and -1 < save.returned < removal.called
+        for save in failed:
+            lost = -1 < save.returned < removal.called
             if lost and not any(_makes_up(other, save, removal) for other in operations):
                 what = "deleted though a save before it had failed, and no other checkpoint had become durable since"
                 yield Violation(promise="D3", what=what, around=[save, removal])
@@ -108,11 +119,11 @@ def _makes_up(other: Operation, lost: Operation, removal: Operation) -> bool:
     if other.returned < lost.called or other.called > removal.ended:
         return False
     if other.kind == "remove":
-        return other.path == lost.path
+        return lies_in(lost.path, other.path)
     may_be_durable = other.outcome == "unknown" or (
         other.outcome == "durable" and other.ended < removal.ended
     )
-    return other.kind == "save" and other.path != removal.path and may_be_durable
+    return other.kind == "save" and not lies_in(other.path, removal.path) and may_be_durable
 
 
 def _order(path: str, operations: Sequence[Operation], final: str) -> Iterator[Violation]:

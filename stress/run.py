@@ -88,7 +88,8 @@ def _history_round(
 ) -> list[Violation | str]:
     """Run one workload under one nemesis; return what is wrong."""
     threads, descriptors = set(threading.enumerate()), _descriptors()
-    local = [str(directory / name) for name in ("a.ckpt", "b.ckpt", "sub/c.ckpt")]
+    local = [str(directory / name) for name in ("a.ckpt", "b.ckpt", "sub/c.ckpt", "sub/deep/f.ckpt")]
+    spellings = _other_spellings(directory)
     there = remote.fresh()
     away = [f"{there}/d.ckpt", f"{there}/e.ckpt"]
     history = History()
@@ -100,7 +101,15 @@ def _history_round(
         **chosen,
     )
     workers = [
-        Worker(service, local + away, history, Random(random.getrandbits(64))) for _ in range(_WORKERS)
+        Worker(
+            service,
+            local + away,
+            history,
+            Random(random.getrandbits(64)),
+            directories=[str(directory / "sub"), str(directory / "sub" / "deep"), there],
+            spellings=spellings,
+        )
+        for _ in range(_WORKERS)
     ]
     stop = threading.Event()
 
@@ -124,6 +133,18 @@ def _history_round(
     ]
     found += _left(directory, remote, threads, descriptors)
     return [*found, f"    with {chosen}"] if found else []
+
+
+def _other_spellings(directory: Path) -> dict[str, str]:
+    """Make links, and return other ways to some of the files: through a link, and through one to a directory."""
+    (directory / "last.ckpt").symlink_to("a.ckpt")
+    (directory / "linked").symlink_to("sub", target_is_directory=True)
+    return {
+        str(directory / "a.ckpt"): str(directory / "last.ckpt"),
+        str(directory / "b.ckpt"): f"{directory}//linked/../b.ckpt",
+        str(directory / "sub/c.ckpt"): str(directory / "linked/c.ckpt"),
+        str(directory / "sub/deep/f.ckpt"): f"{directory}/linked/./deep//f.ckpt",
+    }
 
 
 def _options(random: Random) -> dict[str, Any]:

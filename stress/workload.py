@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +25,8 @@ __all__ = ["Worker", "digest", "look", "look_on", "run_together"]
 
 _SMALL_FLOATS = (7, 1000, 3000)
 _MEDIUM_FLOATS = (100_000, 300_000)
+_MANY = 300
+"""Removals that come one right after the other."""
 _OUTCOMES: dict[State, Outcome] = {
     State.DURABLE: "durable",
     State.REMOVED: "removed",
@@ -41,15 +43,26 @@ class Worker:
     Args:
         service: shared by all workers.
         paths: shared by all workers.
+        directories: some of the paths lie in them; they are removed as a whole.
+        spellings: of some paths, another that leads there, maybe through a link.
         history: what it tells.
         random: its own.
     """
 
     def __init__(
-        self, service: CheckpointService, paths: Sequence[str], history: History, random: Random
+        self,
+        service: CheckpointService,
+        paths: Sequence[str],
+        history: History,
+        random: Random,
+        *,
+        directories: Sequence[str] = (),
+        spellings: Mapping[str, str] | None = None,
     ) -> None:
         self._service = service
         self._paths = paths
+        self._directories = directories
+        self._spellings = spellings or {}
         self._history = history
         self._random = random
         self._handles: list[tuple[Operation, Handle]] = []
@@ -57,8 +70,8 @@ class Worker:
 
     def run(self, calls: int) -> None:
         """Make so many calls."""
-        steps = (self._save, self._remove, self._load, self._wait)
-        for step in self._random.choices(steps, weights=(55, 15, 20, 10), k=calls):
+        steps = (self._save, self._remove, self._load, self._wait, self._remove_directory, self._remove_many)
+        for step in self._random.choices(steps, weights=(550, 150, 200, 100, 20, 3), k=calls):
             step(self._random.choice(self._paths))
 
     def settle(self) -> None:
@@ -75,13 +88,25 @@ class Worker:
         state["number"] = number = self._random.getrandbits(60)
         state["weights"][0].fill_(number % 1000)
         operation = self._history.call("save", path, digest(state))
-        self._submit(operation, lambda: self._service.save(state, path))
+        spelling = self._spelling(path)
+        self._submit(operation, lambda: self._service.save(state, spelling))
         for weight in state["weights"]:
             weight.add_(1.0)  # S1: from here on the state is ours again
 
     def _remove(self, path: str) -> None:
         operation = self._history.call("remove", path)
         self._submit(operation, lambda: self._service.remove(path))
+
+    def _remove_directory(self, path: str) -> None:
+        if self._directories:
+            self._remove(self._random.choice(self._directories))
+
+    def _remove_many(self, path: str) -> None:
+        for number in range(_MANY):
+            self._remove(f"{path}.old/{number}")
+
+    def _spelling(self, path: str) -> str:
+        return self._spellings.get(path, path) if self._random.random() < 0.3 else path
 
     def _submit(self, operation: Operation, call: Callable[[], Handle]) -> None:
         try:
@@ -98,7 +123,7 @@ class Worker:
     def _load(self, path: str) -> None:
         operation = self._history.call("load", path)
         try:
-            operation.content = digest(self._service.load(path))
+            operation.content = digest(self._service.load(self._spelling(path)))
             operation.outcome = "read"
         except FileNotFoundError:
             operation.content, operation.outcome = ABSENT, "read"

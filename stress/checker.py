@@ -1,9 +1,9 @@
 """Whether a history keeps the promises. Pure: it looks at records and returns what is wrong.
 
-* **O1, O2, O3, S1**: at each path, also where a directory is removed that it lies in, the operations fit into one order in which each takes effect at one moment
-  of its call, a load reads what the last effective save before it had as content, and those that failed or were
-  superseded, cancelled or dropped have no effect. A save counts from its call on, whenever its bytes arrive:
-  so a load that follows it must see it.
+* **O1, O2, O3, S1**: at each path, the operations on it, and the removals of directories that it lies in, fit into
+  one order in which each takes effect at one moment of its call, a load reads what the last effective save before it
+  had as content, and those that failed or were superseded, cancelled or dropped have no effect. A save counts from its
+  call on, whenever its bytes arrive: so a load that follows it must see it.
 * **D2**: who looks at the files without the service sees whole checkpoints only, of states that were saved.
 * **D3**: no deletion took effect after a save accepted before it had failed, unless another checkpoint than the
   deleted one had become durable instead, or the program deleted what it had failed to save as well.

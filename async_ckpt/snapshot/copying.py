@@ -17,9 +17,10 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from async_ckpt.budget import Budget
 from async_ckpt.snapshot.together import copy_together
@@ -253,7 +254,7 @@ def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: H
     if not any(sizes):
         return
     streams: dict[torch.device, torch.cuda.Stream] = {}
-    with torch.no_grad():
+    with without_modes(), torch.no_grad():
         runs = list(_runs(views, sizes))
         lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
         whole = buffer.as_tensor()
@@ -282,8 +283,22 @@ def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: H
                 stream.synchronize()
 
 
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Have torch do what it is told, whatever modes the program is in: they may replace what any function returns."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """Return the whole storage as a tensor of bytes."""
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        with without_modes():
+            return _bytes_of(storage)
+    return _bytes_of(storage)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     if storage.device.type == "cpu":
         return _NOTHING.detach().set_(storage)  # cheaper than a new tensor, and thousands are needed
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

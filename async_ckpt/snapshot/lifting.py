@@ -22,6 +22,7 @@ import torch
 from async_ckpt.snapshot.copying import bytes_of
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
 from async_ckpt.snapshot.locations import location_of
+from async_ckpt.snapshot.together import const_address
 from async_ckpt.snapshot.xla import value_id
 
 __all__ = [
@@ -105,6 +106,7 @@ class LiftingPickler(pickle.Pickler):
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []
         self._indices: dict[int, int] = {}
+        self._addresses: dict[int, torch.dtype] = {}
         self._remote_indices: dict[int, int] = {}
         self._dtypes: list[torch.dtype] = []
         self._liftable = dtypes
@@ -137,18 +139,27 @@ class LiftingPickler(pickle.Pickler):
         if index is None:
             return self._new_storage(storage, dtype)
         if self._dtypes[index] is not dtype and self.lifted.sizes[index]:
-            raise RuntimeError(
-                "Cannot save multiple tensors or storages that view the same data as different types "
-                f"({self._dtypes[index]} and {dtype})"
-            )
+            raise _two_types(self._dtypes[index], dtype)
         return index
 
     def _new_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
         location = location_of(storage)
         if location == "meta":
             raise RuntimeError("a storage on the meta device has no data to save")
-        index = self._indices[storage._cdata] = self._add_storage(storage, location, dtype)
+        view = bytes_of(storage)
+        self._check_memory(storage, view, dtype)
+        index = self._indices[storage._cdata] = self._add_storage(storage, view, location, dtype)
         return index
+
+    def _check_memory(self, storage: torch.UntypedStorage, view: torch.Tensor, dtype: torch.dtype) -> None:
+        """Refuse what torch refuses as it asks for the address: memory that is not there, or lent out as two types."""
+        address = const_address(view)  # not data_ptr(), for which a copy-on-write storage would make its copy
+        if not address:
+            if storage.nbytes():
+                storage.data_ptr()  # says it in torch's words
+                raise RuntimeError("a storage without memory has no data to save")
+        elif self._addresses.setdefault(address, dtype) is not dtype and not _is_lazy_clone(view):
+            raise _two_types(self._addresses[address], dtype)
 
     def _remote(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
         """Return the storage that the value of a tensor without memory gets; in the file it is one of the CPU's."""
@@ -156,19 +167,33 @@ class LiftingPickler(pickle.Pickler):
         index = self._remote_indices.get(number)
         if index is None:
             empty = torch.UntypedStorage(tensor.nbytes, device="meta")
-            index = self._remote_indices[number] = self._add_storage(empty, "cpu", dtype)
+            index = self._remote_indices[number] = self._add_storage(empty, bytes_of(empty), "cpu", dtype)
             if tensor.nbytes:
                 self.lifted.remotes.append((index, tensor))
         return index
 
-    def _add_storage(self, storage: torch.UntypedStorage, location: str, dtype: torch.dtype) -> int:
+    def _add_storage(
+        self, storage: torch.UntypedStorage, view: torch.Tensor, location: str, dtype: torch.dtype
+    ) -> int:
         lifted = self.lifted
         lifted.owners.append(storage)
-        lifted.storages.append(bytes_of(storage))
+        lifted.storages.append(view)
         lifted.sizes.append(storage.nbytes())
         lifted.locations.append(location)
         self._dtypes.append(dtype)
         return len(self._dtypes) - 1
+
+
+def _is_lazy_clone(view: torch.Tensor) -> bool:
+    """Tell whether the memory is shared until one of its owners is written to: then each has its own type."""
+    return bool(getattr(torch._C, "_is_cow_tensor", lambda _: False)(view))
+
+
+def _two_types(one: torch.dtype, other: torch.dtype) -> RuntimeError:
+    return RuntimeError(
+        "Cannot save multiple tensors or storages that view the same data as different types "
+        f"({one} and {other})"
+    )
 
 
 Handler: TypeAlias = Callable[[Any, Any], "int | None"]

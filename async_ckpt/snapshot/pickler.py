@@ -59,7 +59,8 @@ class FilePickler(LiftingPickler):
         super().__init__(file, PROTOCOL, dtypes)
         self._words = words
         for kind in (torch.Tensor, torch.nn.Parameter):
-            if kind in copyreg.dispatch_table:  # whoever says how tensors are pickled is asked, for each
+            # Whoever says how tensors are pickled is asked, for each; a parameter is pickled with a tensor.
+            if kind in copyreg.dispatch_table or torch.Tensor in copyreg.dispatch_table:
                 self._handlers[kind] = None
 
     def reducer_override(self, obj: Any, /) -> Any:

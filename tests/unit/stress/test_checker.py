@@ -137,3 +137,32 @@ def test_an_error_of_nobody_is_found() -> None:
     history = History()
     history.tell(OSError("whose?"))
     assert promises(history) == ["E1"]
+
+
+def test_a_directory_is_removed_with_what_is_in_it() -> None:
+    """A removal of a directory takes effect at each path in it, and at none beside it."""
+    calls = [
+        ("save", "d/a", "one", "durable", 0, 1, 2),
+        ("save", "da", "two", "durable", 3, 4, 5),
+        ("remove", "d", "", "removed", 6, 7, 8),
+    ]
+    assert promises(history_of(*calls), **{"d/a": ABSENT, "da": "two"}) == []
+    assert promises(history_of(*calls), **{"d/a": "one", "da": "two"}) == ["O1"]
+    assert promises(history_of(*calls), **{"d/a": ABSENT, "da": ABSENT}) == ["O1"]
+
+
+def test_what_is_saved_into_a_directory_after_its_removal_stays() -> None:
+    """A save that was called after the removal of its directory had returned must be there in the end."""
+    calls = [("remove", "d", "", "removed", 0, 1, 9), ("save", "d/a", "one", "durable", 2, 3, 8)]
+    assert promises(history_of(*calls), **{"d/a": "one"}) == []
+    assert promises(history_of(*calls), **{"d/a": ABSENT}) == ["O1"]
+
+
+def test_a_checkpoint_in_the_directory_that_is_removed_makes_up_for_nothing() -> None:
+    """A removal is unsafe where the only checkpoint newer than a failure lies in what is removed (D3)."""
+    calls = [
+        ("save", "b", "lost", "failed", 0, 1, 2),
+        ("save", "d/a", "one", "durable", 3, 4, 5),
+        ("remove", "d", "", "removed", 6, 7, 8),
+    ]
+    assert promises(history_of(*calls), **{"d/a": ABSENT}) == ["D3"]

@@ -410,9 +410,11 @@ class Queue:
     # -- replacing
 
     def _newest_save(self, link: Op) -> Op | None:
-        """Return the newest accepted save of what *link* leads to, in its own lane."""
-        saves = reversed(self._located.writes.at(link.target or "").values())
-        return next((op for op in saves if op.lane is link.lane and _is_accepted_save(op)), None)
+        """Return the newest accepted save of what *link* leads to, in its own lane and not beneath it (rule 6)."""
+        for op in reversed(self._located.writes.at(link.target or "").values()):
+            if op.lane is link.lane and _is_accepted_save(op) and not _is_suspended_beneath(op, link):
+                return op
+        return None
 
     def _replaceable_save(self, by: Op) -> Op | None:
         """Return a save that has not started and that *by* makes needless, if ending it harms nobody."""

@@ -70,3 +70,15 @@ def test_a_handler_may_load_what_its_thread_is_loading() -> None:
     outer = play.load(of, "a", thread=7)
     inner = play.load(of, "a", thread=7)
     assert (outer.phase, inner.phase) == (Phase.RUNNING, Phase.RUNNING)
+
+
+def test_a_link_does_not_wait_for_a_save_that_it_interrupted() -> None:
+    """A handler may link to what its thread is about to save: the link leads to what was saved there before (L1)."""
+    play, of = Play(), lane()
+    play.end(play.save(of, "a"))
+    interrupted = play.save(of, "a", thread=7, stage=False)
+    link = play.link(of, "last", "a", thread=7)
+    assert link.phase is Phase.RUNNING
+    play.end(link)
+    play.stage(interrupted)
+    assert interrupted.phase is Phase.RUNNING

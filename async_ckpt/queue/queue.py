@@ -148,7 +148,7 @@ class Queue:
         """Take in a new operation. A removal or a link learns here which saves it has to wait for (D3)."""
         share = self._shares.setdefault(op.lane, _Share(op.lane))
         if op.kind is Kind.SAVE:
-            op.urgent = any(other.kind is Kind.SAVE for other in self._suspended(op))
+            op.urgent = bool(self._suspended(op))
             share.waiting[op.id] = op
             self._waiting[op.lane] = share
         elif op.kind is Kind.REMOVE:
@@ -211,6 +211,9 @@ class Queue:
         else:
             self._barriers.superseded(op, by)
         self._end(op)
+        if by.kind is Kind.REMOVE:  # what it cancelled may have stood before another that it makes needless
+            before = self._nearest_predecessor(by)
+            by.before = 0 if before is None else before.id
 
     # -- decisions
 

@@ -82,3 +82,15 @@ def test_a_link_does_not_wait_for_a_save_that_it_interrupted() -> None:
     play.end(link)
     play.stage(interrupted)
     assert interrupted.phase is Phase.RUNNING
+
+
+def test_a_handler_may_save_past_every_bound_in_a_load() -> None:
+    """A save that interrupted a load is admitted at once: what fills the queue may wait for that load (L1)."""
+    play, of = Play(), lane(depth=1)
+    interrupted = play.load(of, "a", thread=7)
+    behind = play.save(of, "a", thread=8)
+    nested = play.save(of, "b", thread=7)
+    assert (behind.phase, nested.phase) == (Phase.QUEUED, Phase.RUNNING)
+    play.end(nested)
+    play.withdraw(interrupted)
+    assert behind.phase is Phase.RUNNING

@@ -15,6 +15,16 @@ def test_removal_cancels_a_queued_save() -> None:
     assert Cancel(queued, removal) in play.actions
 
 
+def test_removal_cancels_every_queued_save_of_its_location() -> None:
+    """Several queued saves of one location are all ended by a removal that comes after them (O3)."""
+    play, of = Play(), lane()
+    play.save(of, "a")
+    queued = [play.save(of, "b") for _ in range(3)]
+    removal = play.remove(of, "b")
+    cancelled = [action for action in play.actions if isinstance(action, Cancel)]
+    assert cancelled == [Cancel(save, removal) for save in reversed(queued)]
+
+
 def test_removal_waits_for_a_running_save() -> None:
     """A removal of a location that is being saved waits, then deletes (O3)."""
     play, of = Play(), lane()

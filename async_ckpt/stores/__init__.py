@@ -86,15 +86,16 @@ def locate(
         raise OptionError(
             f"{shown!r} is no URL of {scheme[1]}; what is special in a user or password must be percent-encoded"
         ) from None
-    if not path.strip("/"):
-        raise OptionError(f"{shown!r} names no file")
     protocols = file_system.protocol
     name = protocols if isinstance(protocols, str) else protocols[0]
+    path = path_of_place(name, path)  # for the store, too: servers differ in what they make of detours
+    if not path.strip("/"):
+        raise OptionError(f"{shown!r} names no file")
     place = place_of_options(file_system, name, options)
     return Location(
         url=shown,
         path=path,
-        key=f"{name}:{place}:{path_of_place(name, path)}",
+        key=f"{name}:{place}:{path}",
         group=f"{name}:{_token(options)}",
         address=text,
         secrets=secrets_in(text, {**_configured(scheme[1]), **options}),

@@ -19,24 +19,9 @@ from urllib.parse import urlsplit
 
 __all__ = ["path_of_place", "place_of_options"]
 
-_OBJECT_STORES = frozenset(
-    {
-        "s3",
-        "gs",
-        "abfs",
-        "memory",
-        "oss",
-        "cos",
-        "cosn",
-        "obs",
-        "tos",
-        "oci",
-        "ocilake",
-        "r2",
-        "b2",
-        "hf",
-        "lakefs",
-    }
+# First names of file systems whose servers have directories, as a disk does.
+_WITH_DIRECTORIES = frozenset(
+    {"arrow_hdfs", "dbfs", "ftp", "hdfs", "jupyter", "sftp", "smb", "webdav", "webhdfs"}
 )
 _PORTS = {"ftp": 21, "sftp": 22, "smb": 445, "http": 80, "https": 443}
 # Of any file system: how it is spoken to, and what proves who speaks, not where it is.
@@ -57,12 +42,13 @@ def path_of_place(protocol: str, path: str) -> str:
         path: as the file system has it, its protocol stripped.
 
     Returns:
-        The path itself in an object store, where a name is any text; elsewhere without ``//``, ``/./`` and ``/../``.
+        The path without ``//``, ``/./`` and ``/../`` where the server has directories; elsewhere, as in an object
+        store, the path itself, for there a name is any text.
     """
-    if protocol in _OBJECT_STORES:
+    if protocol not in _WITH_DIRECTORIES:
         return path
-    plain = posixpath.normpath(path)
-    return "/" + plain.lstrip("/") if plain.startswith("//") else plain
+    plain = posixpath.normpath(f"/{path}").lstrip("/")
+    return f"/{plain}" if path.startswith("/") else plain
 
 
 def place_of_options(file_system: Any, protocol: str, options: Mapping[str, Any]) -> str:

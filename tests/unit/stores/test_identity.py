@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from async_ckpt.errors import OptionError
 from async_ckpt.stores import locate
 from async_ckpt.trust import resolve
 
@@ -144,3 +145,10 @@ def _key(url: str, options: dict[str, Any]) -> str:
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     return locate(url, storage_options=options).key
+
+
+@pytest.mark.parametrize("url", ["ftp://h/run/..", "ftp://h/./", "webdav://run/.."])
+def test_detours_that_come_to_the_root(url: str) -> None:
+    """A path that comes to no name after its detours is refused at the call."""
+    with pytest.raises(OptionError, match="names no file"):
+        locate(url)

@@ -1,0 +1,59 @@
+"""Detours in a remote path: the file is saved, loaded and removed at the place they come to, on real servers (O1)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from async_ckpt import CheckpointService
+from async_ckpt.queue import Kind
+from async_ckpt.testing import Fault, Gate
+from stress.servers.folders import FolderServer
+from tests.support import PATIENCE_SECONDS, Rig, number_at, number_of, reached, state, wait_until_one_waits
+
+DETOURS = ("//a", "/./b", "/real/../c", "/.//real/.././d")
+
+
+@pytest.fixture(params=["ftp", "sftp", "webdav"])
+def server(request: pytest.FixtureRequest) -> FolderServer:
+    """A real server of a folder, with directories in it."""
+    found: FolderServer = request.getfixturevalue(request.param)
+    (found.folder / "detours" / "real").mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def root_of(server: FolderServer) -> str:
+    """Return the URL of the directory."""
+    return f"{server.protocol}://{'' if server.protocol == 'webdav' else '/'}detours"
+
+
+@pytest.mark.integration
+def test_detours_in_a_path(server: FolderServer) -> None:
+    """With and without ``//``, ``/./`` and ``/../`` in it, a path is one place for every operation."""
+    root = root_of(server)
+    for number, detour in enumerate(DETOURS):
+        plain = f"/{detour[-1]}"
+        file = server.folder / "detours" / detour[-1]
+        with CheckpointService(storage_options=server.storage_options) as service:
+            service.save(state(number), root + detour).wait(PATIENCE_SECONDS)
+            assert number_at(file) == number
+            assert [number_of(service.load(root + each)) for each in (detour, plain)] == [number, number]
+            service.remove(root + detour).wait(PATIENCE_SECONDS)
+            assert not file.exists()
+
+
+@pytest.mark.integration
+def test_a_load_waits_for_a_save_under_another_spelling(server: FolderServer) -> None:
+    """A load finds what is being saved at its place, however each of the two is spelled (O2)."""
+    root, gate = root_of(server), Gate()
+    fault = Fault(operation="commit", calls=[1], gate=gate)
+    options = server.storage_options
+    with Rig(fault, real=True, storage_options=options) as rig, ThreadPoolExecutor(1) as thread:
+        rig.service.save(state(7), f"{root}//waited")
+        reached(gate)
+        loading = thread.submit(rig.service.load, f"{root}/./real/../waited")
+        wait_until_one_waits(rig.service, Kind.LOAD)
+        gate.open()
+        assert number_of(loading.result(PATIENCE_SECONDS)) == 7
+        rig.service.remove(f"{root}/waited").wait(PATIENCE_SECONDS)

@@ -214,13 +214,20 @@ def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
     """Return where *location* leads once what is pending has ended: links on its way may be about to change (O1)."""
     known: set[str] = set()
     changes: dict[str, str | None] = {}
-    while runtime.dispatcher.expected and (new := set(location.links) - known):
+    while runtime.dispatcher.expected and (new := _names_that_may_lead_on(location, runtime) - known):
         known |= new
         found = runtime.call(runtime.dispatcher.changes, new)
         if found:
             changes.update(found)
             location = relocate(location, changes)
     return location
+
+
+def _names_that_may_lead_on(location: Location, runtime: Runtime) -> set[str]:
+    """Return the links on the way to *location*, and its own name where some link is yet to be made."""
+    expected = tuple(runtime.dispatcher.expected)  # in one step: other threads add to it
+    links_are_made = any(request.op.kind is Kind.LINK for request in expected)
+    return {*location.links, location.key} if location.follows and links_are_made else set(location.links)
 
 
 def _where_it_leads(location: Location) -> Location:

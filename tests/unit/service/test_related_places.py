@@ -136,3 +136,22 @@ def test_a_load_goes_where_the_link_leads_at_its_turn(tmp_path: Path, place: Pat
         rig.service.save(state(6), place / "new.ckpt")
         gate.open()
         assert number_of(rig.service.load(place / "last.ckpt")) == 6
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "run/a.ckpt"])
+def test_a_save_through_a_link_that_is_yet_to_be_made(tmp_path: Path, place: Path, name: str) -> None:
+    """A save to a name that is about to become a link, or to lie in one, goes where that will lead (O1)."""
+    (place / "real").mkdir()
+    target = place / ("real" if "/" in name else "a.ckpt")
+    gate, fault = gated(calls=[1])
+    with Rig(fault, queue_depth=4) as rig:
+        held(rig, gate, tmp_path)
+        if target.suffix:
+            rig.service.save(state(1), target)
+        link = place / name.split("/")[0]
+        rig.service.submit_link(locate(link, follow=False), locate(target, follow=False))
+        rig.service.save(state(2), place / name)
+        gate.open()
+        rig.service.wait()
+    assert link.is_symlink()
+    assert number_at(target if target.suffix else target / "a.ckpt") == 2

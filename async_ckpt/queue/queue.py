@@ -24,14 +24,12 @@ that it held up. So a message costs the same, on average, however many operation
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from weakref import WeakSet
 
 from async_ckpt.queue.barriers import Barriers
 from async_ckpt.queue.history import History
-from async_ckpt.queue.names import Names
 from async_ckpt.queue.operation import (
     Action,
     Admit,
@@ -45,47 +43,10 @@ from async_ckpt.queue.operation import (
     Start,
     Supersede,
 )
+from async_ckpt.queue.shares import Located, Share
 from async_ckpt.queue.turns import Agenda, Slots
 
 __all__ = ["Queue"]
-
-
-class _Located:
-    """Operations by location, loads apart: they may meet each other (rule 2)."""
-
-    def __init__(self) -> None:
-        self.writes: Names[Op] = Names()
-        self.loads: Names[Op] = Names()
-
-    def add(self, op: Op) -> None:
-        for key in op.keys:
-            self._names(op).add(key, op.id, op)
-
-    def discard(self, op: Op) -> None:
-        for key in op.keys:
-            self._names(op).discard(key, op.id)
-
-    def meeting(self, op: Op) -> Iterator[OrderedDict[int, Op]]:
-        """Yield, location by location, the operations that must not run beside *op*; itself, too."""
-        for key in op.keys:
-            yield from self.writes.related(key)
-            if op.kind is not Kind.LOAD:
-                yield from self.loads.related(key)
-
-    def _names(self, op: Op) -> Names[Op]:
-        return self.loads if op.kind is Kind.LOAD else self.writes
-
-
-class _Share:
-    """The live operations of one lane."""
-
-    def __init__(self, lane: Lane) -> None:
-        self.live: OrderedDict[int, Op] = OrderedDict()
-        self.waiting: OrderedDict[int, Op] = OrderedDict()  # saves that are not admitted
-        self.accepted: OrderedDict[int, Op] = OrderedDict()  # saves and links
-        self.accepted_saves = 0
-        self.cautious = 0  # removals that came after a failure
-        self.slots = Slots(lane.max_concurrent_saves)
 
 
 class Queue:
@@ -93,9 +54,9 @@ class Queue:
 
     def __init__(self) -> None:
         self._ops: dict[int, Op] = {}
-        self._located = _Located()
-        self._running = _Located()
-        self._shares: dict[Lane, _Share] = {}
+        self._located = Located()
+        self._running = Located()
+        self._shares: dict[Lane, Share] = {}
         self._groups: dict[str, Slots] = {}
         self._barriers = Barriers()
         self._staging: dict[int, Op] = {}
@@ -104,7 +65,7 @@ class Queue:
         self._to_end = Agenda()
         self._to_start = Agenda()
         self._freed: dict[Slots, None] = {}
-        self._waiting: dict[Lane, _Share] = {}  # where saves wait for admission
+        self._waiting: dict[Lane, Share] = {}  # where saves wait for admission
         self._decision: Action | None = None
 
     def __len__(self) -> int:
@@ -146,7 +107,7 @@ class Queue:
 
     def add(self, op: Op) -> None:
         """Take in a new operation. A removal or a link learns here which saves it has to wait for (D3)."""
-        share = self._shares.setdefault(op.lane, _Share(op.lane))
+        share = self._shares.setdefault(op.lane, Share(op.lane))
         if op.kind is Kind.SAVE:
             op.urgent = bool(self._suspended(op))
             share.waiting[op.id] = op
@@ -324,7 +285,7 @@ class Queue:
         return None
 
     def _admission(
-        self, op: Op, lane: Lane, share: _Share, fits: Callable[[Op, Op | None], bool]
+        self, op: Op, lane: Lane, share: Share, fits: Callable[[Op, Op | None], bool]
     ) -> Action | None:
         room = share.accepted_saves < lane.queue_depth
         if op.urgent or (room and fits(op, None)):
@@ -340,7 +301,7 @@ class Queue:
                 return Supersede(victim, op)
         return None
 
-    def _admit(self, op: Op, share: _Share) -> None:
+    def _admit(self, op: Op, share: Share) -> None:
         self._no_longer_waits(op, share)
         share.accepted[op.id] = op
         share.accepted_saves += 1
@@ -484,11 +445,11 @@ class Queue:
         if not share.live:
             del self._shares[op.lane]
 
-    def _no_longer_waits(self, op: Op, share: _Share) -> None:
+    def _no_longer_waits(self, op: Op, share: Share) -> None:
         if share.waiting.pop(op.id, None) is not None and not share.waiting:
             del self._waiting[op.lane]
 
-    def _give_back_slots(self, op: Op, share: _Share) -> None:
+    def _give_back_slots(self, op: Op, share: Share) -> None:
         if op.kind is Kind.SAVE:
             share.slots.give_back(op.id)
             self._freed[share.slots] = None

@@ -46,26 +46,27 @@ def is_fortran(array: Any) -> bool:
     return bool(array.flags.fnc)
 
 
-def _reduction(array: Any, data: Any, function: Any, version: int) -> tuple[Any, ...]:
+def _reduction(array: Any, data: Any, function: Any, version: int, code: bytes) -> tuple[Any, ...]:
     nothing = (*array.shape[:0], 0)  # new each time, as numpy's is: pickle tells them apart
     return (
         function,
-        (type(array), nothing, b"b"),
+        (type(array), nothing, code),
         (version, array.shape, array.dtype, is_fortran(array), data),
     )
 
 
 @cache
-def _said() -> tuple[Any, int] | None:
-    """Return the function and the number that this numpy names, if it says of arrays what is said here."""
+def _said() -> tuple[Any, int, bytes] | None:
+    """Return the function, the number and the code that this numpy names, if it says of arrays what is said here."""
     import numpy
 
     parts: Any = numpy.empty(0).__reduce_ex__(_PROTOCOL)
-    function, version = parts[0], parts[2][0]
+    # numpy's own code, not one that is equal: pickle tells them apart, and one read from a .pyc file is another.
+    function, version, code = parts[0], parts[2][0], parts[1][2]
     whole = numpy.arange(6.0).reshape(2, 3)
     pairs = numpy.array([(1, 2.5)], dtype=[("a", "i1"), ("b", "f8")])
     is_known = all(
-        array.__reduce_ex__(_PROTOCOL) == _reduction(array, array.tobytes("A"), function, version)
+        array.__reduce_ex__(_PROTOCOL) == _reduction(array, array.tobytes("A"), function, version, code)
         for array in (whole, whole.T, whole[:, ::2], whole[0], whole[0, 0:1].reshape(()), pairs)
     )
-    return (function, version) if is_known else None
+    return (function, version, code) if is_known else None

@@ -10,7 +10,6 @@ of it (dispatch).
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -30,7 +29,7 @@ from async_ckpt.intake import Intake
 from async_ckpt.options import ServiceOptions, check_grace
 from async_ckpt.patience import Limit, Patience
 from async_ckpt.processes import process_id
-from async_ckpt.stores import locate
+from async_ckpt.stores import Given, locate
 from async_ckpt.stores.base import Location, Workers
 from async_ckpt.writers import Writer
 
@@ -116,7 +115,7 @@ class CheckpointService:
 
     # -- caller's thread: the public surface
 
-    def save(self, state: Any, url: str | os.PathLike[str]) -> Handle:
+    def save(self, state: Any, url: Given) -> Handle:
         """Take a snapshot of *state* and have it written to *url*.
 
         Returns once *state* may be mutated. That takes the time of one copy in memory, and waits longer
@@ -125,7 +124,8 @@ class CheckpointService:
 
         Args:
             state: anything that ``torch.save`` takes.
-            url: a local path, or any URL that fsspec knows. A symlink is followed, as ``open`` does, at this call.
+            url: a local path, any URL that fsspec knows, or a ``UPath``. A symlink is followed, as ``open``
+                does, at this call.
 
         Returns:
             A handle to wait for.
@@ -141,14 +141,14 @@ class CheckpointService:
         """
         return self.submit(state, locate(url, storage_options=self._options.storage_options))
 
-    def remove(self, url: str | os.PathLike[str]) -> Handle:
+    def remove(self, url: Given) -> Handle:
         """Have what is at *url* deleted, once every save accepted before is durable (D3).
 
         A save of *url* that has not started is cancelled (O3). If one of the saves before fails, nothing is
         deleted, and the handle says so.
 
         Args:
-            url: a local path, or any URL that fsspec knows. Nothing there is not an error.
+            url: a local path, any URL that fsspec knows, or a ``UPath``. Nothing there is not an error.
 
         Returns:
             A handle to wait for.
@@ -162,7 +162,7 @@ class CheckpointService:
 
     def load(
         self,
-        url: str | os.PathLike[str],
+        url: Given,
         *,
         map_location: Any = None,
         weights_only: bool | None = True,
@@ -175,7 +175,7 @@ class CheckpointService:
         memory of the tensors, and each tensor's checksum is compared with the file's.
 
         Args:
-            url: a local path, or any URL that fsspec knows.
+            url: a local path, any URL that fsspec knows, or a ``UPath``.
             map_location: as for ``torch.load``.
             weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the
                 file names.
@@ -418,7 +418,7 @@ class CheckpointService:
 
 
 def load(
-    url: str | os.PathLike[str],
+    url: Given,
     *,
     map_location: Any = None,
     weights_only: bool | None = True,
@@ -429,7 +429,7 @@ def load(
     """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
 
     Args:
-        url: a local path, or any URL that fsspec knows.
+        url: a local path, any URL that fsspec knows, or a ``UPath``.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the file names.
         keys: load only what these patterns match, and fetch no more; see ``CheckpointService.load``.

@@ -16,7 +16,7 @@ from async_ckpt.lightning.desk import MakeWriter
 from async_ckpt.options import ServiceOptions
 from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
-from async_ckpt.stores import locate
+from async_ckpt.stores import locate, refuse_mangled
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import DelegatingWriter
 
@@ -102,9 +102,18 @@ def _pinned(path: str) -> str:
     scheme, separator, local = path.rpartition("://")
     if separator and scheme not in ("file", "local"):
         return path
-    if not local.strip() or local.startswith(("/", "~")) or "::" in path:
+    if not local.strip() or local.startswith(("/", "~")) or "::" in path or _lost_slash(path):
         return path
     return f"{scheme}{separator}{os.path.join(os.getcwd(), local)}"
+
+
+def _lost_slash(path: str) -> bool:
+    """Tell whether *path* was a URL once, which the base may know how to mend."""
+    try:
+        refuse_mangled(path)
+    except OptionError:
+        return True
+    return False
 
 
 def delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:

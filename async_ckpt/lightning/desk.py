@@ -29,7 +29,7 @@ from async_ckpt.options import ServiceOptions
 from async_ckpt.patience import Limit
 from async_ckpt.processes import process_id
 from async_ckpt.service import CheckpointService
-from async_ckpt.stores import is_local, locate
+from async_ckpt.stores import is_local, locate_local
 from async_ckpt.stores.base import Location
 from async_ckpt.writers import Writer
 
@@ -193,7 +193,7 @@ class Desk:
                 limit = service.options.limit(None)
                 group.wait_for(place.key, place.url, limit=limit)
                 if is_local(place) and os.path.islink(place.path):  # by now, where it will lead
-                    group.wait_for(locate(place.path).key, place.url, limit=limit)
+                    group.wait_for(locate_local(place.path).key, place.url, limit=limit)
             yield service
 
     def will_exist(self, place: Location, leaves: Callable[[str], bool]) -> bool | None:

@@ -11,12 +11,13 @@ What does not belong here: when files are removed (removals), and loggers, which
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from async_ckpt.errors import MissingDependencyError, OptionError, UnknownProtocolError
+from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.shadows import Shadows
@@ -25,14 +26,27 @@ __all__ = ["Foresight", "make_aware"]
 
 
 def make_aware(checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, shadows: Shadows) -> None:
-    """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files."""
+    """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files.
+
+    Raises:
+        OptionError: its files are to be where no checkpoint can be; its first save would say so, an epoch later.
+    """
     file_system = getattr(checkpoint, "_fs", None)
     if isinstance(file_system, AbstractFileSystem):  # else it is something else's short name
+        _check_directory(checkpoint, plugin)
         shadows.cast(checkpoint, "_fs", Foresight(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
         removals.wait_for_links = True
         link = partial(_link, plugin, removals, checkpoint._link_checkpoint)
         shadows.cast(checkpoint, "_link_checkpoint", link)
+
+
+def _check_directory(checkpoint: Any, plugin: AsyncCheckpointIO) -> None:
+    directory = getattr(checkpoint, "dirpath", None)
+    saves = getattr(checkpoint, "save_top_k", 1) != 0 or getattr(checkpoint, "save_last", None)
+    if saves and isinstance(directory, str) and directory:
+        with suppress(MissingDependencyError, StoreError):
+            plugin.key_of(os.path.join(directory, "….ckpt"))
 
 
 def _link(

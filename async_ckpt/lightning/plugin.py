@@ -30,9 +30,8 @@ from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.meter import Meter
-from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
-from async_ckpt.stores import is_local, locate
+from async_ckpt.stores import Given, is_local, locate
 from async_ckpt.stores.base import Location
 
 __all__ = ["AsyncCheckpointIO"]
@@ -126,7 +125,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         save, watch = self._base.save_checkpoint, self._watch
         slot = slot_of(save, 0, "checkpoint", args, kwargs)
         path, args, kwargs = pin_path(save, 1, args, kwargs)
-        place = place_of(path)
+        place = self._locate(path)
         overwrite = self._desk.service.options.overwrite
         if not overwrite:
             refuse_unknown_place(place)
@@ -150,7 +149,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return self._load(*args, **kwargs)
         load = self._base.load_checkpoint
         path, args, kwargs = pin_path(load, 0, args, kwargs)
-        place = place_of(path)
+        place = self._locate(path)
         with self._desk.loading(place) as service, service.turn(place):
             return load(*args, **kwargs)
 
@@ -164,7 +163,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             return
         remove = self._base.remove_checkpoint
         path, args, kwargs = pin_path(remove, 0, args, kwargs)
-        place = place_of(path)
+        place = self._locate(path)
         delete = partial(self._watch.remove, place, partial(remove, *args, **kwargs))
         self._desk.remove(place, delegating(place, delete=delete))
 
@@ -229,9 +228,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         """Tell *observer* no more."""
         self._desk.disregard(observer)
 
-    def will_exist(
-        self, path: str | os.PathLike[str], *, leaves: Callable[[str], bool] = lambda key: False
-    ) -> bool | None:
+    def will_exist(self, path: Given, *, leaves: Callable[[str], bool] = lambda key: False) -> bool | None:
         """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending.
 
         Args:
@@ -244,11 +241,11 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         """Return *url*, which an event has named, with the passwords and signatures that events leave out."""
         return self._desk.address_of(url)
 
-    def key_of(self, path: str | os.PathLike[str]) -> str:
+    def key_of(self, path: Given) -> str:
         """Return what is the same for every spelling of *path*."""
         return self._locate(path).key
 
-    def link(self, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    def link(self, path: Given, target: Given) -> None:
         """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is."""
         self._desk.link(self._locate(path), self._locate(target))
 
@@ -275,7 +272,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._take_base(state["base"])
         self._begin_afresh()
 
-    def _save(self, checkpoint: Any, path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def _save(self, checkpoint: Any, path: Given, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
         place = self._locate(path)
@@ -285,20 +282,21 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
                 os.makedirs(os.path.dirname(place.path), exist_ok=True)
         self._desk.save(checkpoint, place, None)
 
-    def _load(self, path: str | os.PathLike[str], map_location: Any = "cpu", **options: Any) -> Any:
+    def _load(self, path: Given, map_location: Any = "cpu", **options: Any) -> Any:
         options.setdefault("weights_only", default_weights_only())
-        with self._desk.loading(self._locate(path)) as service:
+        place = self._locate(path)
+        with self._desk.loading(place) as service:
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words
-                shown = redacted_url(os.fspath(path))
-                raise FileNotFoundError(f"Checkpoint file not found: {shown}") from error
+                raise FileNotFoundError(f"Checkpoint file not found: {place.url}") from error
 
-    def _remove(self, path: str | os.PathLike[str]) -> None:
+    def _remove(self, path: Given) -> None:
         self._desk.remove(self._locate(path), None)
 
-    def _locate(self, path: str | os.PathLike[str]) -> Location:
+    def _locate(self, path: Given) -> Location:
         """Return the place of the name itself: where that is a link, Lightning replaces it by a file."""
         if self._base is not None:
+            self._watch.refuse_mangled(path)
             return place_of(path)
         return locate(path, storage_options=self._options.get("storage_options"), follow=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from async_ckpt.handle import Handle
-from async_ckpt.stores import is_local, locate
+from async_ckpt.stores import is_local, locate_local
 from async_ckpt.stores.base import Location
 
 __all__ = ["Prospects"]
@@ -84,4 +84,4 @@ class Prospects:
 def _target_on_disk(place: Location) -> Location | None:
     if not is_local(place) or not os.path.islink(place.path):
         return None
-    return locate(os.path.join(os.path.dirname(place.path), os.readlink(place.path)), follow=False)
+    return locate_local(os.path.join(os.path.dirname(place.path), os.readlink(place.path)), follow=False)

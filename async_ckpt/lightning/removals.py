@@ -20,6 +20,7 @@ from typing import Any
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.shadows import Shadows
 from async_ckpt.redaction import redacted_url
+from async_ckpt.stores import is_given
 
 __all__ = ["Removals"]
 
@@ -56,7 +57,7 @@ class Removals:
                     if first is None:
                         first = error
                     else:  # only one can be raised (E1)
-                        logger.exception("while %r was to be removed", redacted_url(path))
+                        logger.exception("while %r was to be removed", redacted_url(str(path)))
         if first is not None:
             try:
                 raise first
@@ -75,7 +76,8 @@ class Removals:
                 remove()
 
     def _remove_later(self, *args: Any, **kwargs: Any) -> None:
-        path = os.fspath(next(iter((*args, *kwargs.values()))))
+        path = next(iter((*args, *kwargs.values())))
+        path = os.fspath(path) if isinstance(path, os.PathLike) else path
         if self._leads_nowhere(path):
             return
         if self.wait_for_links or self._is_awaited(path):
@@ -83,13 +85,15 @@ class Removals:
         else:
             self._remove(*args, **kwargs)
 
-    def _leads_nowhere(self, path: str) -> bool:
+    def _leads_nowhere(self, path: Any) -> bool:
         """Tell whether *path* is a link to what has gone, or is about to go; Lightning leaves such a link."""
         foreseen = self._plugin.will_exist(path, leaves=self.holds)
-        return os.path.islink(path) and not os.path.exists(path) if foreseen is None else not foreseen
+        if foreseen is not None or not isinstance(path, str):  # a UPath that is not local
+            return foreseen is False
+        return os.path.islink(path) and not os.path.exists(path)
 
     def _remove_and_save(self, *args: Any, **kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, (str, os.PathLike)):
+            if is_given(value):
                 self.release_path(value)
         self._save(*args, **kwargs)

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 from async_ckpt.errors import OptionError, RemovalDroppedError, StoreError
 from async_ckpt.lightning.bases import layers_of
-from async_ckpt.stores import is_local
+from async_ckpt.stores import is_given, is_local, refuse_mangled
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.fsspec_calls import version_in
 from async_ckpt.stores.link import detach
@@ -107,6 +107,15 @@ class Watch:
             raise RemovalDroppedError(
                 f"{place.url!r} was not deleted: {self._name} returned, and it is still there"
             )
+
+    def refuse_mangled(self, path: Any) -> None:
+        """Refuse a URL that lost a slash, where it is known that the base would take it for a local path.
+
+        Raises:
+            OptionError: *path* is one.
+        """
+        if self._is_ordinary and is_given(path):
+            refuse_mangled(str(path))
 
     @property
     def _name(self) -> str:

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.redaction import redacted_url, secrets_in
+from async_ckpt.stores.addresses import (
+    LOCAL_PROTOCOLS,
+    Given,
+    is_given,
+    is_protocol,
+    read_address,
+    refuse_mangled,
+)
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.stores.identity import path_of_place, place_of_options
 from async_ckpt.trust import resolve
@@ -23,11 +31,21 @@ if TYPE_CHECKING:
     from async_ckpt.options import Durability
     from async_ckpt.retry import RetryPolicy
 
-__all__ = ["LOCAL_GROUP", "check_target", "is_local", "locate", "open_store", "relocate"]
+__all__ = [
+    "LOCAL_GROUP",
+    "Given",
+    "check_target",
+    "is_given",
+    "is_local",
+    "locate",
+    "locate_local",
+    "open_store",
+    "refuse_mangled",
+    "relocate",
+]
 
 LOCAL_GROUP = "file"
 
-_LOCAL_PROTOCOLS = frozenset({"file", "local"})
 _EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -45,12 +63,10 @@ _NATIVE = {  # by the package that brings the file system
 # File systems that fsspec brings and nothing can be saved to: read-only ones, and archives, which nothing moves in.
 _UNWRITABLE = frozenset({"data", "gist", "git", "github", "http", "libarchive", "reference", "tar", "zip"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
-# What pathlib makes of "s3://bucket/…".
-_EATEN_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*):/(?!/)")
 
 
 def locate(
-    url: str | os.PathLike[str],
+    url: Given,
     *,
     storage_options: Mapping[str, Any] | None = None,
     follow: bool = True,
@@ -58,8 +74,8 @@ def locate(
     """Name the place that *url* means; cheap enough for a training thread.
 
     Args:
-        url: a local path, or a URL that fsspec knows.
-        storage_options: what the file system is made with.
+        url: a local path, a URL that fsspec knows, or a ``UPath``.
+        storage_options: what the file system is made with; what a ``UPath`` says of that itself comes before.
         follow: whether a symlink on a local disk stands for the file that it leads to now, as for ``open``, or for
             the name that it is: to be deleted, or replaced by a file.
 
@@ -73,14 +89,14 @@ def locate(
         MissingDependencyError: the package of that file system is not installed.
         StoreError: a symlink that is to be followed leads back to itself.
     """
-    text = _text(url)
+    text, own_options = read_address(url)
     scheme = _SCHEME.match(text)
-    if scheme is None or scheme[1] in _LOCAL_PROTOCOLS:
-        return _locate_local(text, text if scheme is None else text[scheme.end() :], follow)
+    if scheme is None or scheme[1] in LOCAL_PROTOCOLS:
+        return locate_local(text if scheme is None else text[scheme.end() :], follow=follow, url=text)
     shown = redacted_url(text)
     file_system = _file_system_class(scheme[1], shown)
     try:
-        options = _file_system_options(file_system, text, storage_options)
+        options = _file_system_options(file_system, text, storage_options, own_options)
         path = str(file_system._strip_protocol(text))
     except ValueError:  # its words may be pieces of a password
         raise OptionError(
@@ -99,6 +115,44 @@ def locate(
         group=f"{name}:{_token(options)}",
         address=text,
         secrets=secrets_in(text, {**_configured(scheme[1]), **options}),
+        options=own_options,
+    )
+
+
+def locate_local(
+    path: str, *, follow: bool = True, url: str = "", changes: Mapping[str, str | None] | None = None
+) -> Location:
+    """Do what ``locate`` does with what is known to be a path on a local disk, whatever it looks like.
+
+    Args:
+        path: relative to the working directory, or absolute.
+        follow: as for ``locate``.
+        url: what was written for it, if that is not the path.
+        changes: by path, what a name will lead to; ``None`` where it will be no link.
+
+    Raises:
+        OptionError: *path* names no file.
+        StoreError: links lead in a circle.
+    """
+    url = url or path
+    if path.startswith("~"):
+        path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
+    if not path.strip("/") or "\0" in path:
+        raise OptionError(f"{redacted_url(url)!r} names no file")
+    shown = redacted_url(url)  # there may be a URL in it that lost a slash
+    try:
+        own, links, foreign = resolve(path, follow=follow, changes=changes)
+    except OSError as error:
+        raise StoreError.during("begin", shown, error) from error
+    return Location(
+        url=shown,
+        path=own,
+        key=_local_key(own),
+        group=LOCAL_GROUP,
+        address=url,
+        foreign_link=foreign,
+        links=tuple(map(_local_key, links)),
+        follows=follow,
     )
 
 
@@ -118,7 +172,7 @@ def relocate(location: Location, changes: Mapping[str, str | None]) -> Location:
     url = location.address
     scheme = _SCHEME.match(url)
     path = url if scheme is None else url[scheme.end() :]
-    return _locate_local(url, path, location.follows, paths)
+    return locate_local(path, follow=location.follows, url=url, changes=paths)
 
 
 def is_local(location: Location) -> bool:
@@ -187,7 +241,7 @@ def open_store(
 
     retry = retry or RetryPolicy()
     file_system = _file_system_of(location)
-    options = _file_system_options(file_system, location.address, storage_options)
+    options = _file_system_options(file_system, location.address, storage_options, location.options)
     native = _NATIVE.get(file_system.__module__.partition(".")[0])
     if native is None:  # a class of the user's own behind s3:// is not what ours are written for
         from async_ckpt.stores.generic import GenericStore
@@ -206,57 +260,6 @@ def open_store(
         max_concurrent_parts=max_concurrent_parts,
     )
     return store
-
-
-def _text(url: str | os.PathLike[str]) -> str:
-    text = os.fspath(url) if isinstance(url, os.PathLike) else url
-    if not isinstance(text, str):
-        raise TypeError(f"a checkpoint's place must be a str or a path, not {type(url).__name__}")
-    if not text.strip():
-        raise OptionError("a checkpoint's place must not be empty")
-    if "\0" in text:
-        raise OptionError(f"{redacted_url(text)!r} contains a null character")
-    first, chained, _ = text.partition("::")
-    if chained and ("://" in text or _is_protocol(first)):
-        raise OptionError(
-            f"{redacted_url(text)!r} is chained, and what is written through a chain cannot be committed safely; "
-            "give the storage's own URL"
-        )
-    if (eaten := _EATEN_SLASH.match(text)) and _is_protocol(eaten[1]):
-        raise OptionError(
-            f"{redacted_url(text)!r} lost a slash, as in pathlib.Path('{eaten[1]}://…'); pass the URL as a str"
-        )
-    return text
-
-
-def _is_protocol(text: str) -> bool:
-    import fsspec
-
-    return text in fsspec.available_protocols()
-
-
-def _locate_local(
-    url: str, path: str, follow: bool, changes: Mapping[str, str | None] | None = None
-) -> Location:
-    if path.startswith("~"):
-        path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
-    if not path.strip("/") or "\0" in path:
-        raise OptionError(f"{redacted_url(url)!r} names no file")
-    shown = redacted_url(url)  # there may be a URL in it that lost a slash
-    try:
-        own, links, foreign = resolve(path, follow=follow, changes=changes)
-    except OSError as error:
-        raise StoreError.during("begin", shown, error) from error
-    return Location(
-        url=shown,
-        path=own,
-        key=_local_key(own),
-        group=LOCAL_GROUP,
-        address=url,
-        foreign_link=foreign,
-        links=tuple(map(_local_key, links)),
-        follows=follow,
-    )
 
 
 def _local_key(path: str) -> str:
@@ -279,9 +282,12 @@ def _file_system_class(protocol: str, url: str) -> Any:
     try:
         return fsspec.get_filesystem_class(protocol)
     except ValueError as error:
+        usual = protocol.lower()
+        advice = "install the package that brings it to fsspec, or give a local path"
+        if usual != protocol and is_protocol(usual):
+            advice = f"write {usual}://, for capitals count"
         raise UnknownProtocolError(
-            f"no file system is known for {protocol}:// in {url!r}; "
-            "install the package that brings it to fsspec, or give a local path",
+            f"no file system is known for {protocol}:// in {url!r}; {advice}",
             location=url,
             stage="begin",
         ) from error
@@ -294,10 +300,10 @@ def _file_system_class(protocol: str, url: str) -> Any:
 
 
 def _file_system_options(
-    file_system: Any, url: str, storage_options: Mapping[str, Any] | None
+    file_system: Any, url: str, storage_options: Mapping[str, Any] | None, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the file system is made with: parts of the URL (a host, a user), then the options."""
-    return {**file_system._get_kwargs_from_urls(url), **(storage_options or {})}
+    """Return what the file system is made with: parts of the URL (a host, a user), then the options, the own last."""
+    return {**file_system._get_kwargs_from_urls(url), **(storage_options or {}), **own}
 
 
 def _configured(protocol: str) -> Mapping[str, Any]:

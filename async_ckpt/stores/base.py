@@ -15,10 +15,10 @@ What does not belong here: ordering, retries of whole saves, memory accounting, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 
@@ -57,6 +57,7 @@ class Location:
         links: on a local disk, the keys of the symlinks that the address leads through.
         follows: on a local disk, whether the last name of the address stands for what it leads to.
         secrets: what may not be shown of the address, and of the options that go with it.
+        options: what the file system is made with beside the storage options, where the location itself says it.
     """
 
     url: str
@@ -68,6 +69,7 @@ class Location:
     links: tuple[str, ...] = field(default=(), repr=False)
     follows: bool = field(default=False, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", self.address or self.url)

@@ -57,3 +57,21 @@ def test_a_load_waits_for_a_save_under_another_spelling(server: FolderServer) ->
         gate.open()
         assert number_of(loading.result(PATIENCE_SECONDS)) == 7
         rig.service.remove(f"{root}/waited").wait(PATIENCE_SECONDS)
+
+
+@pytest.mark.integration
+def test_a_upath(server: FolderServer) -> None:
+    """A UPath is saved to, loaded from and removed with the login that it brings; the service need know none."""
+    upath = pytest.importorskip("upath").UPath
+    text = f"{root_of(server)}/real/upath.ckpt"
+    place, file = upath(text, **server.storage_options), server.folder / "detours" / "real" / "upath.ckpt"
+    with CheckpointService() as service:
+        service.save(state(5), place).wait(PATIENCE_SECONDS)
+        assert number_at(file) == 5
+        assert number_of(service.load(place)) == 5
+        service.remove(place).wait(PATIENCE_SECONDS)
+        assert not file.exists()
+    with CheckpointService(storage_options=server.storage_options) as service:
+        service.save(state(6), text)
+        assert number_of(service.load(place)) == 6, "one place, however it is given"
+        service.remove(place).wait(PATIENCE_SECONDS)

@@ -11,11 +11,11 @@ What does not belong here: which request may run (queue), what becomes of it (di
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from time import monotonic, time
-from typing import Any
+from typing import Any, TypeVar
 
 from async_ckpt import runtime as runtimes
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
@@ -30,6 +30,8 @@ from async_ckpt.stores.base import Location
 from async_ckpt.writers import Linker, StreamingWriter, Writer
 
 __all__ = ["Intake"]
+
+T = TypeVar("T")
 
 _TRIES = 8
 """How often a load looks for the end of links that change before its turn."""
@@ -93,6 +95,22 @@ class Intake:
         location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
         linker = Linker(target, self.holdings.links, self.holdings.workers)
         return self._hand_over(self._request(Kind.LINK, location, linker, target=target.key), runtime)
+
+    def read(self, location: Location, function: Callable[[Location], T]) -> T:
+        """Return what *function* makes of what is to be read at *location*; see ``CheckpointService.load``.
+
+        It is called again where it finds nothing because another process has had a link lead elsewhere, and then
+        removed what that had led to: the link led to something all the time (D2).
+        """
+        for _ in range(_TRIES):
+            with self.turn(location) as here:
+                try:
+                    return function(here)
+                except FileNotFoundError:
+                    if _where_it_leads(location) == here:
+                        raise
+        with self.turn(location) as here:
+            return function(here)
 
     @contextmanager
     def turn(self, location: Location) -> Iterator[Location]:

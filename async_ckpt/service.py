@@ -200,7 +200,8 @@ class CheckpointService:
         location = locate(url, storage_options=self._options.storage_options, follow=False)
         holdings = self._holdings
         store = holdings.store(location)
-        with self.turn(location) as here:
+
+        def read(here: Location) -> Any:
             return holdings.loads.read(
                 here,
                 store,
@@ -210,6 +211,8 @@ class CheckpointService:
                 keys=keys,
                 progress=progress,
             )
+
+        return self._intake.read(location, read)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.

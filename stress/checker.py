@@ -7,6 +7,7 @@
 * **D2**: who looks at the files without the service sees whole checkpoints only, of states that were saved.
 * **D3**: no deletion took effect after a save accepted before it had failed, unless another checkpoint than the
   deleted one had become durable instead, or the program deleted what it had failed to save as well.
+* **D2** also: no request failed but of an error that was injected, or because another had failed.
 * **D4**: every accepted save ended exactly once.
 * **E1**: every error was told, and by no more than one call besides its own handle.
 * **B1**: never more saves accepted than the depth of the queue.
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stress.history import ABSENT, History, Operation
+from stress.nemesis import INJECTED
 
 __all__ = ["Violation", "check"]
 
@@ -37,7 +39,7 @@ class Violation:
 
     promise: str
     what: str
-    around: Sequence[Operation] = ()
+    around: Sequence[object] = ()
 
     def __str__(self) -> str:
         return "\n".join([f"{self.promise}: {self.what}", *(f"    {operation}" for operation in self.around)])
@@ -55,7 +57,7 @@ def check(
         raises: whether the service raises what failed, rather than warn.
     """
     found = [*_unknown_contents(history, final), *_unsafe_removals(history.operations)]
-    found += _endings(history)
+    found += [*_endings(history), *_uninjected(history)]
     if raises:
         found += _untold(history)
     if history.most_accepted > queue_depth:
@@ -89,6 +91,19 @@ def _endings(history: History) -> Iterator[Violation]:
     for request_id, times in history.endings.items():
         if times != 1:
             yield Violation(promise="D4", what=f"save {request_id} ended {times} times")
+
+
+def _uninjected(history: History) -> Iterator[Violation]:
+    """Yield what failed on its own, or because of other processes."""
+    for failure in history.failures.values():
+        if not _is_injected(failure.error):
+            yield Violation(
+                promise="D2", what=f"{failure.url} failed though nothing was to: {failure.error!r}"
+            )
+
+
+def _is_injected(error: BaseException | None) -> bool:
+    return error is not None and (INJECTED in str(error) or _is_injected(error.__cause__))
 
 
 def _untold(history: History) -> Iterator[Violation]:

@@ -10,17 +10,14 @@ last. Before and after each step it says so. Whatever the moment of its death, t
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Connection
 from random import Random
-from time import monotonic
 from typing import Any
 
 import torch
 
 from async_ckpt import CheckpointService
+from stress.children import Say, child
 from stress.ground import Ground
 
 __all__ = ["kill_once"]
@@ -32,32 +29,17 @@ _LONGEST_LIFE_SECONDS = 0.5
 def kill_once(where: Ground, random: Random) -> list[str]:
     """Let a process save, kill it, and return what is wrong with what it left."""
     base = where.fresh()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["async_ckpt"])
-    ours, its = context.Pipe(duplex=False)
-    with ours:
-        process = context.Process(target=_save_for_ever, args=(base, dict(where.storage_options), its))
-        process.start()
-        its.close()
-        try:
-            said = list(_words(ours, seconds=random.uniform(0.0, _LONGEST_LIFE_SECONDS)))
-        finally:
-            process.kill()
-            process.join()
-        said += _words(ours, seconds=0.0)
+    with child(_save_for_ever, base, dict(where.storage_options)) as process:
+        said = list(process.words(seconds=random.uniform(0.0, _LONGEST_LIFE_SECONDS)))
+        said += process.kill()
     return [*_broken(where, base, said), *_unswept(where, base, said)]
 
 
-def _save_for_ever(base: str, storage_options: Mapping[str, Any], parent: Connection) -> None:
+def _save_for_ever(say: Say, base: str, storage_options: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
-    sending = threading.Lock()
-
-    def say(word: str, step: int) -> None:
-        with sending:
-            parent.send((word, step))
 
     def say_durable(step: int) -> Callable[[object], None]:
-        return lambda _: say("durable", step)
+        return lambda _: say(("durable", step))
 
     with CheckpointService(
         part_size="256KiB", max_concurrent_saves=2, storage_options=storage_options
@@ -66,24 +48,13 @@ def _save_for_ever(base: str, storage_options: Mapping[str, Any], parent: Connec
         while True:
             service.save(_state(step), f"{base}/{step}.ckpt").add_done_callback(say_durable(step))
             if step >= 2:
-                say("deleting", step - 2)
+                say(("deleting", step - 2))
                 service.remove(f"{base}/{step - 2}.ckpt")
             step += 1
 
 
 def _state(step: int) -> dict[str, Any]:
     return {"step": step, "weights": [torch.full((_FLOATS,), float(step)) for _ in range(3)]}
-
-
-def _words(ours: Connection, *, seconds: float) -> Iterator[tuple[str, int]]:
-    """Yield what the process says, until it is dead or *seconds* after its first word have passed."""
-    deadline = None
-    try:
-        while ours.poll(None if deadline is None else max(0.0, deadline - monotonic())):
-            yield ours.recv()
-            deadline = deadline or monotonic() + seconds
-    except (EOFError, OSError):  # dead, perhaps in the middle of a word
-        return
 
 
 def _broken(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[str]:

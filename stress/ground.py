@@ -78,7 +78,7 @@ class Local:
 
     def leftovers(self) -> list[str]:
         """Name what is there beyond checkpoints."""
-        return [path.name for path in self.directory.glob(".async_ckpt.*")]
+        return [str(path.relative_to(self.directory)) for path in self.directory.rglob(".async_ckpt.*")]
 
 
 @dataclass(frozen=True)

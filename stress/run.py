@@ -25,7 +25,9 @@ import torch
 
 from async_ckpt import CheckpointService, RetryPolicy
 from stress.checker import Violation, check
+from stress.children import start_server
 from stress.crashpoints import kill_once
+from stress.foreign import Neighbourhood, Places
 from stress.ground import STORES, Ground, Local, Memory, ground
 from stress.history import ABSENT, History
 from stress.nemesis import faulty_stores
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tally: Counter[str] = Counter()
     with ground(options.store) as remote, tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as state:
         os.environ["XDG_STATE_HOME"] = state  # the killed processes' journals are nobody else's affair
+        start_server()
         deadline = monotonic() + options.seconds
         while monotonic() < deadline:
             random = Random(f"{seed} {tally['rounds']}")
@@ -111,6 +114,7 @@ def _history_round(
         )
         for _ in range(_WORKERS)
     ]
+    neighbourhood = Neighbourhood(_shared(directory, remote), Random(random.getrandbits(64)))
     stop = threading.Event()
 
     def work() -> None:
@@ -121,30 +125,42 @@ def _history_round(
         finally:
             stop.set()
 
-    if raised := run_together([work, lambda: look_on(local, history, stop)]):
+    programs = [work, lambda: look_on(local, history, stop), *neighbourhood.programs(stop)]
+    if raised := run_together(programs):
         raise raised[0]
     for worker in workers:
         worker.settle()
     final = {path: look(path) for path in local} | {url: _look_away(remote, url) for url in away}
     _count(history, tally)
+    neighbourhood.count(tally)
     raises = chosen["on_error"] == "raise"
     found: list[Violation | str] = [
         *check(history, final=final, queue_depth=chosen["queue_depth"], raises=raises)
     ]
+    found += neighbourhood.wrong(partial(_look_away, remote))
     found += _left(directory, remote, threads, descriptors)
     return [*found, f"    with {chosen}"] if found else []
 
 
 def _other_spellings(directory: Path) -> dict[str, str]:
     """Make links, and return other ways to some of the files: through a link, and through one to a directory."""
-    (directory / "last.ckpt").symlink_to("a.ckpt")
+    (directory / "link.ckpt").symlink_to("a.ckpt")
     (directory / "linked").symlink_to("sub", target_is_directory=True)
     return {
-        str(directory / "a.ckpt"): str(directory / "last.ckpt"),
+        str(directory / "a.ckpt"): str(directory / "link.ckpt"),
         str(directory / "b.ckpt"): f"{directory}//linked/../b.ckpt",
         str(directory / "sub/c.ckpt"): str(directory / "linked/c.ckpt"),
         str(directory / "sub/deep/f.ckpt"): f"{directory}/linked/./deep//f.ckpt",
     }
+
+
+def _shared(directory: Path, remote: Ground) -> Places:
+    """Return where other processes work: beside what the workload saves, in a directory below, and remotely."""
+    return Places(
+        directories=[str(directory), str(directory / "shared" / "deep")],
+        remote=[] if isinstance(remote, Memory) else [remote.fresh()],
+        storage_options=remote.storage_options,
+    )
 
 
 def _options(random: Random) -> dict[str, Any]:
@@ -185,9 +201,7 @@ def _count(history: History, tally: Counter[str]) -> None:
 
 
 def _left(directory: Path, remote: Ground, threads: set[threading.Thread], descriptors: int) -> Iterator[str]:
-    for path in directory.rglob(".async_ckpt.*"):
-        yield f"D2: {path.name} is left behind"
-    for name in remote.leftovers():
+    for name in Local(directory).leftovers() + remote.leftovers():
         yield f"D2: {name} is left behind"
     deadline = monotonic() + _SETTLE_SECONDS
     while (left := set(threading.enumerate()) - threads) and monotonic() < deadline:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from async_ckpt import Handle, State, StoreError
 from async_ckpt.errors import RemovalDroppedError
@@ -136,6 +139,34 @@ def test_a_load_goes_where_the_link_leads_at_its_turn(tmp_path: Path, place: Pat
         rig.service.save(state(6), place / "new.ckpt")
         gate.open()
         assert number_of(rig.service.load(place / "last.ckpt")) == 6
+
+
+@pytest.mark.parametrize("leads_on", [True, False])
+def test_a_load_while_another_process_has_the_link_lead_elsewhere(place: Path, leads_on: bool) -> None:
+    """What a link leads to is loaded, whoever replaces both meanwhile; where it leads to nothing, there is nothing."""
+    for number, name in enumerate(("old.ckpt", "new.ckpt")):
+        torch.save(state(number), place / name)
+    (place / "last.ckpt").symlink_to("old.ckpt")
+    gate = Gate()
+    found: list[Any] = []
+
+    def load(rig: Rig) -> None:
+        try:
+            found.append(number_of(rig.service.load(place / "last.ckpt")))
+        except FileNotFoundError as error:
+            found.append(error)
+
+    with Rig(Fault(operation="source", calls=[1], gate=gate)) as rig:
+        loading = threading.Thread(target=load, args=(rig,))
+        loading.start()
+        reached(gate)
+        if leads_on:
+            (place / "made.tmp").symlink_to("new.ckpt")
+            (place / "made.tmp").replace(place / "last.ckpt")
+        (place / "old.ckpt").unlink()
+        gate.open()
+        loading.join()
+    assert found == [1] if leads_on else isinstance(found[0], FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "run/a.ckpt"])

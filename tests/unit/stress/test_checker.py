@@ -9,6 +9,7 @@ import pytest
 from async_ckpt.events import Accepted, Durable, Failed
 from stress.checker import check
 from stress.history import ABSENT, History, Kind, Outcome
+from stress.nemesis import INJECTED
 
 
 def history_of(*calls: tuple[Any, ...]) -> History:
@@ -125,10 +126,22 @@ def test_saves_that_never_end_and_too_many_are_found() -> None:
 def test_errors_told_never_or_twice_are_found() -> None:
     """An error must be raised by its handle, or by one other call, or else E1 is broken."""
     for times, broken in ((0, ["E1"]), (1, []), (2, ["E1"])):
-        history, error = History(), OSError("no")
+        history, error = History(), OSError(f"an {INJECTED} error")
         history.observe(Failed(request_id=1, url="a", error=error))
         for _ in range(times):
             history.tell(error)
+        assert promises(history) == broken
+
+
+def test_a_failure_that_nobody_has_injected_is_found() -> None:
+    """A request may fail of an injected error, or because another one has failed, and of nothing else (D2)."""
+    injected, theirs = OSError(f"an {INJECTED} error"), FileNotFoundError("the temporary file")
+    because = RuntimeError("another one failed")
+    because.__cause__ = injected
+    for error, broken in ((injected, []), (because, []), (theirs, ["D2"])):
+        history = History()
+        history.observe(Failed(request_id=1, url="a", error=error))
+        history.tell(error)
         assert promises(history) == broken
 
 

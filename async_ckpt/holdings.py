@@ -154,6 +154,7 @@ class Holdings:
             durability=options.durability,
             retry=options.retry,
             overwrite=options.overwrite,
+            in_place=options.in_place,
             part_size=options.part_size_bytes,
             max_concurrent_parts=options.max_concurrent_parts,
         )

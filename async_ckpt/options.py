@@ -22,6 +22,7 @@ from async_ckpt.retry import RetryPolicy
 
 __all__ = [
     "Durability",
+    "InPlace",
     "OnError",
     "Overflow",
     "ServiceOptions",
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 Overflow = Literal["block", "raise", "supersede"]
 OnError = Literal["raise", "warn"]
 Durability = Literal["fsync", "process"]
+InPlace = Literal["refuse", "allow"]
 SnapshotStrategy = Literal["auto", "copy", "cow"]
 
 _UNITS = {"": 1, "B": 1}
@@ -100,6 +102,10 @@ class ServiceOptions:
             is faster on local disks; object stores make no difference.
         overwrite: whether a save may replace what is at its location; if not, it fails with a
             ``CheckpointExistsError``. Object stores and local disks check as they commit, others just before.
+        in_place: ``"allow"`` lets a file be written right under its own name, as ``torch.save`` writes it, on a mount
+            that leaves no other way, such as one that cannot rename a file. It gives up that the name never has less
+            than a whole checkpoint: after a failure or a kill the earlier one is lost and the new one not there, or
+            torn. ``"refuse"`` has such a save end before its first byte.
         on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
         flush_timeout: seconds without progress after which nothing waits for pending saves any longer: ``wait``,
             ``flush``, ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
@@ -125,6 +131,7 @@ class ServiceOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     durability: Durability = "fsync"
     overwrite: bool = True
+    in_place: InPlace = "refuse"
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
     flush_deadline: float | None = None
@@ -139,6 +146,7 @@ class ServiceOptions:
         _one_of(self, "overflow", ("block", "raise", "supersede"))
         _one_of(self, "snapshot", ("auto", "copy", "cow"))
         _one_of(self, "durability", ("fsync", "process"))
+        _one_of(self, "in_place", ("refuse", "allow"))
         _one_of(self, "on_error", ("raise", "warn"))
         if not isinstance(self.overwrite, bool):
             raise OptionError(f"overwrite={self.overwrite!r}: must be True or False")

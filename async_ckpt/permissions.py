@@ -9,22 +9,25 @@ What does not belong here: what is in the file, and its name.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from contextlib import suppress
 
 __all__ = ["REFUSALS", "create_private", "mode_of_new", "take_after", "take_mode", "take_place_of"]
 
-REFUSALS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL})
+_log = logging.getLogger("async_ckpt.permissions")
+
+REFUSALS = frozenset({errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL})
 """What a file system says to a change of mode that it does not make for anybody."""
 
 _ACCESS_LIST = "system.posix_acl_access"
-_FRESH = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_FRESH = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def create_private(path: str) -> int:
+def create_private(path: str, *, to_read: bool = True) -> int:
     """Create a file that is not there yet, for its owner alone; return its descriptor."""
-    return os.open(path, _FRESH, 0o600)
+    return os.open(path, _FRESH | (os.O_RDWR if to_read else os.O_WRONLY), 0o600)
 
 
 def mode_of_new(path: str) -> int:
@@ -32,7 +35,7 @@ def mode_of_new(path: str) -> int:
 
     The umask cannot be read without changing it for all threads, and a directory may have an access list of its own.
     """
-    fd = os.open(path, _FRESH, 0o666)
+    fd = os.open(path, _FRESH | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(fd).st_mode)
     finally:
@@ -48,7 +51,7 @@ def take_mode(fd: int, mode: int) -> None:
 
 
 def take_after(fd: int, path: str, model: os.stat_result) -> None:
-    """Give the file the mode and the access list of the one at *path*, and its owner and group where possible."""
+    """Give the file what the one at *path* has: mode and access list; owner, group, own attributes where possible."""
     for uid, gid in ((-1, model.st_gid), (model.st_uid, -1)):
         with suppress(OSError):  # not permitted, unknown in this user namespace, not of this file system
             os.fchown(fd, uid, gid)
@@ -60,6 +63,7 @@ def take_after(fd: int, path: str, model: os.stat_result) -> None:
     elif _access_list(fd) is not None:
         os.removexattr(fd, _ACCESS_LIST)  # what the directory gives to new files
     take_mode(fd, stat.S_IMODE(model.st_mode))  # after the owner, whose change clears set-id bits
+    _take_attributes(fd, path)
 
 
 def take_place_of(fd: int, path: str, probe: str) -> None:
@@ -79,6 +83,16 @@ def take_place_of(fd: int, path: str, probe: str) -> None:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
+
+
+def _take_attributes(fd: int, path: str) -> None:
+    """Give the file the attributes that the user has given to the one at *path*, as far as that can be."""
+    try:
+        for name in os.listxattr(path, follow_symlinks=False):
+            if name.startswith("user."):
+                os.setxattr(fd, name, os.getxattr(path, name, follow_symlinks=False))
+    except (OSError, AttributeError) as error:  # none on this file system, or no room; none on this system
+        _log.debug("the attributes of %s are not kept: %s", path, error)
 
 
 def _access_list(file: int | str) -> bytes | None:

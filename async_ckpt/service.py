@@ -54,7 +54,7 @@ class CheckpointService:
             zero leaves it at once.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
-            ``overwrite``, ``on_error``, ``flush_timeout``, ``flush_deadline``, ``storage_options``,
+            ``overwrite``, ``in_place``, ``on_error``, ``flush_timeout``, ``flush_deadline``, ``storage_options``,
             ``observer``.
 
     Attributes:

@@ -6,9 +6,28 @@ from pathlib import Path
 
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
+from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.places import PLAIN, Place, Places
 from async_ckpt.testing import BytesContent
 
+
+class Known(Places):
+    """Directories of which it is known what they refuse, so that a save's own system calls are the only ones.
+
+    Args:
+        place: what they refuse.
+    """
+
+    def __init__(self, place: Place = PLAIN) -> None:
+        super().__init__()
+        self._place = place
+
+    def of(self, directory: str, disk: Disk, *, parent: str | None = None) -> Place:
+        return self._place
+
+
+KNOWN = Known()
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
 

@@ -28,7 +28,7 @@ from async_ckpt.stores.identity import path_of_place, place_of_options
 from async_ckpt.trust import resolve
 
 if TYPE_CHECKING:
-    from async_ckpt.options import Durability
+    from async_ckpt.options import Durability, InPlace
     from async_ckpt.retry import RetryPolicy
 
 __all__ = [
@@ -214,6 +214,7 @@ def open_store(
     durability: Durability = "fsync",
     retry: RetryPolicy | None = None,
     overwrite: bool = True,
+    in_place: InPlace = "refuse",
     part_size: int = 128 << 20,
     max_concurrent_parts: int = 4,
 ) -> Store:
@@ -226,6 +227,7 @@ def open_store(
         durability: of local files.
         retry: how often a request to a remote file system is tried again.
         overwrite: whether a commit may replace what is there.
+        in_place: of local files.
         part_size: bytes a part should have, where the store does not demand otherwise.
         max_concurrent_parts: requests for data that may be under way at a time.
 
@@ -236,7 +238,13 @@ def open_store(
     if is_local(location):
         from async_ckpt.stores.local import LocalStore
 
-        return LocalStore(workers=workers, durability=durability, overwrite=overwrite, part_size=part_size)
+        return LocalStore(
+            workers=workers,
+            durability=durability,
+            overwrite=overwrite,
+            in_place=in_place == "allow",
+            part_size=part_size,
+        )
     from async_ckpt.retry import RetryPolicy
 
     retry = retry or RetryPolicy()

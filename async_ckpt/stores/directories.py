@@ -1,23 +1,31 @@
 """The directories of the local store: made, synced and swept, each no more often than needed.
 
 Guarantees: ``sync`` returns once every directory entry that leads to a file there is on the medium, no
-matter who made it, or made it again. ``sweep`` removes a temporary file only if its owner surely lives no more (D2).
+matter who made it, or made it again. ``sweep`` removes a temporary file, and gives a file that was put aside its name
+back, only if its owner surely lives no more (D2).
 
 What does not belong here: the temporary file of the save that is under way.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import threading
+from contextlib import suppress
 
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.leftovers import is_leftover, owner_is_dead
+from async_ckpt.stores.leftovers import aside_of, is_leftover, owner_is_dead
+from async_ckpt.stores.local_move import settle_aside
 from async_ckpt.stores.locking import is_abandoned
+from async_ckpt.stores.places import PLACES, Place, Places
 
 __all__ = ["Directories"]
+
+# How a place says that no present file is opened for writing there.
+_NO_WRITING = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
 _log = logging.getLogger("async_ckpt.stores.local")
 
@@ -25,8 +33,9 @@ _log = logging.getLogger("async_ckpt.stores.local")
 class Directories:
     """What one store knows about directories; its methods block and may be called from any thread."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk, places: Places | None = None) -> None:
         self._disk = disk
+        self._places = places or PLACES
         self._lock = threading.Lock()
         # A path may be another directory's by now, and so may a number: whether something in it has changed tells that.
         self._synced: dict[str, tuple[int, int, int]] = {}
@@ -59,9 +68,30 @@ class Directories:
             except OSError as error:
                 _log.debug("left the directory %s: %s", directory, error)
 
-    def sync(self, directory: str) -> None:
-        """Sync *directory* and those above it in which something has changed since: any of them may be fresh (D1)."""
-        self._disk.sync_directory(directory)
+    def place(self, directory: str, made: list[str]) -> Place:
+        """Return what *directory* refuses, which lies in the first of those that ``make`` has *made*, if any.
+
+        Raises:
+            OSError: it cannot be tried, as there is no room, or it is gone.
+        """
+        return self._places.of(directory, self._disk, parent=os.path.dirname(made[0]) if made else None)
+
+    def forget(self, directory: str) -> None:
+        """Let the next save try what *directory* refuses: it has refused what it did not before."""
+        with suppress(OSError):
+            self._places.forget(directory, self._disk)
+
+    def sync(self, directory: str, path: str) -> None:
+        """Sync *directory* and those above it in which something has changed since: any of them may be fresh (D1).
+
+        Args:
+            directory: where an entry is fresh.
+            path: a file in it, by which the whole file system is synced where the directory is not ours to read.
+        """
+        try:
+            self._disk.sync_directory(directory)
+        except PermissionError:
+            self._disk.sync_file_system(path)
         above = directory
         while (parent := os.path.dirname(above)) != above:
             now = self._state(parent)  # first: what changes while it is synced may not be
@@ -95,7 +125,9 @@ class Directories:
                 if (found.st_dev, found.st_ino) in self._swept:
                     return ()
                 self._swept.add((found.st_dev, found.st_ino))
-            names = sorted(filter(is_leftover, self._disk.names(directory)))
+            names = sorted(
+                name for name in self._disk.names(directory) if is_leftover(name) or aside_of(name)
+            )
         except OSError as error:
             _log.debug("cannot list %s: %s", directory, error)
             return ()
@@ -104,15 +136,31 @@ class Directories:
             _log.info("removed from %s what dead processes left: %s", directory, ", ".join(swept))
         return swept
 
+    def restore(self, path: str) -> bool:
+        """Give a file its name back that a process had put aside when it died; tell whether there was one."""
+        directory, name = os.path.split(path)
+        try:
+            found = sorted(each for each in self._disk.names(directory) if aside_of(each) == name)
+        except OSError:
+            return False
+        return any(self._sweep_one(os.path.join(directory, each)) for each in found)
+
     def _sweep_one(self, path: str) -> bool:
         name = os.path.basename(path)
         try:
-            if stat.S_ISLNK(self._disk.lstat(path).st_mode):  # on its way to a link's place; it has no lock
+            if aside_of(name) is not None:  # nobody locks it
                 dead = owner_is_dead(name)
                 if dead:
-                    self._disk.unlink(path)
+                    settle_aside(self._disk, path)
                 return dead
-            fd = self._disk.open_existing(path)
+            if stat.S_ISLNK(self._disk.lstat(path).st_mode):  # on its way to a link's place; it has no lock
+                return self._removed_if_dead(path)
+            try:
+                fd = self._disk.open_existing(path)
+            except OSError as error:
+                if error.errno not in _NO_WRITING:
+                    raise
+                return self._removed_if_dead(path)  # there, nor can it be locked
             try:
                 dead = is_abandoned(self._disk, fd, name)
                 if dead:
@@ -122,4 +170,10 @@ class Directories:
         except OSError as error:
             _log.debug("left %s: %s", path, error)
             return False
+        return dead
+
+    def _removed_if_dead(self, path: str) -> bool:
+        dead = owner_is_dead(os.path.basename(path))
+        if dead:
+            self._disk.unlink(path)
         return dead

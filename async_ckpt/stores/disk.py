@@ -12,10 +12,12 @@ import fcntl
 import functools
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from async_ckpt import permissions
 from async_ckpt.patience import moved
@@ -26,6 +28,12 @@ __all__ = ["Disk"]
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
 _RMTREE_ATTEMPTS = 10
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+# How a file system says that no file can be read and written at once.
+_NOT_BOTH = frozenset({errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
+_STATX_INO, _STATX_MNT_ID_UNIQUE = 0x100, 0x4000
+_STATX_ATTR_MOUNT_ROOT = 0x2000
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
 _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 # What these mean, preallocation can tell before the first byte is written; any other number only says
 # that this file system or sandbox cannot preallocate.
@@ -36,8 +44,19 @@ class Disk:
     """The real disk."""
 
     def create(self, path: str) -> int:
-        """Create a file that is not there yet, for its owner alone."""
-        return descriptors.opened(permissions.create_private, path)
+        """Create a file that is not there yet, for its owner alone; to be written, and read where that can be."""
+        try:
+            return descriptors.opened(permissions.create_private, path)
+        except OSError as error:
+            if error.errno not in _NOT_BOTH:
+                raise
+            return descriptors.opened(permissions.create_private, path, to_read=False)
+
+    def open_in_place(self, path: str, *, fresh: bool) -> int:
+        """Open the file at *path* for writing: an empty one that was not there, or emptied."""
+        how = os.O_CREAT | os.O_EXCL if fresh else os.O_TRUNC
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how
+        return descriptors.opened(os.open, path, flags, 0o666)
 
     def open_existing(self, path: str) -> int:
         """Open a file for a lock."""
@@ -86,6 +105,19 @@ class Disk:
         """Describe *path* itself."""
         return os.lstat(path)
 
+    def identity(self, path: str) -> tuple[int, int, int]:
+        """Return what no other file, or directory, has, nor the same one once it is mounted anew."""
+        about = _statx(path, _STATX_INO | _STATX_MNT_ID_UNIQUE, follow=True)
+        if about is not None:
+            return about.device, about.inode, about.mount
+        found = os.stat(path)
+        return found.st_dev, found.st_ino, 0
+
+    def is_mount(self, path: str) -> bool:
+        """Tell whether *path* itself, be it a file, is where something is mounted; False where unknown."""
+        about = _statx(path, 0, follow=False)
+        return about is not None and bool(about.attributes & about.known & _STATX_ATTR_MOUNT_ROOT)
+
     def writable(self, path: str) -> bool:
         """Tell whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
         mode = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
@@ -100,7 +132,7 @@ class Disk:
         permissions.take_mode(fd, mode)
 
     def take_after(self, fd: int, path: str, model: os.stat_result) -> None:
-        """Give the file the mode and the access list of the one at *path*, and its owner and group where possible."""
+        """Give the file what the one at *path* has: mode, access list; owner, group, attributes where possible."""
         permissions.take_after(fd, path, model)
 
     def preallocate(self, fd: int, nbytes: int) -> None:
@@ -149,20 +181,37 @@ class Disk:
         if sync is not None and sync(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE) == errno.EIO:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def fsync(self, fd: int) -> None:
-        """Wait until the file is on the medium."""
-        os.fsync(fd)
+    def fsync(self, fd: int) -> bool:
+        """Wait until the file is on the medium; False where the file system has no such thing."""
+        return _is_synced(fd)
 
     def sync_directory(self, path: str) -> None:
         """Wait until the directory's entries are on the medium; not every file system has that."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
+            _is_synced(fd)
         finally:
             os.close(fd)
+
+    def sync_file_system(self, path: str) -> None:
+        """Wait until all of the file system that the file at *path* is on is on the medium, names included."""
+        sync = _libc_function("syncfs", ctypes.c_int)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # a link, or not ours to read
+            os.sync()
+            return
+        try:
+            if sync is None:
+                os.sync()
+            elif (number := sync(fd)) != 0:
+                raise OSError(number, os.strerror(number))
+        finally:
+            os.close(fd)
+
+    def truncate(self, path: str) -> None:
+        """Take away all that is in a file."""
+        os.truncate(path, 0)
 
     def replace(self, source: str, target: str) -> None:
         """Rename *source* over *target*."""
@@ -196,6 +245,40 @@ class Disk:
     def names(self, path: str) -> list[str]:
         """List a directory."""
         return os.listdir(path)
+
+
+def _is_synced(fd: int) -> bool:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return False
+    return True
+
+
+class _About(NamedTuple):
+    """What statx(2) says that stat(2) does not."""
+
+    attributes: int
+    known: int
+    inode: int
+    device: int
+    mount: int
+
+
+def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
+    """Ask the kernel; None where it does not answer."""
+    statx = _libc_function(
+        "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p
+    )
+    if statx is None:
+        return None
+    answer = ctypes.create_string_buffer(256)
+    flags = 0 if follow else _AT_SYMLINK_NOFOLLOW
+    if statx(_AT_FDCWD, os.fsencode(path), flags, wanted, answer) != 0:
+        return None
+    return _About(*(struct.unpack_from("=Q", answer, offset)[0] for offset in (8, 56, 32, 136, 144)))
 
 
 @functools.cache

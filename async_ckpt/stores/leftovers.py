@@ -1,4 +1,4 @@
-"""The names of temporary files, and whose they are: pure but for asking the system who it is.
+"""The names of temporary files, and of files put aside, and whose they are: pure but for asking the system who it is.
 
 Guarantees: a name tells its process, and where the id of that means anything: the running system and, within it, the
 container. ``owner_is_dead`` answers True only for a process of this very one that no longer runs; where it cannot be
@@ -18,15 +18,28 @@ import socket
 import sys
 from pathlib import Path
 
-__all__ = ["host_name", "is_leftover", "owner_is_dead", "temporary_name"]
+__all__ = ["aside_of", "host_name", "is_leftover", "name_aside", "owner_is_dead", "temporary_name"]
 
-_PATTERN = re.compile(r"\.async_ckpt\.(?P<host>[0-9a-f]{12})\.(?P<pid>[0-9]{1,10})\.[0-9a-f]{16}\.tmp")
+_OWNER = r"(?P<host>[0-9a-f]{12})\.(?P<pid>[0-9]{1,10})"
+_PATTERN = re.compile(rf"\.async_ckpt\.{_OWNER}\.[0-9a-f]{{16}}\.tmp")
+_ASIDE = re.compile(rf"(?P<name>.+)\.previous-{_OWNER}\.[0-9a-f]{{8}}", re.DOTALL)
 _PROC = Path("/proc")
 
 
 def temporary_name() -> str:
     """Return a fresh name; short, so that it fits wherever the final name does."""
     return f".async_ckpt.{_host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+
+
+def name_aside(name: str) -> str:
+    """Return a fresh name for what *name* is the name of, while another file takes its place."""
+    return f"{name}.previous-{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+def aside_of(name: str) -> str | None:
+    """Return the name that *name* was made from by ``name_aside``; None if it was not."""
+    match = _ASIDE.fullmatch(name)
+    return None if match is None else match["name"]
 
 
 def is_leftover(name: str) -> bool:
@@ -36,7 +49,7 @@ def is_leftover(name: str) -> bool:
 
 def owner_is_dead(name: str) -> bool:
     """Tell whether the process that made *name* surely runs no more."""
-    match = _PATTERN.fullmatch(name)
+    match = _PATTERN.fullmatch(name) or _ASIDE.fullmatch(name)
     if match is None or match["host"] != _host():
         return False
     try:

@@ -14,20 +14,22 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from async_ckpt.options import Durability
-from async_ckpt.permissions import take_after
+from async_ckpt.permissions import REFUSALS, take_after
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.local_move import move_in
 from async_ckpt.stores.locking import hold_fresh
+from async_ckpt.stores.places import Place
 from async_ckpt.stores.target import refuse_foreign_link, translated
 
 __all__ = ["Links", "detach"]
 
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+_NO_LINKS = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _ATTEMPTS = 10  # a sweeper may take a fresh copy, and another process the directory, but not for long
 
 
@@ -64,19 +66,20 @@ class Links:
         directory = os.path.dirname(path)
 
         def link(made: str) -> None:
-            with _linked(target.path, made, directory, self._disk):
+            place = self._directories.place(directory, [])
+            with _linked(target.path, made, directory, self._disk, place):
                 _date(made, max(asked_ns, _modified_ns(target.path) + 1))
                 # A checkpoint of many files, which another strategy has written.
                 if os.path.isdir(path) and not os.path.islink(path):
                     self._disk.rmtree(path)
-                self._disk.replace(made, path)
+                _move(self._disk, made, path, place)
 
         with _translating("link", location):
             os.makedirs(directory, exist_ok=True)
             _under_a_fresh_name(directory, link)
             self._directories.sweep(directory)
             if self._fsync:
-                self._directories.sync(directory)
+                self._directories.sync(directory, path)
 
 
 def detach(location: Location, disk: Disk | None = None) -> None:
@@ -94,9 +97,11 @@ def detach(location: Location, disk: Disk | None = None) -> None:
             disk.unlink(path)
             return
 
+        place = Directories(disk).place(os.path.dirname(path), [])
+
         def copy(made: str) -> None:
-            with _copied(path, made, disk):
-                disk.replace(made, path)
+            with _copied(path, made, disk, place):
+                _move(disk, made, path, place)
 
         _under_a_fresh_name(os.path.dirname(path), copy)
 
@@ -120,34 +125,54 @@ def _under_a_fresh_name(directory: str, make: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _linked(target: str, made: str, directory: str, disk: Disk) -> Iterator[None]:
+def _linked(target: str, made: str, directory: str, disk: Disk, place: Place) -> Iterator[None]:
     """Make a link, or where there are none a copy, for who gives it its place."""
     try:
         os.symlink(os.path.relpath(target, directory), made)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with _copied(target, made, disk):
+        with _copied(target, made, disk, place):
             yield
     else:
         yield
 
 
 @contextmanager
-def _copied(source: str, made: str, disk: Disk) -> Iterator[None]:
+def _copied(source: str, made: str, disk: Disk, place: Place) -> Iterator[None]:
     """Make a copy, locked against sweepers until it has its place, and nobody else's before it is whole."""
     fd = disk.create(made)
-    try:
+    with ExitStack() as closing:
+        closing.callback(disk.close, fd)
         if not hold_fresh(disk, fd):
             raise _SweptError(errno.EBUSY, os.strerror(errno.EBUSY))
         with open(source, "rb") as original, open(fd, "wb", closefd=False) as copy:
             shutil.copyfileobj(original, copy)
             copy.flush()
-            take_after(fd, source, os.fstat(original.fileno()))
-            os.fsync(fd)
+            _share(fd, source, os.fstat(original.fileno()))
+            disk.fsync(fd)
+        if place.offset:  # where bytes go in order, a file is complete, and can be moved, once it is closed
+            closing.close()
         yield
-    finally:
-        disk.close(fd)
+
+
+def _share(fd: int, source: str, model: os.stat_result) -> None:
+    try:
+        take_after(fd, source, model)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+
+
+def _move(disk: Disk, made: str, path: str, place: Place) -> None:
+    own = os.lstat(made)
+
+    def landed() -> bool:
+        with suppress(OSError):
+            return os.path.samestat(os.lstat(path), own)
+        return False
+
+    move_in(disk, made, path, landed=landed, replaces=not place.replace)
 
 
 def _modified_ns(path: str) -> int:

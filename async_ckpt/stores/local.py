@@ -18,6 +18,7 @@ from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_source import LocalSource
 from async_ckpt.stores.local_upload import HALF_OF_THE_CPUS, LocalUpload
+from async_ckpt.stores.places import Places
 from async_ckpt.stores.target import refuse_foreign_link, translated
 
 __all__ = ["LocalStore", "sync_path"]
@@ -32,9 +33,11 @@ class LocalStore:
         workers: where system calls run.
         durability: ``"fsync"`` or ``"process"``.
         overwrite: whether a commit may replace what is there.
+        in_place: whether a file may be written under its own name where a place has no other way.
         part_size: bytes a part should have; no more than 32 MiB, so that the kernel begins early to write them
             out. ``None`` leaves it to the caller.
         disk: the system calls themselves.
+        places: what is known of directories; what the process knows where it is not given.
     """
 
     repeats_parts = True
@@ -45,15 +48,18 @@ class LocalStore:
         workers: Workers,
         durability: Literal["fsync", "process"] = "fsync",
         overwrite: bool = True,
+        in_place: bool = False,
         part_size: int | None = None,
         disk: Disk | None = None,
+        places: Places | None = None,
     ) -> None:
         self._workers = workers
         self._disk = disk or Disk()
         self._fsync = durability == "fsync"
         self._overwrite = overwrite
+        self._in_place = in_place
         self._part_size = None if part_size is None else min(part_size, _MOST_PART_BYTES)
-        self._directories = Directories(self._disk)
+        self._directories = Directories(self._disk, places)
 
     async def begin(self, location: Location, nbytes: int) -> LocalUpload:
         """Create the temporary file and reserve its room; see ``Store.begin``."""
@@ -65,6 +71,7 @@ class LocalStore:
             disk=self._disk,
             fsync=self._fsync,
             overwrite=self._overwrite,
+            in_place=self._in_place,
             directories=self._directories,
         )
         async with aborted_on_error(upload):
@@ -85,7 +92,7 @@ class LocalStore:
             location, workers=self._workers, disk=self._disk, max_concurrent_reads=HALF_OF_THE_CPUS
         )
         try:
-            await self._workers.run(source.start)
+            await self._workers.run(self._open, source, location.path)
         except BaseException:
             source.close()
             raise
@@ -94,8 +101,18 @@ class LocalStore:
     async def aclose(self) -> None:
         """Do nothing: there is nothing to free."""
 
+    def _open(self, source: LocalSource, path: str) -> None:
+        try:
+            source.start()
+        except FileNotFoundError:
+            if not self._directories.restore(path):
+                raise
+            source.start()
+
     def _delete(self, location: Location) -> None:
         refuse_foreign_link("delete", location)
+        # A file that a dead process had put aside must not take the name that is free then.
+        self._directories.sweep(os.path.dirname(location.path))
         try:
             if stat.S_ISDIR(self._disk.lstat(location.path).st_mode):
                 self._disk.rmtree(location.path)
@@ -128,7 +145,7 @@ def sync_path(path: str, disk: Disk | None = None) -> None:
     directories = Directories(disk)
     for each in {os.path.abspath(path), os.path.realpath(path)}:  # a link, and what it leads to
         with suppress(FileNotFoundError):
-            directories.sync(os.path.dirname(each))
+            directories.sync(os.path.dirname(each), each)
 
 
 def _sync_file(disk: Disk, path: str) -> None:

@@ -278,6 +278,9 @@ class _FaultySource:
         await self._inner.aclose()
 
 
+_OPENING = ("create", "open_existing", "open_in_place", "open_to_read", "duplicate")
+
+
 class FaultyDisk(Disk):
     """A disk on which chosen system calls fail.
 
@@ -303,13 +306,13 @@ class FaultyDisk(Disk):
         if name.startswith("_") or name not in vars(Disk):
             return attribute
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             number = self._failure(name)
             if number and not self._after:
                 raise OSError(number, os.strerror(number))
-            result = attribute(*args)
+            result = attribute(*args, **kwargs)
             with self._count_lock:
-                self.open_descriptors += name in ("create", "open_existing", "open_to_read", "duplicate")
+                self.open_descriptors += name in _OPENING
                 self.open_descriptors -= name == "close"
             if number:
                 raise OSError(number, os.strerror(number))

@@ -20,7 +20,7 @@ from async_ckpt.stores import locate
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local import LocalStore, sync_path
 from async_ckpt.testing import FaultyDisk, ThreadWorkers
-from tests.local_saves import NEW, OLD, save
+from tests.local_saves import KNOWN, NEW, OLD, save
 from tests.support import python
 
 
@@ -119,7 +119,7 @@ def test_nobody_else_reads_a_file_that_is_not_complete(
 
     before = os.umask(0)
     try:
-        anyio.run(save, LocalStore(workers=workers, disk=Watched()), target)
+        anyio.run(save, LocalStore(workers=workers, disk=Watched(), places=KNOWN), target)
     finally:
         os.umask(before)
     assert set(seen) == {0o600}
@@ -138,7 +138,7 @@ def test_a_mode_that_changes_meanwhile_is_kept(tmp_path: Path, workers: ThreadWo
             target.chmod(0o600)
             return super().write(fd, pieces, offset)
 
-    anyio.run(save, LocalStore(workers=workers, disk=Closing()), target)
+    anyio.run(save, LocalStore(workers=workers, disk=Closing(), places=KNOWN), target)
     assert (target.read_bytes(), mode(target)) == (NEW, 0o600)
 
 
@@ -259,7 +259,7 @@ def test_deleting_a_symlink_keeps_its_file(tmp_path: Path, workers: ThreadWorker
 def test_order_of_a_durable_save(tmp_path: Path, workers: ThreadWorkers) -> None:
     """The file is synced before it gets its name, the directories that lead to it after (D1)."""
     disk = FaultyDisk()
-    anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "a" / "x.ckpt")
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "a" / "x.ckpt")
     calls = [name for name in disk.calls if name in ("write", "fsync", "replace", "sync_directory")]
     ancestors = len((tmp_path / "a").resolve().parts)
     assert calls == ["write", "write", "fsync", "replace"] + ["sync_directory"] * ancestors
@@ -269,7 +269,7 @@ def test_order_of_a_durable_save(tmp_path: Path, workers: ThreadWorkers) -> None
 def test_ancestors_are_synced_once(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A second save to a directory syncs that directory alone."""
     disk = FaultyDisk()
-    store = LocalStore(workers=workers, disk=disk)
+    store = LocalStore(workers=workers, disk=disk, places=KNOWN)
     anyio.run(save, store, tmp_path / "x.ckpt")
     disk.calls.clear()
     anyio.run(save, store, tmp_path / "y.ckpt")
@@ -292,7 +292,7 @@ class Recording(Disk):
 def test_another_directory_of_that_name_is_synced(tmp_path: Path, workers: ThreadWorkers, again: str) -> None:
     """Directories that take the place of those that were synced, as another program has it, are synced, too (D1)."""
     disk = Recording()
-    store = LocalStore(workers=workers, disk=disk)
+    store = LocalStore(workers=workers, disk=disk, places=KNOWN)
     target = tmp_path / "run" / "a" / "x.ckpt"
     anyio.run(save, store, target)
     if again == "made":
@@ -317,7 +317,7 @@ def test_times_that_count_seconds_prove_nothing(tmp_path: Path, workers: ThreadW
             return os.stat_result(found, {"st_ctime_ns": found.st_ctime_ns // 10**9 * 10**9})
 
     disk = Coarse()
-    store = LocalStore(workers=workers, disk=disk)
+    store = LocalStore(workers=workers, disk=disk, places=KNOWN)
     anyio.run(save, store, tmp_path / "x.ckpt")
     disk.synced.clear()
     anyio.run(save, store, tmp_path / "x.ckpt")
@@ -340,7 +340,9 @@ def test_what_others_wrote_is_synced(tmp_path: Path) -> None:
 def test_durability_of_the_process_syncs_nothing(tmp_path: Path, workers: ThreadWorkers) -> None:
     """With durability="process" nothing waits for the medium."""
     disk = FaultyDisk()
-    anyio.run(save, LocalStore(workers=workers, disk=disk, durability="process"), tmp_path / "x.ckpt")
+    anyio.run(
+        save, LocalStore(workers=workers, disk=disk, places=KNOWN, durability="process"), tmp_path / "x.ckpt"
+    )
     assert not {"fsync", "sync_directory", "start_writeback"} & set(disk.calls)
     assert (tmp_path / "x.ckpt").read_bytes() == NEW
 
@@ -373,3 +375,46 @@ def test_a_child_holds_no_file(tmp_path: Path) -> None:
     """
     done = python(program, tmp_path.resolve())
     assert done.returncode == 0, done.stderr
+
+
+# -- what else a replaced file has
+
+
+def test_attributes_of_a_present_file_are_kept(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """A replaced checkpoint keeps what the user has noted about it in attributes, as one written in place does."""
+    target = tmp_path / "x.ckpt"
+    target.write_bytes(OLD)
+    try:
+        os.setxattr(target, "user.origin", b"run 7")
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"no attributes here: {error}")
+    anyio.run(save, LocalStore(workers=workers), target)
+    assert (target.read_bytes(), os.getxattr(target, "user.origin")) == (NEW, b"run 7")
+
+
+def test_another_name_keeps_the_earlier_file(
+    tmp_path: Path, workers: ThreadWorkers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hard link to a checkpoint is no part of it: it keeps the earlier one, and the log says so, once."""
+    caplog.set_level("INFO", logger="async_ckpt.stores.local")
+    target = tmp_path / "x.ckpt"
+    target.write_bytes(OLD)
+    os.link(target, tmp_path / "kept.ckpt")
+    for _ in range(2):
+        anyio.run(save, LocalStore(workers=workers), target)
+    assert (target.read_bytes(), (tmp_path / "kept.ckpt").read_bytes()) == (NEW, OLD)
+    assert caplog.text.count("1 other name") == 1
+
+
+def test_a_directory_that_may_not_be_read_is_synced_with_its_file_system(
+    tmp_path: Path, workers: ThreadWorkers
+) -> None:
+    """Where a directory is not ours to open, the whole file system is synced, so that the name is as durable (D1)."""
+    disk = FaultyDisk({"sync_directory": (1, errno.EACCES)})
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
+    assert (tmp_path / "x.ckpt").read_bytes() == NEW
+    calls = disk.calls
+    assert calls.index("replace") < calls.index("sync_directory") < calls.index("sync_file_system")
+    disk = FaultyDisk({"sync_directory": (1, errno.EACCES), "sync_file_system": (1, errno.EIO)})
+    with pytest.raises(StoreError, match="in place and whole"):
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")

@@ -17,7 +17,7 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local import LocalStore
 from async_ckpt.stores.target import check_local_target
 from async_ckpt.testing import FaultyDisk, ThreadWorkers
-from tests.local_saves import NEW, OLD, save
+from tests.local_saves import KNOWN, NEW, OLD, save
 
 FATAL = ["create", "lock", "fstat", "lstat", "preallocate", "duplicate", "write", "start_writeback", "fsync"]
 
@@ -30,7 +30,7 @@ def test_a_call_that_fails(tmp_path: Path, workers: ThreadWorkers, call: str, nu
     target.write_bytes(OLD)
     disk = FaultyDisk({call: (1, number)})
     with pytest.raises(StoreError) as caught:
-        anyio.run(save, LocalStore(workers=workers, disk=disk), target)
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), target)
     assert caught.value.errno == number
     assert caught.value.location == str(target)
     assert caught.value.stage in ("begin", "write", "commit")
@@ -47,7 +47,7 @@ def test_a_call_that_fails_in_a_new_directory(tmp_path: Path, workers: ThreadWor
     """A failed save takes the directories away again that it made."""
     disk = FaultyDisk({call: (1, errno.EIO)})
     with pytest.raises(StoreError):
-        anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "a" / "b" / "x.ckpt")
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "a" / "b" / "x.ckpt")
     assert os.listdir(tmp_path) == []
 
 
@@ -55,7 +55,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, workers: ThreadWorkers)
     """If the second of two directories cannot be made, the first is taken away again."""
     disk = FaultyDisk({"mkdir": (2, errno.ENOSPC)})
     with pytest.raises(StoreError, match="Free space"):
-        anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "a" / "b" / "x.ckpt")
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "a" / "b" / "x.ckpt")
     assert os.listdir(tmp_path) == []
 
 
@@ -63,7 +63,7 @@ def test_second_part_that_fails(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A full disk found in the middle is a StoreError of the stage "write" with advice."""
     disk = FaultyDisk({"write": (2, errno.ENOSPC)})
     with pytest.raises(StoreError, match="Free space") as caught:
-        anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt")
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
     assert caught.value.stage == "write"
     assert os.listdir(tmp_path) == []
 
@@ -71,7 +71,7 @@ def test_second_part_that_fails(tmp_path: Path, workers: ThreadWorkers) -> None:
 def test_a_rename_of_which_only_the_answer_is_lost(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A rename that reports failure but took effect counts: the store looks before it claims (E3)."""
     disk = FaultyDisk({"replace": (1, errno.EIO)}, after=True)
-    anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt")
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
     assert (tmp_path / "x.ckpt").read_bytes() == NEW
 
 
@@ -81,7 +81,7 @@ def test_a_directory_that_cannot_be_synced(tmp_path: Path, workers: ThreadWorker
     target.write_bytes(OLD)
     disk = FaultyDisk({"sync_directory": (1, errno.EIO)})
     with pytest.raises(StoreError, match="in place and whole") as caught:
-        anyio.run(save, LocalStore(workers=workers, disk=disk), target)
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), target)
     assert caught.value.stage == "commit"
     assert target.read_bytes() == NEW
     assert os.listdir(tmp_path) == ["x.ckpt"]
@@ -93,14 +93,18 @@ def test_cleaning_that_fails_is_no_second_error(tmp_path: Path, workers: ThreadW
     """If the cleaning fails as well, the first error is the one that is raised."""
     disk = FaultyDisk({"fsync": (1, errno.EIO), call: (0, errno.EPERM)}, after=True)
     with pytest.raises(StoreError) as caught:
-        anyio.run(save, LocalStore(workers=workers, disk=disk, durability="fsync"), tmp_path / "x.ckpt")
+        anyio.run(
+            save,
+            LocalStore(workers=workers, disk=disk, places=KNOWN, durability="fsync"),
+            tmp_path / "x.ckpt",
+        )
     assert caught.value.errno in (errno.EIO, errno.EPERM)
 
 
 def test_a_directory_that_vanishes(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A directory that another save's abort removes in the wrong moment is made again."""
     disk = FaultyDisk({"create": (1, errno.ENOENT)})
-    anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "a" / "x.ckpt")
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "a" / "x.ckpt")
     assert (tmp_path / "a" / "x.ckpt").read_bytes() == NEW
 
 
@@ -108,7 +112,7 @@ def test_a_directory_that_always_vanishes(tmp_path: Path, workers: ThreadWorkers
     """Trying again has an end (B2)."""
     disk = FaultyDisk({"create": (0, errno.ENOENT)})
     with pytest.raises(StoreError, match="vanishes"):
-        anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt")
+        anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
 
 
 def test_no_room_is_told_before_the_first_byte(tmp_path: Path, workers: ThreadWorkers) -> None:
@@ -133,7 +137,7 @@ def test_a_disk_that_cannot_preallocate_or_lock(tmp_path: Path, workers: ThreadW
             return None
 
     disk = Plain({"lock": (0, errno.ENOTSUP)})
-    anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt")
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
     assert (tmp_path / "x.ckpt").read_bytes() == NEW
 
 

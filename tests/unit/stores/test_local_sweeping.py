@@ -17,7 +17,7 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.stores.local import LocalStore
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
-from tests.local_saves import NEW, OLD, save
+from tests.local_saves import KNOWN, NEW, OLD, save
 
 
 def leave(folder: Path, *, pid: int | None = None, host: str | None = None) -> Path:
@@ -142,7 +142,9 @@ def test_without_locks_the_process_id_tells(tmp_path: Path, workers: ThreadWorke
     """Where files cannot be locked, only files of dead processes of this host are swept."""
     dead, own, elsewhere = leave(tmp_path, pid=dead_pid()), leave(tmp_path), leave(tmp_path, host="0" * 12)
     disk = FaultyDisk({"lock": (0, errno.ENOTSUP)})
-    assert anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt") == (dead.name,)
+    assert anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt") == (
+        dead.name,
+    )
     assert not dead.exists()
     for path in (own, elsewhere):
         path.unlink()
@@ -153,7 +155,7 @@ def test_sweeping_that_fails_is_no_error(tmp_path: Path, workers: ThreadWorkers,
     """A leftover that cannot be removed does not keep a save from being made."""
     left = leave(tmp_path, pid=dead_pid())
     disk = FaultyDisk({call: (0, errno.EACCES)})
-    assert anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt") == ()
+    assert anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt") == ()
     assert disk.open_descriptors == 0
     left.unlink()
 
@@ -179,7 +181,7 @@ def test_a_sweeper_that_is_faster(tmp_path: Path, workers: ThreadWorkers) -> Non
 
     disk = Swept()
     disk.created = []
-    anyio.run(save, LocalStore(workers=workers, disk=disk), tmp_path / "x.ckpt")
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
     assert len(disk.created) == 3
     assert os.listdir(tmp_path) == ["x.ckpt"]
 

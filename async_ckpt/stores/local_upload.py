@@ -34,7 +34,7 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_drafts import Draft, InPlaceDraft, TemporaryDraft
 from async_ckpt.stores.local_file import LocalFile
 from async_ckpt.stores.target import check_local_target, exists_already, refuse_foreign_link, translated
-from async_ckpt.stores.ways import Found, WayRefused, choose, late_advice, refusal_to_replace
+from async_ckpt.stores.ways import Found, WayRefused, choose, is_of_another, late_advice, refusal_to_replace
 
 __all__ = ["HALF_OF_THE_CPUS", "LocalUpload"]
 
@@ -131,9 +131,11 @@ class LocalUpload:
     def _found(self, earlier: os.stat_result | None) -> Found:
         if earlier is None:
             return Found()
-        directory = self._disk.stat(self._directory)
-        is_mount = self._disk.is_mount(self._location.path)
-        return Found(taken=True, fixed=refusal_to_replace(earlier, directory, is_mount=is_mount))
+        if self._disk.is_mount(self._location.path):
+            return Found(taken=True, fixed=errno.EBUSY)
+        if not is_of_another(earlier):
+            return Found(taken=True)
+        return Found(taken=True, fixed=refusal_to_replace(earlier, self._disk.stat(self._directory)))
 
     def _write(self, part: Part, content: Content) -> Receipt:
         pieces = content.read(part.start, part.stop)

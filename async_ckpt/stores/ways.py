@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from async_ckpt.stores.places import Place
 
-__all__ = ["Found", "Way", "WayRefused", "choose", "late_advice", "refusal_to_replace"]
+__all__ = ["Found", "Way", "WayRefused", "choose", "is_of_another", "late_advice", "refusal_to_replace"]
 
 _BY_OPTION = (
     'in_place="allow" lets it be written under its own name: then a failure or a kill in the middle leaves '
@@ -111,12 +111,15 @@ def _against_moving(place: Place, found: Found) -> tuple[int, str]:
     return 0, ""
 
 
-def refusal_to_replace(found: os.stat_result, directory: os.stat_result, *, is_mount: bool) -> int:
-    """Return the number with which the system will refuse to put a file in the place of what was *found*; else 0."""
-    if is_mount:
-        return errno.EBUSY
-    owners = (0, found.st_uid, directory.st_uid)  # root may, wherever it is root
-    return errno.EPERM if directory.st_mode & stat.S_ISVTX and os.geteuid() not in owners else 0
+def is_of_another(found: os.stat_result) -> bool:
+    """Tell whether what was *found* belongs to another user, and that makes a difference to this one."""
+    return os.geteuid() not in (0, found.st_uid)
+
+
+def refusal_to_replace(found: os.stat_result, directory: os.stat_result) -> int:
+    """Return the number with which the system will keep what was *found* in *directory* from being replaced; else 0."""
+    sticky = directory.st_mode & stat.S_ISVTX and os.geteuid() != directory.st_uid
+    return errno.EPERM if sticky and is_of_another(found) else 0
 
 
 def late_advice(number: int) -> str:

@@ -35,7 +35,7 @@ from async_ckpt.events import (
     Superseded,
     Writing,
 )
-from async_ckpt.handle import Failure, Handle, Outcome, Report, State
+from async_ckpt.handle import Failure, Handle, Outcome, Report, State, hopeless
 from async_ckpt.patience import moving
 from async_ckpt.queue import Action, Admit, Cancel, Drop, Kind, Op, Phase, Queue, Refuse, Start, Supersede
 from async_ckpt.request import Account, Request
@@ -112,6 +112,10 @@ class Dispatcher:
         if request.borrows:
             request.op.nbytes = 0
         self._queue.add(request.op)
+        if request.op.kind is Kind.LOAD and self.is_held_up(request.op, request.op.thread):
+            request.admitted.set_exception(hopeless(request.location.url))
+            self.withdraw(request)
+            return
         if any(
             other.account is request.account and other.op.thread == request.op.thread
             for other in self._comparing
@@ -144,13 +148,23 @@ class Dispatcher:
         self._forget(request)
         self._pump()
 
-    def expect_drained(self, account: Account) -> Outcome[None]:
-        """Return an outcome that is set when everything that *account* has accepted so far has ended."""
-        return self._expect(
-            op.id
+    def is_held_up(self, op: Op, thread: int) -> bool:
+        """Tell whether *op* cannot end before *thread* goes on with a call that is suspended there (L1)."""
+        return op.id in self._requests and self._queue.is_held_up(op, thread)
+
+    def expect_drained(self, account: Account, *, thread: int) -> tuple[Outcome[None], list[Handle]]:
+        """Return an outcome that is set when everything that *account* has accepted so far has ended.
+
+        And the handles of what it does not stand for, as it comes after a call that is suspended on *thread* (L1).
+        """
+        accepted = [
+            op
             for op in self._queue.live(account.lane)
             if op.kind is not Kind.LOAD and op.phase in (Phase.QUEUED, Phase.RUNNING)
-        )
+        ]
+        held_up = {op.id for op in accepted if self._queue.is_held_up(op, thread)}
+        drained = self._expect(op.id for op in accepted if op.id not in held_up)
+        return drained, [self._requests[number].handle for number in held_up]
 
     def close(self, account: Account, *, thread: int) -> Outcome[None]:
         """Let nothing more in; return an outcome that is set when everything of *account* has ended.

@@ -196,6 +196,7 @@ class Handle:
         self._failure: Failure | None = None
         self._waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
         self._loop_thread = 0
+        self._is_held_up: Callable[[], bool] = lambda: False
 
     @property
     def url(self) -> str:
@@ -229,11 +230,15 @@ class Handle:
             FlushTimeoutError: *timeout* passed first; the request goes on.
             NotDurableError: it was superseded, cancelled or dropped.
             Exception: it failed; this is the worker's own error.
-            RuntimeError: called where waiting would last for ever: in another process, or in an observer.
+            RuntimeError: called where waiting would last for ever: in another process, in an observer, or in a
+                signal handler that interrupted a call which comes first.
         """
         self._check_process()
-        if threading.get_ident() == self._loop_thread and not self.done():
-            raise RuntimeError("an observer or a callback must not wait for the service that calls it")
+        if not self.done():
+            if threading.get_ident() == self._loop_thread:
+                raise RuntimeError("an observer or a callback must not wait for the service that calls it")
+            if self._is_held_up():
+                raise hopeless(self._shown_url)
         with self._waiting(lambda: True):
             try:
                 self._outcome.exception(timeout)
@@ -299,6 +304,14 @@ class Handle:
             raise RuntimeError(
                 f"the save of {self._shown_url!r} belongs to another process; wait for it there"
             )
+
+
+def hopeless(shown_url: str) -> RuntimeError:
+    """Return what to raise where waiting for a request would last for ever (L1)."""
+    return RuntimeError(
+        f"{shown_url!r} comes after a call that a signal handler, or the like, interrupted on this thread, and that "
+        "goes on only once the handler has returned: to wait for it here would last for ever"
+    )
 
 
 async def await_outcome(outcome: Outcome[Any]) -> None:

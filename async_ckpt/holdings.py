@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, TypeAlias
@@ -173,15 +173,19 @@ class Holdings:
             return False
         return runtime.call(runtime.dispatcher.is_idle, self.account)
 
-    def drained(self) -> Outcome[None]:
-        """Return an outcome that is set when everything that has been accepted so far has ended."""
+    def drained(self) -> tuple[Outcome[None], list[Handle]]:
+        """Return an outcome that is set when everything that has been accepted so far has ended.
+
+        And the handles of what it does not stand for, as it comes after a call that is suspended on this thread (L1).
+        """
         runtime = self.held()
         if runtime is not None:
             with suppress(ServiceClosedError):  # another thread has closed it just now
-                return runtime.call(runtime.dispatcher.expect_drained, self.account)
+                thread = threading.get_ident()
+                return runtime.call(runtime.dispatcher.expect_drained, self.account, thread=thread)
         nothing: Outcome[None] = Outcome()
         nothing.set_result(None)
-        return nothing
+        return nothing, []
 
     def pending(self) -> tuple[Handle, ...]:
         """Return the handles of what has not ended, oldest first."""
@@ -211,6 +215,11 @@ class Holdings:
         """Return what to raise where *patience* is over."""
         what = f"still pending{patience.told}, and going on until its service is closed"
         return FlushTimeoutError(f"{what}: {self.pending_urls()}")
+
+    def hopeless(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
+        """Return what to raise where everything has ended but *held_up*, for which waiting would last for ever."""
+        urls = ", ".join(repr(handle.shown_url) for handle in held_up)
+        return FlushTimeoutError(f"still pending, until the call goes on that you interrupted: {urls}")
 
     # -- giving back
 
@@ -247,7 +256,7 @@ class Holdings:
         try:
             try:
                 try:
-                    self.drained().result(min(seconds, SILENT_EXIT_SECONDS))
+                    self.drained()[0].result(min(seconds, SILENT_EXIT_SECONDS))
                 except TimeoutError:
                     bound = (
                         f"for {seconds:g} s"

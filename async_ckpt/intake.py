@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic, time
 from typing import Any, TypeVar
 
@@ -224,8 +225,15 @@ class Intake:
 
 
 def _send(request: Request, runtime: Runtime) -> None:
+    request.handle._is_held_up = partial(_is_held_up, request.op, runtime)
     runtime.dispatcher.expected.add(request)
     runtime.post(runtime.dispatcher.take_in, request)
+
+
+def _is_held_up(op: Op, runtime: Runtime) -> bool:
+    with suppress(ServiceClosedError):  # then nothing is under way
+        return runtime.call(runtime.dispatcher.is_held_up, op, threading.get_ident())
+    return False
 
 
 def _as_it_will_be(location: Location, runtime: Runtime) -> Location:

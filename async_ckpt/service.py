@@ -221,7 +221,8 @@ class CheckpointService:
             timeout: seconds, whatever gets on meanwhile; ``None`` takes ``flush_timeout`` and ``flush_deadline``.
 
         Raises:
-            FlushTimeoutError: the time passed first. Nothing is given up; wait again.
+            FlushTimeoutError: the time passed first, or this is a signal handler and what is left comes after the
+                call that it interrupted. Nothing is given up; wait again.
             Exception: a save failed; several come as one ``FlushError``.
         """
         self._await_drained(timeout)
@@ -239,20 +240,25 @@ class CheckpointService:
         holdings = self._holdings
         patience = holdings.patience(self._limit(timeout))
         try:
-            patience.wait(holdings.drained())
+            drained, held_up = holdings.drained()
+            patience.wait(drained)
         except TimeoutError:
             raise holdings.too_late(patience) from None
+        if held_up:
+            raise holdings.hopeless(held_up)
 
     async def flush(self, timeout: float | None = None) -> None:
         """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
         holdings = self._holdings
         patience = holdings.patience(self._limit(timeout))
-        drained = holdings.drained()
+        drained, held_up = holdings.drained()
         while not drained.done() and (left := patience.left()) > 0:
             with anyio.move_on_after(left):
                 await await_outcome(drained)
         if not drained.done():
             raise holdings.too_late(patience)
+        if held_up:
+            raise holdings.hopeless(held_up)
         self.failures.raise_all()
 
     def _limit(self, timeout: float | None) -> Limit:
@@ -404,6 +410,7 @@ class CheckpointService:
 
         Raises:
             FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
+            RuntimeError: this is a signal handler, and one of them comes after the call that it interrupted.
             Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
         """
         return self._intake.turn(location)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import chain
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Names", "lies_in"]
@@ -71,9 +70,14 @@ class Names(Generic[T]):
         """Return what concerns the locations that lie in *key*, by number."""
         return self._below.get(key, _NOTHING)
 
-    def related(self, key: str) -> Iterator[OrderedDict[int, T]]:
-        """Yield all of these."""
-        return chain((self.at(key),), self.above(key), (self.below(key),))
+    def related(self, key: str) -> list[OrderedDict[int, T]]:
+        """Return all of these, location by location, but for those where there is nothing."""
+        if not self._at:
+            return []
+        found = [self._at[place] for place in (key, *_above(key)) if place in self._at]
+        if key in self._below:
+            found.append(self._below[key])
+        return found
 
 
 def _discard(index: dict[str, OrderedDict[int, T]], key: str, number: int) -> None:

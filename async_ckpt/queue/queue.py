@@ -16,7 +16,8 @@
    durable, and is dropped when it fails. Removals that come later wait for it as for a save (D3), so what the
    second name has stood for until then is not deleted beneath it.
 6. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
-   interrupted ``save`` may save, wait and load (L1).
+   interrupted ``save`` may save, wait and load (L1). A removal does, but for what lies in what it removes, as it
+   would delete the last good checkpoint before the next is durable (D3); ``is_held_up`` tells who may not wait for it.
 
 ``decide`` looks only at what a message since the last call may have changed: what has ended leaves word with those
 that it held up. So a message costs the same, on average, however many operations are pending.
@@ -30,6 +31,7 @@ from weakref import WeakSet
 
 from async_ckpt.queue.barriers import Barriers
 from async_ckpt.queue.history import History
+from async_ckpt.queue.names import lies_in
 from async_ckpt.queue.operation import (
     Action,
     Admit,
@@ -101,19 +103,27 @@ class Queue:
 
     def is_changing(self, key: str) -> bool:
         """Tell whether a live operation may change whether *key* can be saved to."""
-        return any(self._located.writes.related(key))
+        return bool(self._located.writes.related(key))
+
+    def is_held_up(self, op: Op, thread: int) -> bool:
+        """Tell whether *op* cannot end before *thread* goes on with a call that is suspended there (rule 6)."""
+        suspended = {other.id for other in self._by_thread.get(thread, {}).values() if other is not op}
+        return bool(suspended) and self._any_depends((op,), lambda other: other.id in suspended)
 
     # -- messages
 
     def add(self, op: Op) -> None:
         """Take in a new operation. A removal or a link learns here which saves it has to wait for (D3)."""
-        share = self._shares.setdefault(op.lane, Share(op.lane))
+        share = self._shares.get(op.lane)
+        if share is None:
+            share = self._shares[op.lane] = Share(op.lane)
         if op.kind is Kind.SAVE:
             op.urgent = bool(self._suspended(op))
             share.waiting[op.id] = op
             self._waiting[op.lane] = share
         elif op.kind is Kind.REMOVE:
-            beneath = [other for other in self._suspended(op) if other.id in share.accepted]
+            suspended = [other for other in self._suspended(op) if other.id in share.accepted]
+            beneath = [other for other in suspended if lies_in(other.key, op.key)]
             if beneath:
                 self._barriers.wait_for(op, (o for o in share.accepted.values() if o not in beneath))
             else:
@@ -200,8 +210,9 @@ class Queue:
         return before is None or op.phase is before
 
     def _decide(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
-        for op in [op for op in self._staging.values() if op.phase is Phase.QUEUED]:
-            self._staged(op)
+        if self._staging:
+            for op in [op for op in self._staging.values() if op.phase is Phase.QUEUED]:
+                self._staged(op)
         return self._next_ending() or self._next_start() or self._next_admission(fits)
 
     def _staged(self, op: Op) -> None:

@@ -6,7 +6,6 @@ What does not belong here: which of them may run (queue).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from async_ckpt.queue.names import Names
 from async_ckpt.queue.operation import Kind, Lane, Op
@@ -32,12 +31,11 @@ class Located:
         for key in op.keys:
             self._names(op).discard(key, op.id)
 
-    def meeting(self, op: Op) -> Iterator[OrderedDict[int, Op]]:
-        """Yield, location by location, the operations that must not run beside *op*; itself, too."""
-        for key in op.keys:
-            yield from self.writes.related(key)
-            if op.kind is not Kind.LOAD:
-                yield from self.loads.related(key)
+    def meeting(self, op: Op) -> list[OrderedDict[int, Op]]:
+        """Return, location by location, the operations that must not run beside *op*; itself, too."""
+        if op.kind is not Kind.LOAD:
+            return self.writes.related(op.key) + self.loads.related(op.key)
+        return [found for key in op.keys for found in self.writes.related(key)]
 
     def _names(self, op: Op) -> Names[Op]:
         return self.loads if op.kind is Kind.LOAD else self.writes

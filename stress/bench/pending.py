@@ -1,5 +1,7 @@
 """What thousands of pending operations cost: the CPU time of the loop thread, which holds the GIL meanwhile.
 
+"queue" is the deciding alone; the others are the whole service, with the event loop and a task for each operation.
+
     python -m stress.bench.pending [--operations 10000] [--rounds 5]
 
 A save is held up in storage, and everything else waits behind it; then it is let go, and all come to their end. Storage
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from async_ckpt import CheckpointService
+from async_ckpt.queue import Admit, Kind, Lane, Op, Phase, Queue, Start
 from async_ckpt.stores.base import Receipt
 from async_ckpt.testing import Fault, FaultyStore, Gate
 from stress.bench.harness import table
@@ -63,6 +67,34 @@ def loop_seconds(program: Program, number: int) -> float:
         return float(runtime.call(time.thread_time) - began)
 
 
+def queue_seconds(number: int) -> float:
+    """Return the CPU seconds in which the queue takes *number* removals in behind a save, and sees them end."""
+    queue = Queue()
+    lane = Lane(queue_depth=1, max_concurrent_saves=1, overflow="block")
+    running: deque[Op] = deque()
+
+    def pump() -> None:
+        while (action := queue.decide(lambda *_: True)) is not None:
+            action.op.phase = Phase.STAGING if isinstance(action, Admit) else Phase.RUNNING
+            if isinstance(action, Start):
+                running.append(action.op)
+
+    began = time.thread_time()
+    save = Op(id=1, lane=lane, kind=Kind.SAVE, key="run/held", phase=Phase.WAITING, thread=1)
+    queue.add(save)
+    pump()
+    save.phase = Phase.QUEUED
+    pump()
+    for index in range(2, number + 2):
+        queue.add(Op(id=index, lane=lane, kind=Kind.REMOVE, key=f"run/{index}", phase=Phase.QUEUED, thread=1))
+        pump()
+    while running:
+        queue.durable(running.popleft())
+        pump()
+    assert not len(queue)
+    return time.thread_time() - began
+
+
 class _Nowhere:
     """Storage that takes no time and keeps nothing."""
 
@@ -93,11 +125,12 @@ def main() -> None:
     sizes = [options.operations // 4, options.operations // 2, options.operations]
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(options.rounds):
-        for name, program in PROGRAMS.items():
-            for size in sizes:
+        for size in sizes:
+            found.setdefault(("queue", size), []).append(queue_seconds(size))
+            for name, program in PROGRAMS.items():
                 found.setdefault((name, size), []).append(loop_seconds(program, size))
     rows = []
-    for name in PROGRAMS:
+    for name in ("queue", *PROGRAMS):
         seconds = [median(found[name, size]) for size in sizes]
         rows.append([name, *(f"{each:.2f} s" for each in seconds), f"{seconds[-1] / sizes[-1] * 1e6:.0f} µs"])
     print(table(["pending", *map(str, sizes), "each"], rows))

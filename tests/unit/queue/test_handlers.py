@@ -94,3 +94,37 @@ def test_a_handler_may_save_past_every_bound_in_a_load() -> None:
     play.end(nested)
     play.withdraw(interrupted)
     assert behind.phase is Phase.RUNNING
+
+
+def test_a_removal_of_another_waits_for_what_it_interrupted() -> None:
+    """A handler deletes no checkpoint before the one that its thread is saving is durable (D3)."""
+    play, of = Play(), lane()
+    play.end(play.save(of, "old"))
+    interrupted = play.save(of, "new", thread=7, stage=False)
+    removal = play.remove(of, "old", thread=7)
+    assert removal.phase is Phase.QUEUED
+    assert play.queue.is_held_up(removal, 7)
+    play.stage(interrupted)
+    assert not play.queue.is_held_up(removal, 7)
+    play.end(interrupted)
+    assert removal.phase is Phase.RUNNING
+
+
+def test_a_removal_of_what_it_lies_in_does_not() -> None:
+    """A handler may remove the directory in which its thread is saving."""
+    play, of = Play(), lane()
+    play.save(of, "run/new", thread=7, stage=False)
+    assert play.remove(of, "run", thread=7).phase is Phase.RUNNING
+
+
+def test_held_up_by_way_of_others() -> None:
+    """What waits for what waits for a suspended call is held up by it, too; on other threads nothing is."""
+    play, of = Play(), lane()
+    play.save(of, "a", thread=7, stage=False)
+    behind = play.save(of, "a", thread=8)
+    load = play.load(of, "a", thread=9)
+    beside = play.save(of, "b", thread=8)
+    assert play.queue.is_held_up(behind, 7)
+    assert play.queue.is_held_up(load, 7)
+    assert not play.queue.is_held_up(load, 9)
+    assert not play.queue.is_held_up(beside, 7)

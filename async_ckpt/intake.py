@@ -58,7 +58,7 @@ class Intake:
         location = _as_it_will_be(location, runtime)
         if writer is None:
             if is_local(location) or not self.holdings.has_own_stores:
-                _check_target(location, runtime)
+                _check_target(location, runtime, in_place=self.holdings.options.in_place == "allow")
             writer = self._streaming_writer(location)
         started_seconds = monotonic()
         if writer.takes_objects:
@@ -264,10 +264,10 @@ def _where_it_leads(location: Location) -> Location:
     return location
 
 
-def _check_target(location: Location, runtime: Runtime) -> None:
+def _check_target(location: Location, runtime: Runtime, *, in_place: bool) -> None:
     """Refuse what no save could end in, unless something pending may change that: then it shows at the save's turn."""
     try:
-        check_target(location)
+        check_target(location, in_place=in_place)
     except StoreError:
         if not (is_local(location) and runtime.call(runtime.dispatcher.is_changing, location)):
             raise

@@ -39,6 +39,7 @@ _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
     "part_size": lambda options: options.part_size_bytes,
     "max_concurrent_parts": lambda options: options.max_concurrent_parts,
     "retry": lambda options: options.retry,
+    "in_place": lambda options: options.in_place,
     "storage_options": lambda options: options.storage_options,
 }
 

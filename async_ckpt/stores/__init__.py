@@ -180,11 +180,12 @@ def is_local(location: Location) -> bool:
     return location.group == LOCAL_GROUP
 
 
-def check_target(location: Location) -> None:
+def check_target(location: Location, *, in_place: bool = False) -> None:
     """Refuse at once a place that no save could end in: a few system calls, no change, no network.
 
     Args:
         location: where a save is to go; of a remote one, only the kind of file system is looked at.
+        in_place: whether a local file may be written to where none can be made beside it.
 
     Raises:
         StoreError: a directory is there, or no regular file, or this user may not write there, or nobody may.
@@ -193,7 +194,7 @@ def check_target(location: Location) -> None:
         from async_ckpt.stores.disk import Disk
         from async_ckpt.stores.target import check_local_target
 
-        check_local_target(location, Disk())
+        check_local_target(location, Disk(), in_place=in_place)
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:

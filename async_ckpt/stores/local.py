@@ -8,6 +8,7 @@ What does not belong here: the system calls (`disk`), and what is known about di
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -24,6 +25,9 @@ from async_ckpt.stores.target import refuse_foreign_link, translated
 __all__ = ["LocalStore", "sync_path"]
 
 _MOST_PART_BYTES = 32 << 20
+_NO_DELETING = (
+    "The place refuses to remove files. A mount may have to be told to: Mountpoint for S3, by --allow-delete."
+)
 
 
 class LocalStore:
@@ -121,7 +125,8 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise translated("delete", location, error) from error
+            advice = _NO_DELETING if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP) else ""
+            raise translated("delete", location, error, advice) from error
 
 
 def sync_path(path: str, disk: Disk | None = None) -> None:

@@ -94,7 +94,7 @@ class LocalUpload:
     def start(self) -> None:
         """Do what ``begin`` does. Whoever calls this must abort if it raises."""
         with self._translating("begin"):
-            earlier = check_local_target(self._location, self._disk)
+            earlier = check_local_target(self._location, self._disk, in_place=self._in_place)
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
             self._begin(earlier)

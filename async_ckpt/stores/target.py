@@ -12,6 +12,7 @@ import stat
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.ways import BY_OPTION
 from async_ckpt.trust import foreign_link_on, is_foreign
 
 __all__ = ["check_local_target", "exists_already", "refuse_foreign_file", "refuse_foreign_link", "translated"]
@@ -25,12 +26,13 @@ _ADVICE = {
 }
 
 
-def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
+def check_local_target(location: Location, disk: Disk, *, in_place: bool = False) -> os.stat_result | None:
     """Refuse a place that a save could not end in; blocking, but a few system calls only.
 
     Args:
         location: where a save is to go; a symlink there is one to be replaced.
         disk: the system calls.
+        in_place: whether a file that is there may be written to, where none can be made beside it.
 
     Returns:
         The description of the file, or symlink, that is there now, if one is.
@@ -60,9 +62,12 @@ def check_local_target(location: Location, disk: Disk) -> os.stat_result | None:
     if not os.path.isdir(directory):
         raise _refusal(location, errno.ENOTDIR, f"{directory!r} is no directory.")
     if _is_refused(directory, disk):
-        raise _refusal(
-            location, _reason(directory), f"It is the directory {directory!r} that cannot be written to."
-        )
+        advice = f"It is the directory {directory!r} that cannot be written to."
+        if earlier is not None and stat.S_ISREG(earlier.st_mode):
+            if in_place:
+                return earlier
+            advice = f"{advice} {BY_OPTION}"
+        raise _refusal(location, _reason(directory), advice)
     return earlier
 
 

@@ -16,9 +16,18 @@ from dataclasses import dataclass
 
 from async_ckpt.stores.places import Place
 
-__all__ = ["Found", "Way", "WayRefused", "choose", "is_of_another", "late_advice", "refusal_to_replace"]
+__all__ = [
+    "BY_OPTION",
+    "Found",
+    "Way",
+    "WayRefused",
+    "choose",
+    "is_of_another",
+    "late_advice",
+    "refusal_to_replace",
+]
 
-_BY_OPTION = (
+BY_OPTION = (
     'in_place="allow" lets it be written under its own name: then a failure or a kill in the middle leaves '
     "neither the earlier checkpoint nor a whole new one."
 )
@@ -80,7 +89,7 @@ def choose(place: Place, found: Found, *, in_place: bool) -> Way:
     if place.create and not found.taken:  # nor in place
         raise WayRefused(number, reason)
     if not in_place:
-        raise WayRefused(number, f"{reason} {_BY_OPTION}")
+        raise WayRefused(number, f"{reason} {BY_OPTION}")
     return Way(in_place=True, in_order=in_order)
 
 
@@ -134,4 +143,4 @@ def late_advice(number: int) -> str:
         errno.EPERM,
     ):
         return ""
-    return f"The place refuses to put another file there; what was there is untouched. Save elsewhere. {_BY_OPTION}"
+    return f"The place refuses to put another file there; what was there is untouched. Save elsewhere. {BY_OPTION}"

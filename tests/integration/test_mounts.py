@@ -215,6 +215,33 @@ def test_a_failure_in_place_leaves_nothing() -> None:
         assert os.listdir(mount.path) == []
 
 
+def test_killed_in_place() -> None:
+    """A process that is killed in place leaves a torn file, which does not load; that much is given up."""
+    program = """
+import sys
+from pathlib import Path
+from tests.integration.test_mounts import save
+save(Path(sys.argv[1]), 1, in_place="allow")
+"""
+    with mounted(MOUNTPOINT.but(overwrite=0, kill=("write", 5))) as mount:
+        path = mount.path / "x.ckpt"
+        assert python(program, path).returncode == -9
+        assert 0 < path.stat().st_size < 1 << 20
+        with pytest.raises(RuntimeError):
+            torch.load(path)
+        save(path, 2, in_place="allow")
+        assert step_in(path) == 2
+
+
+def test_a_place_that_removes_nothing() -> None:
+    """A removal that the place refuses fails with advice, and the file stays."""
+    with mounted(PLAIN.but(unlink=errno.EPERM)) as mount:
+        save(mount.path / "x.ckpt")
+        with service() as saving, pytest.raises(StoreError, match="refuses to remove"):
+            saving.remove(mount.path / "x.ckpt").wait(timeout=60)
+        assert step_in(mount.path / "x.ckpt") == 1
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Mount]:
     """A place where no file can be made."""

@@ -63,6 +63,17 @@ with CheckpointService(**eval(sys.argv[3])) as service:
 """
 
 
+SAVE_AT_THE_CALL = """
+with CheckpointService(**eval(sys.argv[3])) as service:
+    try:
+        handle = service.save({"step": 1}, sys.argv[1])
+    except StoreError as error:
+        print(error)
+    else:
+        handle.wait(timeout=60)
+"""
+
+
 def test_a_sticky_directory_of_a_group(shared: Path) -> None:
     """Another user's file, which may be written to but not replaced, is refused before the first byte, with advice."""
     folder = shared / "scratch"
@@ -103,6 +114,24 @@ with CheckpointService(durability=sys.argv[3]) as service:
     assert as_one(program, folder / "x.ckpt", durability, shared=shared) == "2\n"
     assert os.listdir(folder) == ["x.ckpt2"]
     assert torch.load(folder / "x.ckpt2")["step"] == 3
+
+
+def test_a_file_in_a_directory_that_may_not_be_written_to(shared: Path) -> None:
+    """Where only the file may be written to, a save is refused at the call, naming the option that lets it be."""
+    path = shared / "x.ckpt"
+    torch.save({"step": 0}, path)
+    path.chmod(0o666)
+    warm = shared.with_name(shared.name + "-warm")
+    warm.mkdir()
+    try:
+        for options, step in (({}, 0), ({"in_place": "allow"}, 1)):
+            done = python(AS_ONE + SAVE_AT_THE_CALL, path, warm / "x.ckpt", options, cwd="/")
+            assert done.returncode == 0, done.stderr
+            assert ('in_place="allow"' in done.stdout) == (not options)
+            assert torch.load(path)["step"] == step
+        assert os.listdir(shared) == ["x.ckpt"]
+    finally:
+        shutil.rmtree(warm)
 
 
 @pytest.fixture

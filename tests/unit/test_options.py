@@ -30,6 +30,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("snapshot", "cow", "not available yet"),
     ("durability", "none", "'fsync', 'process'"),
     ("on_error", "ignore", "'raise', 'warn'"),
+    ("in_place", True, "'refuse', 'allow'"),
     ("part_size", "1KiB", "at least 64KiB"),
     ("part_size", None, "such as '8GiB'"),
     ("flush_timeout", 0, "more than zero"),

@@ -17,6 +17,7 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import aside_of, name_aside
 from async_ckpt.stores.link import Links
 from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local_upload import LocalUpload
 from async_ckpt.stores.places import PLAIN, Place, Places
 from async_ckpt.stores.ways import Found, Way, WayRefused, choose
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
@@ -393,3 +394,25 @@ def test_a_link_where_no_file_replaces_another(tmp_path: Path) -> None:
     )
     assert (tmp_path / "last.ckpt").read_bytes() == NEW
     assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize(("place", "at_a_time"), [(PLAIN, 4), (Place(offset=errno.EINVAL), 1)])
+def test_parts_go_one_by_one_where_offsets_are_refused(
+    tmp_path: Path, workers: ThreadWorkers, monkeypatch: pytest.MonkeyPatch, place: Place, at_a_time: int
+) -> None:
+    """A place that takes bytes in order is given one part at a time, in order; a part out of turn is refused."""
+    monkeypatch.setattr(LocalUpload, "max_concurrent_parts", 4)  # whatever this machine has
+
+    async def begin() -> None:
+        upload = await LocalStore(workers=workers, places=Known(place)).begin(locate(tmp_path / "x"), 20)
+        assert upload.max_concurrent_parts == at_a_time
+        second = Part(index=1, start=10, stop=20)
+        if place.offset:
+            with pytest.raises(StoreError, match="out of order"):
+                await upload.put(second, BytesContent(bytes(20)))
+        else:
+            await upload.put(second, BytesContent(bytes(20)))
+        await upload.abort()
+
+    anyio.run(begin)
+    assert os.listdir(tmp_path) == []

@@ -7,11 +7,12 @@ itself. numpy is not imported before somebody else has.
 from __future__ import annotations
 
 import copyreg
+import math
 import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["is_fortran", "is_liftable", "reduction"]
+__all__ = ["ArrayBytes", "is_liftable", "reduction"]
 
 _LARGEST_BYTES = 2 << 30  # beyond it, pickle may have no room for them, and is left to say so
 _PROTOCOL = 2
@@ -34,24 +35,48 @@ def is_liftable(obj: Any) -> bool:
     )
 
 
-def reduction(array: Any, *, data: Any) -> tuple[Any, ...]:
+class ArrayBytes:
+    """Stands for the bytes of an array, as it was when pickle came to it: another thread may give it another shape.
+
+    Attributes:
+        array: the array itself.
+        shape: its shape then.
+        dtype: its dtype then.
+        nbytes: how many there were of them.
+        is_fortran: whether the first index is the one that runs fastest in what is written.
+    """
+
+    __slots__ = ("array", "dtype", "is_fortran", "nbytes", "shape")
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype = array.dtype
+        self.nbytes = math.prod(self.shape) * int(self.dtype.itemsize)
+        self.is_fortran = bool(array.flags.fnc)
+
+    def is_still(self, array: Any) -> bool:
+        """Tell whether *array*, the array itself or a view of all its bytes, is shaped as it was."""
+        return (array.shape, array.dtype.itemsize, array.flags.fnc) == (
+            self.shape,
+            self.dtype.itemsize,
+            self.is_fortran,
+        )
+
+
+def reduction(data: ArrayBytes) -> tuple[Any, ...]:
     """Return what numpy tells pickle of an array that is liftable, with *data* in place of its bytes."""
     said = _said()
     assert said is not None
-    return _reduction(array, data, *said)
+    return _reduction(data, data, *said)
 
 
-def is_fortran(array: Any) -> bool:
-    """Tell whether the first index of *array* is the one that runs fastest in what is written of it."""
-    return bool(array.flags.fnc)
-
-
-def _reduction(array: Any, data: Any, function: Any, version: int, code: bytes) -> tuple[Any, ...]:
-    nothing = (*array.shape[:0], 0)  # new each time, as numpy's is: pickle tells them apart
+def _reduction(seen: ArrayBytes, data: Any, function: Any, version: int, code: bytes) -> tuple[Any, ...]:
+    nothing = (*seen.shape[:0], 0)  # new each time, as numpy's is: pickle tells them apart
     return (
         function,
-        (type(array), nothing, code),
-        (version, array.shape, array.dtype, is_fortran(array), data),
+        (type(seen.array), nothing, code),
+        (version, seen.shape, seen.dtype, seen.is_fortran, data),
     )
 
 
@@ -66,7 +91,7 @@ def _said() -> tuple[Any, int, bytes] | None:
     whole = numpy.arange(6.0).reshape(2, 3)
     pairs = numpy.array([(1, 2.5)], dtype=[("a", "i1"), ("b", "f8")])
     is_known = all(
-        array.__reduce_ex__(_PROTOCOL) == _reduction(array, array.tobytes("A"), function, version, code)
+        array.__reduce_ex__(_PROTOCOL) == _reduction(ArrayBytes(array), array.tobytes("A"), function, version, code)
         for array in (whole, whole.T, whole[:, ::2], whole[0], whole[0, 0:1].reshape(()), pairs)
     )
     return (function, version, code) if is_known else None

@@ -15,10 +15,11 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 import torch
 
+from async_ckpt.snapshot.arrays import ArrayBytes
 from async_ckpt.snapshot.copying import bytes_of
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
 from async_ckpt.snapshot.locations import location_of
@@ -30,10 +31,8 @@ __all__ = [
     "LONG_TEXT",
     "STORED",
     "TORCH_WORDS",
-    "ArrayBytes",
     "Handler",
     "Lifted",
-    "LiftedArray",
     "LiftingPickler",
     "share",
 ]
@@ -53,14 +52,6 @@ DTYPES: Mapping[torch.dtype, bool] = dict.fromkeys(
 )
 
 
-class LiftedArray(NamedTuple):
-    """The place in the entries of an array's bytes, the array, and the shape that it had."""
-
-    position: int
-    array: Any
-    shape: tuple[int, ...]
-
-
 @dataclass(slots=True, kw_only=True)
 class Lifted:
     """What was lifted out.
@@ -71,7 +62,7 @@ class Lifted:
         storages: the same, as tensors of bytes.
         sizes: their sizes in bytes.
         locations: what ``torch.save`` would write for each.
-        arrays: the numpy arrays.
+        arrays: the numpy arrays, each with its place in the entries.
         remotes: the place in ``storages`` of what is to be brought by value, and the tensor.
     """
 
@@ -80,7 +71,7 @@ class Lifted:
     storages: list[torch.Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
-    arrays: list[LiftedArray] = field(default_factory=list)
+    arrays: list[tuple[int, ArrayBytes]] = field(default_factory=list)
     remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
 
@@ -127,11 +118,6 @@ class LiftingPickler(pickle.Pickler):
         number = self._seen[id(obj)] = len(self.lifted.entries)
         self.lifted.entries.append(entry)
         self._kept.append(obj)
-        return number
-
-    def _lift_array(self, array: Any) -> int:
-        number = self._lift(array, ArrayEntry(0, array.nbytes))
-        self.lifted.arrays.append(LiftedArray(number, array, array.shape))
         return number
 
     def _storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
@@ -293,17 +279,10 @@ def share(pickler: LiftingPickler, value: Any) -> int:
     return pickler._lift(value, SharedEntry(value)) if number is None else number
 
 
-class ArrayBytes:
-    """Stands for the bytes of an array."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-
 def _array_bytes(pickler: LiftingPickler, data: ArrayBytes) -> int:
-    return pickler._lift_array(data.array)
+    number = pickler._lift(data, ArrayEntry(0, data.nbytes))
+    pickler.lifted.arrays.append((number, data))
+    return number
 
 
 STORED: dict[type, Handler | None] = {

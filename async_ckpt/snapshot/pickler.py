@@ -25,7 +25,6 @@ from async_ckpt.snapshot.lifting import (
     LONG_TEXT,
     STORED,
     TORCH_WORDS,
-    ArrayBytes,
     Handler,
     LiftingPickler,
     share,
@@ -66,7 +65,7 @@ class FilePickler(LiftingPickler):
     def reducer_override(self, obj: Any, /) -> Any:
         """Have pickle ask every object itself, but lift the bytes of large arrays out of what numpy would say."""
         if arrays.is_liftable(obj):
-            return arrays.reduction(obj, data=ArrayBytes(obj))
+            return arrays.reduction(arrays.ArrayBytes(obj))
         return NotImplemented
 
     def _choose(self, kind: type) -> Handler | None:
@@ -111,8 +110,8 @@ class ObjectPickler(LiftingPickler):
     def reducer_override(self, obj: Any, /) -> Any:
         """Ask what ``torch.save`` would, and refer to constants themselves, not to their names."""
         if arrays.is_liftable(obj):
-            order = "F" if arrays.is_fortran(obj) else "C"
-            return make_array, (ArrayBytes(obj), obj.dtype, obj.shape, order)
+            data = arrays.ArrayBytes(obj)
+            return make_array, (data, data.dtype, data.shape, "F" if data.is_fortran else "C")
         reducer = copyreg.dispatch_table.get(type(obj))
         value = obj.__reduce_ex__(PROTOCOL) if reducer is None else reducer(obj)
         if isinstance(value, str):

@@ -44,7 +44,7 @@ NOTHING = Outline((), ())
 
 def sizes_of(lifted: Lifted) -> tuple[int, ...]:
     """Return the sizes of what goes into the buffer, in its order."""
-    return (*lifted.sizes, *(array.nbytes for _, array, _ in lifted.arrays))
+    return (*lifted.sizes, *(data.nbytes for _, data in lifted.arrays))
 
 
 def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -> Outline:
@@ -115,7 +115,7 @@ def _address_of(lifted: Lifted, index: int, nbytes: int) -> int | None:
     if index < len(lifted.storages):
         view = lifted.storages[index]
         return const_address(view) if view.numel() == nbytes == lifted.owners[index].nbytes() else None
-    _, array, shape = lifted.arrays[index - len(lifted.storages)]
-    flags = array.flags
-    is_whole = array.shape == shape and (flags.c_contiguous or flags.f_contiguous)
+    _, data = lifted.arrays[index - len(lifted.storages)]
+    array, flags = data.array, data.array.flags
+    is_whole = data.is_still(array) and (flags.c_contiguous or flags.f_contiguous)
     return int(array.ctypes.data) if is_whole else None

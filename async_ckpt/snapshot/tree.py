@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from async_ckpt.errors import StateChangedError, UnpicklableStateError
-from async_ckpt.snapshot.arrays import is_fortran
+from async_ckpt.snapshot.arrays import ArrayBytes
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
 from async_ckpt.snapshot.conventions import Convention, alignment, ask, convention, open_writer
 from async_ckpt.snapshot.copying import HostBuffer, aligned, bytes_of, copy_storages
@@ -109,10 +109,10 @@ class Capture:
         for nbytes in lifted.sizes:
             starts.append(start)
             start += aligned(nbytes)
-        for position, array, _ in lifted.arrays:
-            lifted.entries[position] = ArrayEntry(start, array.nbytes)
+        for position, data in lifted.arrays:
+            lifted.entries[position] = ArrayEntry(start, data.nbytes)
             starts.append(start)
-            start += aligned(array.nbytes)
+            start += aligned(data.nbytes)
         self._content = content
         self._overhead = overhead
         self._lifted: Lifted | None = lifted
@@ -148,10 +148,10 @@ class Capture:
             remotes = [(self._storages[index].start, tensor) for index, tensor in lifted.remotes]
             bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
         copy_storages(lifted.storages, lifted.sizes, buffer)
-        for position, array, _ in lifted.arrays:
+        for position, data in lifted.arrays:
             entry = lifted.entries[position]
             assert isinstance(entry, ArrayEntry)
-            _copy_array(array, entry.region, buffer)
+            _copy_array(data, entry.region, buffer)
         return self._finish(lifted, buffer)
 
     def resembles(self, snapshot: Snapshot) -> bool:
@@ -190,24 +190,31 @@ def _check_sizes(lifted: Lifted) -> None:
     Raises:
         StateChangedError: memory has been freed or resized.
     """
-    shapes = [array.shape for _, array, _ in lifted.arrays]
-    if list(map(torch.UntypedStorage.nbytes, lifted.owners)) != lifted.sizes or shapes != [
-        shape for _, _, shape in lifted.arrays
-    ]:
-        raise StateChangedError(
-            "memory of the state was freed or resized while it was being saved; nothing was saved. "
-            "Change the state in other threads only when save has returned"
-        )
+    are_there = list(map(torch.UntypedStorage.nbytes, lifted.owners)) == lifted.sizes
+    if not (are_there and all(data.is_still(data.array) for _, data in lifted.arrays)):
+        raise _changed()
 
 
-def _copy_array(array: Any, region: int, buffer: HostBuffer) -> None:
+def _changed() -> StateChangedError:
+    return StateChangedError(
+        "memory of the state was freed or resized while it was being saved; nothing was saved. "
+        "Change the state in other threads only when save has returned"
+    )
+
+
+def _copy_array(data: ArrayBytes, region: int, buffer: HostBuffer) -> None:
     import numpy
 
     # As bytes: copied as what it is, an array leaves out those that belong to no field (S1).
-    raw = numpy.dtype((numpy.void, array.dtype.itemsize))
-    order: Any = "F" if is_fortran(array) else "C"
-    target = numpy.ndarray(array.shape, raw, buffer.memory, region, order=order)
-    numpy.copyto(target, array.view(raw))
+    raw = numpy.dtype((numpy.void, data.dtype.itemsize))
+    try:
+        source = data.array.view(raw)  # numpy resizes no array of which there are views
+    except (TypeError, ValueError) as error:  # another thread has given it another dtype
+        raise _changed() from error
+    if not data.is_still(source):
+        raise _changed()
+    target = numpy.ndarray(data.shape, raw, buffer.memory, region, order="F" if data.is_fortran else "C")
+    numpy.copyto(target, source)
 
 
 def _walk(state: Any, known: Convention) -> Capture:

@@ -91,7 +91,8 @@ def _said() -> tuple[Any, int, bytes] | None:
     whole = numpy.arange(6.0).reshape(2, 3)
     pairs = numpy.array([(1, 2.5)], dtype=[("a", "i1"), ("b", "f8")])
     is_known = all(
-        array.__reduce_ex__(_PROTOCOL) == _reduction(ArrayBytes(array), array.tobytes("A"), function, version, code)
+        array.__reduce_ex__(_PROTOCOL)
+        == _reduction(ArrayBytes(array), array.tobytes("A"), function, version, code)
         for array in (whole, whole.T, whole[:, ::2], whole[0], whole[0, 0:1].reshape(()), pairs)
     )
     return (function, version, code) if is_known else None

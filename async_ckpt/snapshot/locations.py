@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 import torch
-from torch.serialization import location_tag, register_package
+from torch import serialization
 
 __all__ = ["location_of", "mark"]
 
@@ -27,7 +27,7 @@ def location_of(storage: torch.UntypedStorage) -> str:
     Raises:
         RuntimeError: torch does not know the device.
     """
-    return str(location_tag(storage))
+    return str(serialization.location_tag(storage))  # by its name, as torch asks: some replace it
 
 
 def mark(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
@@ -42,7 +42,7 @@ def _register() -> None:
     global _registered
     with _lock:
         if not _registered:
-            register_package(_PRIORITY, _tag, _no_deserializer)
+            serialization.register_package(_PRIORITY, _tag, _no_deserializer)
             _registered = True
 
 

@@ -137,6 +137,12 @@ def test_a_marked_storage_is_saved_under_its_original_location() -> None:
     assert locations == ["cuda:3", "cpu"]
 
 
+def test_a_location_is_what_torch_would_be_told_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a program has replaced torch's ``location_tag``, its answer is in the file, as in torch's own (S1)."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "elsewhere:0")
+    assert _take({"w": torch.ones(3)}).storages[0].location == "elsewhere:0"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_state_is_staged_before_it_changes() -> None:

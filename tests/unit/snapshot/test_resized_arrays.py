@@ -51,7 +51,7 @@ def _resizing(array: Any) -> Iterator[None]:
     ("take", "read"), [(capture, _read_file), (capture_objects, lambda snapshot: snapshot.state())]
 )
 def test_an_array_that_is_resized_all_the_time(take: Any, read: Callable[[Snapshot], Any]) -> None:
-    """What is written has the shape that the array had at one instant, or the save fails with the error that says so."""
+    """What is written has the shape that the array had at one instant, or the save fails and says so."""
     array = numpy.ones(400)
     tally = Counter[str]()
     deadline = monotonic() + PATIENCE_SECONDS

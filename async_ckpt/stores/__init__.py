@@ -24,6 +24,7 @@ from async_ckpt.stores.addresses import (
     refuse_mangled,
 )
 from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.stores.courtesies import OPTION, check_choices
 from async_ckpt.stores.identity import path_of_place, place_of_options
 from async_ckpt.trust import resolve
 
@@ -102,6 +103,12 @@ def locate(
         raise OptionError(
             f"{shown!r} is no URL of {scheme[1]}; what is special in a user or password must be percent-encoded"
         ) from None
+    if OPTION in options:
+        check_choices(options)
+        if _package(file_system) != "s3fs":
+            raise OptionError(
+                f"storage_options[{OPTION!r}]: its switches are for S3 alone, not for {scheme[1]}"
+            )
     protocols = file_system.protocol
     name = protocols if isinstance(protocols, str) else protocols[0]
     path = path_of_place(name, path)  # for the store, too: servers differ in what they make of detours
@@ -251,7 +258,7 @@ def open_store(
     retry = retry or RetryPolicy()
     file_system = _file_system_of(location)
     options = _file_system_options(file_system, location.address, storage_options, location.options)
-    native = _NATIVE.get(file_system.__module__.partition(".")[0])
+    native = _NATIVE.get(_package(file_system))
     if native is None:  # a class of the user's own behind s3:// is not what ours are written for
         from async_ckpt.stores.generic import GenericStore
 
@@ -283,6 +290,10 @@ def _file_system_of(location: Location) -> Any:
     scheme = _SCHEME.match(location.url)
     assert scheme is not None, location
     return _file_system_class(scheme[1], location.url)
+
+
+def _package(file_system: Any) -> str:
+    return str(file_system.__module__.partition(".")[0])
 
 
 def _file_system_class(protocol: str, url: str) -> Any:

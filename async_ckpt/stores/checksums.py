@@ -8,9 +8,10 @@ Where a store verifies CRC-32 as well, ``Content.crc32`` costs a third, or nothi
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Iterable
 
-__all__ = ["as_text", "crc32c"]
+__all__ = ["as_text", "crc32", "crc32c"]
 
 _BLOCK_BYTES = 256 * 1024  # google-crc32c holds the interpreter's lock and takes nothing but bytes
 
@@ -23,6 +24,14 @@ def crc32c(pieces: Iterable[memoryview], value: int = 0) -> int:
         flat = piece.cast("B")
         for start in range(0, flat.nbytes, _BLOCK_BYTES):
             value = google_crc32c.extend(value, bytes(flat[start : start + _BLOCK_BYTES]))
+    return value
+
+
+def crc32(pieces: Iterable[memoryview]) -> int:
+    """Return the CRC-32 of *pieces*, to be compared with one that ``Content`` has told."""
+    value = 0
+    for piece in pieces:
+        value = zlib.crc32(piece, value)
     return value
 
 

@@ -91,6 +91,9 @@ class Connection:
         stall_seconds: how long to wait for the next byte of an answer.
         parts: how many parts may be under way.
         slowed: tells whether S3 has asked for fewer requests of late.
+
+    Attributes:
+        expects: whether S3 may be asked if a body is welcome before it is sent.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Connection:
         parts: int,
         slowed: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.expects = True
         self._slowed = slowed
         self._class = file_system_class
         self._options = options
@@ -154,7 +158,8 @@ class Connection:
                 client = await file_system.set_session()
                 self._client = _Client(file_system=file_system)
                 self._clients.add(self._client)
-                client.meta.events.register("before-send.s3.UploadPart", self._expect_nothing)
+                for operation in ("PutObject", "UploadPart"):
+                    client.meta.events.register(f"before-send.s3.{operation}", self._expect_nothing)
             return self._client
 
     async def _call(self, file_system: Any, operation: str, arguments: dict[str, Any]) -> Any:
@@ -185,10 +190,10 @@ class Connection:
             _log.info("the credentials have expired, reading them again")
             self._client = None
 
-    def _expect_nothing(self, request: Any, **_: Any) -> None:
+    def _expect_nothing(self, request: Any, event_name: str, **_: Any) -> None:
         """Send a part without asking first whether it is welcome, which takes the time of a round trip.
 
         Not while S3 refuses many: a refusal could then be lost when the server closes on us.
         """
-        if not self._slowed():
+        if not self.expects or (event_name.endswith(".UploadPart") and not self._slowed()):
             request.headers.pop("Expect", None)

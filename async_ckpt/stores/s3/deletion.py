@@ -15,7 +15,7 @@ from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.requests import Requests
 from async_ckpt.stores.s3.connection import Connection
-from async_ckpt.stores.s3.errors import error_code, is_denied
+from async_ckpt.stores.s3.errors import error_code, is_refusal
 
 __all__ = ["Deletion"]
 
@@ -53,7 +53,7 @@ class Deletion:
             try:
                 answer = await self._ask("list_objects_v2", Prefix=f"{key}/", **more)
             except StoreError as error:
-                if is_denied(error):
+                if is_refusal(error):
                     _log.debug("cannot list what is below: %s", error)
                     return
                 raise

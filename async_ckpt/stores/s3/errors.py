@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import aiohttp
 import botocore.exceptions as boto
@@ -17,7 +18,7 @@ from botocore.parsers import ResponseParserError
 from async_ckpt.errors import CheckpointExistsError, StoreError, ThrottledError, TransientStoreError
 from async_ckpt.stores.requests import Verdict
 
-__all__ = ["error_code", "explain", "is_denied", "is_expired", "refuses_checksum"]
+__all__ = ["error_code", "explain", "is_expired", "is_refusal", "refuses_expect", "refuses_header"]
 
 _PERMISSIONS = {
     "PutObject": "s3:PutObject",
@@ -41,13 +42,14 @@ _REGION = "The bucket is in another region: give it as storage_options={'client_
 _BUCKET = "Create the bucket, or correct its name; it is never made here."
 _ADDRESS = "Check the endpoint's name: the environment's AWS_ENDPOINT_URL, storage_options['endpoint_url']."
 _CLOCK = "Set this machine's clock."
+_SIGNING = "Where the server wants bodies signed: config_kwargs={'s3': {'payload_signing_enabled': True}}."
 
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchVersion", "NotFound"})
 _DENIED_CODES = frozenset({"403", "AccessDenied", "AllAccessDisabled"})
-# 400 is all that the answer to a HEAD says, which has no body.
 _EXPIRED_CODES = frozenset(
-    {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 )
+_BODILESS = frozenset({"HeadBucket", "HeadObject"})  # the answer to which says no more than 400
 _THROTTLED = frozenset(
     {
         "429",
@@ -75,6 +77,40 @@ _TRANSIENT = frozenset(
         "XAmzContentChecksumMismatch",
     }
 )
+# What servers answer to requests, or headers, that they do not know: S3's own words for it, and what proxies say.
+_REFUSING = frozenset({400, 403, 404, 405, 406, 411, 415, 417, 501})
+_REFUSING_HEADERS = frozenset({400, 411, 415, 501})
+# No such answers, whatever their status: what is wrong is wrong with every request.
+_OF_EVERY_REQUEST = frozenset(
+    {
+        *_EXPIRED_CODES,
+        "AuthorizationHeaderMalformed",
+        "IllegalLocationConstraintException",
+        "IncompleteBody",
+        "InvalidAccessKeyId",
+        "InvalidBucketName",
+        "InvalidToken",
+        "NoSuchBucket",
+        "RequestTimeTooSkewed",
+        "RequestTimeout",
+        "SignatureDoesNotMatch",
+    }
+)
+# Nor these, of what is sent: a server that says so has understood the checksum, or fails on something else.
+_OF_THE_BYTES = frozenset(
+    {
+        "BadDigest",
+        "EntityTooLarge",
+        "EntityTooSmall",
+        "InvalidPart",
+        "InvalidPartOrder",
+        "InvalidStorageClass",
+        "KeyTooLongError",
+        "MetadataTooLarge",
+        "NoSuchUpload",
+        "XAmzContentChecksumMismatch",
+    }
+)
 _ADVICE = {
     "301": _REGION,
     "400": f"{_CREDENTIALS} They may have expired.",
@@ -87,6 +123,7 @@ _ADVICE = {
     "PermanentRedirect": _REGION,
     "RequestTimeTooSkewed": _CLOCK,
     "SignatureDoesNotMatch": _CREDENTIALS,
+    "XAmzContentSHA256Mismatch": _SIGNING,
 }
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
@@ -113,25 +150,36 @@ _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", sock
 
 def error_code(error: BaseException | None) -> str:
     """Return the S3 error code of *error*, or what took the place of one; empty for other errors."""
-    while error is not None and not isinstance(error, boto.ClientError):
-        error = error.__cause__
-    return "" if error is None else str(error.response.get("Error", {}).get("Code", ""))
-
-
-def is_denied(error: BaseException) -> bool:
-    """Tell whether S3 says that these credentials may not do that."""
-    return error_code(error) in _DENIED_CODES
+    answer = _answer(error)
+    return "" if answer is None else str(answer.response.get("Error", {}).get("Code", ""))
 
 
 def is_expired(error: BaseException) -> bool:
     """Tell whether S3 says that the credentials have expired, or may mean it."""
-    return error_code(error) in _EXPIRED_CODES
+    answer, code = _answer(error), error_code(error)
+    return code in _EXPIRED_CODES or (
+        code == "400" and answer is not None and answer.operation_name in _BODILESS
+    )
 
 
-def refuses_checksum(error: BaseException) -> bool:
-    """Tell whether a server says that it does not know the checksum it is sent."""
-    codes = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501")
-    return error_code(error) in codes and "checksum" in str(error).lower()
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether a server will have none of such a request: it does not know it, or not from us."""
+    return _status(error) in _REFUSING and error_code(error) not in _OF_EVERY_REQUEST
+
+
+def refuses_header(error: BaseException) -> bool:
+    """Tell whether a server may refuse a header that it does not know; only the same request without it can tell."""
+    code = error_code(error)
+    return (
+        _status(error) in _REFUSING_HEADERS
+        and code not in _OF_EVERY_REQUEST | _OF_THE_BYTES
+        and not code.startswith("KMS.")
+    )
+
+
+def refuses_expect(error: BaseException) -> bool:
+    """Tell whether a server, or a proxy, does not want to be asked whether a body is welcome."""
+    return _status(error) == HTTPStatus.EXPECTATION_FAILED
 
 
 def explain(error: Exception) -> Verdict:
@@ -157,11 +205,11 @@ def explain(error: Exception) -> Verdict:
 
 def _explain_answer(error: boto.ClientError) -> Verdict:
     code = error_code(error)
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = _status(error)
     operation = error.operation_name
     message = error.response.get("Error", {}).get("Message", "").rstrip(".")
     reason = f"{operation} was answered {code}: {message}" if message else f"{operation} was answered {code}"
-    if code in _MISSING and operation != "ListMultipartUploads":
+    if code in _MISSING and operation not in ("ListMultipartUploads", "ListObjectsV2"):
         return Verdict(missing=True, reason=reason, advice=_BUCKET if operation != "HeadObject" else "")
     if code in ("412", "PreconditionFailed") and operation == "GetObject":
         return Verdict(reason="it was replaced while it was read", advice="Read it again.")
@@ -169,7 +217,7 @@ def _explain_answer(error: boto.ClientError) -> Verdict:
         return Verdict(kind=CheckpointExistsError, reason="a checkpoint is there, and overwrite=False")
     if code in _THROTTLED or status in (429, 503):
         return Verdict(kind=ThrottledError, reason=reason)
-    if code in _EXPIRED_CODES:
+    if is_expired(error):
         return Verdict(kind=TransientStoreError, reason=reason, advice=_ADVICE.get(code, _EXPIRED))
     if code in _TRANSIENT or (status >= 500 and status != 501):
         return Verdict(kind=TransientStoreError, reason=reason)
@@ -177,6 +225,18 @@ def _explain_answer(error: boto.ClientError) -> Verdict:
         permission = _PERMISSIONS.get(operation, "for it")
         return Verdict(reason=reason, advice=_DENIED.format(permission=permission))
     return Verdict(kind=StoreError, reason=reason, advice=_ADVICE.get(code, ""))
+
+
+def _answer(error: BaseException | None) -> boto.ClientError | None:
+    while error is not None and not isinstance(error, boto.ClientError):
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int:
+    """Return the status of the answer that *error* was; 0 for other errors."""
+    answer = _answer(error)
+    return 0 if answer is None else int(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

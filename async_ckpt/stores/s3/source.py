@@ -6,12 +6,17 @@ off goes on from where it was (E3). Bytes go from the connection straight into t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from botocore.exceptions import ClientError
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.courtesies import CONDITIONS, Courtesies
 from async_ckpt.stores.requests import Requests, patience
 from async_ckpt.stores.s3.connection import Connection
+from async_ckpt.stores.s3.errors import refuses_header
 from async_ckpt.stores.scatter import Scatter
 
 __all__ = ["S3Source"]
@@ -32,6 +37,7 @@ class S3Source:
         nbytes: int,
         tag: str,
         conditional: bool,
+        courtesies: Courtesies,
         connection: Connection,
         requests: Requests,
     ) -> None:
@@ -40,6 +46,7 @@ class S3Source:
         self._target = target
         self._tag = tag
         self._condition = {"IfMatch": tag} if conditional and tag else {}
+        self._courtesies = courtesies
         self._connection = connection
         self._requests = requests
 
@@ -58,9 +65,7 @@ class S3Source:
         ):
             first = start + scatter.done
             last = first + scatter.left - 1
-            answer = await self._connection.call(
-                "get_object", **self._target, **self._condition, Range=f"bytes={first}-{last}"
-            )
+            answer = await self._get(f"bytes={first}-{last}")
             stream = getattr(answer["Body"], "raw_stream", answer["Body"])  # an aiohttp.ClientResponse
             try:
                 self._check(answer, first)
@@ -74,6 +79,25 @@ class S3Source:
                 stream.close()
                 raise
             stream.release()
+
+    async def _get(self, asked: str) -> Any:
+        """Ask for a range of what has our tag; of whatever is there, where the server has no such condition.
+
+        What it answers with is looked at in either case.
+        """
+        get = partial(self._connection.call, "get_object", **self._target, Range=asked)
+        bucket = self._target["Bucket"]
+        if not self._condition or not self._courtesies.asks(bucket, CONDITIONS):
+            return await get()
+        try:
+            return await get(**self._condition)
+        except ClientError as error:
+            if not (self._courtesies.may_decline(CONDITIONS) and refuses_header(error)):
+                raise
+            refusal = error
+        answer = await get()
+        self._courtesies.decline(bucket, CONDITIONS, self._location.presentable(refusal))
+        return answer
 
     def _check(self, answer: dict[str, Any], first: int) -> None:
         if answer.get("ETag", self._tag) != self._tag:

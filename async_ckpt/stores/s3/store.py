@@ -16,10 +16,11 @@ from typing import Any
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.courtesies import LISTINGS, OPTION, Courtesies
 from async_ckpt.stores.requests import Pace, Requests
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.deletion import Deletion
-from async_ckpt.stores.s3.errors import explain, is_denied
+from async_ckpt.stores.s3.errors import explain, is_refusal
 from async_ckpt.stores.s3.journal import Entry, Journal, state_directory
 from async_ckpt.stores.s3.source import S3Source
 from async_ckpt.stores.s3.sweep import Sweeper
@@ -32,6 +33,7 @@ __all__ = ["S3Store"]
 _LEAST_PART_BYTES = 5 << 20
 _MOST_PART_BYTES = 5 << 30
 _MAX_PARTS = 10_000
+_LIST = "list_objects_v2"
 _EXISTS = "a checkpoint is there, and overwrite=False"
 _ONE_VERSION = "the URL names one version; nobody can save to it"
 _NO_FILE = "Give the URL of an object: bucket, key, no slash at its end, nothing below it."
@@ -70,10 +72,11 @@ class S3Store:
         self._part_size = part_size
         self._max_concurrent_parts = max_concurrent_parts
         self._requests = Requests(explain, retry)
+        self._courtesies = Courtesies(options)
         self._pace = Pace(max_concurrent_parts)
         self._connection = Connection(
             file_system_class,
-            options,
+            {name: value for name, value in options.items() if name != OPTION},
             workers=workers,
             stall_seconds=retry.stall_seconds,
             parts=max_concurrent_parts,
@@ -81,7 +84,11 @@ class S3Store:
         )
         self._journal = journal or Journal(state_directory())
         self._sweeper = Sweeper(
-            connection=self._connection, requests=self._requests, journal=self._journal, workers=workers
+            connection=self._connection,
+            requests=self._requests,
+            courtesies=self._courtesies,
+            journal=self._journal,
+            workers=workers,
         )
 
     async def begin(self, location: Location, nbytes: int) -> S3Upload:
@@ -112,6 +119,8 @@ class S3Store:
                 overwrite=self._overwrite,
                 connection=self._connection,
                 requests=self._requests,
+                courtesies=self._courtesies,
+                workers=self._workers,
             ),
             part_size=part_size,
             least_part_bytes=_LEAST_PART_BYTES,
@@ -159,6 +168,7 @@ class S3Store:
             nbytes=answer["ContentLength"],
             tag=answer.get("ETag", ""),
             conditional=not getattr(file_system, "local_expiry_check", False),
+            courtesies=self._courtesies,
             connection=self._connection,
             requests=self._requests,
         )
@@ -186,19 +196,19 @@ class S3Store:
             except FileNotFoundError:
                 return
             except StoreError as error:
-                if is_denied(error):
+                if is_refusal(error):
                     return
                 raise
             raise CheckpointExistsError.during("begin", location.url, OSError(_EXISTS))
 
     async def _is_directory(self, stage: str, location: Location, bucket: str, key: str) -> bool:
         """Tell whether there is an object below *key*; no, where that is not ours to see."""
+        if not self._courtesies.asks(bucket, LISTINGS, _LIST):
+            return False
         try:
-            answer = await self._ask(
-                stage, location, "list_objects_v2", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1
-            )
+            answer = await self._ask(stage, location, _LIST, Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
         except StoreError as error:
-            if is_denied(error):
+            if is_refusal(error) and self._courtesies.decline(bucket, LISTINGS, error, _LIST):
                 return False
             raise
         return bool(answer.get("Contents"))

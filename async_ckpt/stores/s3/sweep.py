@@ -13,14 +13,17 @@ from datetime import datetime
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.courtesies import LISTINGS, Courtesies
 from async_ckpt.stores.requests import Requests
 from async_ckpt.stores.s3.connection import Connection
-from async_ckpt.stores.s3.errors import error_code
+from async_ckpt.stores.s3.errors import error_code, is_refusal
 from async_ckpt.stores.s3.journal import Entry, Journal
 
 __all__ = ["ABANDONED_SECONDS", "Sweeper"]
 
 _log = logging.getLogger("async_ckpt.stores.s3")
+
+_LIST = "list_multipart_uploads"
 
 ABANDONED_SECONDS = 7 * 24 * 3600.0
 
@@ -29,9 +32,16 @@ class Sweeper:
     """What one store knows of the uploads of others."""
 
     def __init__(
-        self, *, connection: Connection, requests: Requests, journal: Journal, workers: Workers
+        self,
+        *,
+        connection: Connection,
+        requests: Requests,
+        courtesies: Courtesies,
+        journal: Journal,
+        workers: Workers,
     ) -> None:
         self._connection = connection
+        self._courtesies = courtesies
         self._requests = requests
         self._journal = journal
         self._workers = workers
@@ -81,11 +91,13 @@ class Sweeper:
         return swept
 
     async def _find_old(self, location: Location, endpoint: str, bucket: str, directory: str) -> list[Entry]:
+        if not self._courtesies.asks(bucket, LISTINGS, _LIST):
+            return []
         prefix = f"{directory}/" if directory else ""
 
         async def ask() -> list[Entry]:
             # One page: a directory with a thousand open uploads needs a rule of the bucket's.
-            answer = await self._connection.call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+            answer = await self._connection.call(_LIST, Bucket=bucket, Prefix=prefix)
             return [
                 Entry(endpoint=endpoint, bucket=bucket, key=each["Key"], upload_id=each["UploadId"])
                 for each in answer.get("Uploads") or ()
@@ -95,6 +107,8 @@ class Sweeper:
         try:
             return await self._requests.once("sweep", location, ask)
         except StoreError as error:
+            if is_refusal(error):
+                self._courtesies.decline(bucket, LISTINGS, error, _LIST)
             _log.debug("cannot list open uploads: %s", error)
             return []
 

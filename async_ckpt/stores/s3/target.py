@@ -1,32 +1,32 @@
 """The requests of which an upload to one key consists, each made once: with checksum, condition and token.
 
-Guarantees: every body travels with its CRC-32, unless the server has said that it knows none; the object carries
-a token by which it is told from any other of that name; settings of the user's for a request are kept.
+Guarantees: every body travels with its CRC-32, unless the server will have none, or the user; then it is compared here
+once more, so that what has changed since is not stored. The object carries a token by which it is told from any other
+of that name; settings of the user's for a request are kept.
 
 What does not belong here: repeating, and what an answer that never came means (`upload`).
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
-from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Location
+from async_ckpt.errors import StoreError, TransientStoreError
+from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.checksums import as_text, crc32
+from async_ckpt.stores.courtesies import CHECKSUMS, LISTINGS, Courtesies
 from async_ckpt.stores.payload import PartPayload
 from async_ckpt.stores.requests import Requests, patience
 from async_ckpt.stores.s3.connection import Connection
-from async_ckpt.stores.s3.errors import refuses_checksum
+from async_ckpt.stores.s3.errors import error_code, is_refusal, refuses_expect, refuses_header
 
 __all__ = ["TOKEN", "S3Object", "Target"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-_log = logging.getLogger("async_ckpt.stores.s3")
 
 TOKEN = "async-ckpt-upload"
 _CHECKSUM = "CRC32"
@@ -52,6 +52,8 @@ class Target:
         overwrite: whether what is there may be replaced.
         connection: makes the requests.
         requests: times and translates them.
+        courtesies: what the server can be asked for.
+        workers: where a checksum is compared.
     """
 
     def __init__(
@@ -63,21 +65,29 @@ class Target:
         overwrite: bool,
         connection: Connection,
         requests: Requests,
+        courtesies: Courtesies,
+        workers: Workers,
     ) -> None:
         self._location = location
+        self._bucket = bucket
         self._name = {"Bucket": bucket, "Key": key}
         self._condition = {} if overwrite else {"IfNoneMatch": "*"}
         self._connection = connection
         self._requests = requests
+        self._courtesies = courtesies
+        self._workers = workers
         self._token = secrets.token_hex(16)
-        self._checked = True
+        self._checks = courtesies.asks(bucket, CHECKSUMS)
 
     async def create(self) -> str:
         """Create a multipart upload; return its id."""
-        return await self._with_or_without_checksum(self._create)
+        return await self._with_or_without(self._create)
 
     async def send(self, upload_id: str, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
         """Send a part; return its tag."""
+        return await self._unexpected(partial(self._send, upload_id, index, pieces, checksum))
+
+    async def _send(self, upload_id: str, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
         with (
             self._requests.translating("write", self._location),
             patience(self._requests.stall_seconds) as moved,
@@ -85,7 +95,7 @@ class Target:
             answer = await self._connection.call(
                 "upload_part",
                 **self._name,
-                **self._checksum(checksum),
+                **self._headers(checksum),
                 UploadId=upload_id,
                 PartNumber=index + 1,
                 Body=PartPayload(pieces, moved=moved),
@@ -115,8 +125,11 @@ class Target:
 
     async def complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> str:
         """Make an object of *parts*: index, tag and checksum of each; return its tag."""
+        return await self._with_or_without(partial(self._complete, upload_id, parts))
+
+    async def _complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> str:
         named: list[dict[str, Any]] = [{"PartNumber": index + 1, "ETag": tag} for index, tag, _ in parts]
-        if self._checked:
+        if self._checks:
             for each, (_, _, checksum) in zip(named, parts, strict=True):
                 each[f"Checksum{_CHECKSUM}"] = checksum
         with self._requests.translating("commit", self._location), patience(_COMPLETE_SECONDS):
@@ -131,15 +144,25 @@ class Target:
 
     async def put(self, pieces: Sequence[memoryview], checksum: str) -> None:
         """Make an object of *pieces*."""
-        await self._with_or_without_checksum(self._put, pieces, checksum)
+        await self._with_or_without(partial(self._put, pieces, checksum), pieces, checksum)
 
     async def abort(self, upload_id: str) -> None:
         """Abort the multipart upload; NoSuchUpload is an error here."""
         await self._ask("abort", "abort_multipart_upload", UploadId=upload_id)
 
-    async def find(self, upload_id: str) -> None:
-        """Raise NoSuchUpload once the multipart upload is no more."""
-        await self._ask("abort", "list_parts", UploadId=upload_id, MaxParts=1)
+    async def knows(self, upload_id: str) -> bool:
+        """Tell whether S3 knows the multipart upload; no, where that is not for us to see."""
+        if not self._courtesies.asks(self._bucket, LISTINGS, "list_parts"):
+            return False
+        try:
+            await self._ask("abort", "list_parts", UploadId=upload_id, MaxParts=1)
+        except StoreError as error:
+            if error_code(error) == "NoSuchUpload":
+                return False
+            if is_refusal(error) and self._courtesies.decline(self._bucket, LISTINGS, error, "list_parts"):
+                return False
+            raise
+        return True
 
     async def is_there(self) -> bool:
         """Tell whether the object that is there is this upload's."""
@@ -151,7 +174,7 @@ class Target:
 
     async def _create(self) -> str:
         metadata = await self._metadata()
-        algorithm = {"ChecksumAlgorithm": _CHECKSUM} if self._checked else {}
+        algorithm = {"ChecksumAlgorithm": _CHECKSUM} if self._checks else {}
         answer = await self._ask("begin", "create_multipart_upload", **algorithm, Metadata=metadata)
         return str(answer["UploadId"])
 
@@ -165,7 +188,7 @@ class Target:
                 "put_object",
                 **self._name,
                 **self._condition,
-                **self._checksum(checksum),
+                **self._headers(checksum),
                 Body=PartPayload(pieces, moved=moved),
                 Metadata=metadata,
             )
@@ -179,20 +202,51 @@ class Target:
         file_system = await self._connection.file_system()
         return {**(file_system.s3_additional_kwargs.get("Metadata") or {}), TOKEN: self._token}
 
-    def _checksum(self, value: str) -> dict[str, str]:
-        if not self._checked:
-            return {}
-        return {"ChecksumAlgorithm": _CHECKSUM, f"Checksum{_CHECKSUM}": value}
+    async def may_go_without(self, error: StoreError, pieces: Sequence[memoryview], checksum: str) -> bool:
+        """Tell whether *error* may be about the checksum that went along, and the bytes are those that it is of."""
+        if not (self._checks and self._courtesies.may_decline(CHECKSUMS) and refuses_header(error)):
+            return False
+        # It may have compared them, and said so in words of its own.
+        return not pieces or as_text(await self._workers.run(crc32, pieces)) == checksum
 
-    async def _with_or_without_checksum(
-        self, request: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    def go_without(self) -> None:
+        """Send no checksum any more, in this upload."""
+        self._checks = False
+
+    def decline(self, refusal: StoreError) -> None:
+        """Send none in any upload to the bucket: what was refused has been taken without."""
+        self._courtesies.decline(self._bucket, CHECKSUMS, refusal)
+
+    async def _with_or_without(
+        self, request: Callable[[], Awaitable[T]], pieces: Sequence[memoryview] = (), checksum: str = ""
     ) -> T:
-        """Make *request*; again, and none with a checksum from now on, if the server says that it knows none."""
+        """Make *request*; once more, without a checksum, where the server may not want one."""
         try:
-            return await request(*args, **kwargs)
+            return await self._unexpected(request)
         except StoreError as error:
-            if not (self._checked and refuses_checksum(error)):
+            if not await self.may_go_without(error, pieces, checksum):
                 raise
-            _log.warning("%s: the server knows no CRC-32, so none is sent", self._location.url)
-            self._checked = False
-        return await request(*args, **kwargs)
+            refusal = error
+        self.go_without()
+        try:
+            answer = await self._unexpected(request)
+        except StoreError as error:
+            self._checks = True  # nothing has come of it
+            if isinstance(error, TransientStoreError):
+                raise
+            raise refusal  # noqa: B904  # it was not about the checksum, and has a cause of its own
+        self.decline(refusal)
+        return answer
+
+    async def _unexpected(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Make *request*; again, if the server does not want to be asked whether a body is welcome."""
+        try:
+            return await request()
+        except StoreError as error:
+            if not (self._connection.expects and refuses_expect(error)):
+                raise
+        self._connection.expects = False
+        return await request()
+
+    def _headers(self, checksum: str) -> dict[str, str]:
+        return {"ChecksumAlgorithm": _CHECKSUM, f"Checksum{_CHECKSUM}": checksum} if self._checks else {}

@@ -31,7 +31,6 @@ _log = logging.getLogger("async_ckpt.stores.s3")
 
 _ABORT_SECONDS = 30.0
 _ABORTS = 5
-_NOT_TO_SEE = frozenset({"403", "501", "AccessDenied", "NotImplemented"})
 
 Note = Callable[[str], Awaitable[None]]
 
@@ -93,6 +92,7 @@ class S3Upload:
         self._put: dict[int, int] = {}  # bytes by part
         self._in_doubt = False  # a commit may have been carried out though it failed
         self._over = False
+        self._renewing = anyio.Lock()
 
     async def start(self) -> None:
         """Create the multipart upload, if it takes one. Whoever calls this must abort if it raises."""
@@ -107,7 +107,7 @@ class S3Upload:
             self._single, tag = (pieces, checksum), ""
         else:
             async with self._pace.turn():
-                tag = await self._target.send(self._upload_id, part.index, pieces, checksum)
+                tag = await self._send(part.index, pieces, checksum)
         self._put[part.index] = part.nbytes
         return Receipt(index=part.index, token=tag)
 
@@ -146,19 +146,59 @@ class S3Upload:
         self._over, self._single = True, None
         if self._upload_id is None:
             return
+        if await self._forget(self._upload_id):
+            self._upload_id = None
+
+    async def _send(self, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
+        """Send a part; where the server will have none that carries a checksum, begin anew with parts that do not."""
+        refusal: StoreError | None = None
+        while True:
+            upload_id = self._upload_id
+            if upload_id is None:
+                raise self._error("write", "the upload has ended")
+            try:
+                tag = await self._target.send(upload_id, index, pieces, checksum)
+            except StoreError as error:
+                async with self._renewing:
+                    if upload_id == self._upload_id:
+                        # Where it has taken one with a checksum, it is something else that it refuses.
+                        if self._put or not await self._target.may_go_without(error, pieces, checksum):
+                            raise
+                        refusal = error
+                        await self._renew()
+                continue  # it went to the upload that is no more
+            if upload_id == self._upload_id:
+                if refusal is not None:
+                    self._target.decline(refusal)
+                return tag
+
+    async def _renew(self) -> None:
+        """Put another upload in the place of the one that nothing has been put to, announced without a checksum."""
+        before = self._upload_id
+        assert before is not None
+        self._target.go_without()
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._requests.again(self._create)
+            finally:
+                if self._upload_id != before:
+                    await self._forget(before)
+
+    async def _forget(self, upload_id: str) -> bool:
+        """Have S3 forget a multipart upload; or leave it to a later save, and tell so."""
         why: object = "it took too long"
         with anyio.CancelScope(shield=True), anyio.move_on_after(_ABORT_SECONDS):
             try:
-                await self._abort(self._upload_id)
+                await self._abort(upload_id)
+                await self._note_ended(upload_id)
             except Exception as error:
                 why = error
             else:
-                await self._end()
-                return
-        self._note_left(self._upload_id)
-        _log.warning(
-            "cleaning up after a save to %s, S3 keeps parts until a later one: %s", self._location.url, why
-        )
+                return True
+        self._note_left(upload_id)
+        told = "cleaning up after a save to %s, S3 keeps parts until a later one: %s"
+        _log.warning(told, self._location.url, why)
+        return False
 
     async def _create(self) -> None:
         # Once this is sent its answer must be had, for it tells the id: hence no cancellation.
@@ -190,14 +230,15 @@ class S3Upload:
 
     async def _abort(self, upload_id: str) -> None:
         """Abort, and look, until S3 does not know the upload."""
-        for request in (self._target.abort, self._target.find) * _ABORTS:
+        for _ in range(_ABORTS):
             try:
-                await self._requests.again(request, upload_id)
+                await self._requests.again(self._target.abort, upload_id)
             except StoreError as error:
-                code = error_code(error)
-                if code == "NoSuchUpload" or (request == self._target.find and code in _NOT_TO_SEE):
+                if error_code(error) == "NoSuchUpload":
                     return
                 raise
+            if not await self._requests.again(self._target.knows, upload_id):
+                return
         raise self._error("abort", "S3 still knows the upload")
 
     async def _end(self) -> None:

@@ -11,7 +11,14 @@ import botocore.exceptions as boto
 import pytest
 
 from async_ckpt.errors import CheckpointExistsError, StoreError, ThrottledError, TransientStoreError
-from async_ckpt.stores.s3.errors import error_code, explain, is_denied, is_expired, refuses_checksum
+from async_ckpt.stores.s3.errors import (
+    error_code,
+    explain,
+    is_expired,
+    is_refusal,
+    refuses_expect,
+    refuses_header,
+)
 
 
 def answered(code: str, status: int = 400, operation: str = "UploadPart", message: str = "") -> Exception:
@@ -34,6 +41,7 @@ def answered(code: str, status: int = 400, operation: str = "UploadPart", messag
         (answered("BadDigest", 400), TransientStoreError),
         (answered("ExpiredToken", 400), TransientStoreError),
         (answered("400", 400, "HeadObject"), TransientStoreError),
+        (answered("400", 400, "UploadPart"), StoreError),  # what has a body would say that it is the login
         (answered("NotImplemented", 501), StoreError),
         (answered("AccessDenied", 403), StoreError),
         (answered("NoSuchBucket", 404), StoreError),
@@ -71,6 +79,7 @@ def test_kinds(error: Exception, kind: type[StoreError]) -> None:
         (answered("RequestTimeTooSkewed", 403), "clock"),
         (answered("ExpiredToken", 400), "renew them"),
         (answered("400", 400, "HeadObject"), "may have expired"),
+        (answered("XAmzContentSHA256Mismatch", 400), "payload_signing_enabled"),
         (boto.NoCredentialsError(), "Check the credentials"),
     ],
     ids=str,
@@ -115,15 +124,57 @@ def test_codes_of_translated_errors() -> None:
     translated = StoreError("cannot write")
     translated.__cause__ = answered("AccessDenied", 403)
     assert error_code(translated) == "AccessDenied"
-    assert is_denied(translated)
+    assert is_refusal(translated)
     assert is_expired(answered("ExpiredToken"))
     assert is_expired(answered("400", 400, "HeadObject"))  # has no body to say so
     assert error_code(ValueError()) == error_code(None) == ""
 
 
-def test_refused_checksums() -> None:
-    """A server that does not know a checksum header is told from one that finds the checksum wrong."""
-    header = "A header you provided is not implemented: x-amz-checksum-algorithm"
-    assert refuses_checksum(answered("NotImplemented", 501, message=header))
-    assert not refuses_checksum(answered("NotImplemented", 501, message="no such feature"))
-    assert not refuses_checksum(answered("BadDigest", 400, message="The checksum did not match"))
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (answered("NotImplemented", 501), True),
+        (answered("InvalidRequest", 400), True),
+        (answered("", 400), True),
+        (answered("BadDigest", 400), False),
+        (answered("XAmzContentChecksumMismatch", 400), False),
+        (answered("NoSuchUpload", 404), False),
+        (answered("InvalidPart", 400), False),
+        (answered("KMS.DisabledException", 400), False),
+        (answered("RequestTimeout", 400), False),
+        (answered("AccessDenied", 403), False),
+        (answered("InternalError", 500), False),
+        (TimeoutError(), False),
+    ],
+    ids=str,
+)
+def test_refused_headers(error: Exception, expected: bool) -> None:
+    """An answer that may be about a header is told from one about the bytes, the login, or what may pass."""
+    assert refuses_header(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (answered("NotImplemented", 501), True),
+        (answered("405", 405), True),
+        (answered("AccessDenied", 403), True),
+        (answered("404", 404), True),
+        (answered("NoSuchBucket", 404), False),
+        (answered("InvalidAccessKeyId", 403), False),
+        (answered("ExpiredToken", 400), False),
+        (answered("SlowDown", 503), False),
+        (answered("PermanentRedirect", 301), False),
+        (boto.NoCredentialsError(), False),
+    ],
+    ids=str,
+)
+def test_refused_requests(error: Exception, expected: bool) -> None:
+    """A request that a server will have none of is told from trouble with every request, and from what may pass."""
+    assert is_refusal(error) is expected
+
+
+def test_refused_questions() -> None:
+    """That a server is not to be asked whether a body is welcome has a status of its own."""
+    assert refuses_expect(answered("417", 417))
+    assert not refuses_expect(answered("400", 400))

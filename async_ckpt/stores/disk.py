@@ -11,7 +11,6 @@ import errno
 import fcntl
 import functools
 import os
-import shutil
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -27,13 +26,13 @@ __all__ = ["Disk"]
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
-_RMTREE_ATTEMPTS = 10
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 # How a file system says that no file can be read and written at once.
 _NOT_BOTH = frozenset({errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 _STATX_INO, _STATX_MNT_ID_UNIQUE = 0x100, 0x4000
 _STATX_ATTR_MOUNT_ROOT = 0x2000
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
+_A_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 # What these mean, preallocation can tell before the first byte is written; any other number only says
 # that this file system or sandbox cannot preallocate.
@@ -234,13 +233,17 @@ class Disk:
         os.rmdir(path)
 
     def rmtree(self, path: str) -> None:
-        """Remove a directory and all that is in it, also when somebody else does the same."""
-        for _ in range(_RMTREE_ATTEMPTS):
-            with suppress(FileNotFoundError):
-                shutil.rmtree(path)
-            if not os.path.lexists(path):
-                return
-        raise OSError(errno.EBUSY, "others change what is in it")
+        """Remove a directory and all that is in it, also when somebody else does the same.
+
+        What takes its name meanwhile stays, and is not waited for, as one would for the other end of a pipe.
+        """
+        with suppress(FileNotFoundError):
+            fd = os.open(path, _A_DIRECTORY)
+            try:
+                _empty(fd)
+            finally:
+                os.close(fd)
+            os.rmdir(path)
 
     def names(self, path: str) -> list[str]:
         """List a directory."""
@@ -279,6 +282,23 @@ def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
     if statx(_AT_FDCWD, os.fsencode(path), flags, wanted, answer) != 0:
         return None
     return _About(*(struct.unpack_from("=Q", answer, offset)[0] for offset in (8, 56, 32, 136, 144)))
+
+
+def _empty(directory: int) -> None:
+    """Remove all that is in an open directory; links lead nowhere here."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        with suppress(FileNotFoundError):
+            if not is_directory:
+                os.unlink(name, dir_fd=directory)
+                continue
+            fd = os.open(name, _A_DIRECTORY, dir_fd=directory)
+            try:
+                _empty(fd)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=directory)
 
 
 @functools.cache

@@ -56,6 +56,8 @@ def take_after(fd: int, path: str, model: os.stat_result) -> None:
         with suppress(OSError):  # not permitted, unknown in this user namespace, not of this file system
             os.fchown(fd, uid, gid)
     access = _access_list(path)
+    if access is not None and not _is_at(path, model):
+        access = None  # it is that of another file, which somebody has put there since
     if access is not None:
         os.setxattr(
             fd, _ACCESS_LIST, access
@@ -63,7 +65,8 @@ def take_after(fd: int, path: str, model: os.stat_result) -> None:
     elif _access_list(fd) is not None:
         os.removexattr(fd, _ACCESS_LIST)  # what the directory gives to new files
     take_mode(fd, stat.S_IMODE(model.st_mode))  # after the owner, whose change clears set-id bits
-    _take_attributes(fd, path)
+    if _is_at(path, model):
+        _take_attributes(fd, path)
 
 
 def take_place_of(fd: int, path: str, probe: str) -> None:
@@ -93,6 +96,13 @@ def _take_attributes(fd: int, path: str) -> None:
                 os.setxattr(fd, name, os.getxattr(path, name, follow_symlinks=False))
     except (OSError, AttributeError) as error:  # none on this file system, or no room; none on this system
         _log.debug("the attributes of %s are not kept: %s", path, error)
+
+
+def _is_at(path: str, model: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), model)
+    except OSError:
+        return False
 
 
 def _access_list(file: int | str) -> bytes | None:

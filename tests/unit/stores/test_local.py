@@ -183,6 +183,28 @@ def test_access_list_of_a_present_file_is_kept(tmp_path: Path, workers: ThreadWo
     assert os.getxattr(target, "system.posix_acl_access") == SHARED
 
 
+@pytest.mark.parametrize("now", ["another file", "a link to another file"])
+def test_access_list_of_another_file_is_not_taken(tmp_path: Path, now: str) -> None:
+    """Whoever takes the name of the file that is replaced, before it is, cannot have the new one opened to others."""
+    target, other = tmp_path / "x.ckpt", tmp_path / "other.ckpt"
+    target.write_bytes(OLD)
+    other.write_bytes(OLD)
+    give(other, "access")
+    target.chmod(0o640)
+    model = target.lstat()
+    target.rename(tmp_path / "aside.ckpt")
+    if now == "another file":
+        other.rename(target)
+    else:
+        target.symlink_to(other)
+    disk = Disk()
+    fd = disk.create(str(tmp_path / "new.ckpt"))
+    disk.take_after(fd, str(target), model)
+    disk.close(fd)
+    assert "system.posix_acl_access" not in os.listxattr(tmp_path / "new.ckpt")
+    assert mode(tmp_path / "new.ckpt") == 0o640
+
+
 def test_access_list_of_the_directory(tmp_path: Path, workers: ThreadWorkers) -> None:
     """A new checkpoint gets the list that its directory gives; a replaced one that had none gets none."""
     target = tmp_path / "x.ckpt"

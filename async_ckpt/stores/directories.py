@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from async_ckpt.stores.disk import Disk
@@ -41,22 +42,30 @@ class Directories:
         self._synced: dict[str, tuple[int, int, int]] = {}
         self._swept: set[tuple[int, int]] = set()  # a number given out again is that of an empty directory
 
-    def make(self, directory: str) -> list[str]:
-        """Make *directory* and what is missing above it; return those made here, outermost first."""
+    def make(self, directory: str, check: Callable[[], object]) -> list[str]:
+        """Make *directory* and what is missing above it; return those made here, outermost first.
+
+        Args:
+            directory: which.
+            check: raises if what is on the way now leads where nothing is to be made.
+        """
         missing = []
         while not os.path.isdir(directory):
             missing.append(directory)
             directory = os.path.dirname(directory)
         made: list[str] = []
-        for each in reversed(missing):
-            try:
-                self._disk.mkdir(each)
-            except FileExistsError:
-                continue
-            except OSError:
-                self.unmake(made)
-                raise
-            made.append(each)
+        try:
+            check()  # now that it is known what is there
+            for each in reversed(missing):
+                try:
+                    self._disk.mkdir(each)
+                except FileExistsError:
+                    check()  # somebody was faster
+                else:
+                    made.append(each)
+        except OSError:
+            self.unmake(made)
+            raise
         return made
 
     def unmake(self, made: list[str]) -> None:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import BinaryIO
 
+from async_ckpt.errors import StoreError
 from async_ckpt.options import Durability
 from async_ckpt.permissions import REFUSALS, take_after
 from async_ckpt.stores.base import Location
@@ -61,7 +64,7 @@ class Links:
         Raises:
             StoreError: it could not be made; a file or link that was there stays.
         """
-        refuse_foreign_link("link", location)
+        refuse_foreign_link("link", target)  # whoever follows ours would be led there
         path = location.path
         directory = os.path.dirname(path)
 
@@ -75,7 +78,7 @@ class Links:
                 _move(self._disk, made, path, place)
 
         with _translating("link", location):
-            os.makedirs(directory, exist_ok=True)
+            self._directories.make(directory, lambda: refuse_foreign_link("link", location))
             _under_a_fresh_name(directory, link)
             self._directories.sweep(directory)
             if self._fsync:
@@ -146,7 +149,7 @@ def _copied(source: str, made: str, disk: Disk, place: Place) -> Iterator[None]:
         closing.callback(disk.close, fd)
         if not hold_fresh(disk, fd):
             raise _SweptError(errno.EBUSY, os.strerror(errno.EBUSY))
-        with open(source, "rb") as original, open(fd, "wb", closefd=False) as copy:
+        with _opened(source, disk) as original, open(fd, "wb", closefd=False) as copy:
             shutil.copyfileobj(original, copy)
             copy.flush()
             _share(fd, source, os.fstat(original.fileno()))
@@ -175,6 +178,15 @@ def _move(disk: Disk, made: str, path: str, place: Place) -> None:
     move_in(disk, made, path, landed=landed, replaces=not place.replace)
 
 
+@contextmanager
+def _opened(path: str, disk: Disk) -> Iterator[BinaryIO]:
+    """Open what is copied: neither a pipe, which would be waited for, nor a device, which may have no end."""
+    with open(disk.open_to_read(path), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it leads to no regular file")
+        yield file
+
+
 def _modified_ns(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
@@ -191,5 +203,7 @@ def _date(path: str, modified_ns: int) -> None:
 def _translating(stage: str, location: Location) -> Iterator[None]:
     try:
         yield
+    except StoreError:
+        raise
     except OSError as error:
         raise translated(stage, location, error) from error

@@ -14,6 +14,7 @@ import stat
 from contextlib import suppress
 from typing import Literal
 
+from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location, Workers, aborted_on_error
 from async_ckpt.stores.directories import Directories
 from async_ckpt.stores.disk import Disk
@@ -118,12 +119,18 @@ class LocalStore:
         # A file that a dead process had put aside must not take the name that is free then.
         self._directories.sweep(os.path.dirname(location.path))
         try:
-            if stat.S_ISDIR(self._disk.lstat(location.path).st_mode):
+            found = self._disk.lstat(location.path)
+            refuse_foreign_link(
+                "delete", location
+            )  # again: it may be there only because of a link put there just now
+            if stat.S_ISDIR(found.st_mode):
                 self._disk.rmtree(location.path)
             else:
                 self._disk.unlink(location.path)
         except (FileNotFoundError, NotADirectoryError):
             return
+        except StoreError:
+            raise
         except OSError as error:
             advice = _NO_DELETING if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP) else ""
             raise translated("delete", location, error, advice) from error

@@ -98,15 +98,15 @@ class LocalUpload:
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
             self._begin(earlier)
-            # Again, as somebody may have been faster on the way there.
-            refuse_foreign_link("begin", self._location)
         self.swept = self._directories.sweep(self._directory)
 
     def _begin(self, earlier: os.stat_result | None) -> None:
         """Make the directories on the way, and begin what the bytes go to."""
         for _ in range(_BEGIN_ATTEMPTS):
             try:
-                made = self._directories.make(self._directory)
+                made = self._directories.make(
+                    self._directory, lambda: refuse_foreign_link("begin", self._location)
+                )
                 self._made += made
                 self._draft = self._drafted(earlier, made)
                 if self._draft.begin(self._nbytes):

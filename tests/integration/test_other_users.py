@@ -7,15 +7,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointIO, CheckpointService, StoreError
 from async_ckpt.events import Event, LaidOut, PartWritten
+from async_ckpt.stores import locate
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.local import LocalStore
+from async_ckpt.testing import ThreadWorkers
 from async_ckpt.timeline import Timeline
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
@@ -134,6 +139,88 @@ def test_a_link_that_is_planted_while_a_save_waits_is_refused(shared: Path, vict
     with pytest.raises(StoreError, match="Another user has put the link"):
         handle.wait()
     service.close()
+
+
+PLANT_DIRECTORY = """
+import os, sys
+os.mkdir(sys.argv[1])
+os.symlink(sys.argv[2], os.path.join(sys.argv[1], "precious"))
+os.symlink(os.path.dirname(sys.argv[2]), os.path.join(sys.argv[1], "deep"))
+"""
+
+
+@pytest.mark.parametrize("name", ["precious", "deep/precious"])
+def test_a_planted_directory_leads_nowhere_else(shared: Path, victim: Path, name: str) -> None:
+    """Nothing is saved or removed by way of a link in a directory that another user has put there."""
+    as_nobody(PLANT_DIRECTORY, shared / "run", victim)
+    path = shared / "run" / name
+    with CheckpointService() as service:
+        with pytest.raises(StoreError, match="Another user has put the link"):
+            service.save(STATE, path)
+        if "deep" in name:
+            with pytest.raises(StoreError, match="Another user has put the link"):
+                service.remove(path).wait()
+        service.save(STATE, shared / "run" / "x.ckpt").wait()  # it may be shared on purpose
+    assert (shared / "run" / "x.ckpt").stat().st_uid == 0
+
+
+def test_no_link_of_ours_leads_where_another_user_wants_it(shared: Path, victim: Path) -> None:
+    """A link is not made to what a planted link leads to: a later save would trust it, as it is ours."""
+    plant(shared / "run", victim.parent)
+    with CheckpointService() as service:
+        handle = service.submit_link(
+            locate(shared / "last.ckpt", follow=False), locate(shared / "run" / victim.name)
+        )
+        with pytest.raises(StoreError, match="Another user has put the link"):
+            handle.wait()
+    assert not os.path.lexists(shared / "last.ckpt")
+
+
+class PlantedBetween(Disk):
+    """Lets the other user plant something right before the n-th of some calls, after all that was looked at."""
+
+    def __init__(self, call: str, action: Callable[[], object]) -> None:
+        self._call = call
+        self._action: Callable[[], object] | None = action
+
+    def _comes(self, call: str) -> None:
+        if call == self._call and self._action is not None:
+            action, self._action = self._action, None
+            action()
+
+    def mkdir(self, path: str) -> None:
+        """Make one directory."""
+        self._comes("mkdir")
+        super().mkdir(path)
+
+    def lstat(self, path: str) -> os.stat_result:
+        """Describe *path* itself."""
+        self._comes("lstat")
+        return super().lstat(path)
+
+
+@pytest.mark.parametrize("below", ["run/deep", "run"])
+def test_a_way_that_is_planted_while_it_is_made(shared: Path, victim: Path, below: str) -> None:
+    """Where another user takes the name of a directory that is about to be made, nothing is made where that leads."""
+    (victim.parent / "deep").mkdir()
+    disk = PlantedBetween("mkdir", lambda: plant(shared / "run", victim.parent))
+    workers = ThreadWorkers(1)
+    store = LocalStore(workers=workers, disk=disk)
+    with pytest.raises(StoreError, match="Another user has put the link"):
+        anyio.run(store.begin, locate(shared / below / "new" / "x.ckpt"), 10)
+    workers.close()
+    assert os.listdir(victim.parent / "deep") == []
+    (victim.parent / "deep").rmdir()
+
+
+def test_a_way_that_is_planted_right_before_a_removal(shared: Path, victim: Path) -> None:
+    """What a removal finds only because another user has just put a link there is not deleted."""
+    disk = PlantedBetween("lstat", lambda: plant(shared / "run", victim.parent))
+    workers = ThreadWorkers(1)
+    store = LocalStore(workers=workers, disk=disk)
+    with pytest.raises(StoreError, match="Another user has put the link"):
+        anyio.run(store.delete, locate(shared / "run" / victim.name))
+    workers.close()
 
 
 def test_no_file_of_another_user_becomes_ours(shared: Path) -> None:

@@ -75,3 +75,42 @@ def test_whose_names_count(
         str(tmp_path / "elsewhere" / "x.ckpt"),
         str(link) if foreign else "",
     )
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("leads_to", "owner", "foreign"),
+    [
+        ("{private}", 12345, True),
+        ("../../private", 12345, True),
+        ("inside", 12345, False),  # to what is theirs anyway
+        ("{private}", 0, False),  # ours
+        ("{private}", 54321, True),  # of a third user, whom they have let in
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_directory_of_another_user_leads_nowhere_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leads_to: str,
+    owner: int,
+    foreign: bool,
+    missing: bool,
+) -> None:
+    """Where another user has put a whole directory, no link of theirs in it leads out of it, however deep it is."""
+    private, shared = tmp_path / "private", tmp_path / "shared"
+    for folder in (private, shared, shared / "run", shared / "run" / "inside"):
+        folder.mkdir()
+    shared.chmod(0o1777)
+    link = shared / "run" / "deep"
+    link.symlink_to(leads_to.format(private=private) + ("/nothing" if missing else ""))
+    for path in (shared / "run", shared / "run" / "inside", link):
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    os.lchown(link, owner, owner)
+    assert foreign_link_on(f"{link}/x.ckpt") == (str(link) if foreign else "")
+    assert resolve(str(link)).foreign == (str(link) if foreign else "")
+    assert resolve(str(link), follow=False).foreign == ""
+    monkeypatch.chdir(shared / "run" / "inside")
+    assert foreign_link_on("../deep/x.ckpt") == (str(link) if foreign else "")
+    shared.chmod(0o777)
+    assert foreign_link_on(f"{link}/x.ckpt") == ""

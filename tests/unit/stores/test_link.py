@@ -214,6 +214,17 @@ def test_a_link_that_cannot_be_detached_stays(tmp_path: Path, target: Path) -> N
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
 
 
+@pytest.mark.parametrize("to", ["pipe", "/dev/zero"])
+def test_a_link_to_what_has_no_end_is_not_copied(tmp_path: Path, to: str) -> None:
+    """A pipe is not waited for, and a device not read: who may put a link there must not hold us up."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "last.ckpt").symlink_to(to)
+    with pytest.raises(StoreError, match="no regular file"):
+        link.detach(at(tmp_path / "last.ckpt"))
+    assert os.readlink(tmp_path / "last.ckpt") == to
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "pipe"]
+
+
 def test_a_copy_that_a_sweeper_took_is_made_again(tmp_path: Path, target: Path) -> None:
     """Another process may be faster than our lock."""
     (tmp_path / "last.ckpt").symlink_to("new.ckpt")

@@ -38,6 +38,10 @@ class Child:
         except (EOFError, OSError):  # dead, perhaps in the middle of a word
             return
 
+    def is_alive(self) -> bool:
+        """Tell whether it has not died yet."""
+        return bool(self._process.is_alive())
+
     def kill(self) -> Iterator[Any]:
         """Kill it, wait until it is gone, and return what it had said and nobody has heard yet."""
         self._process.kill()

@@ -30,6 +30,7 @@ from stress.crashpoints import kill_once
 from stress.foreign import Neighbourhood, Places
 from stress.ground import STORES, Ground, Local, Memory, ground
 from stress.history import ABSENT, History
+from stress.hostile import besiege_once, reason_for_none
 from stress.nemesis import faulty_stores
 from stress.workload import Worker, digest, look, look_on, run_together
 
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ground(options.store) as remote, tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as state:
         os.environ["XDG_STATE_HOME"] = state  # the killed processes' journals are nobody else's affair
         start_server()
+        if reason := reason_for_none():
+            print(f"without a second user who is hostile: {reason}")
         deadline = monotonic() + options.seconds
         while monotonic() < deadline:
             random = Random(f"{seed} {tally['rounds']}")
@@ -83,6 +86,7 @@ def _round(remote: Ground, random: Random, tally: Counter[str]) -> list[Violatio
             *kill_once(
                 Local(crashed) if random.random() < 0.5 or isinstance(remote, Memory) else remote, random
             ),
+            *(besiege_once(random, tally) if not reason_for_none() else ()),
         ]
 
 

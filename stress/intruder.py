@@ -94,12 +94,14 @@ class Intruder:
 
     def _place(self) -> str:
         """Return a path at which something of the other's may come to be."""
-        names = [name for name in self._names if "/" not in name]
-        names += ["sub", "trace.json", ".timeline.0123456789abcdef.tmp"]
+        files = [name for name in self._names if "/" not in name]
+        names = [*files, "sub", "trace.json", ".timeline.0123456789abcdef.tmp"]
         for entry in os.scandir(self._shared):
             if matched := _TEMPORARY.fullmatch(entry.name):  # of that process, or of one that lives no more
                 pid = self._random.choice([matched[2], "4194304"])
                 names += [f"{matched[1]}{pid}.{self._random.getrandbits(64):016x}.tmp"] * 2
+                of = f"{self._random.choice(files)}.previous-{matched[1].split('.')[2]}"
+                names.append(f"{of}.{pid}.{self._random.getrandbits(32):08x}")
         return str(self._shared / self._random.choice(names))
 
     def _plant_link(self, path: str) -> None:

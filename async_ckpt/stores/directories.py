@@ -22,6 +22,7 @@ from async_ckpt.stores.leftovers import aside_of, is_leftover, owner_is_dead
 from async_ckpt.stores.local_move import settle_aside
 from async_ckpt.stores.locking import is_abandoned
 from async_ckpt.stores.places import PLACES, Place, Places
+from async_ckpt.trust import is_foreign
 
 __all__ = ["Directories"]
 
@@ -158,7 +159,8 @@ class Directories:
         name = os.path.basename(path)
         try:
             if aside_of(name) is not None:  # nobody locks it
-                dead = owner_is_dead(name)
+                foreign = is_foreign(self._disk.lstat(path), os.path.dirname(path))
+                dead = not foreign and owner_is_dead(name)
                 if dead:
                     settle_aside(self._disk, path)
                 return dead

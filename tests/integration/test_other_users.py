@@ -248,6 +248,20 @@ def test_leftovers_that_are_links_are_not_followed(shared: Path, victim: Path) -
     assert (shared / "x.ckpt").stat().st_uid == 0
 
 
+def test_no_file_of_another_user_is_put_back(shared: Path) -> None:
+    """What another user has given the name of a file that a dead process of ours has put aside gets no other name."""
+    from async_ckpt.stores.leftovers import name_aside
+
+    _, pid, _ = name_aside("x.ckpt").rsplit(".", 2)
+    planted = shared / name_aside("x.ckpt").replace(f".{pid}.", ".4194304.")
+    as_nobody("import os, sys; os.close(os.open(sys.argv[1], os.O_CREAT, 0o666))", planted)
+    with CheckpointService() as service:
+        service.save(STATE, shared / "y.ckpt").wait()
+        service.save(STATE, shared / "x.ckpt").wait()
+    assert (shared / "x.ckpt").stat().st_uid == 0
+    assert planted.stat().st_uid == NOBODY
+
+
 def test_a_timeline_is_not_written_elsewhere(shared: Path, victim: Path) -> None:
     """Neither through a link in its own place, nor through one in its directory's."""
 

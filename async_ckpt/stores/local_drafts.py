@@ -30,6 +30,7 @@ from async_ckpt.stores.local_move import move_in
 from async_ckpt.stores.locking import hold_fresh
 from async_ckpt.stores.places import Place
 from async_ckpt.stores.target import exists_already, refuse_foreign_file
+from async_ckpt.stores.ways import is_refusal, refused_in_place
 
 __all__ = ["Draft", "InPlaceDraft", "TemporaryDraft"]
 
@@ -255,6 +256,10 @@ class InPlaceDraft:
             fd = self._disk.open_in_place(self.path, fresh=fresh)
         except FileExistsError:
             raise exists_already("write", self._location) from None
+        except OSError as error:
+            if not is_refusal(error.errno):
+                raise
+            raise refused_in_place(error) from error
         self._is_begun = True
         if not self._file.in_order:
             try:

@@ -34,7 +34,15 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_drafts import Draft, InPlaceDraft, TemporaryDraft
 from async_ckpt.stores.local_file import LocalFile
 from async_ckpt.stores.target import check_local_target, exists_already, refuse_foreign_link, translated
-from async_ckpt.stores.ways import Found, WayRefused, choose, is_of_another, late_advice, refusal_to_replace
+from async_ckpt.stores.ways import (
+    Found,
+    WayRefused,
+    choose,
+    is_of_another,
+    is_refusal,
+    late_advice,
+    refusal_to_replace,
+)
 
 __all__ = ["HALF_OF_THE_CPUS", "LocalUpload"]
 
@@ -111,8 +119,9 @@ class LocalUpload:
                 self._draft = self._drafted(earlier, made)
                 if self._draft.begin(self._nbytes):
                     return
-            except FileNotFoundError:
-                continue  # another upload's abort took a directory away
+            except FileNotFoundError:  # another upload's abort took a directory away
+                if self._draft is not None:
+                    self._draft.drop()
         raise OSError(errno.EBUSY, "what is made there vanishes at once")
 
     def _drafted(self, earlier: os.stat_result | None, made: list[str]) -> Draft:
@@ -175,8 +184,7 @@ class LocalUpload:
         except WayRefused as error:
             raise translated(stage, self._location, error, error.advice) from error
         except OSError as error:
-            if stage != "begin" and not advice:
-                advice = late_advice(error.errno or 0)
-                if advice:
-                    self._directories.forget(self._directory)
+            if stage != "begin" and not advice and is_refusal(error.errno):
+                advice = late_advice(stage)
+                self._directories.forget(self._directory)
             raise translated(stage, self._location, error, advice) from error

@@ -23,9 +23,24 @@ __all__ = [
     "WayRefused",
     "choose",
     "is_of_another",
+    "is_refusal",
     "late_advice",
     "refusal_to_replace",
+    "refused_in_place",
 ]
+
+_REFUSALS = frozenset(
+    {
+        errno.EACCES,
+        errno.EBUSY,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+    }
+)
 
 BY_OPTION = (
     'in_place="allow" lets it be written under its own name: then a failure or a kill in the middle leaves '
@@ -131,16 +146,22 @@ def refusal_to_replace(found: os.stat_result, directory: os.stat_result) -> int:
     return errno.EPERM if sticky and is_of_another(found) else 0
 
 
-def late_advice(number: int) -> str:
-    """Return what to tell where a complete file was refused its name after all; empty if that says nothing."""
-    if number not in (
-        errno.EACCES,
-        errno.EBUSY,
-        errno.EEXIST,
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.EOPNOTSUPP,
-        errno.EPERM,
-    ):
-        return ""
-    return f"The place refuses to put another file there; what was there is untouched. Save elsewhere. {BY_OPTION}"
+def late_advice(stage: str) -> str:
+    """Return what to tell where the place refused at a later stage what it seemed to do."""
+    if stage == "commit":
+        return f"The place refuses to put another file there; what was there is untouched. Save elsewhere. {BY_OPTION}"
+    return ""
+
+
+def is_refusal(number: int | None) -> bool:
+    """Tell whether *number* says that a place does not do such a thing at all."""
+    return number in _REFUSALS
+
+
+def refused_in_place(error: OSError) -> WayRefused:
+    """Return the error of a place that takes nothing in place of the file that is there, not even in it."""
+    advice = (
+        "The place lets no file that is there be written over. Save to a new name, or mount it so that it does: "
+        "Mountpoint for S3, with --allow-overwrite. What was there is untouched."
+    )
+    return WayRefused(error.errno or errno.EPERM, advice)

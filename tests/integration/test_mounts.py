@@ -105,7 +105,9 @@ def test_in_place_where_it_is_allowed(rules: Rules) -> None:
     with mounted(rules) as mount:
         save(mount.path / "x.ckpt", 1, in_place="allow")
         assert step_in(mount.path / "x.ckpt") == 1
-        with pytest.raises(StoreError):  # no --allow-overwrite
+        with pytest.raises(
+            StoreError, match=r"lets no file that is there be written over.*--allow-overwrite"
+        ):
             save(mount.path / "x.ckpt", 2, in_place="allow")
         assert step_in(mount.path / "x.ckpt") == 1
 

@@ -108,6 +108,14 @@ def test_a_directory_that_vanishes(tmp_path: Path, workers: ThreadWorkers) -> No
     assert (tmp_path / "a" / "x.ckpt").read_bytes() == NEW
 
 
+def test_a_directory_that_vanishes_under_the_temporary_file(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """What had been begun there is let go of before it is begun anew."""
+    disk = FaultyDisk({"mode_of_new": (1, errno.ENOENT)})
+    anyio.run(save, LocalStore(workers=workers, disk=disk, places=KNOWN), tmp_path / "x.ckpt")
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+    assert disk.open_descriptors == 0
+
+
 def test_a_directory_that_always_vanishes(tmp_path: Path, workers: ThreadWorkers) -> None:
     """Trying again has an end (B2)."""
     disk = FaultyDisk({"create": (0, errno.ENOENT)})

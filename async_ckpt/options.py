@@ -21,12 +21,14 @@ from async_ckpt.patience import Limit
 from async_ckpt.retry import RetryPolicy
 
 __all__ = [
+    "DirectSaves",
     "Durability",
     "InPlace",
     "OnError",
     "Overflow",
     "ServiceOptions",
     "SnapshotStrategy",
+    "check_direct_saves",
     "check_grace",
     "parse_bytes",
 ]
@@ -37,6 +39,7 @@ Overflow = Literal["block", "raise", "supersede"]
 OnError = Literal["raise", "warn"]
 Durability = Literal["fsync", "process"]
 InPlace = Literal["refuse", "allow"]
+DirectSaves = Literal["durable", "async"]
 SnapshotStrategy = Literal["auto", "copy", "cow"]
 
 _UNITS = {"": 1, "B": 1}
@@ -209,6 +212,19 @@ def check_grace(seconds: object) -> float:
             "zero leaves at once what has not ended"
         )
     return seconds
+
+
+def check_direct_saves(value: object) -> DirectSaves:
+    """Return a plugin's ``direct_saves`` if it is one of the two.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if value == "durable":
+        return "durable"
+    if value == "async":
+        return "async"
+    raise OptionError(f"direct_saves={value!r}: must be one of 'durable', 'async'")
 
 
 def _check_seconds(name: str, seconds: object) -> None:

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.events import Accepted, Event, Failed
 from async_ckpt.lightning.bars import show_pending
+from async_ckpt.lightning.deferral import defer, is_direct
 from async_ckpt.lightning.departure import departure_of
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications
@@ -65,7 +66,7 @@ class Companion:
         self._departure = departure_of(trainer, plugin.service.options.limit(None))
         self._shadows = Shadows()
         # False where another Trainer's fit, around this one, has the plugin, too.
-        self._was_synchronous = plugin.synchronous
+        self._was_synchronous, self._was_direct = plugin.synchronous, plugin.is_direct
         plugin.synchronous = False
         try:
             self._removals = Removals(plugin, self._shadows, is_awaited=self._notifications.awaits)
@@ -80,8 +81,15 @@ class Companion:
         self._plugin.observe(self._take_in)
         if self._timeline is not None:
             self._plugin.observe(self._timeline)
+        deferred = trainer.callbacks
+        if (
+            self._plugin.direct_saves == "durable"
+        ):  # first: what is put in the way below is nobody's own method
+            deferred = defer(trainer, self._shadows)
+            self._plugin.is_direct = is_direct
         for callback in trainer.callbacks:
-            make_aware(callback, self._plugin, self._removals, self._shadows)
+            is_deferred = any(callback is each for each in deferred)
+            make_aware(callback, self._plugin, self._removals, self._shadows, is_deferred=is_deferred)
         for each in trainer.loggers:
             hold_back = partial(self._hold_back, each.after_save_checkpoint)
             self._shadows.cast(each, "after_save_checkpoint", hold_back)
@@ -156,7 +164,7 @@ class Companion:
         self._record("steps", name, began_seconds)
 
     def _leave(self) -> None:
-        self._plugin.synchronous = self._was_synchronous
+        self._plugin.synchronous, self._plugin.is_direct = self._was_synchronous, self._was_direct
         self._shadows.lift()
         self._plugin.disregard(self._take_in)
         if self._timeline is not None:

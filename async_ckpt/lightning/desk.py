@@ -83,12 +83,14 @@ class Desk:
         options: of the service.
 
     Attributes:
-        synchronous: whether a save returns only once it is durable.
+        synchronous: whether a save or a removal returns only once it has ended, and leaves no thread.
+        is_direct: tells whether the save that is asked for now returns only once it is durable, while a run goes on.
         has_ended: whether the last ``end`` came to its end.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.synchronous = False
+        self.is_direct: Callable[[], bool] = _never
         self._options = options
         ServiceOptions(observer=options.get("observer"))  # refuse it here: the service sees only ours
         self._announcer = _Announcer(options.get("observer"))
@@ -145,8 +147,9 @@ class Desk:
     def save(self, checkpoint: Any, place: Location, make_writer: MakeWriter | None) -> None:
         """Have *checkpoint* written; wait for that where nobody else would."""
         requeue = _REQUEUE.fullmatch(place.url) is not None
-        waits = requeue or self._is_synchronous(place)
-        with self._at_rest_after(rests=waits):  # first: a signal handler may come from here on
+        rests = requeue or self._is_synchronous(place)
+        waits = rests or self.is_direct()
+        with self._at_rest_after(rests=rests):  # first: a signal handler may come from here on
             service = self.service
             writer = None if make_writer is None else make_writer(service)
             self._remember_address(place)
@@ -175,11 +178,14 @@ class Desk:
                 with suppress(NotDurableError):
                     self._wait_for_one(service, handle)
 
-    def link(self, place: Location, target: Location) -> None:
-        """Have *place* lead to *target* once that is durable."""
-        if place.key != target.key:  # it is that file already, by another spelling
-            submit = partial(self.service.submit_link, place, target)
-            self._request(place, submit, there=True, target=target)
+    def link(self, place: Location, target: Location, *, waits: bool) -> None:
+        """Have *place* lead to *target* once that is durable; wait for that, if asked to."""
+        if place.key != target.key:  # else it is that file already, by another spelling
+            service = self.service
+            submit = partial(service.submit_link, place, target)
+            handle = self._request(place, submit, there=True, target=target)
+            if waits:
+                self._wait_for_one(service, handle)
 
     @contextmanager
     def loading(self, place: Location) -> Iterator[CheckpointService]:
@@ -298,6 +304,10 @@ class Desk:
             announcement.end()
             raise
         return handle
+
+
+def _never() -> bool:
+    return False
 
 
 def _wait_for_other_ranks(limit: Limit, in_flight: BaseException | None = None) -> None:

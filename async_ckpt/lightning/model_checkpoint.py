@@ -18,6 +18,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
+from async_ckpt.lightning.deferral import replaces
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.shadows import Shadows
@@ -25,8 +26,17 @@ from async_ckpt.lightning.shadows import Shadows
 __all__ = ["Foresight", "make_aware"]
 
 
-def make_aware(checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, shadows: Shadows) -> None:
+def make_aware(
+    checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, shadows: Shadows, *, is_deferred: bool
+) -> None:
     """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files.
+
+    Args:
+        checkpoint: the callback.
+        plugin: which writes its files.
+        removals: of the plugin.
+        shadows: of the fit.
+        is_deferred: whether its own files may be pending, when it goes on; then its links may be, too.
 
     Raises:
         OptionError: its files are to be where no checkpoint can be; its first save would say so, an epoch later.
@@ -36,8 +46,11 @@ def make_aware(checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, s
         _check_directory(checkpoint, plugin)
         shadows.cast(checkpoint, "_fs", Foresight(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
+        if not is_deferred and replaces(checkpoint, "_link_checkpoint"):
+            return  # it may copy, or upload, and the file is there
         removals.wait_for_links = True
-        link = partial(_link, plugin, removals, checkpoint._link_checkpoint)
+        make_link = plugin.link if is_deferred else partial(plugin.link, waits=True)
+        link = partial(_link, make_link, removals, checkpoint._link_checkpoint)
         shadows.cast(checkpoint, "_link_checkpoint", link)
 
 
@@ -50,12 +63,12 @@ def _check_directory(checkpoint: Any, plugin: AsyncCheckpointIO) -> None:
 
 
 def _link(
-    plugin: AsyncCheckpointIO, removals: Removals, link_now: Any, trainer: Any, filepath: str, linkpath: str
+    make_link: Any, removals: Removals, link_now: Any, trainer: Any, filepath: str, linkpath: str
 ) -> None:
     """Do what ``ModelCheckpoint._link_checkpoint`` does, once *filepath* is durable."""
     if trainer.is_global_zero and not os.path.isdir(filepath):
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
-            plugin.link(linkpath, filepath)
+            make_link(linkpath, filepath)
         trainer.strategy.barrier()
     else:  # another rank, or a directory, which a strategy has written past the plugin
         link_now(trainer, filepath, linkpath)

@@ -30,6 +30,7 @@ from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.meter import Meter
+from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
 from async_ckpt.stores.base import Location
@@ -52,6 +53,9 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     Args:
         checkpoint_io: the base CheckpointIO, or another wrapper; ``None`` streams with our own writer.
+        direct_saves: when, during ``fit``, a save returns that is not Lightning's own ``ModelCheckpoint``'s, such as
+            ``trainer.save_checkpoint(path)`` in a callback: ``"durable"`` when the file may be used, ``"async"`` as
+            soon as the state may be mutated.
         **options: as for ``CheckpointService``: ``queue_depth``, ``memory_limit``, ``overflow``, …
 
     Raises:
@@ -59,7 +63,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         ImportError: no Lightning is installed.
     """
 
-    def __init__(self, checkpoint_io: Any = None, **options: Any) -> None:
+    def __init__(
+        self, checkpoint_io: Any = None, *, direct_saves: DirectSaves = "durable", **options: Any
+    ) -> None:
+        self._direct_saves = check_direct_saves(direct_saves)
         self._options = options
         self._take_base(checkpoint_io)
         self._begin_afresh()
@@ -220,6 +227,20 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def synchronous(self, synchronous: bool) -> None:
         self._desk.synchronous = synchronous
 
+    @property
+    def direct_saves(self) -> DirectSaves:
+        """What becomes of the saves of a fit that are not Lightning's own."""
+        return self._direct_saves
+
+    @property
+    def is_direct(self) -> Callable[[], bool]:
+        """Tells of the save that is asked for now whether it waits; the companion callback sets it during ``fit``."""
+        return self._desk.is_direct
+
+    @is_direct.setter
+    def is_direct(self, is_direct: Callable[[], bool]) -> None:
+        self._desk.is_direct = is_direct
+
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""
         self._desk.observe(observer)
@@ -245,9 +266,15 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         """Return what is the same for every spelling of *path*."""
         return self._locate(path).key
 
-    def link(self, path: Given, target: Given) -> None:
-        """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is."""
-        self._desk.link(self._locate(path), self._locate(target))
+    def link(self, path: Given, target: Given, *, waits: bool = False) -> None:
+        """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is.
+
+        Args:
+            path: of the link.
+            target: what it is to lead to.
+            waits: whether to return only once it does.
+        """
+        self._desk.link(self._locate(path), self._locate(target), waits=waits)
 
     def __enter__(self) -> AsyncCheckpointIO:
         return self
@@ -265,10 +292,11 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         return getattr(base, name)
 
     def __getstate__(self) -> Mapping[str, Any]:
-        return {"base": self._base, "options": self._options}
+        return {"base": self._base, "options": self._options, "direct_saves": self._direct_saves}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._options = state["options"]
+        self._direct_saves = state["direct_saves"]
         self._take_base(state["base"])
         self._begin_afresh()
 

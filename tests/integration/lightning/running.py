@@ -112,7 +112,7 @@ class Ours:
         self._base = base
         self._options = options
         if storage in ("lagging", "late"):
-            options["queue_depth"] = 1000  # the training never waits
+            options |= {"queue_depth": 1000, "direct_saves": "async"}  # the training never waits
 
     def options(self, tree: Any) -> dict[str, list[Any]]:
         """Return the plugins and callbacks of one more Trainer."""
@@ -259,7 +259,9 @@ class Run:
         name_of_last = options.pop("CHECKPOINT_NAME_LAST", None)
         folder = options.pop("dirpath")
         folder = None if folder is None else f"{self._root}/{folder}"
-        checkpoint = sparing(self._tree.checkpoints(folder, **options))
+        checkpoint = self._tree.checkpoints(folder, **options)
+        if isinstance(self._way, Synchronous):
+            checkpoint = sparing(checkpoint)
         if name_of_last is not None:
             checkpoint.CHECKPOINT_NAME_LAST = name_of_last
         return checkpoint

@@ -179,7 +179,7 @@ def test_can_be_copied_and_pickled(tree: Any, tmp_path: Path) -> None:
 
 
 def test_saves_outside_of_fit_are_durable_when_they_return(tree: Any, tmp_path: Path, faults: Any) -> None:
-    """In ``validate`` and ``test``, before and after ``fit``, ``save_checkpoint`` waits; in ``fit`` it does not."""
+    """In ``validate`` and ``test``, before and after ``fit``, each save waits, also where in ``fit`` none does."""
     seen: dict[str, bool] = {}
 
     class Saves(tree.pl.Callback):  # type: ignore[misc]
@@ -203,7 +203,7 @@ def test_saves_outside_of_fit_are_durable_when_they_return(tree: Any, tmp_path: 
             self.save(trainer, "test")
 
     saves = Saves()
-    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    plugin = AsyncCheckpointIO(store_factory=faults.make, direct_saves="async")
     trainer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[saves, AsyncCheckpointCallback()])
     model = tree.model()
     trainer.validate(model, verbose=False)
@@ -298,7 +298,7 @@ class _Counting(AsyncCheckpointIO):
 def test_a_storage_that_hangs_is_waited_for_once(tree: Any, tmp_path: Path, faults: Any, fails: bool) -> None:
     """When ``flush_timeout`` has passed at the end of a fit, nobody waits again, whatever is saved after that."""
     gate = faults.hold()
-    plugin = _Counting(store_factory=faults.make, queue_depth=8, flush_timeout=1.0)
+    plugin = _Counting(store_factory=faults.make, queue_depth=8, flush_timeout=1.0, direct_saves="async")
 
     class Own(tree.pl.callbacks.Checkpoint):  # type: ignore[misc]
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

@@ -145,7 +145,7 @@ def test_killed_at_any_event_the_link_leads_to_a_whole_checkpoint(
 def test_a_name_whose_removal_is_pending_is_free_again(tree: Any, tmp_path: Path, faults: Any) -> None:
     """A checkpoint that is to be removed does not count for names; it is gone before its name is used again (O1)."""
     gate = faults.hold(operation="begin")
-    plugin = AsyncCheckpointIO(store_factory=faults.make, queue_depth=8)
+    plugin = AsyncCheckpointIO(store_factory=faults.make, queue_depth=8, direct_saves="async")
     (tmp_path / "ckpt").mkdir()
     old = tmp_path / "ckpt" / "same.ckpt"
     old.write_bytes(b"old")
@@ -187,7 +187,7 @@ def test_a_constant_name_is_never_removed_after_it_was_used_again(
     """What is saved under a name whose removal was held back for a logger stays: the removal comes first (O1)."""
     gate = faults.hold()
     path = tmp_path / "same.ckpt"
-    plugin = AsyncCheckpointIO(store_factory=faults.make, queue_depth=8)
+    plugin = AsyncCheckpointIO(store_factory=faults.make, queue_depth=8, direct_saves="async")
     order: list[str] = []
     plugin.observe(lambda event: order.append(type(event).__name__) if event.url == str(path) else None)
 

@@ -29,7 +29,15 @@ WITH_ONE = [
     *("fails_at_end:ours", "fails_at_end:theirs", "is_lost:ours"),
 ]
 WITH_OTHER = [
-    *("resume:ours", "resume:theirs", "direct:ours", "broken:ours", "fails_everywhere:ours", "fabric:ours"),
+    *(
+        "resume:ours",
+        "resume:theirs",
+        "direct:ours",
+        "reported:ours",
+        "broken:ours",
+        "fails_everywhere:ours",
+        "fabric:ours",
+    ),
 ]
 BOTH = ["epoch=0-step=4.ckpt", "last.ckpt"]
 
@@ -101,6 +109,15 @@ def test_all_ranks_go_on_from_the_same_checkpoint(name: str, request: pytest.Fix
 def test_saves_by_hand_are_there_for_every_rank(other: Ran) -> None:
     """After ``trainer.save_checkpoint``, each rank reads what was saved from the file itself, also a replaced one."""
     assert [record["loaded"] for record in other.of("direct:ours")] == [[1.0, 2.0], [1.0, 2.0]]
+
+
+def test_saves_by_hand_in_training_are_there_for_every_rank(other: Ran) -> None:
+    """After ``trainer.save_checkpoint`` inside ``fit``, each rank reads the file, while ``ModelCheckpoint``'s own saves
+    are pending; a folder that was used and removed does not come back.
+    """
+    for record in other.of("reported:ours"):
+        assert record["reports"] == [1, 2, 3, 4]
+        assert record["files"] == BOTH
 
 
 def test_load_on_another_rank_waits_for_the_save(one: Ran) -> None:

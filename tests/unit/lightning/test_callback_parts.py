@@ -109,7 +109,7 @@ def test_what_is_no_file_system_is_left_alone(value: Any) -> None:
     removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
     other, checkpoint = SimpleNamespace(_fs=value), SimpleNamespace(_fs=LocalFileSystem())
     for callback in (other, checkpoint):
-        make_aware(callback, plugin, removals, shadows)
+        make_aware(callback, plugin, removals, shadows, is_deferred=True)
     assert other._fs is value
     assert type(checkpoint._fs) is Foresight
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -182,6 +183,25 @@ def direct() -> dict[str, Any]:
         one.save_checkpoint(folder() / "manual.ckpt")
         loaded.append(Model.load_from_checkpoint(folder() / "manual.ckpt").layer.weight[0, 0].item())
     return {"loaded": loaded}
+
+
+def reported() -> dict[str, Any]:
+    """Save by hand in the middle of training, use the file on the rank that wrote it, and remove its folder."""
+    reports: list[int] = []
+
+    class Reports(PL.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            place = folder() / f"report-{trainer.global_step}"
+            if RANK == 0:
+                place.mkdir(parents=True)
+            trainer.save_checkpoint(place / "a.ckpt")
+            reports.append(torch.load(place / "a.ckpt")["global_step"])  # a barrier has been passed
+            trainer.strategy.barrier()
+            if RANK == 0:
+                shutil.rmtree(place)
+
+    trainer(Reports()).fit(Model())
+    return {"reports": reports, "files": files()}
 
 
 def midway() -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Saves(tree.pl.Callback):  # type: ignore[misc, name-defined]  # a base tha
 
 def fit() -> None:
     """Train; say how that ended and whether SIGTERM does again what it did before."""
-    plugins: list[Any] = [AsyncCheckpointIO(store_factory=faults.make, observer=observe, flush_timeout=60.0)]
+    options: dict[str, Any] = {"observer": observe, "flush_timeout": 60.0, "direct_saves": "async"}
+    plugins: list[Any] = [AsyncCheckpointIO(store_factory=faults.make, **options)]
     if "SLURM_JOB_ID" in os.environ:
         environments = importlib.import_module(f"{tree.fabric.__name__}.plugins.environments")
         plugins.append(environments.SLURMEnvironment(auto_requeue=True))

@@ -22,7 +22,7 @@ from async_ckpt.errors import StateChangedError, UnpicklableStateError
 from async_ckpt.snapshot.arrays import ArrayBytes
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
 from async_ckpt.snapshot.conventions import Convention, alignment, ask, convention, open_writer
-from async_ckpt.snapshot.copying import HostBuffer, aligned, bytes_of, copy_storages
+from async_ckpt.snapshot.copying import HostBuffer, aligned, bytes_of, copy_storages, without_modes
 from async_ckpt.snapshot.diagnosis import Offence, find_offences
 from async_ckpt.snapshot.entries import ArrayEntry
 from async_ckpt.snapshot.filling import Skeleton
@@ -146,7 +146,8 @@ class Capture:
         _check_sizes(lifted)
         if lifted.remotes:
             remotes = [(self._storages[index].start, tensor) for index, tensor in lifted.remotes]
-            bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
+            with without_modes():
+                bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
         copy_storages(lifted.storages, lifted.sizes, buffer)
         for position, data in lifted.arrays:
             entry = lifted.entries[position]

@@ -305,7 +305,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
         place = self._locate(path)
         # As after a synchronous save: who puts something beside it finds the directory.
-        if is_local(place) and not place.foreign_link:
+        if is_local(place) and not place.foreign_link and not place.in_directory:
             with suppress(OSError):  # the save itself says it better
                 os.makedirs(os.path.dirname(place.path), exist_ok=True)
         self._desk.save(checkpoint, place, None)

@@ -148,18 +148,20 @@ def locate_local(
         raise OptionError(f"{redacted_url(url)!r} names no file")
     shown = redacted_url(url)  # there may be a URL in it that lost a slash
     try:
-        own, links, foreign = resolve(path, follow=follow, changes=changes)
+        way = resolve(path, follow=follow, changes=changes)
     except OSError as error:
         raise StoreError.during("begin", shown, error) from error
     return Location(
         url=shown,
-        path=own,
-        key=_local_key(own),
+        path=way.path,
+        key=_local_key(way.path),
         group=LOCAL_GROUP,
         address=url,
-        foreign_link=foreign,
-        links=tuple(map(_local_key, links)),
+        foreign_link=way.foreign,
+        links=tuple(map(_local_key, way.links)),
         follows=follow,
+        in_directory=way.in_directory,
+        look=way.look,
     )
 
 
@@ -188,10 +190,10 @@ def is_local(location: Location) -> bool:
 
 
 def check_target(location: Location, *, in_place: bool = False) -> None:
-    """Refuse at once a place that no save could end in: a few system calls, no change, no network.
+    """Refuse at once a place that no save could end in: one system call or two, no change, no network.
 
     Args:
-        location: where a save is to go; of a remote one, only the kind of file system is looked at.
+        location: where a save is to go, just named; of a remote one, only the kind of file system is looked at.
         in_place: whether a local file may be written to where none can be made beside it.
 
     Raises:
@@ -201,7 +203,7 @@ def check_target(location: Location, *, in_place: bool = False) -> None:
         from async_ckpt.stores.disk import Disk
         from async_ckpt.stores.target import check_local_target
 
-        check_local_target(location, Disk(), in_place=in_place)
+        check_local_target(location, Disk(), in_place=in_place, at_call=True)
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:

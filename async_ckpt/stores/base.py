@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import anyio
 
 from async_ckpt.redaction import presentable, redacted_text
+from async_ckpt.trust import Look
 
 __all__ = [
     "Content",
@@ -57,6 +58,8 @@ class Location:
         links: on a local disk, the keys of the symlinks that the address leads through.
         follows: on a local disk, whether the last name of the address stands for what it leads to.
         secrets: what may not be shown of the address, and of the options that go with it.
+        in_directory: on a local disk, whether the directory was there when it was named.
+        look: on a local disk, at what was there when it was named; ``None`` where nobody has looked.
         options: what the file system is made with beside the storage options, where the location itself says it.
     """
 
@@ -69,6 +72,8 @@ class Location:
     links: tuple[str, ...] = field(default=(), repr=False)
     follows: bool = field(default=False, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    in_directory: bool = field(default=False, repr=False, compare=False)
+    look: Look | None = field(default=None, repr=False, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -119,8 +119,15 @@ class Disk:
 
     def writable(self, path: str) -> bool:
         """Tell whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
-        mode = os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK
+        return self._may(path, os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK)
+
+    @staticmethod
+    def _may(path: str, mode: int) -> bool:
         return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+    def takes_names(self, directory: str) -> bool:
+        """Tell whether *directory* is one, and making a file in it is permitted."""
+        return self._may(f"{directory}/.", os.W_OK | os.X_OK)
 
     def mode_of_new(self, path: str) -> int:
         """Return the mode that ``open`` would give to a new file, as one that is made at *path* and removed shows."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,62 @@ def test_a_directory_of_another_user_leads_nowhere_else(
     assert foreign_link_on("../deep/x.ckpt") == (str(link) if foreign else "")
     shared.chmod(0o777)
     assert foreign_link_on(f"{link}/x.ckpt") == ""
+
+
+def _move(folder: Path, name: str) -> None:
+    if (folder / name).exists() and not (folder / f"{name}.old").exists():
+        (folder / name).rename(folder / f"{name}.old")
+
+
+def _lead(folder: Path, name: str) -> None:
+    _move(folder, name)
+    if not os.path.lexists(folder / name):
+        (folder / name).symlink_to(f"{name}.old")
+
+
+def _make(folder: Path, name: str) -> None:
+    if not os.path.lexists(folder / name):
+        (folder / name).mkdir(parents=True)
+
+
+def _take_away(folder: Path, name: str) -> None:
+    if (folder / name).is_symlink():
+        (folder / name).unlink()
+    elif (folder / name).is_dir():
+        shutil.rmtree(folder / name)
+
+
+_CHANGES = st.sampled_from([_move, _lead, _make, _take_away])
+_PLACES = st.sampled_from(["a", "a/b", "c", "c/b", "a.old", "a.old/b"])
+
+
+@given(st.lists(st.tuples(_CHANGES, _PLACES), max_size=8))
+def test_a_directory_is_known_no_longer_once_it_has_changed(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[Callable[[Path, str], None], str]]
+) -> None:
+    """Whatever is moved, replaced by a link, or made anew, a path leads to what the system says, each time."""
+    folder = tmp_path_factory.mktemp("tree")
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "c").symlink_to("a")
+    for change, place in [(_make, "a"), *changes]:
+        with suppress(OSError):  # what it needs is not there, or in its way
+            change(folder, place)
+        for way in ("a/b/x", "c/b/x", "c/b/../x", "a.old/b/x"):
+            path, expected = f"{folder}/{way}", os.path.realpath(f"{folder}/{way}")
+            if os.path.isdir(os.path.dirname(path)):
+                found = resolve(path).path
+                assert os.path.samefile(os.path.dirname(found), os.path.dirname(expected))
+                assert os.path.basename(found) == os.path.basename(expected)
+
+
+@needs_root
+def test_a_directory_of_another_with_the_same_inode_is_not_known(tmp_path: Path) -> None:
+    """Where a directory of ours has become another user's, in a place open to all, the links in it count as theirs."""
+    tmp_path.chmod(0o1777)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert resolve(f"{run}/x").foreign == ""
+    os.chown(run, 12345, -1)  # as one that was removed and made anew by that user may look, inode and all
+    (run / "x").symlink_to("/etc/passwd")
+    os.chown(run / "x", 12345, -1, follow_symlinks=False)
+    assert resolve(f"{run}/x").foreign == f"{run}/x"

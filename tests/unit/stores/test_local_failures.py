@@ -221,6 +221,10 @@ def test_a_read_only_file_system_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
             """Refuse."""
             return False
 
+        def takes_names(self, directory: str) -> bool:
+            """Refuse."""
+            return False
+
     answer = os.statvfs(tmp_path)
     fields = [*answer[:8], os.ST_RDONLY, *answer[9:]]
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(fields))

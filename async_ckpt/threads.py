@@ -24,6 +24,8 @@ def start(*threads: threading.Thread) -> None:
     Raises:
         RuntimeError: the system allows no more threads; those after the first that failed are not started.
     """
+    if not threads:
+        return
     if threading.current_thread() is not threading.main_thread():  # where no signal handler runs
         _start(threads)
         return

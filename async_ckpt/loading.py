@@ -44,21 +44,22 @@ class Loads:
         runtime: Runtime,
         *,
         map_location: Any,
-        weights_only: bool | None,
         keys: str | Sequence[str] | None,
         progress: bool | None,
+        **unpickling: Any,
     ) -> Any:
         """Return the state at *location*; the arguments are those of ``CheckpointService.load``."""
         # Here, because few programs load, and all import this module.
         from async_ckpt.format.reader import read_checkpoint
         from async_ckpt.format.selection import as_patterns
+        from async_ckpt.format.unpickling import Unpickling
 
         try:
             return read_checkpoint(
                 partial(self._open, location, store, runtime),
                 url=location.url,
                 map_location=map_location,
-                weights_only=weights_only,
+                unpickling=Unpickling(**unpickling),
                 keys=None if keys is None else as_patterns(keys),
                 progress=progress,
             )

@@ -168,6 +168,8 @@ class CheckpointService:
         weights_only: bool | None = True,
         keys: str | Sequence[str] | None = None,
         progress: bool | None = None,
+        pickle_module: Any = None,
+        **pickle_load_args: Any,
     ) -> Any:
         """Load a checkpoint with ``torch.load``, after the pending saves of *url*, not of others (O2).
 
@@ -183,6 +185,8 @@ class CheckpointService:
                 is compared, as ``fnmatch`` does, with the way to a value: the keys of mappings and the positions
                 in lists, joined by dots. One that matches takes everything below.
             progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
+            pickle_module: as for ``torch.load``, which takes it with ``weights_only=False`` only.
+            **pickle_load_args: as for ``torch.load``, such as ``encoding``.
 
         Returns:
             The state; with *keys*, nested as it was, with nothing but what matched.
@@ -207,9 +211,11 @@ class CheckpointService:
                 store,
                 holdings.running(),
                 map_location=map_location,
-                weights_only=weights_only,
                 keys=keys,
                 progress=progress,
+                weights_only=weights_only,
+                pickle_module=pickle_module,
+                arguments=pickle_load_args,
             )
 
         return self._intake.read(location, read)
@@ -435,6 +441,8 @@ def load(
     keys: str | Sequence[str] | None = None,
     progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    pickle_module: Any = None,
+    **pickle_load_args: Any,
 ) -> Any:
     """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
 
@@ -445,6 +453,8 @@ def load(
         keys: load only what these patterns match, and fetch no more; see ``CheckpointService.load``.
         progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
         storage_options: passed to the fsspec file system.
+        pickle_module: as for ``torch.load``, which takes it with ``weights_only=False`` only.
+        **pickle_load_args: as for ``torch.load``, such as ``encoding``.
 
     Returns:
         The state; with *keys*, nested as it was, with nothing but what matched.
@@ -457,5 +467,11 @@ def load(
     """
     with CheckpointService(storage_options=storage_options, max_concurrent_parts=READS_OF_LOAD) as service:
         return service.load(
-            url, map_location=map_location, weights_only=weights_only, keys=keys, progress=progress
+            url,
+            map_location=map_location,
+            weights_only=weights_only,
+            keys=keys,
+            progress=progress,
+            pickle_module=pickle_module,
+            **pickle_load_args,
         )

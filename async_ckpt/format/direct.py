@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from async_ckpt.format.checksum import crc32, crc32_combine
 from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 
-__all__ = ["Range", "Wanted", "expected_start", "overlap", "plan_ranges"]
+__all__ = ["Range", "Wanted", "cut_ranges", "expected_start", "overlap", "plan_ranges"]
 
 _SATURATED = 0xFFFFFFFF
 _WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
@@ -114,6 +114,30 @@ def overlap(records: Iterable[Wanted]) -> bool:
             return True
         stop = record.start + record.entry.nbytes
     return False
+
+
+def cut_ranges(
+    start: int, targets: Iterable[memoryview], *, longest_bytes: int
+) -> list[tuple[int, list[memoryview]]]:
+    """Return the ranges, each with where its bytes go, that fill *targets* one after the other from *start* on.
+
+    Args:
+        start: where they begin in the file.
+        targets: where the bytes go.
+        longest_bytes: the most that one request should ask for.
+    """
+    ranges: list[tuple[int, list[memoryview]]] = []
+    room = 0
+    for target in targets:
+        left = target
+        while left.nbytes:
+            if room <= 0:
+                ranges.append((start, []))
+                room = longest_bytes
+            piece = left[:room]
+            ranges[-1][1].append(piece)
+            start, room, left = start + piece.nbytes, room - piece.nbytes, left[piece.nbytes :]
+    return ranges
 
 
 def plan_ranges(records: Iterable[Wanted], *, longest_bytes: int) -> list[Range]:

@@ -14,24 +14,18 @@ import ctypes
 import io
 import logging
 import os
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.direct import Wanted, expected_start, overlap, plan_ranges
-from async_ckpt.format.directory import (
-    LOCAL_HEADER,
-    NOT_UNDERSTOOD,
-    Entry,
-    data_start,
-    find_directory,
-    list_entries,
-)
-from async_ckpt.format.readahead import CHUNK_BYTES, ReadAhead
-from async_ckpt.format.records import Storage, reading_order, storages_of
+from async_ckpt.format.direct import Wanted, cut_ranges, expected_start, overlap, plan_ranges
+from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
+from async_ckpt.format.index import Index, read_index
+from async_ckpt.format.readahead import CHUNK_BYTES, Piece, ReadAhead
+from async_ckpt.format.records import Storage, reading_order
 from async_ckpt.snapshot.together import populate
 
 __all__ = ["CheckpointFile", "Loop"]
@@ -41,15 +35,11 @@ T = TypeVar("T")
 
 _log = logging.getLogger("async_ckpt.format")
 
-_TAIL_BYTES = 64 << 10
-_LEAD_BYTES = 4 << 10
 _MANY_BYTES = 256 << 10
-_SMALL_FILE_BYTES = 256 << 10  # read at once
 _ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
 _POPULATED_BYTES = 128 << 10  # less lies in pages that are there, as a rule
 
 # What is kept in memory beside the state is bounded, whatever a file says of itself. What is longer, torch reads alone.
-_LONGEST_DIRECTORY_BYTES = 32 << 20
 _LONGEST_BEGINNING_BYTES = 16 << 20
 _LONGEST_NUMBER_BYTES = 20
 
@@ -83,9 +73,6 @@ class CheckpointFile(io.RawIOBase):
         nbytes: length of the file.
         error: what ended the reading; torch may hide it behind an error of its own.
         ended_early: more was asked for than there is.
-        has_directory: it ends as an archive does.
-        storages: the records of storages by name, in the order in which they are probably read; None where the
-            file is no archive of stored records, each with a name and a place of its own.
         alignment: of the records; None before `keep_beginning`, and where it was not torch that laid out the archive.
     """
 
@@ -101,8 +88,6 @@ class CheckpointFile(io.RawIOBase):
         self.nbytes = 0
         self.error: BaseException | None = None
         self.ended_early = False
-        self.has_directory = False
-        self.storages: dict[str, Storage] | None = None
         self.alignment: int | None = None
         self._ahead = ahead
         self._loop = loop
@@ -115,7 +100,7 @@ class CheckpointFile(io.RawIOBase):
         self._kept: list[tuple[int, int, memoryview]] = []
         self._kept_to = 0  # of the beginning
         self._kept_from = 0  # of the end
-        self._headers: dict[int, Entry] = {}
+        self._index = Index()
         self._records: dict[int, Entry] = {}  # by where their bytes begin, once their header was read
         self._skipped: Collection[str] = ()
         self._last: str | None = None
@@ -133,7 +118,20 @@ class CheckpointFile(io.RawIOBase):
             self._running = True
             self._loop.spawn(self._ahead.run)
             self.nbytes = self._ahead.opened.result()
-            self._read_directory()
+            self._kept_from = self.nbytes
+            self._index = read_index(self._fetch, self.nbytes)
+            self._kept_from = self._index.kept_from
+            self._kept = [(self._kept_from, self.nbytes, self._index.tail)]
+
+    @property
+    def has_directory(self) -> bool:
+        """Whether it ends as an archive does."""
+        return self._index.has_directory
+
+    @property
+    def storages(self) -> dict[str, Storage] | None:
+        """The records of storages by name, in the order in which they are probably read; see `Index`."""
+        return self._index.storages
 
     def fetch_all_but(self, skipped: Collection[str] = ()) -> None:
         """Fetch from now on what will be read, and leave the memory for these storages as it is."""
@@ -164,7 +162,7 @@ class CheckpointFile(io.RawIOBase):
         with suppress(ValueError):
             said = self.record(".storage_alignment", longest_bytes=_LONGEST_NUMBER_BYTES)
             alignment = max(1, int(said or _ALIGNMENT))
-        pickled = self._entry("data.pkl")
+        pickled = self._index.entry("data.pkl")
         if pickled is not None and self._start_of(pickled) == expected_start(pickled, alignment):
             self.alignment = alignment
 
@@ -173,7 +171,7 @@ class CheckpointFile(io.RawIOBase):
 
         None where there is no such record, or a longer one.
         """
-        entry = self._entry(name)
+        entry = self._index.entry(name)
         start = None if entry is None or entry.nbytes > longest_bytes else self._start_of(entry)
         if entry is None or start is None:
             return None
@@ -196,7 +194,7 @@ class CheckpointFile(io.RawIOBase):
             StoreError: it cannot be read.
         """
         with self._failing():
-            entries = {entry.name: entry for entry in self._headers.values()}
+            entries = {entry.name: entry for entry in self._index.headers.values()}
             wanted = [
                 Wanted(entry=entry, target=target, start=expected_start(entry, self.alignment or _ALIGNMENT))
                 for entry, target in ((entries[name], target) for name, target in targets.items())
@@ -204,13 +202,8 @@ class CheckpointFile(io.RawIOBase):
             # The lengths of the memory are what the pickle says, and older torch believes it.
             if not all(each.fits(self.nbytes) for each in wanted) or overlap(wanted):
                 return False
-            share = sum(target.nbytes for target in targets.values()) // (2 * self._ahead.readers)
-            longest_bytes = min(max(share, CHUNK_BYTES), LONGEST_BYTES)
-            ranges = plan_ranges(wanted, longest_bytes=longest_bytes)
-            pieces = self._loop.call(self._ahead.gather, [(each.start, each.targets) for each in ranges])
-            for target in targets.values():  # else the loop thread would, page by page, as the bytes come
-                if target.nbytes >= _POPULATED_BYTES:
-                    populate(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
+            ranges = plan_ranges(wanted, longest_bytes=self._longest_bytes(targets.values()))
+            pieces = self._gather([(each.start, each.targets) for each in ranges], targets.values())
             as_expected = True
             for piece, each in zip(pieces, ranges, strict=True):
                 piece.arrived.result()
@@ -220,6 +213,37 @@ class CheckpointFile(io.RawIOBase):
                 for record in wanted:
                     self._compare(record.entry, record.checksum)
             return as_expected
+
+    def read_into(self, start: int, targets: Sequence[memoryview]) -> None:
+        """Read straight into memory, one place after the other, what stands from *start* on; several reads at a time.
+
+        Args:
+            start: where it begins; all of it lies within the file.
+            targets: views that keep their memory alive, for a read that hangs may write to it after this has raised.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        with self._failing():
+            ranges = cut_ranges(start, targets, longest_bytes=self._longest_bytes(targets))
+            for piece, (_, cut) in zip(self._gather(ranges, targets), ranges, strict=True):
+                piece.arrived.result()
+                self._moved(sum(each.nbytes for each in cut))
+
+    def _longest_bytes(self, targets: Iterable[memoryview]) -> int:
+        """Return how much to ask for at a time, so that all readers have something to do."""
+        share = sum(target.nbytes for target in targets) // (2 * self._ahead.readers)
+        return min(max(share, CHUNK_BYTES), LONGEST_BYTES)
+
+    def _gather(
+        self, ranges: Sequence[tuple[int, Sequence[memoryview]]], memory: Iterable[memoryview]
+    ) -> list[Piece]:
+        """Have ranges read into parts of *memory*."""
+        pieces = self._loop.call(self._ahead.gather, ranges)
+        for target in memory:  # else the loop thread would, page by page, as the bytes come
+            if target.nbytes >= _POPULATED_BYTES:
+                populate(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
+        return pieces
 
     def take_last(self) -> str | None:
         """Return the name of the storage that was read since this was last called."""
@@ -337,7 +361,7 @@ class CheckpointFile(io.RawIOBase):
             if self.storages is not None and record.name in self.storages:
                 self._last = record.name
             return
-        header = self._headers.get(start) if view.nbytes == LOCAL_HEADER.size else None
+        header = self._index.headers.get(start) if view.nbytes == LOCAL_HEADER.size else None
         if header is not None and header.name in self._skipped:
             # One that says no more than where the bytes would be, if there were neither padding nor extra fields.
             LOCAL_HEADER.pack_into(view, 0, b"PK\x03\x04", *[0] * 8, len(header.name.encode()), 0)
@@ -347,11 +371,6 @@ class CheckpointFile(io.RawIOBase):
         if header is not None:
             with suppress(*NOT_UNDERSTOOD):
                 self._records[data_start(start, view)] = header
-
-    def _entry(self, name: str) -> Entry | None:
-        """Return the entry of that name, less the archive's own, which torch takes from the first entry."""
-        entries = {entry.name: entry for entry in self._headers.values()}
-        return entries.get(f"{next(iter(entries), '').partition('/')[0]}/{name}")
 
     def _start_of(self, entry: Entry) -> int | None:
         """Tell where the bytes of a record begin, if its local header is one."""
@@ -421,33 +440,6 @@ class CheckpointFile(io.RawIOBase):
             self.end(error)
         except BaseException as interruption:
             self.error = interruption
-
-    # -- the directory
-
-    def _read_directory(self) -> None:
-        """Fetch the end of the file, and find the records if it is an archive."""
-        self._kept_from = self.nbytes
-        tail_bytes = self.nbytes if self.nbytes <= _SMALL_FILE_BYTES else _TAIL_BYTES
-        tail = self._fetch(self.nbytes - tail_bytes, self.nbytes)
-        try:
-            start, stop = find_directory(tail, self.nbytes)
-            self.has_directory = True
-            if stop - start > _LONGEST_DIRECTORY_BYTES:
-                raise ValueError("the directory is too long to be kept")
-            missing = self.nbytes - tail.nbytes - start
-            if missing > 0:  # and the records that stand before the directory and are read first
-                begin = max(0, start - _LEAD_BYTES)
-                tail = memoryview(bytes(self._fetch(begin, start + missing)) + bytes(tail))
-            first = self.nbytes - tail.nbytes
-            entries = list(list_entries(tail[start - first : stop - first]))
-            if all(entry.method == 0 for entry in entries):
-                self._headers = {entry.header: entry for entry in entries}
-                if len(entries) == len(self._headers) == len({entry.name for entry in entries}):
-                    self.storages = storages_of(entries, start)
-        except NOT_UNDERSTOOD:
-            pass
-        self._kept_from = self.nbytes - tail.nbytes
-        self._kept = [(self._kept_from, self.nbytes, tail)]
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

@@ -9,10 +9,10 @@ What does not belong here: where the file is, who may read it now.
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
 import pickle
 import sys
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,17 +21,28 @@ import torch
 
 from async_ckpt.errors import AsyncCheckpointError, CorruptCheckpointError, StoreError
 from async_ckpt.format.file import CheckpointFile
+from async_ckpt.format.old import is_tar, opened_old
 from async_ckpt.format.plain import is_plain
 from async_ckpt.format.progress import Progress
+from async_ckpt.format.safetensors import (
+    LENGTH_BYTES,
+    SafeTensor,
+    device_of,
+    header_length,
+    is_named_so,
+    parse_header,
+    runs_of,
+)
 from async_ckpt.format.selection import part_of
 from async_ckpt.format.storages import storages_in
+from async_ckpt.format.unpickling import Unpickling
 from async_ckpt.retry import is_transient
 
 __all__ = ["read_checkpoint"]
 
 _log = logging.getLogger("async_ckpt.format")
 
-_BUFFER_BYTES = 1 << 20
+_USUAL = Unpickling()
 _WORTH_BYTES = 1 << 20
 _AT_A_TIME = 16 << 10  # storages
 _ZIP = b"PK\x03\x04"
@@ -43,7 +54,7 @@ def read_checkpoint(
     *,
     url: str,
     map_location: Any = None,
-    weights_only: bool | None = True,
+    unpickling: Unpickling = _USUAL,
     keys: Sequence[str] | None = None,
     progress: bool | None = None,
 ) -> Any:
@@ -53,8 +64,7 @@ def read_checkpoint(
         open_file: makes a file, not started yet, that tells what it is given how many bytes have come.
         url: for messages.
         map_location: as for ``torch.load``.
-        weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code from the
-            file, so only for files you trust.
+        unpickling: what else ``torch.load`` is told.
         keys: patterns of the paths to load; ``None`` loads everything.
         progress: whether to tell how far it is; ``None`` tells on a terminal, when it takes long.
 
@@ -73,7 +83,9 @@ def read_checkpoint(
         with Progress(progress, url) as shown, open_file(shown.moved) as file:
             file.start()
             try:
-                reading = _Reading(file, shown, url, map_location, weights_only)
+                reading = _Reading(file, shown, url, map_location, unpickling)
+                if is_named_so(url) and not reading.is_zip():
+                    return reading.safetensors(keys)
                 return reading.everything() if keys is None else reading.part(keys)
             except StoreError as error:
                 # It may have been replaced while we read it; what is there now is what was asked for.
@@ -87,29 +99,17 @@ class _Elsewhere(Exception):
     """A storage does not stay in the memory that torch made for it, or is not the only one of its record."""
 
 
-class _Buffered(io.BufferedReader):
-    """A file of the old format, whose pickles say how much of it is to be read."""
-
-    raw: CheckpointFile
-
-    def read(self, nbytes: int | None = -1, /) -> bytes:
-        """Return up to *nbytes* bytes, for which no more memory is taken than the file is long."""
-        if nbytes is not None and nbytes > _BUFFER_BYTES:
-            nbytes = min(nbytes, max(0, self.raw.nbytes - self.tell()))
-        return super().read(nbytes)
-
-
 class _Reading:
     """One attempt."""
 
     def __init__(
-        self, file: CheckpointFile, shown: Progress, url: str, map_location: Any, weights_only: bool | None
+        self, file: CheckpointFile, shown: Progress, url: str, map_location: Any, unpickling: Unpickling
     ) -> None:
         self._file = file
         self._shown = shown
         self._url = url
         self._map_location = map_location
-        self._weights_only = weights_only
+        self._unpickling = unpickling
 
     def everything(self) -> Any:
         """Load the state."""
@@ -121,6 +121,35 @@ class _Reading:
         self._file.fetch_all_but()
         return self._load(self._map_location)
 
+    # -- without a pickle
+
+    def safetensors(self, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        """Load what safetensors has written, of which it is read, and made, what *keys* names."""
+        self._unpickling.check()
+        device = device_of(self._map_location)
+        tensors = self._tensors()
+        if keys is not None:
+            chosen = part_of({each.name: None for each in tensors}, keys)
+            tensors = [each for each in tensors if each.name in chosen]
+        self._shown.expect(sum(each.nbytes for each in tensors))
+        storages = [torch.UntypedStorage(each.nbytes) for each in tensors]
+        for start, targets in runs_of(tensors, [_memory_of(each) for each in storages]):
+            self._file.read_into(start, targets)
+        try:
+            placed = {each.name: each.over(storage) for each, storage in zip(tensors, storages, strict=True)}
+        except RuntimeError as error:
+            raise self._corrupt(f"a tensor has a shape that none can have ({error})") from error
+        return placed if device == "cpu" else {name: each.to(device) for name, each in placed.items()}
+
+    def _tensors(self) -> list[SafeTensor]:
+        file = self._file
+        file.seek(0)
+        try:
+            length = header_length(file.read(LENGTH_BYTES), file.nbytes)
+            return parse_header(file.read(length), file.nbytes)
+        except ValueError as error:
+            raise self._corrupt(f"of safetensors, as it is named: {error}") from error
+
     # -- the state first, and then what is in its tensors
 
     def _may_gather(self) -> bool:
@@ -128,7 +157,7 @@ class _Reading:
         storages = self._file.storages or {}
         if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
             return False
-        if callable(self._map_location):  # it may look at what it is given
+        if callable(self._map_location) or not self._unpickling.is_usual:  # it may look at what it is given
             return False
         self._leave_storages_out()
         if self._file.alignment is None or not _is_native(self._file.record("byteorder")):
@@ -234,13 +263,12 @@ class _Reading:
     def _load(self, map_location: Any) -> Any:
         """Call torch.load, and say what it does not: that the file is damaged."""
         file = self._file
-        file.seek(0)
-        is_zip = file.read(len(_ZIP)) == _ZIP
-        file.seek(0)
-        buffered = None if is_zip else _Buffered(file, _BUFFER_BYTES)
-        opened: Any = buffered or file
+        is_zip = self.is_zip()
         try:
-            return torch.load(opened, map_location=map_location, weights_only=self._weights_only, mmap=False)
+            if is_zip:
+                file.seek(0)
+                return self._unpickling.load(file, map_location)
+            return self._load_old(map_location)
         except Exception as error:
             if file.error is not None and file.error is not error:
                 raise file.error from error
@@ -251,9 +279,20 @@ class _Reading:
             if is_zip and any(words in str(error) for words in _DAMAGED):
                 raise self._corrupt(f"its archive is damaged ({error})") from error
             raise
-        finally:
-            if buffered is not None:
-                buffered.detach()
+
+    def _load_old(self, map_location: Any) -> Any:
+        self._file.seek(0)
+        tar = is_tar(self._file.read(tarfile.BLOCKSIZE))
+        if tar:
+            self._unpickling.refuse_tar()
+        self._file.ended_early = False  # it may have less than a block
+        with opened_old(self._file, tar=tar) as old:
+            return self._unpickling.load(old, map_location)
+
+    def is_zip(self) -> bool:
+        """Tell whether it begins as an archive does, which to torch is one."""
+        self._file.seek(0)
+        return self._file.read(len(_ZIP)) == _ZIP
 
     def _corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(

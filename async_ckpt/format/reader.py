@@ -202,7 +202,8 @@ class _Reading:
 
     def part(self, keys: Sequence[str]) -> Any:
         """Load what *keys* names: first the pickle, with nothing in its tensors, then the storages of those chosen."""
-        storages = self._file.storages
+        # What another unpickler makes of a tensor with nothing in it tells nothing of what it makes of the others.
+        storages = None if self._unpickling.pickle_module is not None else self._file.storages
         needed = None if storages is None else self._needed(keys)
         if storages is None or needed is None:
             return part_of(self.everything(), keys)

@@ -386,7 +386,9 @@ def test_a_pickle_module_that_looks_at_tensors(put: Put) -> None:
     """It finds them filled, as it does with torch.load of an archive."""
     state = OrderedDict(a=torch.linspace(0, 1, 400_000))
     _, load = put("moved.pth", written(state))
-    assert same(dict(load(pickle_module=renaming(Looking), weights_only=False)), dict(state))
+    for keys in (None, "a"):
+        found = load(pickle_module=renaming(Looking), weights_only=False, keys=keys)
+        assert same(dict(found), dict(state))
 
 
 def test_dill(put: Put) -> None:

@@ -6,6 +6,7 @@ A line with ``type: ignore[code]`` is a claim too: mypy reports an ignore that i
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def loading(url: str) -> None:
     state = load(url, map_location="cpu", weights_only=True)
     load(url, keys="state_dict.*", progress=True, storage_options={"anon": True})
     load(url, keys=["state_dict.encoder.*", "epoch"], progress=None)
+    load(url, weights_only=False, pickle_module=pickle, encoding="latin1")
     assert_type(state, Any)
 
 

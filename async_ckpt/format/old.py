@@ -46,13 +46,13 @@ class _Tar(_Buffered):
 
 
 def is_tar(block: bytes) -> bool:
-    """Tell whether a file whose first 512 bytes these are is one to ``tarfile``."""
+    """Tell whether a file whose first 512 bytes these are is a tar."""
     if len(block) < tarfile.BLOCKSIZE:
         return False
     try:
         tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return not any(block)  # it ends there
+        return False  # also of zeros, of which tarfile makes an empty one: it is no file of torch's
     return True
 
 

@@ -26,6 +26,9 @@ class Known(Places):
     def of(self, directory: str, disk: Disk, *, parent: str | None = None) -> Place:
         return self._place
 
+    def known(self, directory: str, disk: Disk) -> Place:
+        return self._place
+
 
 KNOWN = Known()
 OLD, NEW = b"old" * 1000, b"new" * 2000

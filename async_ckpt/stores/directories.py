@@ -138,6 +138,7 @@ class Directories:
             names = sorted(
                 name for name in self._disk.names(directory) if is_leftover(name) or aside_of(name)
             )
+            names.sort(key=lambda name: self._age(os.path.join(directory, name)))
         except OSError as error:
             _log.debug("cannot list %s: %s", directory, error)
             return ()
@@ -146,21 +147,57 @@ class Directories:
             _log.info("removed from %s what dead processes left: %s", directory, ", ".join(swept))
         return swept
 
-    def restore(self, path: str) -> bool:
-        """Give a file its name back that a process had put aside when it died; tell whether there was one."""
+    def whereabouts(self, path: str) -> str:
+        """Return where the file at *path*, which is not there, is as another process has put it aside.
+
+        One that is dead has it no longer: the file is back. Empty if there is none.
+        """
+        asides = sorted(self._asides(path), key=self._age)
+        settled = [self._sweep_one(each) for each in asides]
+        if any(settled):
+            return path
+        return asides[0] if asides else ""
+
+    def give_up(self, path: str) -> None:
+        """Remove what processes, dead or not, have put aside of *path*, that it may not come back to that name.
+
+        Raises:
+            OSError: that could not be done.
+        """
+        if os.path.lexists(path):
+            with suppress(OSError):
+                if not self._places.known(os.path.dirname(path), self._disk).replace:
+                    return  # nothing is put aside there
+        for each in self._asides(path):
+            with suppress(FileNotFoundError):
+                self._disk.unlink(each)
+
+    def _asides(self, path: str) -> list[str]:
         directory, name = os.path.split(path)
         try:
-            found = sorted(each for each in self._disk.names(directory) if aside_of(each) == name)
+            names = [each for each in self._disk.names(directory) if aside_of(each) == name]
         except OSError:
+            return []
+        return [each for each in (os.path.join(directory, name) for name in names) if self._is_trusted(each)]
+
+    def _is_trusted(self, path: str) -> bool:
+        try:
+            return not is_foreign(self._disk.lstat(path), os.path.dirname(path))
+        except OSError:  # it is back
             return False
-        return any(self._sweep_one(os.path.join(directory, each)) for each in found)
+
+    def _age(self, path: str) -> int:
+        """Return what is less for a file that was written later: of several put aside, that one is the earlier file."""
+        try:
+            return -self._disk.lstat(path).st_mtime_ns
+        except OSError:
+            return 0
 
     def _sweep_one(self, path: str) -> bool:
         name = os.path.basename(path)
         try:
             if aside_of(name) is not None:  # nobody locks it
-                foreign = is_foreign(self._disk.lstat(path), os.path.dirname(path))
-                dead = not foreign and owner_is_dead(name)
+                dead = owner_is_dead(name) and self._is_trusted(path)
                 if dead:
                     settle_aside(self._disk, path)
                 return dead

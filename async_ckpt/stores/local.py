@@ -25,6 +25,7 @@ from async_ckpt.stores.target import refuse_foreign_link, translated
 
 __all__ = ["LocalStore", "sync_path"]
 
+_ATTEMPTS = 10  # another process may replace a file again and again
 _MOST_PART_BYTES = 32 << 20
 _NO_DELETING = (
     "The place refuses to remove files. A mount may have to be told to: Mountpoint for S3, by --allow-delete."
@@ -107,18 +108,22 @@ class LocalStore:
         """Do nothing: there is nothing to free."""
 
     def _open(self, source: LocalSource, path: str) -> None:
-        try:
-            source.start()
-        except FileNotFoundError:
-            if not self._directories.restore(path):
-                raise
-            source.start()
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                return source.start()
+            whereabouts = self._directories.whereabouts(path)
+            if not whereabouts:
+                break
+            with suppress(FileNotFoundError):
+                return source.start(whereabouts)
+        source.start()  # it may have come back, or the new one to its place, since it was looked for
 
     def _delete(self, location: Location) -> None:
         refuse_foreign_link("delete", location)
         # A file that a dead process had put aside must not take the name that is free then.
         self._directories.sweep(os.path.dirname(location.path))
         try:
+            self._directories.give_up(location.path)
             found = self._disk.lstat(location.path)
             refuse_foreign_link(
                 "delete", location

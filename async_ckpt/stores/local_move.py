@@ -21,6 +21,7 @@ __all__ = ["move_in", "settle_aside"]
 
 _log = logging.getLogger("async_ckpt.stores.local")
 
+_ATTEMPTS = 10  # of two processes that replace one file again and again
 # How a file is kept from another's place, though it may go to a free one.
 _KEEPS_OTHERS_OUT = frozenset(
     {errno.EACCES, errno.EEXIST, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
@@ -56,20 +57,32 @@ def _move_with_earlier_aside(
     disk: Disk, source: str, target: str, landed: Callable[[], bool], refused: OSError
 ) -> None:
     directory, name = os.path.split(target)
-    aside = os.path.join(directory, name_aside(name))
-    try:
-        disk.replace(target, aside)
-    except OSError as error:
-        if not os.path.lexists(aside):
-            raise refused from error
-    try:
-        disk.replace(source, target)
-    except OSError as error:
-        if not landed():
-            _put_back(disk, aside, target, error)
-            raise
+    for _ in range(_ATTEMPTS):
+        aside = os.path.join(directory, name_aside(name))
+        try:
+            disk.replace(target, aside)
+        except OSError as error:
+            if error.errno != errno.ENOENT and not os.path.lexists(aside):
+                raise refused from error  # else it is aside already, by us or another process
+        try:
+            disk.replace(source, target)
+        except OSError as error:
+            if not landed():
+                if os.path.lexists(target):  # another process was faster: now its file is the earlier one
+                    _forget(disk, aside, target)
+                    continue
+                _put_back(disk, aside, target, error)
+                raise
+        _forget(disk, aside, target)
+        return
+    raise refused
+
+
+def _forget(disk: Disk, aside: str, target: str) -> None:
     try:
         disk.unlink(aside)
+    except FileNotFoundError:
+        pass
     except OSError as error:
         _log.warning("%s, which %s has replaced, cannot be removed: %s", aside, target, error)
 
@@ -78,7 +91,7 @@ def _put_back(disk: Disk, aside: str, target: str, error: OSError) -> None:
     try:
         disk.replace(aside, target)
     except OSError as second:
-        if not os.path.lexists(target):
+        if not os.path.lexists(target) and os.path.lexists(aside):
             text = f"{error.strerror}; the earlier file is whole, at {aside!r}, as it cannot be put back: {second}"
             raise OSError(error.errno, text) from error
 

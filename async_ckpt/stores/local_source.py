@@ -42,10 +42,10 @@ class LocalSource:
         self._lock = threading.Lock()  # guards what follows
         self._fd: int | None = None
 
-    def start(self) -> None:
-        """Open the file; blocks. Whoever calls this must close if it raises."""
+    def start(self, path: str = "") -> None:
+        """Open the file, at *path* if that is given; blocks. Whoever calls this must close if it raises."""
         try:
-            fd = self._disk.open_to_read(self._location.path)
+            fd = self._disk.open_to_read(path or self._location.path)
             with self._lock:
                 self._fd = fd
             found = self._disk.fstat(fd)

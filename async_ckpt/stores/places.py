@@ -109,6 +109,10 @@ class Places:
                 _log.info("%s refuses: %s", directory, _told(place))
         return place
 
+    def known(self, directory: str, disk: Disk) -> Place:
+        """Return what is known of *directory* to be refused, without trying it."""
+        return self._known.get(disk.identity(directory), (PLAIN, 0.0))[0]
+
     def forget(self, directory: str, disk: Disk) -> None:
         """Let the next save try *directory* again: it has refused what it did before."""
         self._known.pop(disk.identity(directory), None)

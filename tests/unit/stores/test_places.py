@@ -22,6 +22,7 @@ from async_ckpt.stores.places import PLAIN, Place, Places
 from async_ckpt.stores.ways import Found, Way, WayRefused, choose
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
 from tests.local_saves import NEW, OLD, Known, save
+from tests.support import python
 
 
 class Refusing(Disk):
@@ -354,18 +355,93 @@ def test_overwriting_nothing_moves_nothing_aside(tmp_path: Path, workers: Thread
     assert os.listdir(tmp_path) == ["x.ckpt"]
 
 
-def test_what_a_living_process_has_aside_is_left(tmp_path: Path, workers: ThreadWorkers) -> None:
-    """Only a dead process's is given its name back."""
-    (tmp_path / name_aside("x.ckpt")).write_bytes(OLD)
+def test_what_a_living_process_has_aside_is_read_there(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """Only a dead process's is given its name back; one that may live has the earlier file aside, where it is read."""
+    aside = tmp_path / name_aside("x.ckpt")
+    aside.write_bytes(OLD)
     anyio.run(save, LocalStore(workers=workers), tmp_path / "y.ckpt")
-    assert not (tmp_path / "x.ckpt").exists()
+    assert read(tmp_path / "x.ckpt", workers) == OLD
+    assert sorted(os.listdir(tmp_path)) == [aside.name, "y.ckpt"]
 
-    async def read() -> None:
-        await LocalStore(workers=workers).source(locate(tmp_path / "x.ckpt"))
 
-    with pytest.raises(FileNotFoundError):
-        anyio.run(read)
-    assert len(os.listdir(tmp_path)) == 2
+def test_what_is_moved_in_just_then_is_read(tmp_path: Path, workers: ThreadWorkers) -> None:
+    """A name that is free as another process replaces its file, and taken at the next look, is not missed."""
+    target = tmp_path / "x.ckpt"
+
+    class Late(Disk):
+        def names(self, path: str) -> list[str]:
+            target.write_bytes(NEW)
+            return super().names(path)
+
+    assert read(target, workers, Late()) == NEW
+
+
+def read(path: Path, workers: ThreadWorkers, disk: Disk | None = None) -> bytes:
+    """Return what a store reads at *path*."""
+
+    async def read() -> bytes:
+        source = await LocalStore(workers=workers, disk=disk).source(locate(path))
+        found = bytearray(source.nbytes)
+        await source.read_into(0, memoryview(found))
+        await source.aclose()
+        return bytes(found)
+
+    return anyio.run(read)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_is_aside_of_a_removed_name_does_not_come_back(
+    tmp_path: Path, workers: ThreadWorkers, taken: bool
+) -> None:
+    """A removal takes what a process has aside as well, also where this one looked for such files before that died."""
+    place = Place(replace=errno.EEXIST)
+    store = LocalStore(workers=workers, disk=Refusing(place), places=Known(place))
+    anyio.run(save, store, tmp_path / "y.ckpt")
+    (tmp_path / name_aside("x.ckpt")).write_bytes(OLD)
+    if taken:
+        (tmp_path / "x.ckpt").write_bytes(NEW)
+    anyio.run(store.delete, locate(tmp_path / "x.ckpt", follow=False))
+    assert os.listdir(tmp_path) == ["y.ckpt"]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("by", ["load", "save"])
+def test_the_newest_of_several_that_are_aside_comes_back(
+    tmp_path: Path, workers: ThreadWorkers, numbers: tuple[int, int], by: str
+) -> None:
+    """Where one process died before it removed what it had replaced, and the next before it moved its own file in."""
+    dead = python("from async_ckpt.stores.leftovers import name_aside; print(name_aside('x.ckpt'))").stdout
+    for number, content in zip(numbers, (OLD, NEW), strict=True):
+        aside = tmp_path / f"{dead.strip()[:-1]}{number}"
+        aside.write_bytes(content)
+        os.utime(aside, (number, 1 if content == OLD else 2))
+    if by == "save":
+        anyio.run(save, LocalStore(workers=workers), tmp_path / "y.ckpt")
+    assert read(tmp_path / "x.ckpt", workers) == NEW
+    assert not [name for name in os.listdir(tmp_path) if "previous" in name]
+
+
+@pytest.mark.parametrize("step", ["aside", "in"])
+def test_two_processes_that_replace_one_file(tmp_path: Path, workers: ThreadWorkers, step: str) -> None:
+    """Where another process has put the file aside, or its own in, in between, one of both is there, and no error."""
+    target = tmp_path / "x.ckpt"
+    target.write_bytes(OLD)
+
+    class Shared(Refusing):
+        def replace(self, source: str, onto: str) -> None:
+            is_aside = aside_of(os.path.basename(onto)) is not None
+            if is_aside and step == "aside" and self.calls.count("other") == 0:
+                self.calls.append("other")
+                os.unlink(target)  # it is elsewhere by now
+            super().replace(source, onto)
+            if is_aside and step == "in" and self.calls.count("other") == 0:
+                self.calls.append("other")
+                target.write_bytes(b"another's")
+
+    place = Place(replace=errno.EEXIST)
+    anyio.run(save, LocalStore(workers=workers, disk=Shared(place), places=Known(place)), target)
+    assert target.read_bytes() == NEW
+    assert os.listdir(tmp_path) == ["x.ckpt"]
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM, errno.EINVAL])

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from time import time
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from async_ckpt.lightning.companion import Companion
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
@@ -24,10 +23,6 @@ from async_ckpt.lightning.strategies import bypass, plugin_of
 from async_ckpt.timeline import Timeline
 
 __all__ = ["AsyncCheckpointCallback", "FoundCallback"]
-
-_accompanied: WeakSet[AsyncCheckpointIO] = WeakSet()
-"""The plugins that some Trainer has used, so that their saves outside of ``fit`` are synchronous."""
-
 
 if TYPE_CHECKING:  # the Trainers of both Lightnings take it, whose classes have nothing in common
     from typing import Any as Callback
@@ -79,10 +74,11 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._companion is not None:  # whatever was to end it was itself interrupted
             self._companion.end()
         self._companion = None
-        self._plugin = plugin = self._take_charge(trainer)
+        self._plugin = plugin = self.take_charge(trainer)
         if plugin is None:
             return
         self._warn_of_bypass(trainer)
+        self._come_first(trainer)
         _see_to_teardown(trainer, plugin, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -129,7 +125,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._companion is not None:
             self._companion.settle()
         elif self._plugin is None:  # what was called has failed before any setup
-            self._take_charge(trainer)
+            self.take_charge(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tell of what has become durable since, while loggers listen."""
@@ -140,7 +136,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """See to it that a save is synchronous where no ``setup`` has come, as where others have been launched."""
         if self._plugin is None:
-            self._take_charge(trainer)
+            self.take_charge(trainer)
 
     # -- ours
 
@@ -154,12 +150,14 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._companion is not None:
             self._companion.strategy_ended(error)
 
-    def _take_charge(self, trainer: Any) -> AsyncCheckpointIO | None:
-        """Return the plugin, if it is ours to accompany; from now on its saves outside of ``fit`` are synchronous."""
+    def take_charge(self, trainer: Any) -> AsyncCheckpointIO | None:
+        """Return the plugin, if it is ours to accompany; from now on its saves outside of ``fit`` are synchronous.
+
+        Called wherever one may be the first to save, so more than once.
+        """
         plugin = plugin_of(trainer) if self._acts_in(trainer) else None
-        if plugin is not None and plugin not in _accompanied:
-            _accompanied.add(plugin)
-            plugin.synchronous = True
+        if plugin is not None:
+            plugin.accompany()
         return plugin
 
     def _acts_in(self, trainer: Any) -> bool:
@@ -167,6 +165,9 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         candidates = [each for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]
         candidates.sort(key=lambda each: isinstance(each, FoundCallback))
         return candidates[:1] == [self]
+
+    def _come_first(self, trainer: Any) -> None:
+        """Stay where the user has put this one."""
 
     def _warn_of_bypass(self, trainer: Any) -> None:
         advice = bypass(trainer.strategy)
@@ -193,6 +194,19 @@ class FoundCallback(AsyncCheckpointCallback):
 
     def __init__(self) -> None:
         super().__init__(log_metrics=False)
+
+    def _come_first(self, trainer: Any) -> None:
+        """Come before the user's own, whose ``on_train_end`` and ``on_exception`` then find every file.
+
+        The list is a new one, as Lightning is going through the old one. Its tuners, which it puts first, stay there.
+        """
+        others = [each for each in trainer.callbacks if each is not self]
+        tuners = [each for each in others if _is_tuner(each)]
+        trainer.callbacks = [*tuners, self, *(each for each in others if not _is_tuner(each))]
+
+
+def _is_tuner(callback: Any) -> bool:
+    return any(kind.__name__ in ("BatchSizeFinder", "LearningRateFinder") for kind in type(callback).__mro__)
 
 
 def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections import deque
 from functools import partial
 from time import time
@@ -24,7 +25,7 @@ from async_ckpt.lightning.bars import show_pending
 from async_ckpt.lightning.deferral import defer, is_direct
 from async_ckpt.lightning.departure import departure_of
 from async_ckpt.lightning.model_checkpoint import make_aware
-from async_ckpt.lightning.notifications import Notifications
+from async_ckpt.lightning.notifications import Notifications, hooks_of
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.shadows import Shadows
@@ -57,10 +58,14 @@ class Companion:
         self._plugin = plugin
         self._meter = Meter()
         self._notifications = Notifications(
-            self._meter, log_metrics=log_metrics, address_of=plugin.address_of
+            self._meter,
+            log_metrics=log_metrics,
+            has_hooks=bool(hooks_of(trainer)),
+            address_of=plugin.address_of,
         )
         self._timeline = timeline
         self._failing = False
+        self._thread = threading.get_ident()
         self._out_of_time = False
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._departure = departure_of(trainer, plugin.service.options.limit(None))
@@ -69,7 +74,12 @@ class Companion:
         self._was_synchronous, self._was_direct = plugin.synchronous, plugin.is_direct
         plugin.synchronous = False
         try:
-            self._removals = Removals(plugin, self._shadows, is_awaited=self._notifications.awaits)
+            self._removals = Removals(
+                plugin,
+                self._shadows,
+                is_awaited=self._notifications.awaits,
+                before_replacing=self._before_replacing,
+            )
             self._begin(progress_bar)
         except BaseException:
             self._leave()
@@ -193,6 +203,14 @@ class Companion:
         self._notifications.hold_back(self._trainer, tell, checkpoint_callback)
         if self._failing:  # loggers are finalized before there is another occasion
             self._settle()
+
+    def _before_replacing(self, path: str) -> None:
+        """Have loggers look at *path* as it is, before this step saves there; on training's thread alone."""
+        untold = self._notifications.untold_of(path, self._trainer.global_step)
+        if not untold or threading.get_ident() != self._thread:
+            return
+        self._plugin.see_ended(untold)
+        self._notifications.tell_loggers()
 
     def _settle(self) -> None:
         if not self._out_of_time:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeAlias
@@ -217,6 +217,13 @@ class Desk:
         left = self._wait(service, limit=timeout)
         service.wait(left)
         _wait_for_other_ranks(service.options.limit(None if timeout is None else left))
+
+    def see_ended(self, urls: Collection[str]) -> None:
+        """Wait for what is pending at *urls*; what fails there is raised where it would have been."""
+        service = self.service
+        for handle in service.pending:
+            if handle.shown_url in urls and self._service is service:
+                self._wait(service, handle)
 
     def settle(self) -> None:
         """Do the same for who may be handling an error, which is not replaced (E2)."""

@@ -68,7 +68,7 @@ def _link(
     """Do what ``ModelCheckpoint._link_checkpoint`` does, once *filepath* is durable."""
     if trainer.is_global_zero and not os.path.isdir(filepath):
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
-            make_link(linkpath, filepath)
+            removals.before_replacing(linkpath, partial(make_link, linkpath, filepath))
         trainer.strategy.barrier()
     else:  # another rank, or a directory, which a strategy has written past the plugin
         link_now(trainer, filepath, linkpath)

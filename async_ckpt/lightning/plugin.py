@@ -10,7 +10,7 @@ What does not belong here: anything that also concerns a loop without Lightning;
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,7 @@ from async_ckpt.lightning.bases import (
     slot_of,
 )
 from async_ckpt.lightning.desk import Desk
+from async_ckpt.lightning.first_save import let_companion_know
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.meter import Meter
@@ -80,6 +81,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def _begin_afresh(self) -> None:
         self._desk = Desk(self._options)
+        self._is_accompanied = False
         register(type(self))
 
     # -- Lightning's interface
@@ -126,6 +128,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             Exception: an *earlier* save failed; this one is accepted all the same. Where it is not asynchronous,
                 this one may have failed, too.
         """
+        if not self._is_accompanied:
+            let_companion_know()
         if self._base is None:
             self._save(*args, **kwargs)
             return
@@ -165,6 +169,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
         Without a base, a directory, which another strategy has written, has gone when this returns.
         """
+        if not self._is_accompanied:
+            let_companion_know()
         if self._base is None:
             self._remove(*args, **kwargs)
             return
@@ -196,6 +202,10 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended; see ``CheckpointService.wait``."""
         self._desk.wait(timeout)
+
+    def see_ended(self, urls: Collection[str]) -> None:
+        """Wait until the saves have ended, well or not, that are pending for *urls*, as events name them."""
+        self._desk.see_ended(urls)
 
     def settle(self) -> None:
         """Wait for everything; raise what failed, or where an error is in flight, log it and add it to its notes (E2).
@@ -240,6 +250,12 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @is_direct.setter
     def is_direct(self, is_direct: Callable[[], bool]) -> None:
         self._desk.is_direct = is_direct
+
+    def accompany(self) -> None:
+        """Have saves be synchronous from now on, but for those of a fit: there is a companion, which sees to those."""
+        if not self._is_accompanied:
+            self._is_accompanied = True
+            self.synchronous = True
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""

@@ -1,10 +1,11 @@
-"""Holds back the removal of files that somebody still has to be told of, or that a link still leads to.
+"""Keeps files that somebody still has to be told of, or that a link still leads to, from being removed or replaced.
 
 ``ModelCheckpoint`` removes the checkpoint before and links to the new one afterwards, and it has told its loggers of
-each file before that is removed.
+each file before that is removed, or saved to again.
 
-Guarantees: what is held back is asked of the plugin in the end, and before the same path is saved to (O1). What the
-plugin itself promises of removals (D3) stays as it is: they only come later.
+Guarantees: before a save, who is to look at what lies there has been told of it. A removal that is held back is asked
+of the plugin in the end, and before the same path is saved to (O1). What the plugin itself promises of removals (D3)
+stays as it is: they only come later.
 
 What does not belong here: links, loggers.
 """
@@ -35,11 +36,17 @@ class Removals:
     """
 
     def __init__(
-        self, plugin: AsyncCheckpointIO, shadows: Shadows, *, is_awaited: Callable[[str], bool]
+        self,
+        plugin: AsyncCheckpointIO,
+        shadows: Shadows,
+        *,
+        is_awaited: Callable[[str], bool],
+        before_replacing: Callable[[str], None] = lambda path: None,
     ) -> None:
         self.wait_for_links = False
         self._plugin = plugin
         self._is_awaited = is_awaited
+        self._before_replacing = before_replacing
         self._held: dict[str, tuple[str, Callable[[], None]]] = {}
         self._remove, self._save = plugin.remove_checkpoint, plugin.save_checkpoint
         shadows.cast(plugin, "remove_checkpoint", self._remove_later)
@@ -92,8 +99,26 @@ class Removals:
             return foreseen is False
         return os.path.islink(path) and not os.path.exists(path)
 
+    def before_replacing(self, path: str, replace: Callable[[], None]) -> None:
+        """Call *replace* once *path* has been looked at by who is to see it as it is, also where one of those fails."""
+        failure: Exception | None = None
+        try:
+            self._before_replacing(path)
+        except Exception as error:
+            failure = error
+        replace()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # else it would keep its own frames
+
     def _remove_and_save(self, *args: Any, **kwargs: Any) -> None:
-        for value in (*args, *kwargs.values()):
-            if is_given(value):
-                self.release_path(value)
-        self._save(*args, **kwargs)
+        paths = [each for each in (*args, *kwargs.values()) if is_given(each)]
+
+        def remove_and_save() -> None:
+            for path in paths:
+                self.release_path(path)
+            self._save(*args, **kwargs)
+
+        self.before_replacing(str(paths[0]) if paths else "", remove_and_save)

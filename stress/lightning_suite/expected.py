@@ -10,10 +10,6 @@ __all__ = ["reason"]
 _MOCKED = "counts calls of a torch.save or a TorchCheckpointIO that it has replaced; ours writes without"
 _RMTREE = "replaces shutil.rmtree, so the directory in the file's place is not removed; ours finds it there"
 _READS = "looks for the file while training goes on, right after the save"
-_BY_HAND = (
-    "calls methods of a ModelCheckpoint or a Trainer that runs nothing, so neither a callback's setup nor a"
-    " teardown comes, and looks for the file at once"
-)
 _THEIRS = "is about the inside of Lightning's own plugin: a base that it is given, one wrapped into another"
 _CALLBACKS = "wants no other callbacks in the Trainer than its own; ours is one, by its entry point"
 
@@ -22,10 +18,7 @@ _REASONS = {
     "checkpointing/test_checkpoint_callback_frequency.py::test_top_k": _MOCKED,
     "checkpointing/test_model_checkpoint.py::test_model_checkpoint_no_extraneous_invocations": _MOCKED,
     "checkpointing/test_model_checkpoint.py::test_none_monitor_not_alternating": _READS,
-    "checkpointing/test_model_checkpoint.py::test_none_monitor_saves_correct_best_model_path": _BY_HAND,
-    "checkpointing/test_model_checkpoint.py::test_save_last_saves_correct_last_model_path": _BY_HAND,
     "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": _MOCKED,
-    "models/test_hooks.py::test_load_from_checkpoint_hook_calls": _BY_HAND,
     "plugins/test_checkpoint_io_plugin.py::test_async_checkpoint_plugin": _THEIRS,
     "plugins/test_checkpoint_io_plugin.py::test_multi_wrapped_checkpoint_io_initialization": _THEIRS,
     "strategies/test_fsdp.py::test_save_checkpoint_path_exists": _RMTREE,
@@ -33,7 +26,6 @@ _REASONS = {
     "trainer/connectors/test_callback_connector.py::test_attach_model_callbacks": _CALLBACKS,
     "trainer/connectors/test_callback_connector.py::test_checkpoint_callbacks_are_last": _CALLBACKS,
     "trainer/connectors/test_callback_connector.py::test_configure_external_callbacks": _CALLBACKS,
-    "trainer/test_trainer.py::test_model_checkpoint_options": _BY_HAND,
 }
 
 

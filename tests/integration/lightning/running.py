@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -118,9 +118,10 @@ class Ours:
         """Return the plugins and callbacks of one more Trainer."""
         pace = Pace(self._storage)
         if self._base:
-            plugin = AsyncCheckpointIO(_paced_base(tree, pace), **self._options)
+            plugin = _Pressing(_paced_base(tree, pace), **self._options)
         else:
-            plugin = AsyncCheckpointIO(store_factory=partial(self._store, pace), **self._options)
+            plugin = _Pressing(store_factory=partial(self._store, pace), **self._options)
+        plugin.pace = pace
         return {"plugins": [plugin], "callbacks": [_pacing(tree, pace), AsyncCheckpointCallback()]}
 
     def _store(self, pace: Pace, location: Location, workers: Workers) -> Store:
@@ -130,6 +131,18 @@ class Ours:
             Fault(operation="delete", gate=pace, delay_seconds=delay),
         ]
         return FaultyStore(open_store(location, workers=workers, durability="process"), faults)
+
+
+class _Pressing(AsyncCheckpointIO):
+    """The plugin; storage is not held up while training itself waits for a file that its logger is to see."""
+
+    pace: Pace
+
+    def see_ended(self, urls: Collection[str]) -> None:
+        """Let through what has come, and what comes meanwhile."""
+        self.pace.open()
+        super().see_ended(urls)
+        self.pace.begin()
 
 
 def _paced_base(tree: Any, pace: Pace) -> Any:

@@ -15,6 +15,7 @@ import torch
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.lightning.registration import found_callbacks
+from async_ckpt.testing.faults import Fault
 from tests.support import python
 
 pytestmark = pytest.mark.integration
@@ -214,17 +215,20 @@ def test_saves_outside_of_fit_are_durable_when_they_return(tree: Any, tmp_path: 
     assert seen == {"validate": True, "fit": False, "fit end": True, "test": True, "after": True}
 
 
+@pytest.mark.parametrize("base", [False, True], ids=["own writer", "base"])
 @pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("has_failed", [False, True])
 def test_saves_before_any_setup_are_durable_when_they_return(
-    tree: Any, tmp_path: Path, faults: Any, weights_only: bool
+    tree: Any, tmp_path: Path, faults: Any, has_failed: bool, weights_only: bool, base: bool
 ) -> None:
-    """So they are with a Trainer whose call has failed before it set anything up, and, whole, with one never called."""
+    """So they are with a Trainer that was never called, and with one whose call has failed before any setup."""
     faults.slow(0.02)
-    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    theirs = tree.fabric.plugins.TorchCheckpointIO()
+    plugin = AsyncCheckpointIO(theirs) if base else AsyncCheckpointIO(store_factory=faults.make)
     trainer = tree.trainer(
         tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path)]
     )
-    if weights_only:  # of such a save, no callback hears
+    if has_failed:
         with pytest.raises(ValueError, match="best"):
             trainer.fit(tree.model(), ckpt_path="best")
     else:
@@ -232,6 +236,63 @@ def test_saves_before_any_setup_are_durable_when_they_return(
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
     assert (tmp_path / "a.ckpt").exists()
     assert not plugin.is_used
+
+
+def test_removals_before_any_setup_are_done_when_they_return(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """A ``ModelCheckpoint`` whose hooks are called by hand, with a Trainer that runs nothing, removes at once."""
+    faults.slow(0.02)
+    faults.faults.append(Fault(operation="delete", delay_seconds=0.02))
+    plugin = AsyncCheckpointIO(store_factory=faults.make)
+    checkpoint = tree.checkpoints(tmp_path / "ckpt", monitor="loss")
+    trainer = tree.trainer(tmp_path, plugins=[plugin], callbacks=[AsyncCheckpointCallback(), checkpoint])
+    (tmp_path / "ckpt").mkdir()
+    for name in ("a.ckpt", "b.ckpt"):
+        (tmp_path / "ckpt" / name).touch()
+        checkpoint._remove_checkpoint(trainer, str(tmp_path / "ckpt" / name))
+        assert not (tmp_path / "ckpt" / name).exists()
+    assert not plugin.is_used
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["success", "error"])
+def test_a_found_one_has_waited_when_the_users_own_are_called(
+    tree: Any, tmp_path: Path, faults: Any, fails: bool
+) -> None:
+    """In ``on_train_end`` and ``on_exception`` of the user's callbacks, every checkpoint is there, best and last."""
+    faults.slow(0.1)
+    seen: list[bool] = []
+
+    class Uploads(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_end(self, trainer: Any, *args: Any) -> None:
+            checkpoint = trainer.checkpoint_callback
+            seen.extend(
+                Path(path).exists() for path in (checkpoint.best_model_path, checkpoint.last_model_path)
+            )
+
+        on_exception = on_train_end
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if fails and trainer.global_step == 4:
+                raise RuntimeError("of the training")
+
+    given = [Uploads(), tree.checkpoints(tmp_path / "ckpt", every_n_train_steps=1, save_last=True)]
+    trainer = tree.trainer(
+        tmp_path, plugins=[AsyncCheckpointIO(store_factory=faults.make, queue_depth=4)], callbacks=list(given)
+    )
+    tuner = tree.pl.callbacks.LearningRateFinder()
+    tuner.on_fit_start = lambda *args: None
+    found = found_callbacks()
+    trainer.callbacks = trainer._callback_connector._reorder_callbacks([*trainer.callbacks, tuner, *found])
+    for _ in range(2):  # a second fit finds it where the first has put it
+        seen.clear()
+        trainer.fit_loop.max_epochs = (trainer.fit_loop.max_epochs or 0) + 1
+        try:
+            trainer.fit(tree.model())
+        except RuntimeError:
+            assert fails
+        assert seen == [True, True]
+        assert trainer.callbacks == [tuner, *found, *given]
+        if fails:
+            break
 
 
 def test_a_fit_within_a_fit(tree: Any, tmp_path: Path) -> None:

@@ -126,6 +126,107 @@ def test_what_is_saved_because_of_an_error(
     ]
 
 
+@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("fixed_name", [False, True])
+def test_a_file_is_not_replaced_before_its_logger_has_looked(
+    tree: Any, tmp_path: Path, faults: Any, fixed_name: bool, save_last: Any
+) -> None:
+    """A logger that looks at all files of a ``ModelCheckpoint``, as W&B's does, uploads each under its own score, also
+    where storage is much slower than training and the next epoch saves to the same name.
+
+    A link leads to the checkpoint before when a logger looks, with synchronous checkpoints as well.
+    """
+    faults.slow(0.05)
+    uploads: dict[str, list[tuple[str, float, int]]] = {"ours": [], "theirs": []}
+    scan: Any = tree.module("loggers.utilities")._scan_checkpoints
+
+    class Scans(tree.module("loggers.logger").Logger):  # type: ignore[misc]
+        name = version = "scans"
+        save_dir = None
+
+        def __init__(self, uploaded: list[tuple[str, float, int]]) -> None:
+            super().__init__()
+            self.uploaded, self.times = uploaded, dict[str, float]()
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        log_metrics = log_hyperparams
+
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+            for time, path, score, _ in scan(checkpoint_callback, self.times):
+                self.uploaded.append((Path(path).name, float(score), torch.load(path)["global_step"]))
+                self.times[path] = time
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.log("score", float(self.global_step + 1))
+        return self.layer(batch[0]).pow(2).mean()
+
+    name = {"filename": "best", "enable_version_counter": False} if fixed_name else {}
+    for who, plugins in (
+        ("theirs", []),
+        ("ours", [AsyncCheckpointIO(store_factory=faults.make, queue_depth=100)]),
+    ):
+        checkpoint = tree.checkpoints(
+            tmp_path / who, monitor="score", mode="max", save_last=save_last, **name
+        )
+        trainer = tree.trainer(
+            tmp_path,
+            max_epochs=4,
+            limit_train_batches=1,
+            limit_val_batches=0,
+            plugins=plugins,
+            logger=Scans(uploads[who]),
+            callbacks=[AsyncCheckpointCallback(), checkpoint],
+            log_every_n_steps=1,
+        )
+        trainer.fit(tree.model(training_step=training_step))
+    assert all(
+        score == step for name, score, step in uploads["ours"] if name != "last.ckpt" or save_last is True
+    )
+    assert {each for each in uploads["ours"] if each[0] != "last.ckpt"} == {
+        each for each in uploads["theirs"] if each[0] != "last.ckpt"
+    }
+    if save_last is True:
+        assert sorted(uploads["ours"]) == sorted(uploads["theirs"])
+
+
+def test_what_is_saved_by_hand_is_told_of_at_once(tree: Any, tmp_path: Path, notes: Notes) -> None:
+    """A subclass that goes on with its file finds its logger told, too, when ``super()`` returns."""
+    told: list[int] = []
+
+    class Goes(tree.pl.callbacks.ModelCheckpoint):  # type: ignore[misc]
+        def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+            super()._save_checkpoint(trainer, filepath)
+            told.append(len(notes.of("told")))
+
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[AsyncCheckpointIO()],
+        logger=reading_logger(tree, notes),
+        callbacks=[AsyncCheckpointCallback(), Goes(tmp_path / "ckpt", every_n_train_steps=1)],
+    )
+    trainer.fit(tree.model())
+    assert told == [1, 2, 3, 4]
+
+
+def test_a_file_is_not_removed_before_its_hook_was_called(tree: Any, tmp_path: Path, faults: Any) -> None:
+    """``on_checkpoint_write_end`` finds each file, also with ``save_top_k=1`` and storage much slower than training."""
+    faults.slow(0.05)
+    found: list[int] = []
+    hook = {
+        "on_checkpoint_write_end": lambda self, trainer, path: found.append(torch.load(path)["global_step"])
+    }
+    trainer = tree.trainer(
+        tmp_path,
+        plugins=[AsyncCheckpointIO(store_factory=faults.make, queue_depth=100)],
+        callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path / "ckpt", every_n_train_steps=1)],
+    )
+    trainer.fit(tree.model(**hook))
+    assert found == [1, 2, 3, 4]
+    assert [entry.name for entry in (tmp_path / "ckpt").iterdir()] == ["epoch=0-step=4.ckpt"]
+
+
 def test_mlflow_uploads_every_checkpoint(tree: Any, tmp_path: Path, faults: Any) -> None:
     """Lightning's MLflow logger with ``log_model="all"`` uploads whole files, as many as with synchronous saves."""
     uploads: dict[str, list[tuple[str, int]]] = {"ours": [], "theirs": []}

@@ -94,6 +94,7 @@ class CheckpointFile(io.RawIOBase):
         self._url = url
         self._moved = moved
         self._position = 0
+        self._started = False
         self._running = False
         self._end_by: float | None = None
         self._near: list[tuple[int, int, memoryview]] = []  # what was fetched last; changes with every fetch
@@ -116,6 +117,7 @@ class CheckpointFile(io.RawIOBase):
         """
         with self._failing():
             self._running = True
+            self._started = True
             self._loop.spawn(self._ahead.run)
             self.nbytes = self._ahead.opened.result()
             self._kept_from = self.nbytes
@@ -255,7 +257,8 @@ class CheckpointFile(io.RawIOBase):
         if self._end_by is None:
             self._end_by = monotonic() + END_SECONDS
         with suppress(ServiceClosedError):  # the loop has ended
-            if self._running and not self._loop.call(self._ahead.stop, reason):
+            # Also before `start`, which another thread may be about to call; so look in its order.
+            if (not self._started or self._running) and not self._loop.call(self._ahead.stop, reason):
                 self._running = False  # it has not even begun
 
     def end(self, reason: BaseException) -> bool:

@@ -287,6 +287,17 @@ def test_a_file_that_cannot_be_opened(loop: Runtime) -> None:
             file.start()
 
 
+def test_a_file_that_is_ended_before_it_is_opened(loop: Runtime) -> None:
+    """Who closes the service just before a load opens its file ends that load, too: nothing is opened or waited for."""
+    source = Bytes(NOISE)
+    ahead = ReadAhead(source.open, max_concurrent_reads=2)
+    with CheckpointFile(ahead, loop=loop, url="x") as file:
+        assert file.end(ServiceClosedError("closed meanwhile"))
+        with pytest.raises(ServiceClosedError, match="closed meanwhile"):
+            file.start()
+    assert source.reads == []
+
+
 def test_an_interruption_leaves_nothing_under_way(loop: Runtime) -> None:
     """Ctrl-C in the middle of a read is raised once nothing writes to the memory that was to be filled."""
     source = Bytes(NOISE)

@@ -290,8 +290,8 @@ class Holdings:
         until = monotonic() + FREE_SECONDS
         try:
             with suppress(ServiceClosedError):  # another thread was faster
+                ended = self.loads.end()  # whatever else hangs: who loads is told
                 if not stuck:
-                    ended = self.loads.end()
                     closed = runtime.call_async(_close_all, self._stores)  # it may well end a read that hangs
                     stuck = not (_in_time(closed, until) and ended)
                 runtime.call(self.account.pool.close)

@@ -10,8 +10,8 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from async_ckpt import CheckpointService, runtime
-from async_ckpt.errors import ServiceClosedError
+from async_ckpt.errors import AbandonedError, ServiceClosedError
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local import LocalStore
 from tests.archives import written
@@ -82,8 +82,15 @@ def hanging(kind: str, number: int = 1) -> Iterator[tuple[CheckpointService, Han
     """Give a service on a disk that hangs; at the end it answers, and what was left behind ends."""
     disk = Hanging(kind, number)
     service = CheckpointService(store_factory=lambda _, workers: LocalStore(workers=workers, disk=disk))
-    try:
+    with ended_at_last(service, disk):
         yield service, disk
+
+
+@contextmanager
+def ended_at_last(service: CheckpointService, disk: Hanging) -> Iterator[None]:
+    """At the end have the disk answer, and what was left behind end."""
+    try:
+        yield
     finally:
         disk.answers.set()
         service.close()
@@ -140,6 +147,41 @@ def test_close_does_not_wait_for_storage(tmp_path: Path, way: str, kind: str, nu
             thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
     assert {type(error) for error in errors} <= {ServiceClosedError}
+
+
+class HangingInAll(Hanging):
+    """One on which writes hang as well."""
+
+    def write(self, fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+        self.writing.set()
+        self.answers.wait()
+        return super().write(fd, pieces, offset)
+
+    def __init__(self) -> None:
+        super().__init__("read", 1)
+        self.writing = threading.Event()
+
+
+def test_close_tells_a_load_also_where_a_save_hangs(tmp_path: Path) -> None:
+    """Where the thread of a save has to be left behind, loads are given up all the same (B2)."""
+    path, errors = checkpoint(tmp_path), list[BaseException]()
+    disk = HangingInAll()
+    service = CheckpointService(
+        store_factory=lambda _, workers: LocalStore(workers=workers, disk=disk), abandon_grace_seconds=0.1
+    )
+    with ended_at_last(service, disk):
+        handle = service.save({"n": torch.zeros(3)}, tmp_path / "other.ckpt")
+        thread = loading(service, path, errors)
+        assert disk.reached.wait(PATIENCE_SECONDS)
+        assert disk.writing.wait(PATIENCE_SECONDS)
+        with soon():
+            with suppress(AbandonedError):
+                service.close(timeout=0.1)
+            thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive()
+        with pytest.raises(AbandonedError):
+            handle.wait()
+    assert [type(error) for error in errors] == [ServiceClosedError]
 
 
 @pytest.mark.parametrize("way", ["whole", "record by record"])

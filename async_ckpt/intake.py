@@ -28,6 +28,7 @@ from async_ckpt.runtime import Runtime
 from async_ckpt.snapshot import Capture, capture, capture_objects
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.vanished import seen
 from async_ckpt.writers import Linker, StreamingWriter, Writer
 
 __all__ = ["Intake"]
@@ -59,6 +60,8 @@ class Intake:
         if writer is None:
             if is_local(location) or not self.holdings.has_own_stores:
                 _check_target(location, runtime, in_place=self.holdings.options.in_place == "allow")
+            if is_local(location):
+                location = seen(location)
             writer = self._streaming_writer(location)
         started_seconds = monotonic()
         if writer.takes_objects:

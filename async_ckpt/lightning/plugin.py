@@ -35,6 +35,7 @@ from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.vanished import seen
 
 __all__ = ["AsyncCheckpointIO"]
 
@@ -137,6 +138,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         slot = slot_of(save, 0, "checkpoint", args, kwargs)
         path, args, kwargs = pin_path(save, 1, args, kwargs)
         place = self._locate(path)
+        if is_local(place):
+            place = seen(place)
         overwrite = self._desk.service.options.overwrite
         if not overwrite:
             refuse_unknown_place(place)

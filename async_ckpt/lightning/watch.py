@@ -30,6 +30,7 @@ from async_ckpt.stores.base import Location
 from async_ckpt.stores.fsspec_calls import version_in
 from async_ckpt.stores.link import detach
 from async_ckpt.stores.target import exists_already
+from async_ckpt.stores.vanished import note_removal, refuse_vanished
 
 __all__ = ["Watch", "refuse_unknown_place"]
 
@@ -67,9 +68,11 @@ class Watch:
 
         Raises:
             CheckpointExistsError: something is there, and may not be replaced.
-            StoreError: there is nothing new where the base is known to write.
+            StoreError: there is nothing new where the base is known to write, or its directory was removed meanwhile.
             Exception: the base's own.
         """
+        if is_local(place) and self._can_look(place) and (self._is_ordinary or self._leaves_traces):
+            refuse_vanished(place)
         if overwrite and is_local(place) and self._can_look(place):
             detach(place)  # it may write in place, and then never through a link
         before = self._before(place, overwrite=overwrite)
@@ -94,6 +97,8 @@ class Watch:
             RemovalDroppedError: what was there is there still, or is all that is known to be there.
             Exception: the base's own.
         """
+        if is_local(place):
+            note_removal(place.path)
         before = self._look(place, "delete") if self._can_look(place) else None
         if before in (None, _UNKNOWN):
             delete()

@@ -60,6 +60,7 @@ class Location:
         secrets: what may not be shown of the address, and of the options that go with it.
         in_directory: on a local disk, whether the directory was there when it was named.
         look: on a local disk, at what was there when it was named; ``None`` where nobody has looked.
+        seen_seconds: on a local disk, when its directory was seen to be there, as a save was asked for; monotonic time.
         options: what the file system is made with beside the storage options, where the location itself says it.
     """
 
@@ -74,6 +75,7 @@ class Location:
     secrets: tuple[str, ...] = field(default=(), repr=False)
     in_directory: bool = field(default=False, repr=False, compare=False)
     look: Look | None = field(default=None, repr=False, compare=False)
+    seen_seconds: float | None = field(default=None, repr=False, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from async_ckpt.stores.local_source import LocalSource
 from async_ckpt.stores.local_upload import HALF_OF_THE_CPUS, LocalUpload
 from async_ckpt.stores.places import Places
 from async_ckpt.stores.target import refuse_foreign_link, translated
+from async_ckpt.stores.vanished import note_removal
 
 __all__ = ["LocalStore", "sync_path"]
 
@@ -128,6 +129,8 @@ class LocalStore:
             refuse_foreign_link(
                 "delete", location
             )  # again: it may be there only because of a link put there just now
+            if not stat.S_ISREG(found.st_mode):  # a directory, or a link, maybe to one
+                note_removal(location.path)  # first: another save may look at any moment
             if stat.S_ISDIR(found.st_mode):
                 self._disk.rmtree(location.path)
             else:

@@ -34,6 +34,7 @@ from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local_drafts import Draft, InPlaceDraft, TemporaryDraft
 from async_ckpt.stores.local_file import LocalFile
 from async_ckpt.stores.target import check_local_target, exists_already, refuse_foreign_link, translated
+from async_ckpt.stores.vanished import refuse_vanished
 from async_ckpt.stores.ways import (
     Found,
     WayRefused,
@@ -105,6 +106,7 @@ class LocalUpload:
             earlier = check_local_target(self._location, self._disk, in_place=self._in_place)
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
+            refuse_vanished(self._location)
             self._begin(earlier)
         self.swept = self._directories.sweep(self._directory)
 
@@ -119,7 +121,8 @@ class LocalUpload:
                 self._draft = self._drafted(earlier, made)
                 if self._draft.begin(self._nbytes):
                     return
-            except FileNotFoundError:  # another upload's abort took a directory away
+            except FileNotFoundError:  # another upload's abort took a directory away, or somebody else
+                refuse_vanished(self._location)
                 if self._draft is not None:
                     self._draft.drop()
         raise OSError(errno.EBUSY, "what is made there vanishes at once")

@@ -58,6 +58,7 @@ class Dispatcher:
         self._queue = Queue()
         self._requests: dict[int, Request] = {}
         self.expected: set[Request] = set()  # sent here and not ended; callers add to it
+        self._foreseen: set[Request] = set()  # they have their place, and have not come in
         self._comparing: set[Request] = set()  # they have borrowed memory, and have not come in
         self._drains: list[tuple[set[int], Outcome[None]]] = []
 
@@ -93,8 +94,28 @@ class Dispatcher:
         """Tell whether something pending may change whether *location* can be saved to."""
         return self._queue.is_changing(location.key)
 
+    def foresee(self, request: Request) -> None:
+        """Give a save its place that a signal handler on its thread has interrupted before it has come in (L1).
+
+        What the handler asks for next may have to come after it; it is let in, whatever is there by then.
+        """
+        if request.account.closed or request.op.id:  # it has come in, or has its place
+            return
+        self._foreseen.add(request)
+        self._number(request)
+        self._queue.foresee(request.op)
+
     def take_in(self, request: Request) -> None:
         """Queue a new request; ``request.admitted`` tells when its caller may go on."""
+        if request.turned_away:  # before it came in
+            self.expected.discard(request)
+            self.take_back(request)
+            return
+        if request in self._foreseen:
+            self._foreseen.remove(request)
+            self._comparing.discard(request)
+            self._admit(request)
+            return
         if request.account.closed or self._queue.one_waits(request.account.lane):
             # First come, first served: who waits for that memory would wait for ever for who is behind it.
             self.take_back(request)
@@ -106,9 +127,7 @@ class Dispatcher:
             request.admitted.set_exception(closed)
             request.outcome.set_exception(closed)
             return
-        request.op.id = next(_ids)  # here, so that ids rise in the order in which threads come through
-        request.handle._loop_thread = threading.get_ident()
-        self._requests[request.op.id] = request
+        self._number(request)
         if request.borrows:
             request.op.nbytes = 0
         self._queue.add(request.op)
@@ -122,6 +141,11 @@ class Dispatcher:
         ):
             request.op.urgent = True  # it interrupted that one, whose memory comes free only after it (L1)
         self._pump()
+
+    def _number(self, request: Request) -> None:
+        request.op.id = next(_ids)  # here, so that ids rise in the order in which threads come through
+        request.handle._loop_thread = threading.get_ident()
+        self._requests[request.op.id] = request
 
     def staged(self, request: Request, snapshot: Snapshot) -> None:
         """The snapshot is complete; from here on the save is the service's own affair."""
@@ -142,7 +166,9 @@ class Dispatcher:
             return
         if handed_over:
             return
-        if op.phase is Phase.STAGING:
+        if request in self._foreseen:
+            self._foreseen.remove(request)
+        elif op.phase is Phase.STAGING:
             request.emit(Abandoned)
         self._queue.withdraw(op)
         self._forget(request)
@@ -175,7 +201,11 @@ class Dispatcher:
         account.closed = True
         for request in self._live(account):
             op = request.op
-            waits = op.phase is Phase.WAITING or (op.kind is Kind.LOAD and op.phase is Phase.QUEUED)
+            waits = (
+                op.phase is Phase.WAITING
+                or (op.kind is Kind.LOAD and op.phase is Phase.QUEUED)
+                or request in self._foreseen
+            )
             if waits or (op.phase is Phase.STAGING and op.thread == thread):
                 request.decide()
                 if waits:

@@ -50,6 +50,7 @@ class Intake:
         self.holdings = holdings
         self._account = holdings.account
         self._failures = holdings.account.failures
+        self._begun: list[Request] = []  # saves whose state is being looked at
 
     def save(
         self, state: Any, location: Location, writer: Writer | None, *, share_unpicklable: bool, tell: bool
@@ -63,20 +64,23 @@ class Intake:
             if is_local(location):
                 location = seen(location)
             writer = self._streaming_writer(location)
-        started_seconds = monotonic()
-        if writer.takes_objects:
-            captured = capture_objects(state, share_unpicklable=share_unpicklable)
-        else:
-            captured = capture(state)
-        request = self._request(Kind.SAVE, location, writer, nbytes=captured.nbytes)
-        request.started_seconds = started_seconds
+        request = self._request(Kind.SAVE, location, writer)
         try:
+            self._begun.append(request)
+            if writer.takes_objects:
+                captured = capture_objects(state, share_unpicklable=share_unpicklable)
+            else:
+                captured = capture(state)
+            request.op.nbytes = captured.nbytes
             if writer.only_reads:
                 self._borrow(request, captured, runtime)
             _send(request, runtime)
+            self._begun.remove(request)
             self._await_admission(request)
             self._stage(request, captured, runtime, only_reads=writer.only_reads)
         except BaseException as error:
+            with suppress(ValueError):
+                self._begun.remove(request)
             with suppress(ServiceClosedError):
                 runtime.post(runtime.dispatcher.withdraw, request)
             if request.turned_away and isinstance(error, Exception):  # closed beneath us, memory and all
@@ -91,6 +95,9 @@ class Intake:
         runtime = self.holdings.running()
         location = _as_it_will_be(location, runtime)
         writer = self._streaming_writer(location) if writer is None else writer
+        for request in list(self._begun):
+            if request.op.thread == threading.get_ident():  # this is a signal handler in the midst of it
+                runtime.post(runtime.dispatcher.foresee, request)
         return self._hand_over(self._request(Kind.REMOVE, location, writer), runtime)
 
     def link(self, location: Location, target: Location) -> Handle:

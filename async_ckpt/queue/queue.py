@@ -147,6 +147,12 @@ class Queue:
             op.before = 0 if before is None else before.id
         self._look_at((op,))
 
+    def foresee(self, op: Op) -> None:
+        """Take in a save and admit it, whatever the bounds: what interrupted it counts on it (rule 6)."""
+        self.add(op)
+        self._admit(op, self._shares[op.lane])
+        op.phase = Phase.STAGING
+
     def durable(self, op: Op) -> None:
         """The operation has taken effect."""
         history = op.lane.history

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from async_ckpt import FlushTimeoutError, Handle, RemovalDroppedError
+from async_ckpt import FlushTimeoutError, Handle, RemovalDroppedError, ServiceClosedError
 from async_ckpt.events import Accepted, Event
 from tests.support import Rig, number_of, state
 
@@ -142,3 +143,99 @@ def test_what_another_thread_saved_behind_the_interrupted_save() -> None:
         rig.service.wait()
         assert interrupted.answers == [None]
         assert number_of(rig.service.load("memory://new")) == 3
+
+
+class Asking:
+    """Something to save; the handler runs as pickle asks it what it is, before the save is sent to the queue."""
+
+    def __init__(self, handler: Callable[[], object]) -> None:
+        self._handler = handler
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._handler()
+        return OrderedDict, ()
+
+
+def saved_while_asking(rig: Rig, handler: Callable[[], object]) -> Handle:
+    """Save ``memory://old``, and then ``memory://new``, with *handler* as its state is looked at."""
+    rig.service.save(state(1), "memory://old").wait()
+    return rig.service.save({**state(2), "asked": Asking(handler)}, "memory://new")
+
+
+def test_a_removal_waits_for_the_save_whose_state_is_looked_at() -> None:
+    """What a handler removes before the interrupted save has its place is kept until that is durable, too (D3)."""
+    order: list[tuple[str, str]] = []
+    with Rig(memory=True, observer=lambda event: order.append((type(event).__name__, event.url))) as rig:
+
+        def handler() -> None:
+            removal = rig.service.remove("memory://old")
+            with pytest.raises(RuntimeError, match="last for ever"):
+                removal.wait()
+
+        saved_while_asking(rig, handler)
+        rig.service.wait()
+        assert order.index(("Durable", "memory://new")) < order.index(("Removed", "memory://old"))
+        assert number_of(rig.service.load("memory://new")) == 2
+
+
+def test_a_removal_is_dropped_where_the_state_is_not_saved() -> None:
+    """Where the interrupted save comes to nothing, what was to be removed stays; later ones do not (D3)."""
+    removals: list[Handle] = []
+    with Rig(memory=True) as rig:
+
+        def handler() -> None:
+            removals.append(rig.service.remove("memory://old"))
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            saved_while_asking(rig, handler)
+        with pytest.raises(RemovalDroppedError):
+            removals[0].wait()
+        assert number_of(rig.service.load("memory://old")) == 1
+        rig.service.save(state(3), "memory://new").wait()
+        rig.service.remove("memory://old").wait()
+
+
+def test_a_handler_that_removes_and_closes_leaves_the_earlier_checkpoint() -> None:
+    """The interrupted save is turned away, so the removal that counted on it is dropped (D3)."""
+    with Rig(memory=True) as rig:
+
+        def handler() -> None:
+            removal = rig.service.remove("memory://old")
+            rig.service.close()
+            with pytest.raises(RemovalDroppedError):
+                removal.wait()
+
+        with pytest.raises(ServiceClosedError):
+            saved_while_asking(rig, handler)
+        assert rig.memory is not None
+        assert sorted(rig.memory.files) == ["/old"]
+
+
+def test_another_thread_closes_while_the_state_is_looked_at() -> None:
+    """Whoever closes waits for no save that has not got its place; its caller is told."""
+    with Rig(memory=True) as rig:
+
+        def handler() -> None:
+            rig.service.remove("memory://old")
+            thread = threading.Thread(target=rig.service.close)
+            thread.start()
+            thread.join()
+
+        with pytest.raises(ServiceClosedError):
+            saved_while_asking(rig, handler)
+
+
+def test_a_handler_that_fills_the_queue_holds_nobody_up() -> None:
+    """What waits behind the removal takes places; the interrupted save gets in past them (L1)."""
+    with Rig(memory=True, queue_depth=1) as rig:
+
+        def handler() -> None:
+            rig.service.remove("memory://old")
+            rig.service.save(state(3), "memory://old")
+            rig.service.save(state(4), "memory://old")
+
+        saved_while_asking(rig, handler).wait()
+        rig.service.wait()
+        assert number_of(rig.service.load("memory://old")) == 4
+        assert number_of(rig.service.load("memory://new")) == 2

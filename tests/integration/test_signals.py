@@ -8,6 +8,7 @@ import linecache
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -276,6 +277,9 @@ def test_ctrl_c_at_every_line_of_a_first_save_leaves_no_thread() -> None:
         rig.service.close()
         for thread in threading.enumerate():
             if thread.name.startswith("async_ckpt"):
+                until = time.monotonic() + PATIENCE_SECONDS
+                while thread.ident is None:  # it is only about to start
+                    assert time.monotonic() < until, where
                 thread.join(PATIENCE_SECONDS)
                 assert not thread.is_alive(), where
         return where

@@ -64,6 +64,7 @@ class Op:
         thread: the caller's thread.
         urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
             whose memory and place cannot come free before the caller returns. The queue finds out.
+        passed_by: what interrupted it on its thread, came to a related location, and so comes first; the queue's own.
         target: for a link, the key of the location that it leads to.
         before: for a removal, the last of what had to come first when it came, 0 where nothing had to; the queue's own.
         barrier: for a removal and a link, what must be durable first, until it is; the queue's own.
@@ -82,6 +83,7 @@ class Op:
     place: str = ""
     nbytes: int = 0
     urgent: bool = False
+    passed_by: tuple[Op, ...] = ()
     target: str | None = None
     before: int = 0
     barrier: Barrier | None = None

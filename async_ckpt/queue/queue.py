@@ -26,7 +26,9 @@ that it held up. So a message costs the same, on average, however many operation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
+from operator import is_
 from weakref import WeakSet
 
 from async_ckpt.queue.barriers import Barriers
@@ -125,7 +127,12 @@ class Queue:
             suspended = [other for other in self._suspended(op) if other.id in share.accepted]
             beneath = [other for other in suspended if lies_in(other.key, op.key)]
             if beneath:
-                self._barriers.wait_for(op, (o for o in share.accepted.values() if o not in beneath))
+                others = [
+                    other
+                    for other in share.accepted.values()
+                    if not self._any_depends((other,), beneath.__contains__)
+                ]
+                self._barriers.wait_for(op, others)
             else:
                 self._barriers.wait_for_all(op)
             op.missing = op.lane.history.last_failure
@@ -141,6 +148,7 @@ class Queue:
             self._by_thread.setdefault(op.thread, {})[op.id] = op
         self._ops[op.id] = op
         share.live[op.id] = op
+        self._pass_by(op)
         self._located.add(op)
         if op.kind is Kind.REMOVE:
             before = self._nearest_predecessor(op)
@@ -349,6 +357,16 @@ class Queue:
                     break
                 if _comes_first(other, op):
                     yield other
+        yield from (other for other in op.passed_by if other.id in self._ops)
+
+    def _pass_by(self, op: Op) -> None:
+        """Have what *op* interrupted come after it, where it does not come after that by way of another thread's."""
+        if op.kind is Kind.LOAD:
+            return
+        for other in self._suspended(op):
+            related = lies_in(other.key, op.key) or lies_in(op.key, other.key)
+            if other.kind is not Kind.LOAD and related and not self._any_depends((op,), partial(is_, other)):
+                other.passed_by += (op,)
 
     def _nearest_predecessor(self, op: Op) -> Op | None:
         nearest: Op | None = None
@@ -484,7 +502,11 @@ def _is_accepted_save(op: Op) -> bool:
 
 
 def _comes_first(earlier: Op, op: Op) -> bool:
-    return earlier.phase is not Phase.WAITING and not _is_suspended_beneath(earlier, op)
+    return (
+        earlier.phase is not Phase.WAITING
+        and not _is_suspended_beneath(earlier, op)
+        and op not in earlier.passed_by
+    )
 
 
 def _is_suspended_beneath(other: Op, op: Op) -> bool:

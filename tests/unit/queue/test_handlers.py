@@ -128,3 +128,42 @@ def test_held_up_by_way_of_others() -> None:
     assert play.queue.is_held_up(load, 7)
     assert not play.queue.is_held_up(load, 9)
     assert not play.queue.is_held_up(beside, 7)
+
+
+def test_what_passed_it_by_comes_first() -> None:
+    """The interrupted save comes after what a handler did at its location: its call returned last (O1)."""
+    for ask in (Play.save, Play.remove):
+        play, of = Play(), lane(concurrent=1)
+        elsewhere = play.save(of, "b")
+        interrupted = play.save(of, "a", thread=7, stage=False)
+        nested = ask(play, of, "a", thread=7)
+        play.stage(interrupted)
+        play.end(elsewhere)
+        assert (nested.phase, interrupted.phase) == (Phase.RUNNING, Phase.QUEUED)
+        play.end(nested)
+        assert interrupted.phase is Phase.RUNNING
+
+
+def test_what_cannot_pass_it_by_comes_after_it() -> None:
+    """Behind another thread's save, which waits for the interrupted one, a handler's save is the last (O1)."""
+    play, of = Play(), lane(concurrent=3)
+    interrupted = play.save(of, "a", thread=7, stage=False)
+    behind = play.save(of, "a", thread=8)
+    nested = play.save(of, "a", thread=7)
+    play.stage(interrupted)
+    for op in (interrupted, behind, nested):
+        assert op.phase is Phase.RUNNING
+        play.end(op)
+
+
+def test_a_removal_that_passed_it_by_waits_for_nothing_that_waits_for_it() -> None:
+    """A handler's removals, of what else there is and of what is being saved, come to their end in any order (L1)."""
+    play, of = Play(), lane(depth=2, concurrent=2)
+    interrupted = play.save(of, "a", thread=7, stage=False)
+    old = play.remove(of, "old", thread=7)
+    again = play.save(of, "old", thread=7)
+    nested = play.remove(of, "a", thread=7)
+    play.stage(interrupted)
+    for op in (nested, interrupted, old, again):
+        assert op.phase is Phase.RUNNING
+        play.end(op)

@@ -1,6 +1,7 @@
 """What well-known integrations do with a checkpoint inside ``fit``, and what they find, without their packages.
 
-Each class here uses files in the way that the named one does. Storage is slow throughout.
+Each class here uses files in the way that the named one does; ``tests/real`` runs some of them themselves. Storage is
+slow throughout.
 """
 
 from __future__ import annotations

@@ -159,12 +159,12 @@ class _Known(NamedTuple):
     Attributes:
         path: without links.
         links: on the way to it.
-        identity: by which it is told from another that has its name by now.
+        identity: by which it is told from another that has its name by now, and we from who trusts others than we do.
     """
 
     path: str
     links: tuple[str, ...]
-    identity: tuple[int, int, int]
+    identity: tuple[int, int, int, int]
 
     @classmethod
     def at(cls, directory: str) -> _Known | None:
@@ -190,12 +190,14 @@ class _Known(NamedTuple):
 _known: dict[str, _Known] = {}
 
 
-def _identity(look: Callable[[str], os.stat_result], path: str) -> tuple[int, int, int] | None:
+def _identity(look: Callable[[str], os.stat_result], path: str) -> tuple[int, int, int, int] | None:
     try:
         found = look(path)
     except OSError:
         return None
-    return (found.st_dev, found.st_ino, found.st_uid) if stat.S_ISDIR(found.st_mode) else None
+    if not stat.S_ISDIR(found.st_mode):
+        return None
+    return found.st_dev, found.st_ino, found.st_uid, os.geteuid()
 
 
 def _names(path: str) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from async_ckpt.errors import OptionError
-from async_ckpt.redaction import redacted_text
+from async_ckpt.redaction import redacted_text, redacted_url
 
 __all__ = [
     "LOCAL_PROTOCOLS",
@@ -32,6 +32,7 @@ LOCAL_PROTOCOLS = frozenset({"file", "local"})
 _NAME = r"[A-Za-z][A-Za-z0-9+.\-_]*"
 # What pathlib makes of "s3://bucket/…", and os.path.abspath of that: Lightning has it of ModelCheckpoint's dirpath.
 _EATEN_SLASH = re.compile(rf"(?:^|(?<=/))((?:{_NAME}::)*)({_NAME}):/+")
+_BACKSLASHED = re.compile(rf"(?:^|[/\\:]){_NAME}:\\")  # what pathlib.PureWindowsPath makes of one
 _URL = re.compile(rf"{_NAME}://")
 _FROM_THE_ROOT = frozenset({"dbfs"})  # no host comes first in their URLs
 
@@ -90,6 +91,10 @@ def read_address(given: Given) -> Address:
         raise OptionError(f"{redacted_text(text)!r} contains a null character")
     _refuse_chained(text)
     refuse_mangled(text)
+    if isinstance(given, UniversalPath) and not _is_local(given) and "://" not in text:
+        raise OptionError(
+            f"{redacted_text(text)!r} is of {given.protocol!r} and no URL; nothing is saved to such"
+        )
     return Address(text, options)
 
 
@@ -97,13 +102,20 @@ def _taken_apart(given: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(given, str):
         return given, {}
     if isinstance(given, UniversalPath):
-        if given.protocol and given.protocol not in LOCAL_PROTOCOLS:
-            return str(given), dict(given.storage_options)
-        return given.path, {}
+        return (given.path, {}) if _is_local(given) else (str(given), dict(given.storage_options))
     return (os.fspath(given) if isinstance(given, os.PathLike) else given), {}
 
 
+def _is_local(path: UniversalPath) -> bool:
+    return not path.protocol or path.protocol in LOCAL_PROTOCOLS
+
+
+def _with_slashes(text: str) -> str:
+    return text.replace("\\", "/") if _BACKSLASHED.search(text) else text
+
+
 def _refuse_chained(text: str) -> None:
+    text = _with_slashes(text)
     first, chained, rest = text.partition("::")
     if chained and ("://" in text or is_protocol(re.split("[:/]", first)[0])):
         own = _EATEN_SLASH.match(rest)
@@ -124,6 +136,7 @@ def refuse_mangled(text: str) -> None:
     Raises:
         OptionError: it is such a path.
     """
+    text = _with_slashes(text)
     if ":/" not in text or text.startswith("./") or _URL.match(text):
         return
     for eaten in _EATEN_SLASH.finditer(text):
@@ -149,7 +162,8 @@ def _mended(eaten: re.Match[str], text: str) -> str:
     """Return the URL that *text* was from where *eaten* begins."""
     protocol, path = eaten[2].lower(), text[eaten.end() :]
     if protocol in LOCAL_PROTOCOLS:
-        return f"/{path}"
+        # While it can be told what in it is secret.
+        return "/" + redacted_url(f"{protocol}://{path}").partition("://")[2]
     return f"{protocol}://{'/' if protocol in _FROM_THE_ROOT else ''}{path}"
 
 

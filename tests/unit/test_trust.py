@@ -176,3 +176,18 @@ def test_a_directory_of_another_with_the_same_inode_is_not_known(tmp_path: Path)
     (run / "x").symlink_to("/etc/passwd")
     os.chown(run / "x", 12345, -1, follow_symlinks=False)
     assert resolve(f"{run}/x").foreign == f"{run}/x"
+
+
+@needs_root
+def test_what_one_user_knows_another_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that changes its user looks anew: a directory of its former user's is another user's by now."""
+    tmp_path.chmod(0o1777)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "x").symlink_to("/etc/passwd")
+    for path in (run, run / "x"):
+        os.lchown(path, 12345, 12345)
+    with monkeypatch.context() as as_them:
+        as_them.setattr(os, "geteuid", lambda: 12345)
+        assert resolve(f"{run}/x").foreign == ""
+    assert resolve(f"{run}/x").foreign == f"{run}/x"

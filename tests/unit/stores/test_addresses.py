@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import fsspec
@@ -26,10 +26,10 @@ class UPath:
 
     text: str
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str = ""
 
-    @property
-    def protocol(self) -> str:
-        return self.text.partition("://")[0]
+    def __post_init__(self) -> None:
+        self.protocol = self.protocol or self.text.partition("://")[0]
 
     @property
     def path(self) -> str:
@@ -52,6 +52,7 @@ def test_every_protocol_of_fsspec(protocol: str, here: Path) -> None:
     meant = f"{protocol}://host/run/a.ckpt"
     works = {"file": "/host/run/a.ckpt", "local": "/host/run/a.ckpt", "dbfs": "dbfs:///host/run/a.ckpt"}
     mangled: list[Any] = [Path(meant), Path(meant).absolute(), os.path.normpath(meant), Path(meant.upper())]
+    mangled += [PurePosixPath(meant), PureWindowsPath(meant), f"{here}\\{PureWindowsPath(meant)}"]
     with CheckpointService() as service:
         for place in mangled:
             for call in (lambda p: service.save(1, p), service.load, service.remove, load):
@@ -143,7 +144,7 @@ def test_no_file_system_is_imported_for_it() -> None:
     done = python(
         """
         import sys
-        from pathlib import Path
+        from pathlib import Path, PurePosixPath, PureWindowsPath
         from async_ckpt import OptionError
         from async_ckpt.stores import locate
         for protocol in ("s3", "gs", "abfs", "sftp", "webhdfs", "simplecache::s3"):
@@ -155,6 +156,17 @@ def test_no_file_system_is_imported_for_it() -> None:
         """
     )
     assert done.stdout.strip() == "refused " * 6 + "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["sftp://u:hunter2@h/x", "file://u:hunter2@h/x", "simplecache::sftp://u:hunter2@h/x"]
+)
+@pytest.mark.parametrize("kind", [PurePosixPath, PureWindowsPath, lambda url: f"/there/{PurePosixPath(url)}"])
+def test_no_password_is_told(url: str, kind: Any) -> None:
+    """What is refused is told without the password in it, and so is the URL that works."""
+    with pytest.raises(OptionError) as told:
+        locate(kind(url))
+    assert "hunter2" not in str(told.value)
 
 
 def test_capitals() -> None:
@@ -209,6 +221,13 @@ def test_a_upath_brings_its_options() -> None:
     same = locate("memory://a", storage_options={"token": "own", "more": 1})
     assert (location.key, location.group, location.address) == (same.key, same.group, "memory://a")
     assert locate(UPath("memory://a")).key == locate("memory://a").key
+
+
+def test_a_upath_without_a_url(here: Path) -> None:
+    """What a file system knows by no URL is no local file of such a name."""
+    with pytest.raises(OptionError, match=r"'data' .* no URL"):
+        locate(UPath("data:text/plain,x", protocol="data"))
+    assert not os.listdir(here)
 
 
 def test_real_upaths(here: Path) -> None:

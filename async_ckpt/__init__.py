@@ -35,8 +35,7 @@ from async_ckpt.retry import RetryPolicy
 from async_ckpt.service import CheckpointService, load
 
 if TYPE_CHECKING:
-    from async_ckpt.lightning.callback import AsyncCheckpointCallback
-    from async_ckpt.lightning.plugin import AsyncCheckpointIO
+    from async_ckpt.lightning import AsyncCheckpointCallback, AsyncCheckpointIO
 
 __all__ = [
     "AbandonedError",
@@ -75,17 +74,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what Lightning needs when it is asked for, and make it known to what of Lightning is there by then."""
-    from async_ckpt.lightning import registration
+    """Import what Lightning needs when it is asked for."""
+    if name in ("AsyncCheckpointCallback", "AsyncCheckpointIO"):
+        from async_ckpt import lightning
 
-    if name == "AsyncCheckpointIO":
-        from async_ckpt.lightning.plugin import AsyncCheckpointIO
-
-        registration.introduce_plugin(AsyncCheckpointIO)
-        return AsyncCheckpointIO
-    if name == "AsyncCheckpointCallback":
-        from async_ckpt.lightning.callback import AsyncCheckpointCallback
-
-        registration.introduce_callback(AsyncCheckpointCallback)
-        return AsyncCheckpointCallback
+        return getattr(lightning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

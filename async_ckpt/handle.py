@@ -22,7 +22,7 @@ from weakref import ref
 import anyio
 
 from async_ckpt.errors import FlushTimeoutError
-from async_ckpt.processes import process_id
+from async_ckpt.system.processes import process_id
 
 __all__ = ["Failure", "Handle", "Outcome", "Report", "State", "await_outcome"]
 

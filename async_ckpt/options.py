@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeGuard
 
 from async_ckpt.errors import OptionError
 from async_ckpt.events import Observer
-from async_ckpt.limits import smallest_bound
-from async_ckpt.patience import Limit
 from async_ckpt.retry import RetryPolicy
+from async_ckpt.system.limits import smallest_bound
+from async_ckpt.telemetry.patience import Limit
 
 __all__ = [
     "DirectSaves",

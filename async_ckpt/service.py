@@ -20,18 +20,18 @@ from typing import Any
 
 import anyio
 
-from async_ckpt import threads
+from async_ckpt.engine.failures import Failures
+from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
+from async_ckpt.engine.submission import Intake
+from async_ckpt.engine.writers import Writer
 from async_ckpt.errors import FlushTimeoutError
-from async_ckpt.failures import Failures
 from async_ckpt.handle import Handle, Outcome, await_outcome
-from async_ckpt.holdings import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
-from async_ckpt.intake import Intake
 from async_ckpt.options import ServiceOptions, check_grace
-from async_ckpt.patience import Limit, Patience
-from async_ckpt.processes import process_id
 from async_ckpt.stores import Given, locate
 from async_ckpt.stores.base import Location, Workers
-from async_ckpt.writers import Writer
+from async_ckpt.system import threads
+from async_ckpt.system.processes import process_id
+from async_ckpt.telemetry.patience import Limit, Patience
 
 __all__ = ["CheckpointService", "StoreFactory", "load"]
 

@@ -24,10 +24,10 @@ from types import TracebackType
 from typing import Any
 
 from async_ckpt.events import Event, Failed
-from async_ckpt.permissions import create_private, take_place_of
-from async_ckpt.processes import process_id
-from async_ckpt.trace import Span, trace_of
-from async_ckpt.trust import foreign_link_on
+from async_ckpt.system.permissions import create_private, take_place_of
+from async_ckpt.system.processes import process_id
+from async_ckpt.system.trust import foreign_link_on
+from async_ckpt.telemetry.trace import Span, trace_of
 
 __all__ = ["Timeline"]
 

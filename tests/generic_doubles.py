@@ -8,7 +8,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location, Part
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.testing import BytesContent, ManualClock, ThreadWorkers
 
 OLD, NEW = b"old" * 1000, b"new" * 1000  # of one length, as checkpoints of one model are

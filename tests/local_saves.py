@@ -7,8 +7,8 @@ from pathlib import Path
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local import LocalStore
-from async_ckpt.stores.places import PLAIN, Place, Places
+from async_ckpt.stores.local.places import PLAIN, Place, Places
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import BytesContent
 
 

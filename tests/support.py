@@ -16,9 +16,7 @@ import torch
 
 import async_ckpt
 from async_ckpt import CheckpointService, FlushTimeoutError
-from async_ckpt.events import Event
-from async_ckpt.handle import Handle
-from async_ckpt.queue import (
+from async_ckpt.engine.queue import (
     Action,
     Admit,
     Cancel,
@@ -32,10 +30,12 @@ from async_ckpt.queue import (
     Start,
     Supersede,
 )
+from async_ckpt.events import Event
+from async_ckpt.handle import Handle
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import Fault, FaultyStore, Gate
 
 #: An upper bound for what takes milliseconds; only a test that fails waits for so long.

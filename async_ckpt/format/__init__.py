@@ -8,7 +8,7 @@ What does not belong here: where the bytes go, memory, order of saves.
 
 from __future__ import annotations
 
-from async_ckpt.format.layout import Layout, lay_out
-from async_ckpt.format.parts import plan_parts
+from async_ckpt.format.writing.layout import Layout, lay_out
+from async_ckpt.format.writing.parts import plan_parts
 
 __all__ = ["Layout", "lay_out", "plan_parts"]

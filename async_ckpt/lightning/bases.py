@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from async_ckpt.engine.writers import DelegatingWriter
 from async_ckpt.errors import AsyncCheckpointError, OptionError
-from async_ckpt.lightning.desk import MakeWriter
+from async_ckpt.lightning.session import MakeWriter
 from async_ckpt.options import ServiceOptions
-from async_ckpt.redaction import redacted_url
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import locate, refuse_mangled
 from async_ckpt.stores.base import Location
-from async_ckpt.writers import DelegatingWriter
+from async_ckpt.stores.redaction import redacted_url
 
 __all__ = [
     "argument",

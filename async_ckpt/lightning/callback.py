@@ -16,9 +16,9 @@ from time import time
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.lightning.companion import Companion
+from async_ckpt.lightning.overrides import Shadows
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
-from async_ckpt.lightning.shadows import Shadows
 from async_ckpt.lightning.strategies import bypass, plugin_of
 from async_ckpt.timeline import Timeline
 

@@ -21,15 +21,15 @@ from weakref import WeakKeyDictionary
 
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.events import Accepted, Event, Failed
-from async_ckpt.lightning.bars import show_pending
 from async_ckpt.lightning.deferral import defer, is_direct
 from async_ckpt.lightning.departure import departure_of
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications, hooks_of
+from async_ckpt.lightning.overrides import Shadows
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
+from async_ckpt.lightning.progress_bars import show_pending
 from async_ckpt.lightning.removals import Removals
-from async_ckpt.lightning.shadows import Shadows
-from async_ckpt.meter import Meter
+from async_ckpt.telemetry.meter import Meter
 from async_ckpt.timeline import Timeline
 
 __all__ = ["Companion"]

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from inspect import isfunction
 from typing import Any
 
-from async_ckpt.lightning.shadows import Shadows
+from async_ckpt.lightning.overrides import Shadows
 
 __all__ = ["defer", "is_direct", "replaces"]
 

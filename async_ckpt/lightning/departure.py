@@ -20,7 +20,7 @@ from typing import Any
 
 from async_ckpt.errors import FlushTimeoutError, RankError
 from async_ckpt.lightning.group_pending import GroupPending, pending_of_group, read
-from async_ckpt.patience import Limit
+from async_ckpt.telemetry.patience import Limit
 
 __all__ = ["Departure", "departure_of"]
 

@@ -19,10 +19,10 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, TextIO
 
-from async_ckpt.failures import tell
+from async_ckpt.engine.failures import tell
 from async_ckpt.handle import Handle, State
-from async_ckpt.meter import Meter, SaveProgress
 from async_ckpt.service import CheckpointService
+from async_ckpt.telemetry.meter import Meter, SaveProgress
 
 __all__ = ["give_up", "patiently"]
 
@@ -151,7 +151,7 @@ class _Display:
             logger.warning("%s", self._line(now))
 
     def _open_bar(self, now: float) -> Any:
-        from async_ckpt.format.progress import is_first_rank, is_watched, open_bar
+        from async_ckpt.format.reading.progress import is_first_rank, is_watched, open_bar
 
         self._silent = not is_first_rank()
         if self._silent or not is_watched(self._stream):

@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary
 
 from async_ckpt.errors import FlushTimeoutError, RankError
 from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_group
-from async_ckpt.patience import Limit, Patience
-from async_ckpt.processes import process_id
+from async_ckpt.system.processes import process_id
+from async_ckpt.telemetry.patience import Limit, Patience
 
 __all__ = ["Announcement", "GroupPending", "pending_of_group"]
 

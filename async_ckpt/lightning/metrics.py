@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from async_ckpt.meter import SaveProgress
+from async_ckpt.telemetry.meter import SaveProgress
 
 __all__ = ["figures", "log_figures"]
 

@@ -19,9 +19,9 @@ from fsspec import AbstractFileSystem
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.lightning.deferral import replaces
+from async_ckpt.lightning.overrides import Shadows
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
-from async_ckpt.lightning.shadows import Shadows
 
 __all__ = ["Foresight", "make_aware"]
 

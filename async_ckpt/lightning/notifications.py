@@ -18,8 +18,8 @@ from typing import Any
 
 from async_ckpt.events import Durable
 from async_ckpt.lightning.metrics import figures, log_figures
-from async_ckpt.meter import Meter, SaveProgress
-from async_ckpt.redaction import redacted_url
+from async_ckpt.stores.redaction import redacted_url
+from async_ckpt.telemetry.meter import Meter, SaveProgress
 
 __all__ = ["Notifications", "hooks_of"]
 

@@ -26,16 +26,16 @@ from async_ckpt.lightning.bases import (
     refuse_void,
     slot_of,
 )
-from async_ckpt.lightning.desk import Desk
 from async_ckpt.lightning.first_save import let_companion_know
 from async_ckpt.lightning.registration import default_weights_only, register
+from async_ckpt.lightning.session import Desk
 from async_ckpt.lightning.watch import Watch, refuse_unknown_place
-from async_ckpt.meter import Meter
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.vanished import seen
+from async_ckpt.telemetry.meter import Meter
 
 __all__ = ["AsyncCheckpointIO"]
 

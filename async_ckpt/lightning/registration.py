@@ -14,14 +14,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from async_ckpt.lightning.repairs import repair
+from async_ckpt.lightning.compat import repair
 
 __all__ = [
     "default_weights_only",
-    "found_callbacks",
     "inherit_callback",
     "introduce_callback",
     "introduce_plugin",
+    "is_registered",
     "register",
 ]
 
@@ -81,13 +81,9 @@ def inherit_callback(callback: Any) -> None:
         _inherit(callback, base)
 
 
-def found_callbacks() -> list[Any]:
-    """Return what a Trainer finds by its entry points: the companion, if the program has ever made a plugin."""
-    if not _registered:
-        return []
-    from async_ckpt.lightning.callback import FoundCallback
-
-    return [FoundCallback()]
+def is_registered() -> bool:
+    """Tell whether the program has ever made a plugin."""
+    return bool(_registered)
 
 
 def default_weights_only() -> bool | None:

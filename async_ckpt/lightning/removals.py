@@ -18,10 +18,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from async_ckpt.lightning.overrides import Shadows
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
-from async_ckpt.lightning.shadows import Shadows
-from async_ckpt.redaction import redacted_url
 from async_ckpt.stores import is_given
+from async_ckpt.stores.redaction import redacted_url
 
 __all__ = ["Removals"]
 

@@ -26,10 +26,9 @@ from typing import Any, TypeAlias
 from async_ckpt.errors import OptionError, RemovalDroppedError, StoreError
 from async_ckpt.lightning.bases import layers_of
 from async_ckpt.stores import is_given, is_local, refuse_mangled
-from async_ckpt.stores.base import Location
+from async_ckpt.stores.base import Location, exists_already
 from async_ckpt.stores.fsspec_calls import version_in
-from async_ckpt.stores.link import detach
-from async_ckpt.stores.target import exists_already
+from async_ckpt.stores.local.link import detach
 from async_ckpt.stores.vanished import note_removal, refuse_vanished
 
 __all__ = ["Watch", "refuse_unknown_place"]

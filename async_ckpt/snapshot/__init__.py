@@ -9,8 +9,8 @@ What does not belong here: the bytes of the file, the queue, waiting for memory.
 
 from __future__ import annotations
 
-from async_ckpt.snapshot.copying import HostBuffer, HostPool
-from async_ckpt.snapshot.picture import Snapshot, Storages
-from async_ckpt.snapshot.tree import Capture, capture, capture_objects
+from async_ckpt.snapshot.capture import Capture, capture, capture_objects
+from async_ckpt.snapshot.host_pool import HostBuffer, HostPool
+from async_ckpt.snapshot.snapshot import Snapshot, Storages
 
 __all__ = ["Capture", "HostBuffer", "HostPool", "Snapshot", "Storages", "capture", "capture_objects"]

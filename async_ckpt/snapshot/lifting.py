@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, ClassVar, TypeAlias
 import torch
 
 from async_ckpt.snapshot.arrays import ArrayBytes
-from async_ckpt.snapshot.copying import bytes_of
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
+from async_ckpt.snapshot.host_pool import bytes_of
 from async_ckpt.snapshot.locations import location_of
-from async_ckpt.snapshot.together import const_address
+from async_ckpt.snapshot.parallel_copy import const_address
 from async_ckpt.snapshot.xla import value_id
 
 __all__ = [

@@ -13,9 +13,9 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from async_ckpt.snapshot.copying import HostBuffer, aligned
+from async_ckpt.snapshot.host_pool import HostBuffer, aligned
 from async_ckpt.snapshot.lifting import Lifted
-from async_ckpt.snapshot.together import PIECE_BYTES, const_address, work_together
+from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, const_address, work_together
 
 __all__ = ["NOTHING", "Outline", "are_same", "outline", "resembles", "sizes_of"]
 

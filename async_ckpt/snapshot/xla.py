@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from async_ckpt.snapshot.together import copy_together
+from async_ckpt.snapshot.parallel_copy import copy_together
 
 __all__ = ["Remote", "bring", "value_id"]
 

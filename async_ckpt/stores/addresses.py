@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from async_ckpt.errors import OptionError
-from async_ckpt.redaction import redacted_text, redacted_url
+from async_ckpt.stores.redaction import redacted_text, redacted_url
 
 __all__ = [
     "LOCAL_PROTOCOLS",

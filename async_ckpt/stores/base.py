@@ -15,6 +15,8 @@ What does not belong here: ordering, retries of whole saves, memory accounting, 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,8 +24,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 
-from async_ckpt.redaction import presentable, redacted_text
-from async_ckpt.trust import Look
+from async_ckpt.errors import CheckpointExistsError, StoreError
+from async_ckpt.stores.redaction import presentable, redacted_text
+from async_ckpt.system.trust import Look
 
 __all__ = [
     "Content",
@@ -37,6 +40,7 @@ __all__ = [
     "Upload",
     "Workers",
     "aborted_on_error",
+    "exists_already",
 ]
 
 P = ParamSpec("P")
@@ -248,3 +252,10 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Free connections and the like."""
+
+
+def exists_already(stage: str, location: Location) -> StoreError:
+    """Return the error of a save that would replace a file with ``overwrite=False``."""
+    cause = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    advice = "overwrite=False: remove it first, or save to another name."
+    return CheckpointExistsError.during(stage, location.url, cause, advice)

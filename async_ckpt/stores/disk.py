@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from async_ckpt import permissions
-from async_ckpt.patience import moved
 from async_ckpt.stores import descriptors
+from async_ckpt.system import permissions
+from async_ckpt.telemetry.patience import moved
 
 __all__ = ["Disk"]
 

@@ -20,10 +20,10 @@ from typing import ParamSpec, TypeVar
 import anyio
 
 from async_ckpt.errors import StoreError, ThrottledError
-from async_ckpt.patience import moved
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.scatter import Scatter
+from async_ckpt.telemetry.patience import moved
 
 __all__ = ["Explain", "Pace", "Requests", "Verdict", "patience"]
 

@@ -16,10 +16,10 @@ a subclass may tell: a store that replaces nothing, what a dead process leaves.
 
 from __future__ import annotations
 
-from async_ckpt.testing.facts_of_ending import Ending
-from async_ckpt.testing.facts_of_reading import Reading
-from async_ckpt.testing.facts_of_saving import Saving
 from async_ckpt.testing.rig import StoreRig, cut
+from async_ckpt.testing.suites.ending import Ending
+from async_ckpt.testing.suites.reading import Reading
+from async_ckpt.testing.suites.saving import Saving
 
 __all__ = ["StoreConformance", "StoreRig", "cut"]
 

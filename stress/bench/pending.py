@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from async_ckpt import CheckpointService
-from async_ckpt.queue import Admit, Kind, Lane, Op, Phase, Queue, Start
+from async_ckpt.engine.queue import Admit, Kind, Lane, Op, Phase, Queue, Start
 from async_ckpt.stores.base import Receipt
 from async_ckpt.testing import Fault, FaultyStore, Gate
 from stress.bench.harness import table

@@ -6,8 +6,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from async_ckpt.budget import Budget
 from async_ckpt.snapshot import HostPool, capture
+from async_ckpt.snapshot.budget import Budget
 
 __all__ = ["capture_and_copy_seconds"]
 

@@ -154,7 +154,7 @@ def _ticking(late: list[float], *, runs: bool) -> Iterator[None]:
     if not runs:
         yield
         return
-    from async_ckpt.runtime import current
+    from async_ckpt.engine.runtime import current
 
     ended = False
 

@@ -16,9 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.stores.leftovers import is_leftover, temporary_name
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import FaultyStore, StoreConformance
 
 

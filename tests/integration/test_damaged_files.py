@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from async_ckpt.errors import CorruptCheckpointError
-from async_ckpt.format.direct import expected_start
+from async_ckpt.format.reading.direct import expected_start
 from tests.archives import entries_of, set_in_directory, with_pickle, written
 from tests.loads import FAR, NEAR, PADDING, load
 

@@ -19,7 +19,7 @@ from async_ckpt import AsyncCheckpointIO, CheckpointService, StoreError
 from async_ckpt.events import Event, LaidOut, PartWritten
 from async_ckpt.stores import locate
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import ThreadWorkers
 from async_ckpt.timeline import Timeline
 

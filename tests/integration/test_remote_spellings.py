@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from async_ckpt import CheckpointService
-from async_ckpt.queue import Kind
+from async_ckpt.engine.queue import Kind
 from async_ckpt.testing import Fault, Gate
 from stress.servers.folders import FolderServer
 from tests.support import PATIENCE_SECONDS, Rig, number_at, number_of, reached, state, wait_until_one_waits

@@ -15,11 +15,11 @@ import torch
 
 import async_ckpt
 from async_ckpt import AbandonedError, CancelledSaveError, MemoryLimitError, StoreError, SupersededError
+from async_ckpt.engine.queue import Kind, Phase
+from async_ckpt.engine.writers import DelegatingWriter
 from async_ckpt.events import Accepted
-from async_ckpt.queue import Kind, Phase
 from async_ckpt.stores import locate
 from async_ckpt.testing import Fault
-from async_ckpt.writers import DelegatingWriter
 from tests.integration.test_signals import OURS, at_line, handling, walk
 from tests.support import PATIENCE_SECONDS, Rig, gated, one_waits, reached, wait_until_one_waits
 

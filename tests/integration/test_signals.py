@@ -21,11 +21,11 @@ import torch
 
 import async_ckpt
 from async_ckpt import CheckpointService, FlushError, ServiceClosedError, StoreError
+from async_ckpt.engine.queue import Kind
 from async_ckpt.events import Event
 from async_ckpt.handle import Handle
-from async_ckpt.queue import Kind
 from async_ckpt.snapshot import HostBuffer
-from async_ckpt.snapshot.together import copy_together
+from async_ckpt.snapshot.parallel_copy import copy_together
 from async_ckpt.testing import Fault
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, one_waits, state, wait_until_one_waits
 

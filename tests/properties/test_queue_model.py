@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from async_ckpt.queue import Action, Cancel, Drop, Kind, Lane, Op, Phase, Start, Supersede
+from async_ckpt.engine.queue import Action, Cancel, Drop, Kind, Lane, Op, Phase, Start, Supersede
 from tests.support import Play, lane
 
 KEYS = st.sampled_from("abcd")

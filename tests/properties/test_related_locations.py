@@ -5,8 +5,8 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from async_ckpt.queue import Action, Cancel, Kind, Lane, Op, Phase, Start, Supersede
-from async_ckpt.queue.names import lies_in
+from async_ckpt.engine.queue import Action, Cancel, Kind, Lane, Op, Phase, Start, Supersede
+from async_ckpt.engine.queue.names import lies_in
 from tests.support import Play, lane
 
 KEYS = st.sampled_from(["f:/a", "f:/a/b", "f:/a/b/c", "f:/a/d", "f:/ab", "f:/e"])

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from async_ckpt.budget import Budget
 from async_ckpt.format import lay_out, plan_parts
 from async_ckpt.snapshot import HostBuffer, HostPool, capture
+from async_ckpt.snapshot.budget import Budget
 
 DTYPES = [
     torch.float32,

@@ -16,9 +16,9 @@ from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointSer
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
-from async_ckpt.meter import SaveProgress
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
+from async_ckpt.telemetry.meter import SaveProgress
 
 
 def a_blocking_loop(state: dict[str, Any], path: Path) -> None:

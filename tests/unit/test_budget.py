@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.budget import Budget
+from async_ckpt.snapshot.budget import Budget
 
 
 def test_the_limit_holds() -> None:

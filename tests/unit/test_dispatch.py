@@ -10,13 +10,13 @@ import pytest
 from anyio.abc import TaskGroup
 
 from async_ckpt import AbandonedError, MemoryLimitError, State
-from async_ckpt.budget import Budget
-from async_ckpt.dispatch import Dispatcher
-from async_ckpt.failures import Failures
+from async_ckpt.engine.dispatch import Dispatcher
+from async_ckpt.engine.failures import Failures
+from async_ckpt.engine.queue import Kind, Op, Phase
+from async_ckpt.engine.request import Account, Request
 from async_ckpt.handle import Outcome
-from async_ckpt.queue import Kind, Op, Phase
-from async_ckpt.request import Account, Request
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot, capture
+from async_ckpt.snapshot.budget import Budget
 from async_ckpt.stores import locate
 from tests.support import lane, state
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt.limits import smallest_bound
 from async_ckpt.options import default_memory_limit
+from async_ckpt.system.limits import smallest_bound
 from tests.support import python
 
 MIB = 1 << 20

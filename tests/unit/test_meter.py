@@ -19,7 +19,7 @@ from async_ckpt.events import (
     Staged,
     Superseded,
 )
-from async_ckpt.meter import Meter
+from async_ckpt.telemetry.meter import Meter
 
 
 def tell(meter: Meter, kind: type[Event], request_id: int = 1, **values: Any) -> None:

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
+from async_ckpt.engine.workers import PoolWorkers
 from async_ckpt.handle import Outcome
-from async_ckpt.patience import Limit, Patience, Progress, moved, moving
 from async_ckpt.stores.requests import patience as patience_of_request
+from async_ckpt.telemetry.patience import Limit, Patience, Progress, moved, moving
 from async_ckpt.testing import ManualClock
-from async_ckpt.workers import PoolWorkers
 from tests.support import PATIENCE_SECONDS
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_ckpt.redaction import presentable, redacted_text, redacted_url, secrets_in
+from async_ckpt.stores.redaction import presentable, redacted_text, redacted_url, secrets_in
 
 _QUOTED = st.text("abcXYZ019._~-!$&'()*+,;=:%", min_size=4, max_size=30)  # what a password may be as it is
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from async_ckpt import AbandonedError, ServiceClosedError, runtime
-from async_ckpt.runtime import Runtime
-from async_ckpt.workers import PoolWorkers
+from async_ckpt import AbandonedError, ServiceClosedError
+from async_ckpt.engine import runtime
+from async_ckpt.engine.runtime import Runtime
+from async_ckpt.engine.workers import PoolWorkers
 from tests.support import PATIENCE_SECONDS
 
 

@@ -15,7 +15,7 @@ from async_ckpt import CheckpointService
 from async_ckpt.errors import StoreError
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import BytesContent, Fault, FaultyStore, Gate, ManualClock, ThreadWorkers, slowed
 
 DATA = b"x" * 100

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from async_ckpt import threads
+from async_ckpt.system import threads
 from tests.support import Rig, state
 
 

@@ -209,7 +209,7 @@ def test_a_forked_child_leaves_its_parents_record_to_it(tmp_path: Path) -> None:
 def test_the_package_does_not_load_it() -> None:
     """``import async_ckpt`` costs nothing for it."""
     done = python(
-        "import sys, async_ckpt; print({'async_ckpt.timeline', 'async_ckpt.trace'} & set(sys.modules))"
+        "import sys, async_ckpt; print({'async_ckpt.timeline', 'async_ckpt.telemetry.trace'} & set(sys.modules))"
     )
     assert done.stdout == "set()\n"
 

@@ -27,7 +27,7 @@ from async_ckpt.events import (
     Swept,
     Writing,
 )
-from async_ckpt.trace import Span, trace_of
+from async_ckpt.telemetry.trace import Span, trace_of
 
 URL = "s3://b/run/7.ckpt"
 Record = dict[str, Any]

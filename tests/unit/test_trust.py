@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_ckpt.trust import foreign_link_on, is_foreign, resolve
+from async_ckpt.system.trust import foreign_link_on, is_foreign, resolve
 
 _NAMES = st.sampled_from(["a", "b", "c", ".", "..", "", "nothing"])
 _WAYS = st.lists(_NAMES, min_size=1, max_size=6).map("/".join)

@@ -11,8 +11,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from async_ckpt.engine.workers import PoolWorkers
 from async_ckpt.errors import AbandonedError
-from async_ckpt.workers import PoolWorkers
 from tests.support import PATIENCE_SECONDS
 
 

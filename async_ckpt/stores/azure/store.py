@@ -28,10 +28,9 @@ from async_ckpt.stores.azure.client import AzureClient
 from async_ckpt.stores.azure.errors import code_of, explain
 from async_ckpt.stores.azure.source import AzureSource
 from async_ckpt.stores.azure.upload import AzureUpload
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores.base import Location, Workers, exists_already
 from async_ckpt.stores.requests import Pace, Requests, patience
 from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
-from async_ckpt.stores.target import exists_already
 
 __all__ = ["AzureStore", "block_size"]
 

@@ -14,7 +14,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
 from async_ckpt.errors import FlushTimeoutError
-from async_ckpt.lightning.registration import found_callbacks
+from async_ckpt.lightning.entry_points import found_callbacks
 from async_ckpt.testing.faults import Fault
 from tests.support import python
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO
-from async_ckpt.lightning.registration import found_callbacks
+from async_ckpt.lightning.entry_points import found_callbacks
 from tests.integration.lightning.notes import Notes, at_steps, reading_logger
 
 pytestmark = [

@@ -17,7 +17,7 @@ import anyio
 import s3fs
 
 from async_ckpt.errors import StoreError
-from async_ckpt.format.parts import plan_parts
+from async_ckpt.format.writing.parts import plan_parts
 from async_ckpt.retry import RetryPolicy, call_with_retry
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Content, Location, Part, Receipt, aborted_on_error

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from async_ckpt.errors import UnpicklableStateError
 from async_ckpt.format import Layout, lay_out
-from async_ckpt.format.recorder import record_writing
-from async_ckpt.format.writing import skip_writing
+from async_ckpt.format.writing.recorder import record_writing
+from async_ckpt.format.writing.torch_writer import skip_writing
 from async_ckpt.snapshot import Snapshot, capture
 
 Take = Callable[[Any], Snapshot]

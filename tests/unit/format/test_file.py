@@ -19,11 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_ckpt import runtime as runtimes
+from async_ckpt.engine import runtime as runtimes
+from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError, StoreError
-from async_ckpt.format.file import CheckpointFile
-from async_ckpt.format.readahead import ReadAhead
-from async_ckpt.runtime import Runtime
+from async_ckpt.format.reading.file import CheckpointFile
+from async_ckpt.format.reading.readahead import ReadAhead
 from async_ckpt.stores.base import Source
 from async_ckpt.testing import Gate
 from tests.archives import edited, written

@@ -20,7 +20,7 @@ import torch
 
 from async_ckpt.errors import AsyncCheckpointError
 from async_ckpt.format import Layout, lay_out
-from async_ckpt.format.archive import find_records
+from async_ckpt.format.writing.archive import find_records
 from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, capture
 from async_ckpt.snapshot.contents import Unfilled
 

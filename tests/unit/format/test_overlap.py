@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_ckpt.format.layout import Layout, lay_out
-from async_ckpt.format.overlap import Overlap, Piece, find_overlap, plan_copies
+from async_ckpt.format.writing.layout import Layout, lay_out
+from async_ckpt.format.writing.overlap import Overlap, Piece, find_overlap, plan_copies
 from async_ckpt.snapshot import HostBuffer, capture
 
 MEMORY = bytes(range(256)) * 4

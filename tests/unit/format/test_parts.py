@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt.format.checksum import combine, crc32
-from async_ckpt.format.parts import plan_parts
+from async_ckpt.format.writing.parts import plan_parts
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3_000))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from async_ckpt.format.progress import Progress
+from async_ckpt.format.reading.progress import Progress
 from async_ckpt.testing import ManualClock
 
 MIB = 1 << 20

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt.format.safetensors import device_of, header_length, is_named_so, parse_header, runs_of
+from async_ckpt.format.reading.safetensors import device_of, header_length, is_named_so, parse_header, runs_of
 
 
 def header(**tensors: Any) -> bytes:

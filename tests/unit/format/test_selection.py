@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from async_ckpt.errors import OptionError
-from async_ckpt.format.selection import as_patterns, part_of
+from async_ckpt.format.reading.selection import as_patterns, part_of
 
 STATE: dict[str, Any] = {
     "state_dict": OrderedDict({"encoder.weight": 1, "encoder.bias": 2, "decoder.weight": 3}),

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from async_ckpt.format import Layout, lay_out
-from async_ckpt.format.recorder import Reference, record_writing
-from async_ckpt.format.writing import skip_writing
+from async_ckpt.format.writing.recorder import Reference, record_writing
+from async_ckpt.format.writing.torch_writer import skip_writing
 from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, contents
 
 Take = Callable[[Any], Snapshot]

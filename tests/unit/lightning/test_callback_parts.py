@@ -14,16 +14,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from async_ckpt import AsyncCheckpointIO
 from async_ckpt.events import Accepted, Durable, Event, Failed
-from async_ckpt.lightning.bars import pending_text
+from async_ckpt.lightning.compat import keep_protocol
 from async_ckpt.lightning.metrics import figures
 from async_ckpt.lightning.model_checkpoint import Foresight, make_aware
 from async_ckpt.lightning.notifications import Notifications
+from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.progress_bars import pending_text
 from async_ckpt.lightning.removals import Removals
-from async_ckpt.lightning.repairs import keep_protocol
-from async_ckpt.lightning.shadows import Shadows
 from async_ckpt.lightning.strategies import bypass
-from async_ckpt.meter import Meter, SaveProgress
 from async_ckpt.stores import open_store
+from async_ckpt.telemetry.meter import Meter, SaveProgress
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from async_ckpt.lightning.flushing import give_up, patiently
-from async_ckpt.meter import Meter
+from async_ckpt.telemetry.meter import Meter
 from async_ckpt.testing import Fault, Gate, ManualClock
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, python, reached, state
 
@@ -338,7 +338,7 @@ def test_a_handler_does_not_wait_for_the_save_it_interrupted(tmp_path: Path) -> 
         from async_ckpt import CheckpointService
         from async_ckpt.events import Accepted
         from async_ckpt.lightning.flushing import patiently
-        from async_ckpt.meter import Meter
+        from async_ckpt.telemetry.meter import Meter
         from tests.support import state
 
         meter = Meter()

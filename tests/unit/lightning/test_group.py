@@ -26,9 +26,9 @@ from async_ckpt import AsyncCheckpointIO, FlushTimeoutError, RankError, StoreErr
 from async_ckpt.lightning.departure import Departure
 from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_group
 from async_ckpt.lightning.group_pending import GroupPending, pending_of_group
-from async_ckpt.patience import Limit
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Workers
+from async_ckpt.telemetry.patience import Limit
 from async_ckpt.testing import Fault, FaultyStore, Gate
 from tests.support import PATIENCE_SECONDS, start_python
 

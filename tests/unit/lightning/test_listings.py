@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from async_ckpt import AsyncCheckpointIO
 from async_ckpt.events import Event
-from async_ckpt.lightning.listings import forget_listings
+from async_ckpt.lightning.dircache import forget_listings
 
 
 class Remembering(MemoryFileSystem):  # type: ignore[misc]  # fsspec is untyped

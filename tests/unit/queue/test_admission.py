@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.queue import Phase, Refuse, Supersede
+from async_ckpt.engine.queue import Phase, Refuse, Supersede
 from tests.support import Play, lane
 
 

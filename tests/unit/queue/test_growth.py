@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from async_ckpt.queue import Kind, Op, Phase, Start
+from async_ckpt.engine.queue import Kind, Op, Phase, Start
 from tests.support import Play, lane
 
 

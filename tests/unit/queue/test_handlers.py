@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from async_ckpt.queue import Phase
+from async_ckpt.engine.queue import Phase
 from tests.support import Play, lane
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from async_ckpt.queue import Drop, Phase
+from async_ckpt.engine.queue import Drop, Phase
 from tests.support import Play, lane
 
 

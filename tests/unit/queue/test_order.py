@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from async_ckpt.queue import Admit, Kind, Phase, Start
+from async_ckpt.engine.queue import Admit, Kind, Phase, Start
 from tests.support import Play, lane
 
 

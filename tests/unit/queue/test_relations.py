@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from async_ckpt.queue import Admit, Cancel, Drop, Kind, Op, Phase, Supersede
+from async_ckpt.engine.queue import Admit, Cancel, Drop, Kind, Op, Phase, Supersede
 from tests.support import Play, lane
 
 

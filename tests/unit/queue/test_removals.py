@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from async_ckpt.queue import Cancel, Drop, Phase, Start, Supersede
+from async_ckpt.engine.queue import Cancel, Drop, Phase, Start, Supersede
 from tests.support import Play, lane
 
 

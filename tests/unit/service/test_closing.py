@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import AbandonedError, CheckpointService, FlushError, ServiceClosedError, State
-from async_ckpt.queue import Kind
+from async_ckpt.engine.queue import Kind
 from async_ckpt.stores import locate
 from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, reached, state, wait_until_one_waits
 from tests.unit.service.calls import CLOSED_CALLS

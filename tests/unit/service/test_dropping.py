@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt import AsyncCheckpointIO, CheckpointService, StoreError, runtime
+from async_ckpt import AsyncCheckpointIO, CheckpointService, StoreError
+from async_ckpt.engine import runtime
 from async_ckpt.events import Event
 from async_ckpt.handle import Handle, State
 from async_ckpt.testing import Fault

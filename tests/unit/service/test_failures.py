@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from async_ckpt import AbandonedError, FlushError, State, StoreError
-from async_ckpt.failures import Failures
+from async_ckpt.engine.failures import Failures
 from async_ckpt.handle import Failure, Handle, Outcome
 from async_ckpt.testing import Fault
 from tests.support import PATIENCE_SECONDS, Rig, gated, state

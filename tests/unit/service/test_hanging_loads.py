@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt import CheckpointService, runtime
+from async_ckpt import CheckpointService
+from async_ckpt.engine import runtime
 from async_ckpt.errors import AbandonedError, ServiceClosedError
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from tests.archives import written
 from tests.loads import PADDING
 from tests.support import PATIENCE_SECONDS

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from async_ckpt import CheckpointService, State, runtime
+from async_ckpt import CheckpointService, State
+from async_ckpt.engine import runtime
 from async_ckpt.events import Event, PartWritten
 from tests.support import PATIENCE_SECONDS, Rig, state
 from tests.unit.service.calls import CLOSED_CALLS, loaded
@@ -46,7 +47,7 @@ def test_a_broken_observer_harms_nothing(
 
     with Rig(memory=True, observer=observer) as rig:
         assert rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
-    assert {record.name for record in caplog.records} == {"async_ckpt.request"}
+    assert {record.name for record in caplog.records} == {"async_ckpt.engine.request"}
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
 
 

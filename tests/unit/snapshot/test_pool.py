@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt.budget import Budget
 from async_ckpt.snapshot import HostBuffer, HostPool, capture_objects
-from async_ckpt.snapshot.together import copy_together
+from async_ckpt.snapshot.budget import Budget
+from async_ckpt.snapshot.parallel_copy import copy_together
 
 PAGE = mmap.PAGESIZE
 _is_cow: Any = getattr(torch._C, "_is_cow_tensor", None)

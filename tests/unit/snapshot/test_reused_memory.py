@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt import CheckpointService
-from async_ckpt.budget import Budget
 from async_ckpt.format import lay_out
 from async_ckpt.snapshot import HostPool, Snapshot, capture
+from async_ckpt.snapshot.budget import Budget
 
 POISONS = (b"\x00", b"\xa5", b"\xff")
 PLAIN = ["b1", "i1", ">i2", "<f4", ">f8", "c8", "f2", "g", "G", "S3", "U2", ">U1", "V3", "M8[ns]", ">m8[s]"]

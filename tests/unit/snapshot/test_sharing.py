@@ -10,9 +10,9 @@ import numpy
 import pytest
 import torch
 
-from async_ckpt.budget import Budget
-from async_ckpt.format.layout import lay_out
+from async_ckpt.format.writing.layout import lay_out
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot, capture
+from async_ckpt.snapshot.budget import Budget
 from async_ckpt.snapshot.locations import mark
 
 LARGE = 5 << 20  # elements of four bytes: more than one piece, and work for two threads

@@ -18,7 +18,7 @@ from fsspec.spec import AbstractBufferedFile
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import is_transient
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.testing import BytesContent, ManualClock, ThreadWorkers
 from tests.generic_doubles import HALVES, NEW, OLD, TARGET, Memory, Unsteady, generic, save
 

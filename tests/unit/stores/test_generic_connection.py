@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFile
 
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import Retrying, RetryPolicy, is_transient
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.testing import BytesContent, ManualClock, ThreadWorkers
 from tests.generic_doubles import HALVES, NEW, OLD, TARGET, Client, Memory, save
 

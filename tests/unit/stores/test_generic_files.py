@@ -18,7 +18,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location, Part
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.stores.leftovers import temporary_name
 from async_ckpt.testing import BytesContent, ThreadWorkers
 from tests.generic_doubles import NEW, OLD, TARGET, Memory, Unsteady, generic, save

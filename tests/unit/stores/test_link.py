@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import StoreError
-from async_ckpt.stores import link, locate
+from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location
+from async_ckpt.stores.local import link
 from async_ckpt.testing.faults import FaultyDisk
 
 
@@ -61,7 +62,8 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path, target: Path) -> No
     """A link that was made but not renamed stays no longer than until the next link in that directory."""
     program = """
 import os, sys
-from async_ckpt.stores import link, locate
+from async_ckpt.stores.local import link
+from async_ckpt.stores import locate
 os.replace = lambda *paths: os._exit(9)
 link.Links("fsync").make(locate(sys.argv[1], follow=False), locate(sys.argv[2]), asked_ns=0)
 """
@@ -74,7 +76,8 @@ link.Links("fsync").make(locate(sys.argv[1], follow=False), locate(sys.argv[2]),
 
 CONTEND = """
 import sys
-from async_ckpt.stores import link, locate
+from async_ckpt.stores.local import link
+from async_ckpt.stores import locate
 links = link.Links("process")
 sys.stdin.readline()
 for number in range(int(sys.argv[4])):
@@ -136,8 +139,9 @@ def test_what_cannot_be_made_is_told(tmp_path: Path, target: Path) -> None:
 
 COPY = """
 import errno, os, shutil, sys
-from async_ckpt.stores import link, locate
-from async_ckpt.stores.directories import Directories
+from async_ckpt.stores.local import link
+from async_ckpt.stores import locate
+from async_ckpt.stores.local.directories import Directories
 from async_ckpt.stores.disk import Disk
 
 def refuse(*_, **__):

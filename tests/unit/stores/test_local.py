@@ -18,7 +18,7 @@ import pytest
 from async_ckpt.errors import StoreError
 from async_ckpt.stores import locate
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local import LocalStore, sync_path
+from async_ckpt.stores.local.store import LocalStore, sync_path
 from async_ckpt.testing import FaultyDisk, ThreadWorkers
 from tests.local_saves import KNOWN, NEW, OLD, save
 from tests.support import python
@@ -376,7 +376,7 @@ def test_a_child_holds_no_file(tmp_path: Path) -> None:
     import os, sys
     import anyio
     from async_ckpt.stores import locate
-    from async_ckpt.stores.local import LocalStore
+    from async_ckpt.stores.local.store import LocalStore
     from async_ckpt.testing import ThreadWorkers
 
     def held():

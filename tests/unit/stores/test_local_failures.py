@@ -14,8 +14,8 @@ import pytest
 from async_ckpt.errors import StoreError
 from async_ckpt.stores import locate
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local import LocalStore
-from async_ckpt.stores.target import check_local_target
+from async_ckpt.stores.local.store import LocalStore
+from async_ckpt.stores.local.target import check_local_target
 from async_ckpt.testing import FaultyDisk, ThreadWorkers
 from tests.local_saves import KNOWN, NEW, OLD, save
 

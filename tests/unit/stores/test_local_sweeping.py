@@ -15,7 +15,7 @@ from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
 from tests.local_saves import KNOWN, NEW, OLD, save
 
@@ -41,8 +41,8 @@ def test_a_killed_process_is_swept(tmp_path: Path, workers: ThreadWorkers) -> No
 import sys, anyio
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
-from async_ckpt.stores.local import LocalStore
-from async_ckpt.stores.target import check_local_target
+from async_ckpt.stores.local.store import LocalStore
+from async_ckpt.stores.local.target import check_local_target
 from async_ckpt.testing import BytesContent, ThreadWorkers, crash
 async def main():
     upload = await LocalStore(workers=ThreadWorkers(1)).begin(locate(sys.argv[1]), 100)

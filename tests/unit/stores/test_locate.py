@@ -13,8 +13,8 @@ from fsspec.core import url_to_fs
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.stores import check_target, is_local, locate, open_store
-from async_ckpt.stores.generic import GenericStore
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.generic.store import GenericStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import ThreadWorkers
 
 

@@ -15,7 +15,7 @@ import pytest
 from async_ckpt.errors import StoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.fsspec_calls import end_connection, has_ended, marks_lost
-from async_ckpt.stores.generic import GenericStore
+from async_ckpt.stores.generic.store import GenericStore
 from async_ckpt.testing import ThreadWorkers
 from tests.generic_doubles import TARGET, Client, Memory
 

@@ -15,11 +15,11 @@ from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import aside_of, name_aside
-from async_ckpt.stores.link import Links
-from async_ckpt.stores.local import LocalStore
-from async_ckpt.stores.local_upload import LocalUpload
-from async_ckpt.stores.places import PLAIN, Place, Places
-from async_ckpt.stores.ways import Found, Way, WayRefused, choose
+from async_ckpt.stores.local.link import Links
+from async_ckpt.stores.local.places import PLAIN, Place, Places
+from async_ckpt.stores.local.store import LocalStore
+from async_ckpt.stores.local.upload import LocalUpload
+from async_ckpt.stores.local.ways import Found, Way, WayRefused, choose
 from async_ckpt.testing import BytesContent, FaultyDisk, ThreadWorkers
 from tests.local_saves import NEW, OLD, Known, save
 from tests.support import python

@@ -17,8 +17,8 @@ from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import Retrying, RetryPolicy
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Location, Part, Store
-from async_ckpt.stores.generic import GenericStore
-from async_ckpt.stores.local import LocalStore
+from async_ckpt.stores.generic.store import GenericStore
+from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import BytesContent, FaultyDisk, ManualClock, ThreadWorkers
 
 DATA = bytes(range(256)) * 40

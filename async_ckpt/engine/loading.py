@@ -1,0 +1,111 @@
+"""The loads of one service that are under way.
+
+Guarantees: a load ends with its service, whoever is closing it, and leaves nothing open, but for a read that storage
+holds up: that is waited for a moment, and then left behind (B2).
+
+What does not belong here: waiting for pending saves (service), reading (format).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from async_ckpt.engine.runtime import Runtime
+from async_ckpt.errors import ServiceClosedError
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location, Store
+
+if TYPE_CHECKING:
+    from async_ckpt.format.reading.file import CheckpointFile
+
+__all__ = ["Loads"]
+
+
+class Loads:
+    """Reads checkpoints; threads may share it.
+
+    Args:
+        max_concurrent_reads: requests at a time of one load.
+    """
+
+    def __init__(self, max_concurrent_reads: int) -> None:
+        self._max_concurrent_reads = max_concurrent_reads
+        self._files: list[CheckpointFile] = []
+        self._is_over = False
+
+    def read(
+        self,
+        location: Location,
+        store: Store,
+        runtime: Runtime,
+        *,
+        map_location: Any,
+        keys: str | Sequence[str] | None,
+        progress: bool | None,
+        **unpickling: Any,
+    ) -> Any:
+        """Return the state at *location*; the arguments are those of ``CheckpointService.load``."""
+        # Here, because few programs load, and all import this module.
+        from async_ckpt.format.reading.reader import read_checkpoint
+        from async_ckpt.format.reading.selection import as_patterns
+        from async_ckpt.format.reading.unpickling import Unpickling
+
+        try:
+            return read_checkpoint(
+                partial(self._open, location, store, runtime),
+                url=location.url,
+                map_location=map_location,
+                unpickling=Unpickling(**unpickling),
+                keys=None if keys is None else as_patterns(keys),
+                progress=progress,
+            )
+        except Exception as error:  # torch.load's own, of many kinds, which name no file
+            if sys.version_info >= (3, 11):
+                error.add_note(f"while {location.url!r} was read")
+            raise
+
+    def end(self) -> bool:
+        """End every load, now and later ones as well; tell whether nothing of them is under way any more.
+
+        May be called again, by several threads.
+        """
+        self._is_over = True
+        files = list(self._files)
+        for file in files:  # all of them first: they are waited for together
+            file.stop(_closed())
+        return all(file.end(_closed()) for file in files)
+
+    @contextmanager
+    def _open(
+        self, location: Location, store: Store, runtime: Runtime, moved: Callable[[int], None]
+    ) -> Iterator[CheckpointFile]:
+        from async_ckpt.format.reading.file import CheckpointFile
+        from async_ckpt.format.reading.readahead import CHUNK_BYTES, ReadAhead
+
+        near = is_local(location)
+        reads = self._max_concurrent_reads
+        ahead = ReadAhead(
+            partial(store.source, location),
+            max_concurrent_reads=reads,
+            chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
+            longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
+        )
+        file = CheckpointFile(ahead, loop=runtime, url=location.url, moved=moved)
+        self._files.append(file)
+        try:
+            if self._is_over:  # just now, by one who does not know of the file
+                raise _closed()
+            yield file
+        finally:
+            file.close()
+            file.when_ended(
+                partial(self._files.remove, file)
+            )  # last: who interrupts this leaves it to the service
+
+
+def _closed() -> ServiceClosedError:
+    return ServiceClosedError("the service was closed meanwhile")

@@ -1,0 +1,362 @@
+"""What one service holds while it has something to do: its place on the loop, threads, host memory, connections.
+
+Guarantees: it is taken with the first request, and given back by `Holdings.close`, when the service is dropped, or when
+the interpreter ends (B2, D4); what is under way comes to its end before, within a deadline where somebody waits. Every
+step of that may be interrupted and taken again, by this thread or another (L1).
+
+What does not belong here: requests (intake), what a caller is told (service).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Any, TypeAlias
+
+import anyio
+
+from async_ckpt.engine import runtime as runtimes
+from async_ckpt.engine.failures import Failures, tell
+from async_ckpt.engine.loading import Loads
+from async_ckpt.engine.queue import Lane
+from async_ckpt.engine.request import Account
+from async_ckpt.engine.runtime import Runtime, Tenant
+from async_ckpt.engine.workers import PoolWorkers
+from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
+from async_ckpt.handle import Handle, Outcome, await_outcome
+from async_ckpt.options import ServiceOptions
+from async_ckpt.snapshot import HostPool
+from async_ckpt.snapshot.budget import Budget
+from async_ckpt.stores import open_store
+from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.stores.local.link import Links
+from async_ckpt.stores.redaction import presentable
+from async_ckpt.telemetry.patience import Limit, Patience
+
+__all__ = ["ABANDON_GRACE_SECONDS", "Holdings", "StoreFactory"]
+
+logger = logging.getLogger(__name__)
+
+ABANDON_GRACE_SECONDS = 10.0
+"""How long work that was told to stop may take before it is left behind."""
+
+FREE_SECONDS = 10.0
+"""How long stores and threads may take to be closed, all of them together."""
+
+SILENT_EXIT_SECONDS = 1.0
+"""How long the interpreter's exit waits for pending saves before it says so."""
+
+
+StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
+"""Makes the store that serves a location; it is asked once for each ``location.group``."""
+
+
+class Holdings:
+    """What one service holds of one process; a forked child makes its own.
+
+    Args:
+        options: of the service.
+        store_factory: makes the stores; ``None`` makes those that fsspec knows.
+        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
+
+    Attributes:
+        has_own_stores: nothing is known of what they can be asked for.
+        account: the service as the dispatcher knows it.
+        is_closed: nothing more comes in.
+        loads: those that are under way.
+        workers: the threads for what blocks.
+        links: what makes the links.
+    """
+
+    def __init__(
+        self, options: ServiceOptions, store_factory: StoreFactory | None, abandon_grace_seconds: float
+    ) -> None:
+        self.options = options
+        self.is_closed = False
+        self.has_own_stores = store_factory is not None
+        self.account = Account(
+            lane=Lane(
+                queue_depth=options.queue_depth,
+                max_concurrent_saves=options.max_concurrent_saves,
+                overflow=options.overflow,
+            ),
+            pool=HostPool(Budget(options.memory_limit_bytes)),
+            observer=options.observer,
+            failures=Failures(warn=options.on_error == "warn"),
+        )
+        # No thread starts before it is needed. Made here, so that threads which come first together share them.
+        self.loads = Loads(options.max_concurrent_parts)
+        self.workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
+        self.links = Links(options.durability)
+        self._store_factory = store_factory
+        self._abandon_grace_seconds = abandon_grace_seconds
+        self._stores: dict[str, Store] = {}
+        self._tenant = Tenant(self)
+        self._runtime: Runtime | None = None
+        self._predecessor: Holdings | None = None
+
+    def successor(self) -> Holdings:
+        """Return what takes over: it holds nothing but this, and knows what is durable and what failed."""
+        successor = Holdings(self.options, self._store_factory, self._abandon_grace_seconds)
+        lane = self.account.lane
+        successor.account.lane.history = lane.history
+        successor.account.failures = self.account.failures
+        successor._predecessor = self
+        return successor
+
+    # -- taking
+
+    def running(self) -> Runtime:
+        """Return the runtime, taken if need be.
+
+        Raises:
+            ServiceClosedError: the service is closed, or the interpreter is ending.
+            RuntimeError: called on the loop thread, as by an observer.
+        """
+        if self.is_closed:
+            raise ServiceClosedError("the service has been closed; make a new one")
+        runtime = self._runtime
+        if runtime is None:
+            runtime = self._runtime = runtimes.acquire(self._tenant)
+            if self.is_closed:  # meanwhile, by a signal handler or another thread
+                self._runtime = None
+                runtimes.release(runtime, self._tenant)
+                raise ServiceClosedError("the service was closed meanwhile")
+        runtime.refuse_loop_thread()
+        return runtime
+
+    def held(self) -> Runtime | None:
+        """Return the runtime if it has been taken, also where that was interrupted."""
+        if self._runtime is None:
+            self._runtime = runtimes.held_by(self._tenant)
+        return self._runtime
+
+    def store(self, location: Location) -> Store:
+        """Return the store that serves *location*, made if need be."""
+        store = self._stores.get(location.group)
+        if store is None:
+            self.running()
+            make = self._store_factory or self._open_store
+            store = self._stores.setdefault(location.group, make(location, self.workers))
+        return store
+
+    def _open_store(self, location: Location, workers: Workers) -> Store:
+        options = self.options
+        return open_store(
+            location,
+            workers=workers,
+            storage_options=options.storage_options,
+            durability=options.durability,
+            retry=options.retry,
+            overwrite=options.overwrite,
+            in_place=options.in_place,
+            part_size=options.part_size_bytes,
+            max_concurrent_parts=options.max_concurrent_parts,
+        )
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is anything to give back."""
+        return self.held() is not None or self._predecessor is not None
+
+    # -- what is under way
+
+    def is_idle(self) -> bool:
+        """Tell whether it is held and open, nothing is under way, and nothing waits to be told."""
+        runtime = self.held()
+        if runtime is None or self.is_closed or self.account.failures:
+            return False
+        return runtime.call(runtime.dispatcher.is_idle, self.account)
+
+    def drained(self) -> tuple[Outcome[None], list[Handle]]:
+        """Return an outcome that is set when everything that has been accepted so far has ended.
+
+        And the handles of what it does not stand for, as it comes after a call that is suspended on this thread (L1).
+        """
+        runtime = self.held()
+        if runtime is not None:
+            with suppress(ServiceClosedError):  # another thread has closed it just now
+                thread = threading.get_ident()
+                return runtime.call(runtime.dispatcher.expect_drained, self.account, thread=thread)
+        nothing: Outcome[None] = Outcome()
+        nothing.set_result(None)
+        return nothing, []
+
+    def pending(self) -> tuple[Handle, ...]:
+        """Return the handles of what has not ended, oldest first."""
+        runtime = self.held()
+        handles: list[Handle] = []
+        if runtime is not None:
+            with suppress(ServiceClosedError):
+                handles = runtime.call(runtime.dispatcher.handles, self.account)
+        return tuple(handle for handle in handles if not handle.done())
+
+    def pending_urls(self) -> str:
+        """Return what has not ended, as text."""
+        return ", ".join(repr(handle.shown_url) for handle in self.pending())
+
+    def patience(self, limit: Limit | None = None, **options: Any) -> Patience:
+        """Return a wait for what is pending, from now on; without *limit*, as the options have it."""
+        return Patience(limit or self.options.limit(None), self._moved_seconds, **options)
+
+    def _moved_seconds(self) -> float:
+        runtime = self.held()
+        if runtime is not None:
+            with suppress(ServiceClosedError):  # by another thread, just now
+                return runtime.call(runtime.dispatcher.moved_seconds, self.account)
+        return -math.inf
+
+    def too_late(self, patience: Patience) -> FlushTimeoutError:
+        """Return what to raise where *patience* is over."""
+        what = f"still pending{patience.told}, and going on until its service is closed"
+        return FlushTimeoutError(f"{what}: {self.pending_urls()}")
+
+    def hopeless(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
+        """Return what to raise where everything has ended but *held_up*, for which waiting would last for ever."""
+        urls = ", ".join(repr(handle.shown_url) for handle in held_up)
+        return FlushTimeoutError(f"still pending, until the call goes on that you interrupted: {urls}")
+
+    # -- giving back
+
+    def close_predecessor(self, limit: Limit) -> None:
+        """Close what this took over from; again, where that was interrupted."""
+        predecessor = self._predecessor
+        if predecessor is not None:
+            predecessor.close(limit)
+            self._predecessor = None
+
+    def close(self, limit: Limit) -> None:
+        """See everything to its end, abandon what is not done within *limit*, and give everything back."""
+        self.close_predecessor(limit)
+        runtime = self.held()
+        if runtime is not None:
+            runtime.refuse_loop_thread()
+        self.is_closed = True
+        if runtime is None:
+            return
+        stuck = False
+        with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
+            drained = runtime.call(runtime.dispatcher.close, self.account, thread=threading.get_ident())
+            patience = self.patience(limit)
+            try:
+                patience.wait(drained)
+            except TimeoutError:
+                stuck = self._abandon(runtime, f"given up{patience.told}, as its service was closed")
+        self._free(runtime, stuck=stuck)
+
+    def drain_at_exit(self) -> bool:
+        """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
+        limit = self.options.limit(None)
+        seconds = min(limit.idle_seconds, limit.total_seconds)
+        try:
+            try:
+                try:
+                    self.drained()[0].result(min(seconds, SILENT_EXIT_SECONDS))
+                except TimeoutError:
+                    bound = (
+                        f"for {seconds:g} s"
+                        if seconds == limit.total_seconds
+                        else f"while it gets on, or {seconds:g} s"
+                    )
+                    tell(
+                        f"waiting until {self.pending_urls()} are done, {bound} at the most; Ctrl-C gives up"
+                    )
+                self.close(limit)
+            except KeyboardInterrupt:
+                tell("interrupted: pending checkpoints are given up")
+                self.close(Limit.hard(0.0))
+        except BaseException:  # Ctrl-C once more
+            tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
+            return False
+        return not self.account.failures.print_at_exit()
+
+    def _abandon(self, runtime: Runtime, reason: str) -> bool:
+        """Give up what is not done; tell whether a thread is stuck in storage and had to be left behind."""
+        stopped = runtime.call(runtime.dispatcher.cancel_all, self.account, reason)
+        try:
+            stopped.result(self._abandon_grace_seconds)
+        except TimeoutError:
+            runtime.call(runtime.dispatcher.leave_behind, self.account)
+            return True
+        return False
+
+    def _free(self, runtime: Runtime, *, stuck: bool) -> None:
+        # Each step may be taken twice: by two threads, or again after an interruption.
+        until = monotonic() + FREE_SECONDS
+        try:
+            with suppress(ServiceClosedError):  # another thread was faster
+                ended = self.loads.end()  # whatever else hangs: who loads is told
+                if not stuck:
+                    closed = runtime.call_async(_close_all, self._stores)  # it may well end a read that hangs
+                    stuck = not (_in_time(closed, until) and ended)
+                runtime.call(self.account.pool.close)
+        finally:
+            left = 0.0 if stuck else max(0.0, until - monotonic())
+            stuck = not self.workers.close(left)
+            runtimes.release(runtime, self._tenant, seconds=0.0 if stuck else left)
+            self._runtime = None
+
+    def retire(self) -> bool:
+        """Do what `close` does for a service that the program has dropped: without waiting, and with no deadline.
+
+        The garbage collector may call this at any line of any thread, so nothing here waits, not even for a lock.
+
+        Returns:
+            Whether there was anything to give back.
+        """
+        if self._predecessor is not None:
+            self._predecessor.retire()
+        runtime = self.held()
+        if runtime is None:
+            return False
+        self.is_closed = True
+        self._tenant.keep(self)
+        try:
+            runtime.spawn(self._retire)
+        except ServiceClosedError:  # the loop has ended, and everything on it
+            self._tenant.let_go()
+        return True
+
+    async def _retire(self) -> None:
+        """See everything to its end and give it back, on the loop thread."""
+        runtime = self._runtime
+        if runtime is None:  # the exit was faster
+            return
+        try:
+            await await_outcome(runtime.dispatcher.close(self.account, thread=0))
+            await _close_all(self._stores)
+            self.account.pool.close()
+        except Exception:
+            with suppress(Exception):  # of the program's own log handlers
+                logger.exception("a service that was dropped could not be closed")
+        finally:
+            self.workers.close(0.0)
+            runtimes.tell_at_exit(self.account.failures)
+            await runtimes.leave(runtime, self._tenant)
+            self._tenant.let_go()
+            self._runtime = None
+
+
+def _in_time(outcome: Outcome[None], until: float) -> bool:
+    """Tell whether *outcome* is set by then."""
+    try:
+        outcome.exception(until - monotonic())
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _close_all(stores: dict[str, Store]) -> None:
+    while stores:
+        _, store = stores.popitem()
+        try:
+            with anyio.move_on_after(FREE_SECONDS):
+                await store.aclose()
+        except Exception as error:
+            with suppress(Exception):  # of the program's own log handlers
+                logger.error("a store could not be closed", exc_info=presentable(error))

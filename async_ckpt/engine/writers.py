@@ -1,0 +1,243 @@
+"""The two ways in which a snapshot becomes a checkpoint; one protocol, so the service knows no difference.
+
+* ``StreamingWriter`` lays the file out, streams its parts to a store and commits.
+* ``DelegatingWriter`` gives the snapshot, as an ordinary state, to any base CheckpointIO in a worker.
+
+Both run on the loop thread and return only when the checkpoint is durable (D1). They start no save of
+their own accord and know nothing of the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import time_ns
+from typing import Any, Protocol, cast
+
+import anyio
+
+from async_ckpt.errors import StoreError
+from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Swept
+from async_ckpt.format.writing.layout import Layout, lay_out
+from async_ckpt.format.writing.overlap import Overlap, find_overlap, plan_copies
+from async_ckpt.format.writing.parts import plan_parts
+from async_ckpt.options import Durability, ServiceOptions
+from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry
+from async_ckpt.snapshot import Snapshot
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers, aborted_on_error
+from async_ckpt.stores.local.link import Links
+from async_ckpt.stores.local.store import sync_path
+
+__all__ = ["DelegatingWriter", "Emit", "Linker", "StreamingWriter", "Writer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Emit(Protocol):
+    """Tells observers of one stage of one save."""
+
+    def __call__(self, event: type[Event], **values: Any) -> None:
+        """Tell of one *event*, made with *values*."""
+
+
+class Writer(Protocol):
+    """What turns a snapshot into a durable checkpoint, and deletes checkpoints.
+
+    Attributes:
+        only_reads: the snapshot's memory is neither changed nor kept, so that another save may share it.
+        takes_objects: it wants the objects of the state, not what a file of them is made of.
+    """
+
+    only_reads: bool
+    takes_objects: bool
+
+    @property
+    def group(self) -> str | None:
+        """Saves and removals of the same group run one at a time; ``None`` sets no such bound."""
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Write *snapshot* to *location*, durably; return the length of the file, 0 if unknown."""
+
+    async def delete(self, location: Location) -> None:
+        """Delete what is at *location*; nothing there is not an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A committed file, for a later one over the same memory."""
+
+    store: Store
+    layout: Layout
+    stored: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """The parts of a file; *copies*: by number, where in the file *stored* each begins that can be had from there."""
+
+    parts: tuple[Part, ...]
+    copies: dict[int, int] = field(default_factory=dict)
+    stored: object = None
+
+
+class StreamingWriter:
+    """Our own writer: layout, parts, commit."""
+
+    group = None
+    only_reads = True
+    takes_objects = False
+
+    def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
+        self._store = store
+        self._workers = workers
+        self._part_size = options.part_size_bytes
+        self._max_concurrent_parts = options.max_concurrent_parts
+        # One layer of retries only: they would multiply.
+        once = RetryPolicy(attempts=1)
+        self._retry_part, self._retry_file = (
+            (options.retry, once) if store.repeats_parts else (once, options.retry)
+        )
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
+        layout = await self._workers.run(lay_out, snapshot)
+        written = snapshot.written
+        upload, receipts = await call_with_retry(
+            self._retry_file, self._send, layout, location, emit, written
+        )
+        async with aborted_on_error(upload):
+            emit(Committing)
+            await upload.commit(receipts)
+        stored = getattr(upload, "stored", None)
+        if stored is not None:
+            snapshot.written = _Written(store=self._store, layout=layout, stored=stored)
+        return layout.nbytes
+
+    async def delete(self, location: Location) -> None:
+        """Delete what is at *location*."""
+        await self._store.delete(location)
+
+    async def _send(
+        self, layout: Layout, location: Location, emit: Emit, written: object
+    ) -> tuple[Upload, list[Receipt]]:
+        """Send the whole file, all but the commit."""
+        upload = await self._store.begin(location, layout.nbytes)
+        async with aborted_on_error(upload):
+            if upload.swept:
+                emit(Swept, names=upload.swept)
+            plan = await self._plan(upload, layout, written)
+            emit(LaidOut, nbytes=layout.nbytes, parts=len(plan.parts))
+            emit(Begun)
+            return upload, await self._put_all(upload, plan, layout, emit)
+
+    async def _plan(self, upload: Upload, layout: Layout, written: object) -> _Plan:
+        """Cut the file, so that what *written* has of it need not be sent where the store can copy."""
+        part_size = upload.part_size or self._part_size
+        if isinstance(written, _Written) and written.store is self._store and hasattr(upload, "copy"):
+            overlap = await self._workers.run(_overlap, layout, written.layout)
+            if overlap is not None and layout.nbytes > part_size:
+                least = cast(Copying, upload).least_part_bytes
+                parts, copies = plan_copies(layout.nbytes, overlap, part_size=part_size, least=least)
+                if copies and len(parts) <= cast(Copying, upload).max_parts:
+                    return _Plan(parts=parts, copies=copies, stored=written.stored)
+        return _Plan(parts=plan_parts(layout.nbytes, part_size))
+
+    async def _put(self, upload: Upload, plan: _Plan, part: Part, layout: Layout) -> Receipt:
+        """Have the store copy a part from the other file; send it where that cannot be or is there no more."""
+        if part.index in plan.copies:
+            try:
+                copy, start = cast(Copying, upload).copy, plan.copies[part.index]
+                return await call_with_retry(self._retry_part, copy, part, layout, plan.stored, start)
+            except StoreError as error:
+                logger.info("sending what could not be copied: %s", error)
+                plan.copies.clear()  # nor can the others
+        progress = getattr(upload, "progress", int)  # `Continuing`; what got on has not failed
+        return await Retrying(self._retry_part).advance(progress, upload.put, part, layout)
+
+    async def _put_all(self, upload: Upload, plan: _Plan, layout: Layout, emit: Emit) -> list[Receipt]:
+        """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
+        receipts: list[Receipt] = []
+        errors: list[BaseException] = []
+        remaining: Iterator[Part] = iter(plan.parts)
+
+        async def send() -> None:
+            for part in remaining:
+                try:
+                    receipts.append(await self._put(upload, plan, part, layout))
+                except anyio.get_cancelled_exc_class():
+                    raise
+                except BaseException as error:  # a SystemExit would end the loop
+                    errors.append(error)
+                    senders.cancel_scope.cancel()
+                    return
+                emit(PartWritten, index=part.index, nbytes=part.nbytes)
+
+        async with anyio.create_task_group() as senders:
+            at_a_time = self._max_concurrent_parts + upload.is_paced
+            for _ in range(min(len(plan.parts), at_a_time, upload.max_concurrent_parts or len(plan.parts))):
+                senders.start_soon(send)
+        if errors:
+            raise errors[0]
+        return sorted(receipts, key=lambda receipt: receipt.index)
+
+
+class DelegatingWriter:
+    """Any base CheckpointIO, run in a worker with the snapshot as its state.
+
+    Its errors are raised as they are. Where it wrote to a local disk, the bytes are synced after it (D1);
+    whether a file of its is ever partly visible is the base's own affair.
+    """
+
+    only_reads = False  # the base may do with its state what it likes
+    takes_objects = True
+
+    def __init__(
+        self,
+        *,
+        save: Callable[[Any], object],
+        delete: Callable[[], object],
+        group: str,
+        workers: Workers,
+        durability: Durability,
+    ) -> None:
+        self.group = group
+        self._save = save
+        self._delete = delete
+        self._workers = workers
+        self._durability = durability
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Give the snapshot to the base and wait until it has returned."""
+        await self._workers.run(self._write, snapshot, location)
+        return 0
+
+    async def delete(self, location: Location) -> None:
+        """Have the base delete."""
+        await self._workers.run(self._delete)
+
+    def _write(self, snapshot: Snapshot, location: Location) -> None:
+        self._save(snapshot.state())
+        if self._durability == "fsync" and is_local(location):
+            sync_path(location.path)
+
+
+class Linker:
+    """What gives a checkpoint on a local disk a second name."""
+
+    group = None
+
+    def __init__(self, target: Location, links: Links, workers: Workers) -> None:
+        self._target = target
+        self._links = links
+        self._workers = workers
+        self._asked_ns = time_ns()
+
+    async def link(self, location: Location) -> None:
+        """Let *location* lead to the checkpoint, durably."""
+        await self._workers.run(self._links.make, location, self._target, asked_ns=self._asked_ns)
+
+
+def _overlap(layout: Layout, other: Layout) -> Overlap | None:
+    return find_overlap(layout.pieces(), other.pieces())

@@ -1,0 +1,320 @@
+"""From a file back to a state, by ``torch.load`` itself, over a file that is fetched ahead of it.
+
+Guarantees: what comes back is what ``torch.load`` would have returned, or, with *keys*, that part of it; of the
+rest, no more is fetched than the pickle. A damaged file is a ``CorruptCheckpointError``.
+
+What does not belong here: where the file is, who may read it now.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import pickle
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from async_ckpt.errors import AsyncCheckpointError, CorruptCheckpointError, StoreError
+from async_ckpt.format.reading.file import CheckpointFile
+from async_ckpt.format.reading.old import is_tar, opened_old
+from async_ckpt.format.reading.plain import is_plain
+from async_ckpt.format.reading.progress import Progress
+from async_ckpt.format.reading.safetensors import (
+    LENGTH_BYTES,
+    SafeTensor,
+    device_of,
+    header_length,
+    is_named_so,
+    parse_header,
+    runs_of,
+)
+from async_ckpt.format.reading.selection import part_of
+from async_ckpt.format.reading.storages import storages_in
+from async_ckpt.format.reading.unpickling import Unpickling
+from async_ckpt.retry import is_transient
+
+__all__ = ["read_checkpoint"]
+
+_log = logging.getLogger("async_ckpt.format")
+
+_USUAL = Unpickling()
+_WORTH_BYTES = 1 << 20
+_AT_A_TIME = 16 << 10  # storages
+_ZIP = b"PK\x03\x04"
+_DAMAGED = ("archive is corrupted", "file read failed")  # what miniz, which torch reads archives with, says
+
+
+def read_checkpoint(
+    open_file: Callable[[Callable[[int], None]], AbstractContextManager[CheckpointFile]],
+    *,
+    url: str,
+    map_location: Any = None,
+    unpickling: Unpickling = _USUAL,
+    keys: Sequence[str] | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """Load a checkpoint.
+
+    Args:
+        open_file: makes a file, not started yet, that tells what it is given how many bytes have come.
+        url: for messages.
+        map_location: as for ``torch.load``.
+        unpickling: what else ``torch.load`` is told.
+        keys: patterns of the paths to load; ``None`` loads everything.
+        progress: whether to tell how far it is; ``None`` tells on a terminal, when it takes long.
+
+    Returns:
+        The state.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptCheckpointError: the file is damaged.
+        StoreError: it cannot be read.
+        KeyError: a pattern of *keys* matches nothing.
+        Exception: what ``torch.load`` raises for what it refuses.
+    """
+    again = False
+    while True:
+        with Progress(progress, url) as shown, open_file(shown.moved) as file:
+            file.start()
+            try:
+                reading = _Reading(file, shown, url, map_location, unpickling)
+                if is_named_so(url) and not reading.is_zip():
+                    return reading.safetensors(keys)
+                return reading.everything() if keys is None else reading.part(keys)
+            except StoreError as error:
+                # It may have been replaced while we read it; what is there now is what was asked for.
+                if again or isinstance(error, CorruptCheckpointError) or is_transient(error):
+                    raise
+                _log.info("reading %s from its beginning again: %s", url, error)
+        again = True
+
+
+class _Elsewhere(Exception):
+    """A storage does not stay in the memory that torch made for it, or is not the only one of its record."""
+
+
+class _Reading:
+    """One attempt."""
+
+    def __init__(
+        self, file: CheckpointFile, shown: Progress, url: str, map_location: Any, unpickling: Unpickling
+    ) -> None:
+        self._file = file
+        self._shown = shown
+        self._url = url
+        self._map_location = map_location
+        self._unpickling = unpickling
+
+    def everything(self) -> Any:
+        """Load the state."""
+        self._shown.expect(self._file.nbytes)
+        if self._may_gather():
+            for state in self._gathered():
+                return state
+            _log.info("%s is no archive as torch lays it out: reading it record by record", self._url)
+        self._file.fetch_all_but()
+        return self._load(self._map_location)
+
+    # -- without a pickle
+
+    def safetensors(self, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        """Load what safetensors has written, of which it is read, and made, what *keys* names."""
+        self._unpickling.check()
+        device = device_of(self._map_location)
+        tensors = self._tensors()
+        if keys is not None:
+            chosen = part_of({each.name: None for each in tensors}, keys)
+            tensors = [each for each in tensors if each.name in chosen]
+        self._shown.expect(sum(each.nbytes for each in tensors))
+        storages = [torch.UntypedStorage(each.nbytes) for each in tensors]
+        for start, targets in runs_of(tensors, [_memory_of(each) for each in storages]):
+            self._file.read_into(start, targets)
+        try:
+            placed = {each.name: each.over(storage) for each, storage in zip(tensors, storages, strict=True)}
+        except RuntimeError as error:
+            raise self._corrupt(f"a tensor has a shape that none can have ({error})") from error
+        return placed if device == "cpu" else {name: each.to(device) for name, each in placed.items()}
+
+    def _tensors(self) -> list[SafeTensor]:
+        file = self._file
+        file.seek(0)
+        try:
+            length = header_length(file.read(LENGTH_BYTES), file.nbytes)
+            return parse_header(file.read(length), file.nbytes)
+        except ValueError as error:
+            raise self._corrupt(f"of safetensors, as it is named: {error}") from error
+
+    # -- the state first, and then what is in its tensors
+
+    def _may_gather(self) -> bool:
+        """Tell whether it makes no difference to ``torch.load`` if storages are filled only afterwards."""
+        storages = self._file.storages or {}
+        if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
+            return False
+        if callable(self._map_location) or not self._unpickling.is_usual:  # it may look at what it is given
+            return False
+        self._leave_storages_out()
+        if self._file.alignment is None or not _is_native(self._file.record("byteorder")):
+            return False
+        pickled = self._file.record("data.pkl")
+        return pickled is not None and is_plain(pickled)
+
+    def _gathered(self) -> Iterator[Any]:
+        """Yield the state; nothing if it cannot be loaded in this way."""
+        found: dict[str, torch.UntypedStorage] = {}
+
+        def keep(storage: torch.UntypedStorage, location: str) -> Any:
+            placed = self._placed(storage, location)
+            if (name := self._file.take_last()) is not None:
+                if placed.data_ptr() != storage.data_ptr() or name in found:
+                    raise _Elsewhere
+                found[name] = storage
+            return placed
+
+        try:
+            state = self._load(keep)
+        except Exception:
+            if self._file.error is not None:
+                raise
+            return  # with the caller's own map_location, torch.load raises its own error, or none
+        if all(map(self._file.read_storages, self._targets(found))):
+            yield state
+
+    def _targets(self, found: dict[str, torch.UntypedStorage]) -> Iterator[dict[str, memoryview]]:
+        """Yield the memory of storages, of some at a time: a record being read takes 2 KiB beside its bytes."""
+        storages = self._file.storages or {}
+        names = sorted(found, key=lambda name: storages[name].start)
+        for start in range(0, len(names), _AT_A_TIME):
+            yield {name: _memory_of(found[name]) for name in names[start : start + _AT_A_TIME]}
+
+    def _leave_storages_out(self) -> None:
+        assert self._file.storages is not None
+        self._file.keep_beginning()
+        self._file.fetch_all_but(self._file.storages.keys())
+
+    # -- a part
+
+    def part(self, keys: Sequence[str]) -> Any:
+        """Load what *keys* names: first the pickle, with nothing in its tensors, then the storages of those chosen."""
+        # What another unpickler makes of a tensor with nothing in it tells nothing of what it makes of the others.
+        storages = None if self._unpickling.pickle_module is not None else self._file.storages
+        needed = None if storages is None else self._needed(keys)
+        if storages is None or needed is None:
+            return part_of(self.everything(), keys)
+        self._shown.expect(sum(storages[name].stop - storages[name].start for name in needed))
+        skipped = storages.keys() - needed
+        self._file.fetch_all_but(skipped)
+        return part_of(self._load(self._placing(skipped)), keys)
+
+    def _needed(self, keys: Sequence[str]) -> set[str] | None:
+        """Return the names of the storages that *keys* needs; None if that cannot be told."""
+        self._leave_storages_out()
+        stand_ins: dict[int, tuple[torch.UntypedStorage, str]] = {}
+
+        def stand_in(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            name = self._file.take_last()
+            if name is None:  # empty
+                return storage
+            empty = torch.UntypedStorage(storage.nbytes(), device="meta")
+            stand_ins[empty._cdata] = (empty, name)
+            return empty
+
+        try:
+            skeleton = self._load(stand_in)
+            found = storages_in(part_of(skeleton, keys))
+        except (AsyncCheckpointError, KeyError, pickle.UnpicklingError):
+            raise
+        except Exception as error:
+            _log.info("reading all of %s, as a part of it is not simple: %s", self._url, error)
+            return None
+        return {stand_ins[storage][1] for storage in found if storage in stand_ins}
+
+    def _placing(self, skipped: Any) -> Callable[[Any, str], Any]:
+        """Return a map_location that does what ours does, and lets go of the memory of what is skipped."""
+
+        def place(storage: Any, location: str) -> Any:
+            if self._file.take_last() in skipped:
+                return torch.UntypedStorage(storage.nbytes(), device="meta")
+            return self._placed(storage, location)
+
+        return place
+
+    # -- torch
+
+    def _placed(self, storage: Any, location: str) -> Any:
+        """Do what ``torch.load`` does for our map_location."""
+        wanted = self._map_location
+        if callable(wanted):
+            placed = wanted(storage, location)
+            return (
+                torch.serialization.default_restore_location(storage, location) if placed is None else placed
+            )
+        if isinstance(wanted, dict):
+            location = wanted.get(location, location)
+        elif wanted is not None:
+            location = str(wanted)
+        return torch.serialization.default_restore_location(storage, location)
+
+    def _load(self, map_location: Any) -> Any:
+        """Call torch.load, and say what it does not: that the file is damaged."""
+        file = self._file
+        is_zip = self.is_zip()
+        try:
+            if is_zip:
+                file.seek(0)
+                return self._unpickling.load(file, map_location)
+            return self._load_old(map_location)
+        except Exception as error:
+            if file.error is not None and file.error is not error:
+                raise file.error from error
+            if file.ended_early or (is_zip and not file.has_directory):
+                raise self._corrupt(
+                    f"it ends too early, after {file.nbytes} bytes, or its end is damaged"
+                ) from error
+            if is_zip and any(words in str(error) for words in _DAMAGED):
+                raise self._corrupt(f"its archive is damaged ({error})") from error
+            raise
+
+    def _load_old(self, map_location: Any) -> Any:
+        self._file.seek(0)
+        tar = is_tar(self._file.read(tarfile.BLOCKSIZE))
+        if tar:
+            self._unpickling.refuse_tar()
+        self._file.ended_early = False  # it may have less than a block
+        with opened_old(self._file, tar=tar) as old:
+            return self._unpickling.load(old, map_location)
+
+    def is_zip(self) -> bool:
+        """Tell whether it begins as an archive does, which to torch is one."""
+        self._file.seek(0)
+        return self._file.read(len(_ZIP)) == _ZIP
+
+    def _corrupt(self, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._url!r} is no whole checkpoint: {reason}. Load an earlier one.",
+            location=self._url,
+            stage="read",
+        )
+
+
+def _is_native(order: bytes | None) -> bool:
+    """Tell whether torch.load takes the bytes of numbers as they are, given the archive's own word on that."""
+    if order is None:  # from torch before 2.1
+        default = torch.serialization.get_default_load_endianness()
+        if default is torch.serialization.LoadEndianness.NATIVE:
+            return True
+        order = b"big" if default is torch.serialization.LoadEndianness.BIG else b"little"
+    return order == sys.byteorder.encode()
+
+
+def _memory_of(storage: torch.UntypedStorage) -> memoryview:
+    """Return a view that keeps the storage alive, as do all that are cut from it."""
+    memory: Any = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory.owner = storage
+    return memoryview(memory).cast("B")

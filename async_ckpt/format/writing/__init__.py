@@ -1,0 +1,1 @@
+"""From a snapshot to the bytes of its file, by reference."""

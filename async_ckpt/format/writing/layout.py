@@ -1,0 +1,228 @@
+"""The exact bytes of a checkpoint, as a scatter list, before a byte has moved.
+
+Guarantees: what is read equals what ``torch.save`` would have written, checksums included, in
+whatever pieces and order and by however many threads it is read. Storages are read through the
+snapshot only when they are asked for, and nothing here keeps a view of them.
+
+torch's own writer decides the bytes; only the checksums are ours. They are computed when the part
+that holds them is read, off the training thread.
+
+What does not belong here: how zip archives are built (`archive`), what is done with the bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+
+from async_ckpt.format.checksum import combine, crc32, crc32_combine
+from async_ckpt.format.writing.archive import Records, find_records
+from async_ckpt.format.writing.overlap import Piece
+from async_ckpt.format.writing.recorder import Reference, Segment
+from async_ckpt.format.writing.torch_writer import write
+from async_ckpt.snapshot import Snapshot
+
+__all__ = ["Layout", "lay_out"]
+
+_FINGERPRINT = ".data/serialization_id"
+_DIGITS = 20  # of each half of the fingerprint: names, checksums
+
+
+def lay_out(snapshot: Snapshot) -> Layout:
+    """Lay out the file of *snapshot*. Blocks for about 15 µs a tensor: call it in a worker.
+
+    Args:
+        snapshot: must stay open as long as the layout is read.
+
+    Returns:
+        The file.
+
+    Raises:
+        AsyncCheckpointError: torch writes archives in a way that is not known here.
+    """
+    return Layout(snapshot, write(snapshot))
+
+
+class Layout:
+    """A file by reference; satisfies ``stores.base.Content``. Made by `lay_out`.
+
+    Args:
+        snapshot: where the bytes of storages are.
+        segments: what torch wrote.
+    """
+
+    def __init__(self, snapshot: Snapshot, segments: Sequence[Segment]) -> None:
+        self._snapshot = snapshot
+        self._segments = segments
+        self._starts: list[int] = []
+        self._nbytes = 0
+        for segment in self._segments:
+            self._starts.append(self._nbytes)
+            self._nbytes += len(segment)
+        self._records, self._tail = find_records(self._nbytes, self._read_header)
+        self._checksums: dict[int, int] = {}  # by the record's place in the archive
+        self._sums: dict[int, tuple[int, int]] = {}  # of pieces of records, by their beginning: end, CRC-32
+        self._fingerprint = self._find_fingerprint()
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self._nbytes
+
+    def read(self, start: int, stop: int) -> list[memoryview]:
+        """Return the bytes *start* to *stop*. Computes the checksums among them: call it in a worker.
+
+        Args:
+            start: the first byte.
+            stop: behind the last byte.
+
+        Returns:
+            Read-only views, to be let go of before the snapshot is closed.
+
+        Raises:
+            ValueError: the range is not within the file, or the snapshot has been closed.
+        """
+        if not 0 <= start <= stop <= self._nbytes:
+            raise ValueError(f"no bytes {start} to {stop} in a file of {self._nbytes}")
+        self._seal(start, stop)
+        return self._views(start, stop)
+
+    def crc32(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of the bytes *start* to *stop*, as `read` gives them.
+
+        What is summed up here is not summed up again for the checksum of the record that it belongs to.
+        """
+        pieces = list(self._pieces(start, stop)) if crc32_combine is not None else []
+        for begin, end in pieces:
+            self._sum(begin, end)
+        self._seal(start, stop)
+        value, at = 0, start
+        for begin, end in pieces:
+            value = self._crc32(at, begin, value)
+            assert crc32_combine is not None
+            value, at = crc32_combine(value, self._sum(begin, end), end - begin), end
+        return self._crc32(at, stop, value)
+
+    def pieces(self) -> list[Piece]:
+        """Return what the file consists of, checksums in place: call it in a worker.
+
+        Works after the snapshot has been closed, if every byte was read before.
+        """
+        self._seal(0, self._nbytes)
+        return [self._piece(segment) for segment in self._segments]
+
+    def _piece(self, segment: Segment) -> Piece:
+        if not isinstance(segment, Reference):
+            return segment
+        return self._snapshot.storages[segment.storage].start + segment.start, len(segment)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield what lies within the range of each record whose bytes are known before checksums are."""
+        records = self._records
+        for record in range(max(0, bisect_right(records.starts, start) - 1), len(records.starts)):
+            if records.starts[record] >= stop:
+                return
+            begin, end = max(start, records.starts[record]), min(stop, records.stops[record])
+            if begin < end and record != self._fingerprint:
+                yield begin, end
+
+    def _sum(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of a piece of a record."""
+        end, value = self._sums.get(start, (0, 0))
+        if end != stop:
+            value = self._crc32(start, stop)
+            self._sums[start] = stop, value
+        return value
+
+    def _crc32(self, start: int, stop: int, value: int = 0) -> int:
+        for view in self._views(start, stop):
+            value = crc32(view, value)
+        return value
+
+    def _views(self, start: int, stop: int) -> list[memoryview]:
+        views = []
+        index = bisect_right(self._starts, start) - 1
+        while start < stop:
+            segment, begin = self._segments[index], self._starts[index]
+            end = min(stop, begin + len(segment))
+            views.append(self._slice(segment, start - begin, end - begin))
+            start = end
+            index += 1
+        return views
+
+    def _slice(self, segment: Segment, start: int, stop: int) -> memoryview:
+        if isinstance(segment, Reference):
+            return self._snapshot.view(segment.storage)[segment.start + start : segment.start + stop]
+        return memoryview(segment).toreadonly()[start:stop]
+
+    def _read_header(self, start: int, nbytes: int) -> bytes:
+        index = bisect_right(self._starts, start) - 1
+        segment, at = self._segments[index], start - self._starts[index]
+        if isinstance(segment, bytearray) and at + nbytes <= len(segment):  # views are too slow for thousands
+            return bytes(segment[at : at + nbytes])
+        return b"".join(self._views(start, start + nbytes)) if start >= 0 else b""
+
+    def _seal(self, start: int, stop: int) -> None:
+        """Put in place the checksums that lie at least partly in a range.
+
+        Several threads may do so at once: all write the same values.
+        """
+        nears = self._records.nears
+        for record in range(bisect_left(nears, start - 3), bisect_left(nears, stop)):
+            if record != self._fingerprint:
+                self._patch(nears[record], self._checksum(record))
+        if stop > self._tail:
+            self._seal_tail()
+
+    def _seal_tail(self) -> None:
+        if self._fingerprint is not None:
+            digits = _digits(self._records, self._fingerprint, self._checksum)
+            self._overwrite(self._records.starts[self._fingerprint] + _DIGITS, digits)
+            self._patch(self._records.nears[self._fingerprint], self._checksum(self._fingerprint))
+        for record, central in enumerate(self._records.centrals):
+            self._patch(central, self._checksum(record))
+
+    def _checksum(self, record: int) -> int:
+        checksum = self._checksums.get(record)
+        if checksum is None:
+            checksum, at, stop = 0, self._records.starts[record], self._records.stops[record]
+            while at < stop and at in self._sums and crc32_combine is not None:
+                end, piece = self._sums[at]
+                checksum, at = crc32_combine(checksum, piece, end - at), end
+            checksum = self._checksums[record] = self._crc32(at, stop, checksum)
+        return checksum
+
+    def _find_fingerprint(self) -> int | None:
+        """Find the record that depends on all other checksums, if torch made it in the way known here.
+
+        The fingerprint is a best effort of torch's that loading does not look at. It is the last record, and the
+        only one whose checksum cannot be known before the others are.
+        """
+        records = self._records
+        last = len(records.names) - 1
+        start, stop = records.starts[last], records.stops[last]
+        if records.names[last].endswith(_FINGERPRINT) and stop - start == 2 * _DIGITS:
+            written = self._read_header(start + _DIGITS, _DIGITS)
+            if written == _digits(records, last, records.checksums.__getitem__):
+                self._tail = start
+                return last
+        return None
+
+    def _patch(self, where: int, checksum: int) -> None:
+        self._overwrite(where, checksum.to_bytes(4, "little"))
+
+    def _overwrite(self, where: int, value: bytes) -> None:
+        index = bisect_right(self._starts, where) - 1
+        gap = self._segments[index]
+        assert isinstance(gap, bytearray), "checksums stand in headers"
+        at = where - self._starts[index]
+        gap[at : at + len(value)] = value
+
+
+def _digits(records: Records, count: int, checksum: Callable[[int], int]) -> bytes:
+    """Return the half of the fingerprint made from the checksums before it; torch leaves out empty records."""
+    seed = 0
+    for record in range(count):
+        if records.starts[record] < records.stops[record]:
+            seed = combine(seed, checksum(record))
+    return f"{seed:0{_DIGITS}d}".encode()

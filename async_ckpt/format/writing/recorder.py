@@ -1,0 +1,162 @@
+"""What torch's writer emits, noted instead of written: the way for a torch that cannot skip the bytes of storages.
+
+Guarantees: bytes that belong to a storage are never touched, only recognised by their address; every
+other byte is copied when it is emitted, for torch's memory is its own.
+
+The stand-ins are storages of the right sizes over a private anonymous mapping. Nothing writes to it
+or reads from it, so none of its pages ever exists.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from async_ckpt.snapshot import Snapshot, Storages
+from async_ckpt.snapshot.conventions import Record, open_writer
+from async_ckpt.snapshot.host_pool import aligned
+
+__all__ = ["INLINE_BYTES", "Reference", "Segment", "record_writing"]
+
+INLINE_BYTES = 1024
+"""Storages up to this length are copied, so that thousands of them do not become thousands of segments."""
+
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # has a name from Python 3.13 on
+_LONGEST_PIECE = 64  # pieces longer than this are looked at even if no storage has their length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """Bytes *start* to *stop* of a storage of the snapshot."""
+
+    storage: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Segment: TypeAlias = bytearray | Reference
+
+
+def record_writing(snapshot: Snapshot, records: Sequence[Record]) -> list[Segment]:
+    """Return the file of *snapshot*, checksums missing, as torch writes it over stand-ins for the storages.
+
+    Args:
+        snapshot: its small storages are copied, the others referred to.
+        records: what the archive is to hold.
+    """
+    stand_ins = _StandIns(snapshot.storages)
+    recorder = _Recorder(stand_ins, snapshot.view)
+    writer = open_writer(recorder, snapshot.alignment)
+    for name, content in records:
+        if isinstance(content, int):
+            writer.write_record(name, stand_ins.storage(content), stand_ins.sizes[content])
+        else:
+            writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    return recorder.segments
+
+
+class _StandIns:
+    """Storages that have the sizes of real ones and no memory.
+
+    Args:
+        storages: the real ones.
+    """
+
+    def __init__(self, storages: Storages) -> None:
+        self.sizes = [storage.nbytes for storage in storages]
+        self._starts: list[int] = []
+        total = 0
+        for nbytes in self.sizes:
+            self._starts.append(total)
+            total += aligned(max(1, nbytes))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._memory = mmap.mmap(-1, max(1, total), flags=flags)
+        self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def storage(self, index: int) -> torch.UntypedStorage:
+        """Return the stand-in for a storage."""
+        nbytes, start = self.sizes[index], self._starts[index]
+        if nbytes == 0:
+            return torch.UntypedStorage(0, device="cpu")
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+
+    def find(self, address: int, nbytes: int) -> Reference | None:
+        """Tell which storage the memory at *address* stands for, if any."""
+        offset = address - self._address
+        if not 0 <= offset < len(self._memory):
+            return None
+        index = bisect_right(self._starts, offset) - 1
+        start = offset - self._starts[index]
+        return Reference(storage=index, start=start, stop=start + nbytes)
+
+
+class _Recorder:
+    """A file to torch's writer.
+
+    Args:
+        stand_ins: by which storages are recognised.
+        bytes_of: gives the real bytes of a storage; small ones are copied, so that thousands of them do
+            not become thousands of segments.
+    """
+
+    def __init__(self, stand_ins: _StandIns, bytes_of: Callable[[int], memoryview]) -> None:
+        self.segments: list[Segment] = []
+        self._stand_ins = stand_ins
+        self._bytes_of = bytes_of
+        self._sizes = frozenset(stand_ins.sizes) - {0}
+
+    def write(self, piece: memoryview | bytes) -> int:
+        """Note a piece of the file."""
+        nbytes = len(piece)
+        if nbytes > _LONGEST_PIECE or nbytes in self._sizes:
+            found = self._stand_ins.find(_address_of(piece), nbytes)
+            if found is not None and nbytes > INLINE_BYTES:
+                self.segments.append(found)
+                return nbytes
+            if found is not None:
+                piece = self._bytes_of(found.storage)[found.start : found.stop]
+        if self.segments and isinstance(self.segments[-1], bytearray):
+            self.segments[-1] += piece
+        else:
+            self.segments.append(bytearray(piece))
+        return nbytes
+
+    def flush(self) -> None:
+        """Exist, since torch calls it."""
+
+
+class _Buffer(ctypes.Structure):
+    """``Py_buffer``, part of Python's stable ABI."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _address_of(piece: memoryview | bytes) -> int:
+    """Return where read-only bytes lie, which ctypes itself tells of writable ones only."""
+    buffer = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(piece), ctypes.byref(buffer), 0)
+    address = buffer.buf or 0
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+    return int(address)

@@ -1,0 +1,43 @@
+"""Pending saves in the progress bar of the training, whichever it is: ``ckpt: 2 (63%)``.
+
+Guarantees: nothing is shown while nothing is pending, nor after an epoch's last batch, as its bar may stay for ever;
+what is logged stays as it is.
+
+What does not belong here: the bar of those who wait for a flush (flushing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.telemetry.meter import Meter, SaveProgress
+
+__all__ = ["pending_text", "show_pending"]
+
+
+def pending_text(pending: Iterable[SaveProgress]) -> str:
+    """Return how many saves are pending and how far they are; that is unknown where a base writes them."""
+    saves = list(pending)
+    if not saves:
+        return ""
+    written = sum(save.written_bytes for save in saves)
+    expected = sum(save.nbytes for save in saves)
+    # Before a save is laid out, its length is a little too small.
+    return (
+        f"{len(saves)} ({min(100 * written // expected, 99)}%)" if written and expected else f"{len(saves)}"
+    )
+
+
+def show_pending(bar: Any, meter: Meter, shadows: Shadows) -> None:
+    """Have Lightning's progress bar *bar* show what is pending beside what it shows."""
+    get_metrics = bar.get_metrics
+
+    def get_metrics_and_pending(trainer: Any, pl_module: Any) -> Any:
+        metrics = get_metrics(trainer, pl_module)
+        is_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        text = "" if is_over else pending_text(meter.pending)
+        return {**metrics, "ckpt": text} if text else metrics
+
+    shadows.cast(bar, "get_metrics", get_metrics_and_pending)

@@ -1,0 +1,208 @@
+"""A state as it was at one instant, in host memory that nothing else writes to (S1).
+
+Guarantees: a snapshot holds no reference to the live state; storages are given up one by one, and the
+memory is given back once, with the last of them. ``records`` runs no code of the state.
+
+What does not belong here: how the bytes came here (`copying`), what is done with them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
+from async_ckpt.snapshot.conventions import Record
+from async_ckpt.snapshot.host_pool import HostBuffer
+from async_ckpt.snapshot.locations import mark
+from async_ckpt.snapshot.rebuild import Rebuilder
+from async_ckpt.snapshot.sharing import NOTHING, Outline
+
+__all__ = ["Snapshot", "SnapshotStorage", "Storages"]
+
+
+class SnapshotStorage(NamedTuple):
+    """One storage of the state; its number is its place among the snapshot's storages.
+
+    Attributes:
+        nbytes: its size.
+        location: where the original is, as ``torch.save`` writes it: ``"cpu"``, ``"cuda:0"``, …
+        start: where its bytes begin in the host buffer.
+    """
+
+    nbytes: int
+    location: str
+    start: int
+
+
+class Storages:
+    """All storages of a state, as columns: thousands of objects, kept, would have Python's collector run more often.
+
+    Args:
+        sizes: in bytes.
+        locations: where the originals are.
+        starts: where each one's bytes begin in the host buffer.
+    """
+
+    def __init__(self, sizes: Sequence[int], locations: Sequence[str], starts: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._locations = locations
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[SnapshotStorage]:
+        return map(SnapshotStorage, self._sizes, self._locations, self._starts)
+
+    def __getitem__(self, index: int) -> SnapshotStorage:
+        return SnapshotStorage(self._sizes[index], self._locations[index], self._starts[index])
+
+
+class Snapshot:
+    """The picture of a state; made by ``Capture.stage`` and ``Capture.share``.
+
+    Args:
+        content: what else there is.
+        storages: where each storage's bytes are.
+        buffer: the leased memory.
+        nbytes: what the snapshot needs of host memory.
+        outline: by which one of other bytes is told from it; stays when the snapshot is closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        content: Content,
+        storages: Storages,
+        buffer: HostBuffer,
+        nbytes: int,
+        outline: Outline = NOTHING,
+    ) -> None:
+        self.nbytes = nbytes
+        self.outline = outline
+        self.storages = storages
+        self._content: Content | None = content
+        self._buffer: HostBuffer | None = buffer
+        self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
+        self._held = set(range(len(self.storages)))
+        self._lock = threading.Lock()
+
+    @property
+    def written(self) -> object:
+        """What a writer left here for who shares the memory: of a file that has these bytes."""
+        return None if self._buffer is None else self._buffer.written
+
+    @written.setter
+    def written(self, written: object) -> None:
+        if self._buffer is not None:
+            self._buffer.written = written
+
+    def view(self, index: int) -> memoryview:
+        """Return the bytes of a storage, read-only.
+
+        Args:
+            index: the storage's number.
+
+        Returns:
+            A view that must be let go of before the snapshot is closed, for its buffer to be reused.
+
+        Raises:
+            ValueError: the storage has been released.
+        """
+        view = self._view
+        if view is None or index not in self._held:
+            raise ValueError(f"storage {index} of the snapshot has been released")
+        storage = self.storages[index]
+        return view[storage.start : storage.start + storage.nbytes]
+
+    def release(self, index: int) -> None:
+        """Give up one storage's bytes. Idempotent; the last one closes the snapshot."""
+        with self._lock:
+            self._held.discard(index)
+            last = not self._held
+        if last:
+            self.close()
+
+    def close(self) -> None:
+        """Give up everything. Idempotent."""
+        with self._lock:
+            self._buffer = None
+            self._view = None
+            self._held.clear()
+            self._content = None
+
+    @property
+    def file(self) -> bytes | None:
+        """The whole file, where torch had to write it itself; what there is else is in `records`."""
+        content = self._open_content()
+        return content.file if isinstance(content, Whole) else None
+
+    @property
+    def alignment(self) -> int:
+        """What torch was told to align storages in files to."""
+        content = self._open_content()
+        if isinstance(content, Unfilled):
+            return content.convention.alignment
+        assert isinstance(content, Records), "a snapshot for a file"
+        return content.alignment
+
+    def records(self) -> Sequence[Record]:
+        """Return what the archive that ``torch.save`` would have written holds, storages by their number.
+
+        Returns:
+            The records, but for those that torch's writer adds itself.
+
+        Raises:
+            ValueError: the snapshot has been closed.
+        """
+        content = self._open_content()
+        if isinstance(content, Unfilled):
+            return content.convention.records(content.skeleton, self._bytes_at)
+        assert isinstance(content, Records), "a snapshot for a file"
+        return content.records
+
+    def state(self) -> Any:
+        """Return the state itself, rebuilt over the snapshot's memory.
+
+        Its tensors lie on the CPU, but ``torch.save`` of it writes the locations of the originals; of HPUs' the
+        CPU's, where Lightning's CheckpointIO for HPUs would have moved them first. A buffer to which anything
+        refers when the snapshot is closed is not reused.
+
+        Returns:
+            A state equal to the captured one.
+
+        Raises:
+            ValueError: the snapshot has been closed.
+        """
+        content = self._open_content()
+        assert isinstance(content, Objects), "a snapshot for objects"
+        self._open_buffer().show_to_children(True)  # the base may fork processes to write it
+        memory = self._open_buffer().memory
+        with torch.no_grad():
+            return Rebuilder(content.skeleton, content.entries, self._over_memory, memory).load()
+
+    def _bytes_at(self, start: int, nbytes: int) -> memoryview:
+        return memoryview(self._open_buffer().memory)[start : start + nbytes]
+
+    def _over_memory(self, index: int) -> torch.UntypedStorage:
+        storage = self.storages[index]
+        location = "cpu" if storage.location.startswith("hpu") else storage.location
+        if storage.nbytes == 0:
+            return mark(torch.UntypedStorage(0, device="cpu"), location)
+        memory, count, start = self._open_buffer().memory, storage.nbytes, storage.start
+        host = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start).untyped_storage()
+        return mark(host, location)
+
+    def _open_buffer(self) -> HostBuffer:
+        if self._buffer is None:
+            raise ValueError("the snapshot has been closed")
+        return self._buffer
+
+    def _open_content(self) -> Content:
+        if self._content is None:
+            raise ValueError("the snapshot has been closed")
+        return self._content

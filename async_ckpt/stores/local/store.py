@@ -1,0 +1,177 @@
+"""Checkpoints on a local, or mounted, file system: the store, and the syncing of what others wrote.
+
+Guarantees: how a file gets there is said in `local_upload`, how one is read in `local_source`. A deletion takes a
+symlink, not what it leads to.
+
+What does not belong here: the system calls (`disk`), and what is known about directories (`directories`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import Literal
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.local.directories import Directories
+from async_ckpt.stores.local.places import Places
+from async_ckpt.stores.local.source import LocalSource
+from async_ckpt.stores.local.target import refuse_foreign_link, translated
+from async_ckpt.stores.local.upload import HALF_OF_THE_CPUS, LocalUpload
+from async_ckpt.stores.vanished import note_removal
+
+__all__ = ["LocalStore", "sync_path"]
+
+_ATTEMPTS = 10  # another process may replace a file again and again
+_MOST_PART_BYTES = 32 << 20
+_NO_DELETING = (
+    "The place refuses to remove files. A mount may have to be told to: Mountpoint for S3, by --allow-delete."
+)
+
+
+class LocalStore:
+    """The store of local paths.
+
+    Args:
+        workers: where system calls run.
+        durability: ``"fsync"`` or ``"process"``.
+        overwrite: whether a commit may replace what is there.
+        in_place: whether a file may be written under its own name where a place has no other way.
+        part_size: bytes a part should have; no more than 32 MiB, so that the kernel begins early to write them
+            out. ``None`` leaves it to the caller.
+        disk: the system calls themselves.
+        places: what is known of directories; what the process knows where it is not given.
+    """
+
+    repeats_parts = True
+
+    def __init__(
+        self,
+        *,
+        workers: Workers,
+        durability: Literal["fsync", "process"] = "fsync",
+        overwrite: bool = True,
+        in_place: bool = False,
+        part_size: int | None = None,
+        disk: Disk | None = None,
+        places: Places | None = None,
+    ) -> None:
+        self._workers = workers
+        self._disk = disk or Disk()
+        self._fsync = durability == "fsync"
+        self._overwrite = overwrite
+        self._in_place = in_place
+        self._part_size = None if part_size is None else min(part_size, _MOST_PART_BYTES)
+        self._directories = Directories(self._disk, places)
+
+    async def begin(self, location: Location, nbytes: int) -> LocalUpload:
+        """Create the temporary file and reserve its room; see ``Store.begin``."""
+        upload = LocalUpload(
+            location,
+            nbytes,
+            part_size=self._part_size,
+            workers=self._workers,
+            disk=self._disk,
+            fsync=self._fsync,
+            overwrite=self._overwrite,
+            in_place=self._in_place,
+            directories=self._directories,
+        )
+        async with aborted_on_error(upload):
+            await self._workers.run(upload.start)
+        return upload
+
+    async def delete(self, location: Location) -> None:
+        """Delete a file, a symlink (not what it leads to) or a directory tree."""
+        await self._workers.run(self._delete, location)
+
+    async def exists(self, location: Location) -> bool:
+        """Tell whether anything is at *location*."""
+        return await self._workers.run(os.path.exists, location.path)
+
+    async def source(self, location: Location) -> LocalSource:
+        """Open the file for reading."""
+        source = LocalSource(
+            location, workers=self._workers, disk=self._disk, max_concurrent_reads=HALF_OF_THE_CPUS
+        )
+        try:
+            await self._workers.run(self._open, source, location.path)
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    async def aclose(self) -> None:
+        """Do nothing: there is nothing to free."""
+
+    def _open(self, source: LocalSource, path: str) -> None:
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                return source.start()
+            whereabouts = self._directories.whereabouts(path)
+            if not whereabouts:
+                break
+            with suppress(FileNotFoundError):
+                return source.start(whereabouts)
+        source.start()  # it may have come back, or the new one to its place, since it was looked for
+
+    def _delete(self, location: Location) -> None:
+        refuse_foreign_link("delete", location)
+        # A file that a dead process had put aside must not take the name that is free then.
+        self._directories.sweep(os.path.dirname(location.path))
+        try:
+            self._directories.give_up(location.path)
+            found = self._disk.lstat(location.path)
+            refuse_foreign_link(
+                "delete", location
+            )  # again: it may be there only because of a link put there just now
+            if not stat.S_ISREG(found.st_mode):  # a directory, or a link, maybe to one
+                note_removal(location.path)  # first: another save may look at any moment
+            if stat.S_ISDIR(found.st_mode):
+                self._disk.rmtree(location.path)
+            else:
+                self._disk.unlink(location.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except StoreError:
+            raise
+        except OSError as error:
+            advice = _NO_DELETING if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP) else ""
+            raise translated("delete", location, error, advice) from error
+
+
+def sync_path(path: str, disk: Disk | None = None) -> None:
+    """Make what somebody else wrote at *path*, a file or a directory tree, survive the loss of power (D1).
+
+    Args:
+        path: where; nothing there is not an error.
+        disk: the system calls themselves.
+
+    Raises:
+        OSError: it cannot be synced.
+    """
+    disk = disk or Disk()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync_file(disk, os.path.join(folder, name))
+        with suppress(FileNotFoundError):
+            disk.sync_directory(folder)
+    if not os.path.isdir(path):
+        _sync_file(disk, path)
+    directories = Directories(disk)
+    for each in {os.path.abspath(path), os.path.realpath(path)}:  # a link, and what it leads to
+        with suppress(FileNotFoundError):
+            directories.sync(os.path.dirname(each), each)
+
+
+def _sync_file(disk: Disk, path: str) -> None:
+    with suppress(FileNotFoundError):
+        fd = disk.open_to_read(path)
+        try:
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)

@@ -49,7 +49,7 @@ class Outcome(Generic[T]):
         self._value: T | None = None
 
     def done(self) -> bool:
-        """Tell whether it is set."""
+        """Return whether it is set."""
         return self._done
 
     def set_result(self, value: T) -> None:
@@ -214,7 +214,7 @@ class Handle:
         return self._state
 
     def done(self) -> bool:
-        """Tell whether the request has ended, whichever way."""
+        """Return whether the request has ended, whichever way."""
         return self._outcome.done()
 
     def wait(self, timeout: float | None = None) -> Report:
@@ -272,7 +272,7 @@ class Handle:
 
     @property
     def is_waited_for(self) -> bool:
-        """Tell whether somebody waits on this handle now."""
+        """Return whether somebody waits on this handle now."""
         waiters = [waiter() for waiter in self._waiters.copy()]  # in one step, whoever comes or goes
         return any(waiter is not None and waiter.is_there() for waiter in waiters)
 

@@ -102,7 +102,7 @@ class RetryPolicy:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether the same request may well succeed a moment later.
+    """Return whether the same request may well succeed a moment later.
 
     Args:
         error: what the request raised; a translated error is judged by its cause as well.

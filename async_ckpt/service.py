@@ -235,7 +235,7 @@ class CheckpointService:
         self.failures.raise_all()
 
     def settle(self, timeout: float | None = None) -> None:
-        """Do what ``wait`` does for who handles an error: ours is logged and added to that one's notes (E2)."""
+        """Like ``wait``, for callers that are already handling an error: ours is logged and added to its notes (E2)."""
         try:
             self._await_drained(timeout)
         except FlushTimeoutError as error:
@@ -254,7 +254,7 @@ class CheckpointService:
             raise holdings.hopeless(held_up)
 
     async def flush(self, timeout: float | None = None) -> None:
-        """Do what ``wait`` does, awaited: under asyncio or trio, without blocking the loop."""
+        """Like ``wait``, awaited under asyncio or trio, without blocking the event loop."""
         holdings = self._holdings
         patience = holdings.patience(self._limit(timeout))
         drained, held_up = holdings.drained()
@@ -316,11 +316,11 @@ class CheckpointService:
             successor.close_predecessor(limit)
 
     async def aclose(self, timeout: float | None = None) -> None:
-        """Do what ``close`` does, awaited: under asyncio or trio, without blocking the loop.
+        """Like ``close``, awaited under asyncio or trio, without blocking the event loop.
 
         Cancelled, it returns at once and the closing goes on in a thread; what fails then is logged.
         """
-        # Not anyio.to_thread: it starts no thread for who is cancelled already, as the body of an async with may be.
+        # Not anyio.to_thread: it starts none for a caller that is cancelled already, as an async with may be.
         holdings, limit = self._holdings, self._limit(timeout)
         closed: Outcome[None] = Outcome()
 
@@ -381,7 +381,7 @@ class CheckpointService:
         share_unpicklable: bool = False,
         tell: bool = True,
     ) -> Handle:
-        """Do what ``save`` does, with any writer.
+        """Like ``save``, with any writer.
 
         Args:
             state: what to write.
@@ -393,7 +393,7 @@ class CheckpointService:
         return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
-        """Do what ``remove`` does, with any writer; ``None`` takes our own."""
+        """Like ``remove``, with any writer; ``None`` takes our own."""
         return self._intake.remove(location, writer)
 
     def submit_link(self, location: Location, target: Location) -> Handle:

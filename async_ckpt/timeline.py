@@ -38,8 +38,8 @@ class Timeline:
     """An observer that writes a trace of the run: ``observer=Timeline("trace.json")``.
 
     It is written by ``write``, at the end of a ``with`` block, and at the interpreter's exit, after pending saves
-    have ended. Several services may share one. Who has recorded nothing writes nothing; a copy, or a timeline that
-    came into another process, has recorded nothing yet.
+    have ended. Several services may share one. One that has recorded nothing writes nothing; a copy, or one that came
+    into another process, has recorded nothing yet.
 
     Args:
         path: the file, on a local disk; ui.perfetto.dev and chrome://tracing open it.

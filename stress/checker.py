@@ -75,7 +75,7 @@ def check(
 
 
 def lies_in(path: str, place: str) -> bool:
-    """Tell whether *path* is *place*, or something in that directory."""
+    """Return whether *path* is *place*, or something in that directory."""
     return path == place or path.startswith(f"{place}/")
 
 
@@ -130,7 +130,7 @@ def _unsafe_removals(operations: Sequence[Operation]) -> Iterator[Violation]:
 
 
 def _makes_up(other: Operation, lost: Operation, removal: Operation) -> bool:
-    """Tell whether *other* may have become durable in place of *lost*, or shows that nobody counts on it."""
+    """Return whether *other* may have become durable in place of *lost*, or shows that nobody counts on it."""
     if other.returned < lost.called or other.called > removal.ended:
         return False
     if other.kind == "remove":

@@ -39,7 +39,7 @@ class Child:
             return
 
     def is_alive(self) -> bool:
-        """Tell whether it has not died yet."""
+        """Return whether it has not died yet."""
         return bool(self._process.is_alive())
 
     def kill(self) -> Iterator[Any]:

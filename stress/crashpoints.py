@@ -18,7 +18,7 @@ import torch
 
 from async_ckpt import CheckpointService
 from stress.children import Say, child
-from stress.ground import Ground
+from stress.environment import Environment
 
 __all__ = ["kill_once"]
 
@@ -26,7 +26,7 @@ _FLOATS = 500_000
 _LONGEST_LIFE_SECONDS = 0.5
 
 
-def kill_once(where: Ground, random: Random) -> list[str]:
+def kill_once(where: Environment, random: Random) -> list[str]:
     """Let a process save, kill it, and return what is wrong with what it left."""
     base = where.fresh()
     with child(_save_for_ever, base, dict(where.storage_options)) as process:
@@ -57,7 +57,7 @@ def _state(step: int) -> dict[str, Any]:
     return {"step": step, "weights": [torch.full((_FLOATS,), float(step)) for _ in range(3)]}
 
 
-def _broken(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
+def _broken(where: Environment, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
     deleting = {step for word, step in said if word == "deleting"}
     durable = {step for word, step in said if word == "durable"}
     there = set()
@@ -80,7 +80,7 @@ def _broken(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[s
         yield "D3: a checkpoint was durable, and there is none"
 
 
-def _unswept(where: Ground, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
+def _unswept(where: Environment, base: str, said: list[tuple[str, int]]) -> Iterator[str]:
     with CheckpointService(storage_options=where.storage_options) as service:
         service.save({}, f"{base}/next.ckpt").wait()
         for name in where.leftovers():

@@ -126,7 +126,7 @@ class History:
                 told.told_by_calls += not by_handle
 
     def is_known(self, error: BaseException) -> bool:
-        """Tell whether all of *error* is the failure of some request."""
+        """Return whether all of *error* is the failure of some request."""
         return all(id(leaf) in self.failures for leaf in leaves(error))
 
 

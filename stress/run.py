@@ -27,8 +27,8 @@ from async_ckpt import CheckpointService, RetryPolicy
 from stress.checker import Violation, check
 from stress.children import start_server
 from stress.crashpoints import kill_once
+from stress.environment import STORES, Environment, Local, Memory, environment
 from stress.foreign import Neighbourhood, Places
-from stress.ground import STORES, Ground, Local, Memory, ground
 from stress.history import ABSENT, History
 from stress.hostile import besiege_once, reason_for_none
 from stress.nemesis import faulty_stores
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("async_ckpt").setLevel(logging.ERROR)  # elsewhere a dropped deletion is worth a warning
     warnings.simplefilter("ignore", RuntimeWarning)  # on_error="warn"
     tally: Counter[str] = Counter()
-    with ground(options.store) as remote, tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as state:
+    with (
+        environment(options.store) as remote,
+        tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as state,
+    ):
         os.environ["XDG_STATE_HOME"] = state  # the killed processes' journals are nobody else's affair
         start_server()
         if reason := reason_for_none():
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if tally["failed"] else 0
 
 
-def _round(remote: Ground, random: Random, tally: Counter[str]) -> list[Violation | str]:
+def _round(remote: Environment, random: Random, tally: Counter[str]) -> list[Violation | str]:
     with tempfile.TemporaryDirectory(prefix="async_ckpt-stress-") as directory:
         crashed = Path(directory, "crashed")
         crashed.mkdir()
@@ -91,7 +94,7 @@ def _round(remote: Ground, random: Random, tally: Counter[str]) -> list[Violatio
 
 
 def _history_round(
-    directory: Path, remote: Ground, random: Random, tally: Counter[str]
+    directory: Path, remote: Environment, random: Random, tally: Counter[str]
 ) -> list[Violation | str]:
     """Run one workload under one nemesis; return what is wrong."""
     threads, descriptors = set(threading.enumerate()), _descriptors()
@@ -158,7 +161,7 @@ def _other_spellings(directory: Path) -> dict[str, str]:
     }
 
 
-def _shared(directory: Path, remote: Ground) -> Places:
+def _shared(directory: Path, remote: Environment) -> Places:
     """Return where other processes work: beside what the workload saves, in a directory below, and remotely."""
     return Places(
         directories=[str(directory), str(directory / "shared" / "deep")],
@@ -189,7 +192,7 @@ def _close(service: CheckpointService, history: History) -> None:
         history.tell(error)
 
 
-def _look_away(remote: Ground, url: str) -> str:
+def _look_away(remote: Environment, url: str) -> str:
     try:
         return digest(remote.state_at(url))
     except FileNotFoundError:
@@ -204,7 +207,9 @@ def _count(history: History, tally: Counter[str]) -> None:
 # -- what is left behind
 
 
-def _left(directory: Path, remote: Ground, threads: set[threading.Thread], descriptors: int) -> Iterator[str]:
+def _left(
+    directory: Path, remote: Environment, threads: set[threading.Thread], descriptors: int
+) -> Iterator[str]:
     for name in Local(directory).leftovers() + remote.leftovers():
         yield f"D2: {name} is left behind"
     deadline = monotonic() + _SETTLE_SECONDS

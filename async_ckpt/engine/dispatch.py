@@ -77,7 +77,7 @@ class Dispatcher:
     # -- messages from callers
 
     def lend(self, request: Request, lender: Request, snapshot: Snapshot) -> bool:
-        """Let *request*, not taken in yet, hold the memory of *snapshot*; tell whether that is still there."""
+        """Let *request*, not taken in yet, hold the memory of *snapshot*; return whether that is still there."""
         if lender.snapshot is not snapshot or lender.buffer is None:
             return False
         request.account.pool.share(lender.buffer)
@@ -103,7 +103,7 @@ class Dispatcher:
         return found
 
     def is_changing(self, location: Location) -> bool:
-        """Tell whether something pending may change whether *location* can be saved to."""
+        """Return whether something pending may change whether *location* can be saved to."""
         return self._queue.is_changing(location.key)
 
     def foresee(self, request: Request) -> None:
@@ -129,7 +129,7 @@ class Dispatcher:
             self._admit(request)
             return
         if request.account.closed or self._queue.one_waits(request.account.lane):
-            # First come, first served: who waits for that memory would wait for ever for who is behind it.
+            # First come, first served: a save that waits for that memory would wait for ever for one behind it.
             self.take_back(request)
         self._comparing.discard(request)
         if request.account.closed:
@@ -187,7 +187,7 @@ class Dispatcher:
         self._pump()
 
     def is_held_up(self, op: Op, thread: int) -> bool:
-        """Tell whether *op* cannot end before *thread* goes on with a call that is suspended there (L1)."""
+        """Return whether *op* cannot end before *thread* goes on with a call that is suspended there (L1)."""
         return op.id in self._requests and self._queue.is_held_up(op, thread)
 
     def expect_drained(self, account: Account, *, thread: int) -> tuple[Outcome[None], list[Handle]]:
@@ -241,7 +241,7 @@ class Dispatcher:
         return max(each.progress.seconds for each in accounts | {account})
 
     def is_idle(self, account: Account) -> bool:
-        """Tell whether nothing is under way, loads and who waits to be let in included."""
+        """Return whether nothing is under way, loads and who waits to be let in included."""
         return not any(True for _ in self._queue.live(account.lane))
 
     def cancel_all(self, account: Account, reason: str) -> Outcome[None]:

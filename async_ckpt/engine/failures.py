@@ -83,7 +83,7 @@ class Failures:
         self._ambient_mark = _no_mark
 
     def raise_all(self) -> None:
-        """Raise what was not collected: for who asks whether all is well."""
+        """Raise what was not collected, for callers that ask whether all is well."""
         self.raise_claimed(self.claim())
 
     def raise_unless_in_flight(self, *, but: Handle) -> None:
@@ -137,7 +137,7 @@ class Failures:
             self._told(failures)
 
     def print_at_exit(self) -> bool:
-        """Print what nobody has been told, waiters or not; tell whether that means that the program failed."""
+        """Print what nobody has been told, waiters or not; return whether that means that the program failed."""
         failures = self._in_order()
         for failure in failures:
             lines = traceback.format_exception(

@@ -69,7 +69,7 @@ class Loads:
             raise
 
     def end(self) -> bool:
-        """End every load, now and later ones as well; tell whether nothing of them is under way any more.
+        """End every load, now and later ones as well; return whether nothing of them is under way any more.
 
         May be called again, by several threads.
         """

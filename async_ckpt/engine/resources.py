@@ -167,7 +167,7 @@ class Holdings:
     # -- what is under way
 
     def is_idle(self) -> bool:
-        """Tell whether it is held and open, nothing is under way, and nothing waits to be told."""
+        """Return whether it is held and open, nothing is under way, and nothing waits to be told."""
         runtime = self.held()
         if runtime is None or self.is_closed or self.account.failures:
             return False
@@ -276,7 +276,7 @@ class Holdings:
         return not self.account.failures.print_at_exit()
 
     def _abandon(self, runtime: Runtime, reason: str) -> bool:
-        """Give up what is not done; tell whether a thread is stuck in storage and had to be left behind."""
+        """Give up what is not done; return whether a thread is stuck in storage and had to be left behind."""
         stopped = runtime.call(runtime.dispatcher.cancel_all, self.account, reason)
         try:
             stopped.result(self._abandon_grace_seconds)
@@ -302,7 +302,7 @@ class Holdings:
             self._runtime = None
 
     def retire(self) -> bool:
-        """Do what `close` does for a service that the program has dropped: without waiting, and with no deadline.
+        """Like `close`, for a service that the program has dropped: without waiting, and with no deadline.
 
         The garbage collector may call this at any line of any thread, so nothing here waits, not even for a lock.
 
@@ -343,7 +343,7 @@ class Holdings:
 
 
 def _in_time(outcome: Outcome[None], until: float) -> bool:
-    """Tell whether *outcome* is set by then."""
+    """Return whether *outcome* is set by then."""
     try:
         outcome.exception(until - monotonic())
     except TimeoutError:

@@ -69,7 +69,7 @@ class Drainable(Protocol):
     """What has work under way."""
 
     def drain_at_exit(self) -> bool:
-        """End everything within a deadline; tell whether all errors had been collected. Must not raise."""
+        """End everything within a deadline; return whether all errors had been collected. Must not raise."""
 
 
 class Tellable(Protocol):
@@ -79,7 +79,7 @@ class Tellable(Protocol):
         """Whether there is anything."""
 
     def print_at_exit(self) -> bool:
-        """Print it; tell whether the program has failed by it. Must not raise."""
+        """Print it; return whether the program has failed by it. Must not raise."""
 
 
 class Tenant:
@@ -324,7 +324,7 @@ def held_by(tenant: Tenant) -> Runtime | None:
 
 
 def release(runtime: Runtime, tenant: Tenant, *, seconds: float = STOP_SECONDS) -> None:
-    """Give *runtime* back; the last one stops it. Does nothing for who does not hold it.
+    """Give *runtime* back; the last one stops it. Does nothing if the tenant does not hold it.
 
     Args:
         runtime: what ``acquire`` returned.
@@ -348,7 +348,7 @@ def release(runtime: Runtime, tenant: Tenant, *, seconds: float = STOP_SECONDS) 
 
 
 async def leave(runtime: Runtime, tenant: Tenant) -> None:
-    """Do what `release` does on the loop thread itself, which cannot join itself: it ends when it has nothing to do."""
+    """Like `release`, on the loop thread, which cannot join itself: it ends when it has nothing to do."""
     global _current
     # Whoever has the lock may be waiting for this very thread (L1).
     while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a lock of threads tells no loop

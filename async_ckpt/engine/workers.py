@@ -71,7 +71,7 @@ class PoolWorkers:
         return result
 
     def close(self, seconds: float) -> bool:
-        """Let the threads end, and wait for them, for *seconds* at the most; tell whether all of them have.
+        """Let the threads end, and wait for them, for *seconds* at the most; return whether all of them have.
 
         Who calls `run` after that is one that was left behind, and gets a thread of its own.
         """
@@ -123,7 +123,7 @@ class _Job:
         self._claimed = threading.Lock()  # never waited for: only a flag that one thread can win
 
     def claim(self) -> bool:
-        """Tell whether the caller is the first that asks, and decides what becomes of it."""
+        """Return whether the caller is the first that asks, and decides what becomes of it."""
         return self._claimed.acquire(blocking=False)
 
     def do(self) -> None:

@@ -109,7 +109,7 @@ def _pinned(path: str) -> str:
 
 
 def _lost_slash(path: str) -> bool:
-    """Tell whether *path* was a URL once, which the base may know how to mend."""
+    """Return whether *path* was a URL once, which the base may know how to mend."""
     try:
         refuse_mangled(path)
     except OptionError:

@@ -16,7 +16,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 
 from async_ckpt.lightning.companion import Companion
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
 from async_ckpt.lightning.strategies import bypass, plugin_of
@@ -161,7 +161,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         return plugin
 
     def _acts_in(self, trainer: Any) -> bool:
-        """Tell whether it is this one that acts: the user's own comes before one that was found."""
+        """Return whether it is this one that acts: the user's own comes before one that was found."""
         candidates = [each for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]
         candidates.sort(key=lambda each: isinstance(each, FoundCallback))
         return candidates[:1] == [self]
@@ -217,15 +217,15 @@ def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:
 def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncCheckpointCallback) -> None:
     """Have the plugin torn down with the strategy, also where that does not: FSDP's, ModelParallel's."""
     strategy = trainer.strategy
-    shadows = Shadows()
+    overrides = Overrides()
     tear_down = strategy.teardown
 
     def teardown() -> None:
-        shadows.lift()
+        overrides.restore()
         with ExitStack() as steps:  # whatever fails in between; last first
             steps.push(lambda kind, error, trace: callback.strategy_ended(error))
             steps.callback(_tear_down_plugin, plugin, strategy)
             steps.callback(tear_down)
             callback.strategy_ends()
 
-    shadows.cast(strategy, "teardown", teardown)
+    overrides.replace(strategy, "teardown", teardown)

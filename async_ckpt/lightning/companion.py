@@ -25,7 +25,7 @@ from async_ckpt.lightning.deferral import defer, is_direct
 from async_ckpt.lightning.departure import departure_of
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications, hooks_of
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.progress_bars import show_pending
 from async_ckpt.lightning.removals import Removals
@@ -69,14 +69,14 @@ class Companion:
         self._out_of_time = False
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._departure = departure_of(trainer, plugin.service.options.limit(None))
-        self._shadows = Shadows()
+        self._overrides = Overrides()
         # False where another Trainer's fit, around this one, has the plugin, too.
         self._was_synchronous, self._was_direct = plugin.synchronous, plugin.is_direct
         plugin.synchronous = False
         try:
             self._removals = Removals(
                 plugin,
-                self._shadows,
+                self._overrides,
                 is_awaited=self._notifications.awaits,
                 before_replacing=self._before_replacing,
             )
@@ -95,17 +95,17 @@ class Companion:
         if (
             self._plugin.direct_saves == "durable"
         ):  # first: what is put in the way below is nobody's own method
-            deferred = defer(trainer, self._shadows)
+            deferred = defer(trainer, self._overrides)
             self._plugin.is_direct = is_direct
         for callback in trainer.callbacks:
             is_deferred = any(callback is each for each in deferred)
-            make_aware(callback, self._plugin, self._removals, self._shadows, is_deferred=is_deferred)
+            make_aware(callback, self._plugin, self._removals, self._overrides, is_deferred=is_deferred)
         for each in trainer.loggers:
             hold_back = partial(self._hold_back, each.after_save_checkpoint)
-            self._shadows.cast(each, "after_save_checkpoint", hold_back)
+            self._overrides.replace(each, "after_save_checkpoint", hold_back)
         bar = trainer.progress_bar_callback
         if progress_bar and hasattr(bar, "get_metrics"):
-            show_pending(bar, self._plugin.meter, self._shadows)
+            show_pending(bar, self._plugin.meter, self._overrides)
 
     def keep_up(self) -> None:
         """Tell of what has become durable; called after each batch, so it costs next to nothing."""
@@ -135,7 +135,7 @@ class Companion:
         self.keep_up()
 
     def settle(self) -> None:
-        """Do what ``flush`` does for who handles an error; what is saved from now on is waited for at once."""
+        """Like ``flush``, for callers that are already handling an error; later saves are waited for at once."""
         self._failing = True
         began_seconds = time()
         self._settle()
@@ -175,7 +175,7 @@ class Companion:
 
     def _leave(self) -> None:
         self._plugin.synchronous, self._plugin.is_direct = self._was_synchronous, self._was_direct
-        self._shadows.lift()
+        self._overrides.restore()
         self._plugin.disregard(self._take_in)
         if self._timeline is not None:
             self._plugin.disregard(self._timeline)

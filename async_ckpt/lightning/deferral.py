@@ -8,7 +8,7 @@ and the CheckpointIO is Lightning's own. A subclass that has more of its own tha
 so does everybody's save in a Trainer, or with a strategy, that has a ``save_checkpoint`` of its own. A save that comes
 in between, as from a signal handler, is somebody else's. See decision 0038.
 
-What does not belong here: who waits, and how (desk).
+What does not belong here: who waits, and how (session).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from inspect import isfunction
 from typing import Any
 
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 
 __all__ = ["defer", "is_direct", "replaces"]
 
@@ -49,11 +49,11 @@ _is_deferred: ContextVar[bool] = ContextVar("async_ckpt_is_deferred", default=Fa
 
 
 def is_direct() -> bool:
-    """Tell whether the save that is asked for now is one whose file may be used in the next line."""
+    """Return whether the save that is asked for now is one whose file may be used in the next line."""
     return not _is_deferred.get()
 
 
-def defer(trainer: Any, shadows: Shadows) -> list[Any]:
+def defer(trainer: Any, overrides: Overrides) -> list[Any]:
     """Have the saves of Lightning's own callbacks be deferred, as far as nobody else can go on with their files.
 
     Returns:
@@ -70,7 +70,7 @@ def defer(trainer: Any, shadows: Shadows) -> list[Any]:
     deferred = [callback for callback in trainer.callbacks if _is_deferrable(callback)]
     for callback in deferred:
         _, method, path_of = _kind_of(callback)
-        shadows.cast(callback, method, _Deferring(callback, method, path_of))
+        overrides.replace(callback, method, _Deferring(callback, method, path_of))
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -79,12 +79,12 @@ def defer(trainer: Any, shadows: Shadows) -> list[Any]:
         with _set(_expected, None), _set(_is_deferred, expected is not None and path == expected):
             return save(*args, **kwargs)
 
-    shadows.cast(trainer, "save_checkpoint", save_checkpoint)
+    overrides.replace(trainer, "save_checkpoint", save_checkpoint)
     return deferred
 
 
 def replaces(callback: Any, name: str) -> bool:
-    """Tell whether *callback* has a method *name* of its own, in place of Lightning's."""
+    """Return whether *callback* has a method *name* of its own, in place of Lightning's."""
     base, _, _ = _kind_of(callback)
     return base is not None and _is_replaced(callback, base, name)
 

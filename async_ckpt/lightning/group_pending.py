@@ -206,7 +206,7 @@ class GroupPending:
         raise AssertionError("the pauses never end")
 
     def can_ask(self) -> bool:
-        """Tell whether the store is still there."""
+        """Return whether the store is still there."""
         return self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) is not None
 
     def _pauses(self) -> Iterator[float]:

@@ -19,7 +19,7 @@ from fsspec import AbstractFileSystem
 
 from async_ckpt.errors import MissingDependencyError, OptionError, StoreError, UnknownProtocolError
 from async_ckpt.lightning.deferral import replaces
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 
@@ -27,7 +27,7 @@ __all__ = ["Foresight", "make_aware"]
 
 
 def make_aware(
-    checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, shadows: Shadows, *, is_deferred: bool
+    checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, overrides: Overrides, *, is_deferred: bool
 ) -> None:
     """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files.
 
@@ -35,7 +35,7 @@ def make_aware(
         checkpoint: the callback.
         plugin: which writes its files.
         removals: of the plugin.
-        shadows: of the fit.
+        overrides: of the fit.
         is_deferred: whether its own files may be pending, when it goes on; then its links may be, too.
 
     Raises:
@@ -44,14 +44,14 @@ def make_aware(
     file_system = getattr(checkpoint, "_fs", None)
     if isinstance(file_system, AbstractFileSystem):  # else it is something else's short name
         _check_directory(checkpoint, plugin)
-        shadows.cast(checkpoint, "_fs", Foresight(file_system, plugin, removals))
+        overrides.replace(checkpoint, "_fs", Foresight(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
         if not is_deferred and replaces(checkpoint, "_link_checkpoint"):
             return  # it may copy, or upload, and the file is there
         removals.wait_for_links = True
         make_link = plugin.link if is_deferred else partial(plugin.link, waits=True)
         link = partial(_link, make_link, removals, checkpoint._link_checkpoint)
-        shadows.cast(checkpoint, "_link_checkpoint", link)
+        overrides.replace(checkpoint, "_link_checkpoint", link)
 
 
 def _check_directory(checkpoint: Any, plugin: AsyncCheckpointIO) -> None:
@@ -65,7 +65,7 @@ def _check_directory(checkpoint: Any, plugin: AsyncCheckpointIO) -> None:
 def _link(
     make_link: Any, removals: Removals, link_now: Any, trainer: Any, filepath: str, linkpath: str
 ) -> None:
-    """Do what ``ModelCheckpoint._link_checkpoint`` does, once *filepath* is durable."""
+    """Like ``ModelCheckpoint._link_checkpoint``, once *filepath* is durable."""
     if trainer.is_global_zero and not os.path.isdir(filepath):
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
             removals.before_replacing(linkpath, partial(make_link, linkpath, filepath))
@@ -84,7 +84,7 @@ class Foresight:
         self._removals = removals
 
     def exists(self, path: Any, **options: Any) -> bool:
-        """Tell whether *path* will be there."""
+        """Return whether *path* will be there."""
         try:
             self._removals.release_path(path)
             foreseen = self._plugin.will_exist(path, leaves=self._removals.holds)

@@ -84,7 +84,7 @@ class Notifications:
             self._tell_loggers()
 
     def awaits(self, path: str) -> bool:
-        """Tell whether a logger, or a hook, has yet to be told of *path*."""
+        """Return whether a logger, or a hook, has yet to be told of *path*."""
         shown = redacted_url(path)
         if any(save.url == shown for call in self._held for save in call.saves):
             return True
@@ -121,7 +121,7 @@ class Notifications:
             self._tell_loggers()
 
     def tell_or_log(self, trainer: Any) -> None:
-        """Do the same for who handles an error, which must not be replaced (E2)."""
+        """The same, for callers that are already handling an error, which must not be replaced (E2)."""
         while True:
             try:
                 return self.tell(trainer)

@@ -11,24 +11,24 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["Shadows"]
+__all__ = ["Overrides"]
 
 _NOTHING = object()
 
 
-class Shadows:
+class Overrides:
     """What has been replaced, and by what."""
 
     def __init__(self) -> None:
         self._undo = ExitStack()
 
-    def cast(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of *owner*, until ``lift``."""
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Replace an attribute of *owner*, until ``restore``."""
         before = vars(owner).get(name, _NOTHING)
         setattr(owner, name, value)
         self._undo.callback(_put_back, owner, name, value, before)
 
-    def lift(self) -> None:
+    def restore(self) -> None:
         """Put everything back; again does nothing."""
         self._undo.close()
 

@@ -28,7 +28,7 @@ from async_ckpt.lightning.bases import (
 )
 from async_ckpt.lightning.first_save import let_companion_know
 from async_ckpt.lightning.registration import default_weights_only, register
-from async_ckpt.lightning.session import Desk
+from async_ckpt.lightning.session import Session
 from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
@@ -81,7 +81,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._watch = Watch(base)
 
     def _begin_afresh(self) -> None:
-        self._desk = Desk(self._options)
+        self._session = Session(self._options)
         self._is_accompanied = False
         register(type(self))
 
@@ -140,7 +140,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         place = self._locate(path)
         if is_local(place):
             place = seen(place)
-        overwrite = self._desk.service.options.overwrite
+        overwrite = self._session.service.options.overwrite
         if not overwrite:
             refuse_unknown_place(place)
 
@@ -151,7 +151,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
                 write = partial(save, *args, **{**kwargs, slot: snapshot})
             watch.save(place, write, overwrite=overwrite)
 
-        self._desk.save(argument(slot, args, kwargs), place, delegating(place, save=save_snapshot))
+        self._session.save(argument(slot, args, kwargs), place, delegating(place, save=save_snapshot))
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint, after the pending saves of that path; the arguments are those of the base's method.
@@ -164,7 +164,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         load = self._base.load_checkpoint
         path, args, kwargs = pin_path(load, 0, args, kwargs)
         place = self._locate(path)
-        with self._desk.loading(place) as service, service.turn(place):
+        with self._session.loading(place) as service, service.turn(place):
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -181,7 +181,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         path, args, kwargs = pin_path(remove, 0, args, kwargs)
         place = self._locate(path)
         delete = partial(self._watch.remove, place, partial(remove, *args, **kwargs))
-        self._desk.remove(place, delegating(place, delete=delete))
+        self._session.remove(place, delegating(place, delete=delete))
 
     def teardown(self) -> None:
         """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
@@ -190,9 +190,9 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             Exception: as ``CheckpointService.close``.
         """
         try:
-            self._desk.end()
+            self._session.end()
         finally:
-            if self._desk.has_ended and self._base is not None:
+            if self._session.has_ended and self._base is not None:
                 self._base.teardown()
 
     # -- ours
@@ -200,45 +200,45 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @property
     def service(self) -> CheckpointService:
         """The service behind the plugin; a new one after each teardown."""
-        return self._desk.service
+        return self._session.service
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended; see ``CheckpointService.wait``."""
-        self._desk.wait(timeout)
+        self._session.wait(timeout)
 
     def see_ended(self, urls: Collection[str]) -> None:
         """Wait until the saves have ended, well or not, that are pending for *urls*, as events name them."""
-        self._desk.see_ended(urls)
+        self._session.see_ended(urls)
 
     def settle(self) -> None:
         """Wait for everything; raise what failed, or where an error is in flight, log it and add it to its notes (E2).
 
         What does not end within ``flush_timeout`` goes on.
         """
-        self._desk.settle()
+        self._session.settle()
 
     async def flush(self, timeout: float | None = None) -> None:
-        """Do what ``wait`` does, awaited; see ``CheckpointService.flush``."""
+        """Like ``wait``, awaited; see ``CheckpointService.flush``."""
         await self.service.flush(timeout)
 
     @property
     def meter(self) -> Meter:
         """How far the plugin's saves are, and which have ended."""
-        return self._desk.meter
+        return self._session.meter
 
     @property
     def is_used(self) -> bool:
         """Whether there is something for ``teardown`` to end."""
-        return self._desk.is_used
+        return self._session.is_used
 
     @property
     def synchronous(self) -> bool:
         """Whether a save returns only once it is durable; the companion callback sets it outside of ``fit``."""
-        return self._desk.synchronous
+        return self._session.synchronous
 
     @synchronous.setter
     def synchronous(self, synchronous: bool) -> None:
-        self._desk.synchronous = synchronous
+        self._session.synchronous = synchronous
 
     @property
     def direct_saves(self) -> DirectSaves:
@@ -248,11 +248,11 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     @property
     def is_direct(self) -> Callable[[], bool]:
         """Tells of the save that is asked for now whether it waits; the companion callback sets it during ``fit``."""
-        return self._desk.is_direct
+        return self._session.is_direct
 
     @is_direct.setter
     def is_direct(self, is_direct: Callable[[], bool]) -> None:
-        self._desk.is_direct = is_direct
+        self._session.is_direct = is_direct
 
     def accompany(self) -> None:
         """Have saves be synchronous from now on, but for those of a fit: there is a companion, which sees to those."""
@@ -262,24 +262,24 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""
-        self._desk.observe(observer)
+        self._session.observe(observer)
 
     def disregard(self, observer: Observer) -> None:
         """Tell *observer* no more."""
-        self._desk.disregard(observer)
+        self._session.disregard(observer)
 
     def will_exist(self, path: Given, *, leaves: Callable[[str], bool] = lambda key: False) -> bool | None:
-        """Tell whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending.
+        """Return whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending.
 
         Args:
             path: of a checkpoint, or of a link to one.
             leaves: tells of a ``key_of`` whether its removal, though not asked for yet, is to be counted as pending.
         """
-        return self._desk.will_exist(self._locate(path), leaves)
+        return self._session.will_exist(self._locate(path), leaves)
 
     def address_of(self, url: str) -> str:
         """Return *url*, which an event has named, with the passwords and signatures that events leave out."""
-        return self._desk.address_of(url)
+        return self._session.address_of(url)
 
     def key_of(self, path: Given) -> str:
         """Return what is the same for every spelling of *path*."""
@@ -293,7 +293,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             target: what it is to lead to.
             waits: whether to return only once it does.
         """
-        self._desk.link(self._locate(path), self._locate(target), waits=waits)
+        self._session.link(self._locate(path), self._locate(target), waits=waits)
 
     def __enter__(self) -> AsyncCheckpointIO:
         return self
@@ -327,19 +327,19 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         if is_local(place) and not place.foreign_link and not place.in_directory:
             with suppress(OSError):  # the save itself says it better
                 os.makedirs(os.path.dirname(place.path), exist_ok=True)
-        self._desk.save(checkpoint, place, None)
+        self._session.save(checkpoint, place, None)
 
     def _load(self, path: Given, map_location: Any = "cpu", **options: Any) -> Any:
         options.setdefault("weights_only", default_weights_only())
         place = self._locate(path)
-        with self._desk.loading(place) as service:
+        with self._session.loading(place) as service:
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words
                 raise FileNotFoundError(f"Checkpoint file not found: {place.url}") from error
 
     def _remove(self, path: Given) -> None:
-        self._desk.remove(self._locate(path), None)
+        self._session.remove(self._locate(path), None)
 
     def _locate(self, path: Given) -> Location:
         """Return the place of the name itself: where that is a link, Lightning replaces it by a file."""

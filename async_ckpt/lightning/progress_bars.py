@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.telemetry.meter import Meter, SaveProgress
 
 __all__ = ["pending_text", "show_pending"]
@@ -30,7 +30,7 @@ def pending_text(pending: Iterable[SaveProgress]) -> str:
     )
 
 
-def show_pending(bar: Any, meter: Meter, shadows: Shadows) -> None:
+def show_pending(bar: Any, meter: Meter, overrides: Overrides) -> None:
     """Have Lightning's progress bar *bar* show what is pending beside what it shows."""
     get_metrics = bar.get_metrics
 
@@ -40,4 +40,4 @@ def show_pending(bar: Any, meter: Meter, shadows: Shadows) -> None:
         text = "" if is_over else pending_text(meter.pending)
         return {**metrics, "ckpt": text} if text else metrics
 
-    shadows.cast(bar, "get_metrics", get_metrics_and_pending)
+    overrides.replace(bar, "get_metrics", get_metrics_and_pending)

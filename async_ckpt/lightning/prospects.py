@@ -1,9 +1,9 @@
-"""What will be there once a plugin's pending requests have ended, for who asks meanwhile.
+"""What will exist once a plugin's pending requests have ended, for code that asks before they have.
 
 Guarantees: a request counts from the call on until it has ended, however it ends; a link, pending or on the disk, is
 seen through as ``os.path.exists`` sees through it.
 
-What does not belong here: what is asked of the service (desk).
+What does not belong here: what is asked of the service (session).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Prospects:
         handle.add_done_callback(prospect.end)
 
     def will_exist(self, place: Location, leaves: Callable[[str], bool]) -> bool | None:
-        """Tell whether there will be a file or directory at *place*; ``None`` where no request decides it.
+        """Return whether there will be a file or directory at *place*; ``None`` where no request decides it.
 
         Args:
             place: of the name itself.

@@ -82,7 +82,7 @@ def inherit_callback(callback: Any) -> None:
 
 
 def is_registered() -> bool:
-    """Tell whether the program has ever made a plugin."""
+    """Return whether the program has ever made a plugin."""
     return bool(_registered)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.stores import is_given
 from async_ckpt.stores.redaction import redacted_url
@@ -38,7 +38,7 @@ class Removals:
     def __init__(
         self,
         plugin: AsyncCheckpointIO,
-        shadows: Shadows,
+        overrides: Overrides,
         *,
         is_awaited: Callable[[str], bool],
         before_replacing: Callable[[str], None] = lambda path: None,
@@ -49,8 +49,8 @@ class Removals:
         self._before_replacing = before_replacing
         self._held: dict[str, tuple[str, Callable[[], None]]] = {}
         self._remove, self._save = plugin.remove_checkpoint, plugin.save_checkpoint
-        shadows.cast(plugin, "remove_checkpoint", self._remove_later)
-        shadows.cast(plugin, "save_checkpoint", self._remove_and_save)
+        overrides.replace(plugin, "remove_checkpoint", self._remove_later)
+        overrides.replace(plugin, "save_checkpoint", self._remove_and_save)
 
     def release(self, *, everything: bool = False) -> None:
         """Have removed what nobody waits for any longer: all of it, also where asking for one raises an error."""
@@ -72,7 +72,7 @@ class Removals:
                 del first  # else it would keep its own frames
 
     def holds(self, key: str) -> bool:
-        """Tell whether what has the plugin's *key* is to be removed, and the plugin has not been asked."""
+        """Return whether what has the plugin's *key* is to be removed, and the plugin has not been asked."""
         return key in self._held
 
     def release_path(self, path: Any) -> None:
@@ -93,7 +93,7 @@ class Removals:
             self._remove(*args, **kwargs)
 
     def _leads_nowhere(self, path: Any) -> bool:
-        """Tell whether *path* is a link to what has gone, or is about to go; Lightning leaves such a link."""
+        """Return whether *path* is a link to what has gone, or is about to go; Lightning leaves such a link."""
         foreseen = self._plugin.will_exist(path, leaves=self.holds)
         if foreseen is not None or not isinstance(path, str):  # a UPath that is not local
             return foreseen is False

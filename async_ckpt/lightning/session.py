@@ -33,7 +33,7 @@ from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.meter import Meter
 from async_ckpt.telemetry.patience import Limit
 
-__all__ = ["Desk"]
+__all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ MakeWriter: TypeAlias = Callable[[CheckpointService], Writer]
 
 
 class _Announcer:
-    """Tells the observers of one desk. A service keeps it, so it knows neither: a desk is dropped with its service."""
+    """Tells the observers of one session. A service keeps it, and it knows neither: they are dropped together."""
 
     def __init__(self, observer: Observer | None) -> None:
         self.observers: list[Observer] = []
@@ -76,7 +76,7 @@ class _Announcer:
                 observer(event)
 
 
-class Desk:
+class Session:
     """The requests of one plugin.
 
     Args:
@@ -226,7 +226,7 @@ class Desk:
                 self._wait(service, handle)
 
     def settle(self) -> None:
-        """Do the same for who may be handling an error, which is not replaced (E2)."""
+        """Like ``flush``, for callers that may be handling an error, which is not replaced (E2)."""
         service = self._service
         left = self._wait(service)
         service.settle(left)
@@ -263,7 +263,7 @@ class Desk:
         return left or 0.0
 
     def _wait_for_one(self, service: CheckpointService, handle: Handle) -> bool:
-        """Wait for *handle* and raise what failed; tell whether it was waited for to the end."""
+        """Wait for *handle* and raise what failed; return whether it was waited for to the end."""
         left = self._wait(service, handle)
         given_up = self._service is not service
         if not given_up:

@@ -126,7 +126,7 @@ class Watch:
         return type(self._base).__name__
 
     def _can_look(self, place: Location) -> bool:
-        """Tell whether what the base does there can be seen: it may have a login of its own for what is remote."""
+        """Return whether what the base does there can be seen: it may have a login of its own for what is remote."""
         if place.group == "base" or getattr(self._base, "writes_elsewhere", False):
             return False
         return is_local(place) or self._is_related
@@ -180,7 +180,7 @@ def refuse_unknown_place(place: Location) -> None:
 
 
 def _is_lightnings_own(base: Any) -> bool:
-    """Tell whether *base* saves as ``TorchCheckpointIO`` does, and nothing of another's comes in between."""
+    """Return whether *base* saves as ``TorchCheckpointIO`` does, and nothing of another's comes in between."""
     save = getattr(type(base), "save_checkpoint", None)
     return (
         getattr(save, "__qualname__", "") == "TorchCheckpointIO.save_checkpoint"
@@ -189,7 +189,7 @@ def _is_lightnings_own(base: Any) -> bool:
 
 
 def _is_related(base: Any) -> bool:
-    """Tell whether *base*, or what it wraps, is made from ``TorchCheckpointIO``, and so asks fsspec as that does."""
+    """Return whether *base*, or what it wraps, is made from ``TorchCheckpointIO``, and so asks fsspec as that does."""
     *_, innermost = layers_of(base)
     kinds = [kind for kind in type(innermost).__mro__ if kind.__name__ == "TorchCheckpointIO"]
     return any(kind.__module__.partition(".")[0] in _LIGHTNINGS for kind in kinds)
@@ -229,17 +229,17 @@ def _local_sight(path: str) -> Sight:
 
 
 def _is_whole(sight: Sight) -> bool:
-    """Tell whether there is something, and not a link to nothing."""
+    """Return whether there is something, and not a link to nothing."""
     return sight is not None and not (isinstance(sight[0], int) and stat.S_ISLNK(sight[0]))
 
 
 def _is_directory(sight: Sight) -> bool:
-    """Tell whether it is a directory, of which it is not known what is to change in it."""
+    """Return whether it is a directory, of which it is not known what is to change in it."""
     return sight is not None and isinstance(sight[0], int) and stat.S_ISDIR(sight[0])
 
 
 def _has_fine_time(sight: Sight) -> bool:
-    """Tell whether it has a time that counts in less than seconds; that of S3 does not."""
+    """Return whether it has a time that counts in less than seconds; that of S3 does not."""
     return any(isinstance(each, datetime) and each.microsecond for each in sight or ())
 
 

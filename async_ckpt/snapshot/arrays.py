@@ -20,7 +20,7 @@ _PLAIN_KINDS = frozenset("biufcmMSUV")  # of dtypes whose elements are bytes in 
 
 
 def is_liftable(obj: Any) -> bool:
-    """Tell whether *obj* is an array whose bytes are to be lifted out of what it is pickled to."""
+    """Return whether *obj* is an array whose bytes are to be lifted out of what it is pickled to."""
     numpy: Any = sys.modules.get("numpy")
     return (
         numpy is not None
@@ -56,7 +56,7 @@ class ArrayBytes:
         self.is_fortran = bool(array.flags.fnc)
 
     def is_still(self, array: Any) -> bool:
-        """Tell whether *array*, the array itself or a view of all its bytes, is shaped as it was."""
+        """Return whether *array*, the array itself or a view of all its bytes, is shaped as it was."""
         return (array.shape, array.dtype.itemsize, array.flags.fnc) == (
             self.shape,
             self.dtype.itemsize,

@@ -35,7 +35,7 @@ class Budget:
         return self._held_bytes
 
     def fits(self, nbytes: int, *, beside: int | None = None) -> bool:
-        """Tell whether *nbytes* may be reserved.
+        """Return whether *nbytes* may be reserved.
 
         Args:
             nbytes: the size of the request.

@@ -162,11 +162,11 @@ class Capture:
         return resembles(self._unused(), self._sizes, snapshot.outline)
 
     def equals(self, buffer: HostBuffer) -> bool:
-        """Tell whether *buffer*, of a snapshot that this `resembles`, holds the very bytes of the state."""
+        """Return whether *buffer*, of a snapshot that this `resembles`, holds the very bytes of the state."""
         return are_same(self._unused(), self._sizes, buffer)
 
     def share(self, buffer: HostBuffer) -> Snapshot:
-        """Do what `stage` does where the state `equals` what *buffer* holds, without copying anything."""
+        """Like `stage`, without copying anything, for a state that `equals` what *buffer* holds."""
         return self._finish(self._unused(), buffer)
 
     def _unused(self) -> Lifted:
@@ -235,7 +235,7 @@ def _walk(state: Any, known: Convention) -> Capture:
 
 
 def _registered() -> list[bool]:
-    """Tell whether somebody else says how tensors and parameters are pickled."""
+    """Return whether somebody else says how tensors and parameters are pickled."""
     return [kind in copyreg.dispatch_table for kind in (torch.Tensor, torch.nn.Parameter)]
 
 

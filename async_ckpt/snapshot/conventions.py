@@ -134,7 +134,7 @@ def _functions() -> tuple[Any, ...]:
 
 
 def _is_interfered_with() -> bool:
-    """Tell whether somebody else says how what a tensor is pickled with is pickled, or adds a state to tensors."""
+    """Return whether somebody else says how what a tensor is pickled with is pickled, or adds a state to tensors."""
     default = getattr(object, "__getstate__", None)  # from Python 3.11 on
     return (
         pickle.Pickler is not _pickle.Pickler
@@ -228,7 +228,7 @@ def _reduction(dtype: torch.dtype) -> Reduction:
 
 
 def _is_written_so(example: Any, known: Convention) -> bool:
-    """Tell whether torch puts *example* into the pickle and the storages that it would be put into here."""
+    """Return whether torch puts *example* into the pickle and the storages that it would be put into here."""
     file = io.BytesIO()
     pickler = FilePickler(file, known.words, known.reductions)
     pickler.dump(example)

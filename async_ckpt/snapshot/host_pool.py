@@ -196,7 +196,7 @@ class HostPool:
         self._leased[buffer] += 1
 
     def would_fit(self, nbytes: int, *, without: HostBuffer | None = None) -> bool:
-        """Tell whether a buffer could be had once all idle ones were dropped.
+        """Return whether a buffer could be had once all idle ones were dropped.
 
         Args:
             nbytes: what the snapshot needs.

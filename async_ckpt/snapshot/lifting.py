@@ -171,7 +171,7 @@ class LiftingPickler(pickle.Pickler):
 
 
 def _is_lazy_clone(view: torch.Tensor) -> bool:
-    """Tell whether the memory is shared until one of its owners is written to: then each has its own type."""
+    """Return whether the memory is shared until one of its owners is written to: then each has its own type."""
     return bool(getattr(torch._C, "_is_cow_tensor", lambda _: False)(view))
 
 

@@ -70,7 +70,7 @@ def resembles(lifted: Lifted, sizes: tuple[int, ...], other: Outline) -> bool:
 
 
 def are_same(lifted: Lifted, sizes: tuple[int, ...], buffer: HostBuffer) -> bool:
-    """Tell whether *buffer* holds exactly the bytes of what was lifted; of what `resembles` it."""
+    """Return whether *buffer* holds exactly the bytes of what was lifted; of what `resembles` it."""
     begin = buffer.as_tensor().data_ptr()
     large: list[tuple[int, int, int]] = []
     start = 0

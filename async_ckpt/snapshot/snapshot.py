@@ -93,7 +93,7 @@ class Snapshot:
 
     @property
     def written(self) -> object:
-        """What a writer left here for who shares the memory: of a file that has these bytes."""
+        """What a writer left here, about a file with these bytes, for the next save that shares the memory."""
         return None if self._buffer is None else self._buffer.written
 
     @written.setter

@@ -71,7 +71,7 @@ class Address(NamedTuple):
 
 
 def is_given(value: object) -> bool:
-    """Tell whether *value* is of a kind that a place is given as."""
+    """Return whether *value* is of a kind that a place is given as."""
     return isinstance(value, (str, os.PathLike, UniversalPath))
 
 
@@ -168,7 +168,7 @@ def _mended(eaten: re.Match[str], text: str) -> str:
 
 
 def is_protocol(name: str) -> bool:
-    """Tell whether fsspec knows a protocol of that name, in whatever letters."""
+    """Return whether fsspec knows a protocol of that name, in whatever letters."""
     from fsspec.registry import known_implementations, registry
 
     return name.lower() in known_implementations or name.lower() in registry

@@ -195,7 +195,7 @@ class Copying(Upload, Protocol):
         """By what another upload of the store knows the committed file; ``None`` where it cannot be copied from."""
 
     async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
-        """Do what ``put`` does with bytes that the file *stored* has from *start* on; fails where it has changed."""
+        """Like ``put``, with the bytes that the file *stored* has from *start* on; fails if that file has changed."""
 
 
 class Continuing(Upload, Protocol):
@@ -245,7 +245,7 @@ class Store(Protocol):
         """Delete the file, or the directory tree, at *location*; nothing there is not an error."""
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether anything is at *location*."""
+        """Return whether anything is at *location*."""
 
     async def source(self, location: Location) -> Source:
         """Open the file for reading. Raises FileNotFoundError where there is none."""

@@ -56,13 +56,13 @@ class Courtesies:
         self._refused: set[tuple[str, str]] = set()
 
     def asks(self, bucket: str, name: str, request: str = "") -> bool:
-        """Tell whether the courtesy *name* is to be asked for in *bucket*; by *request*, if several serve it."""
+        """Return whether the courtesy *name* is to be asked for in *bucket*; by *request*, if several serve it."""
         if self._chosen.get(name) is False:
             return False
         return (bucket, request or name) not in self._refused
 
     def may_decline(self, name: str) -> bool:
-        """Tell whether the courtesy may be gone without; no, where the user insists."""
+        """Return whether the courtesy may be gone without; no, where the user insists."""
         return self._chosen.get(name) is not True
 
     def decline(self, bucket: str, name: str, error: BaseException, request: str = "") -> bool:

@@ -79,7 +79,7 @@ class Disk:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def is_of_one_host(self, fd: int) -> bool:
-        """Tell whether no other host can have the file's file system mounted; False where unknown."""
+        """Return whether no other host can have the file's file system mounted; False where unknown."""
         device = os.fstat(fd).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         try:
@@ -113,12 +113,12 @@ class Disk:
         return found.st_dev, found.st_ino, 0
 
     def is_mount(self, path: str) -> bool:
-        """Tell whether *path* itself, be it a file, is where something is mounted; False where unknown."""
+        """Return whether *path* itself, be it a file, is where something is mounted; False where unknown."""
         about = _statx(path, 0, follow=False)
         return about is not None and bool(about.attributes & about.known & _STATX_ATTR_MOUNT_ROOT)
 
     def writable(self, path: str) -> bool:
-        """Tell whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
+        """Return whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
         return self._may(path, os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK)
 
     @staticmethod
@@ -126,7 +126,7 @@ class Disk:
         return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
     def takes_names(self, directory: str) -> bool:
-        """Tell whether *directory* is one, and making a file in it is permitted."""
+        """Return whether *directory* is one, and making a file in it is permitted."""
         return self._may(f"{directory}/.", os.W_OK | os.X_OK)
 
     def mode_of_new(self, path: str) -> int:

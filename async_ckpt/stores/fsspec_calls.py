@@ -189,7 +189,7 @@ def bound_waiting(file_system: Any, seconds: float) -> None:
 
 
 def has_ended(file_system: Any) -> bool:
-    """Tell whether the connection inside *file_system*, on which no call is under way, is seen to have ended."""
+    """Return whether the connection inside *file_system*, on which no call is under way, is seen to have ended."""
     nothing = object()
     line = getattr(getattr(file_system, "ftp", None), "sock", nothing)
     if isinstance(line, socket.socket):
@@ -198,7 +198,7 @@ def has_ended(file_system: Any) -> bool:
 
 
 def _is_readable(line: socket.socket) -> bool:
-    """Tell whether the server has said anything unasked: a goodbye or the end. What it was is lost."""
+    """Return whether the server has said anything unasked: a goodbye or the end. What it was is lost."""
     try:
         patience = line.gettimeout()
         line.settimeout(0)
@@ -213,7 +213,7 @@ def _is_readable(line: socket.socket) -> bool:
 
 
 def marks_lost(error: BaseException | None) -> bool:
-    """Tell whether *error*, or what led to it, says that a connection is gone, or that it has lost step."""
+    """Return whether *error*, or what led to it, says that a connection is gone, or that it has lost step."""
     seen = set()
     while error is not None and id(error) not in seen:
         if _is_of_lost(error):

@@ -43,12 +43,12 @@ def aside_of(name: str) -> str | None:
 
 
 def is_leftover(name: str) -> bool:
-    """Tell whether *name* is one that ``temporary_name`` gives."""
+    """Return whether *name* is one that ``temporary_name`` gives."""
     return _PATTERN.fullmatch(name) is not None
 
 
 def owner_is_dead(name: str) -> bool:
-    """Tell whether the process that made *name* surely runs no more."""
+    """Return whether the process that made *name* surely runs no more."""
     match = _PATTERN.fullmatch(name) or _ASIDE.fullmatch(name)
     if match is None or match["host"] != _host():
         return False

@@ -129,7 +129,7 @@ def locate(
 def locate_local(
     path: str, *, follow: bool = True, url: str = "", changes: Mapping[str, str | None] | None = None
 ) -> Location:
-    """Do what ``locate`` does with what is known to be a path on a local disk, whatever it looks like.
+    """Like ``locate``, for what is known to be a path on a local disk, whatever it looks like.
 
     Args:
         path: relative to the working directory, or absolute.
@@ -185,7 +185,7 @@ def relocate(location: Location, changes: Mapping[str, str | None]) -> Location:
 
 
 def is_local(location: Location) -> bool:
-    """Tell whether *location* is a path of the local store."""
+    """Return whether *location* is a path of the local store."""
     return location.group == LOCAL_GROUP
 
 

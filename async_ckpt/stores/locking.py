@@ -35,7 +35,7 @@ def hold_fresh(disk: Disk, fd: int) -> bool:
 
 
 def is_abandoned(disk: Disk, fd: int, name: str) -> bool:
-    """Tell whether the owner of the open file *fd* of that *name* surely lives no more; its lock is held then."""
+    """Return whether the owner of the open file *fd* of that *name* surely lives no more; its lock is held then."""
     try:
         disk.lock(fd)
     except BlockingIOError:

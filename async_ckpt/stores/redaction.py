@@ -95,7 +95,7 @@ def _redacted_parameter(parameter: str, *, always: bool) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether the value of a parameter or an option of this *name* is a secret."""
+    """Return whether the value of a parameter or an option of this *name* is a secret."""
     return _SECRET_NAME.search(name) is not None and _NO_SECRET_NAME.search(name) is None
 
 

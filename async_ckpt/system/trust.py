@@ -178,7 +178,7 @@ class _Known(NamedTuple):
 
     @classmethod
     def remember(cls, directory: str, walk: _Walk) -> bool:
-        """Remember where *directory* leads, as *walk* has found; tell whether it is there."""
+        """Remember where *directory* leads, as *walk* has found; return whether it is there."""
         identity = _identity(os.lstat, walk.here)
         if identity is not None and walk.is_clean:
             if len(_known) >= _MOST_KNOWN:
@@ -253,7 +253,7 @@ def foreign_link_on(path: str) -> str:
 
 
 def is_foreign(found: os.stat_result, directory: str) -> bool:
-    """Tell whether somebody whom we need not trust has put what was *found* into *directory*, as anybody may."""
+    """Return whether somebody whom we need not trust has put what was *found* into *directory*, as anybody may."""
     if found.st_uid == os.geteuid():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What is under way and what has ended, added up from events for who shows it: bars, metrics, hooks.
+"""What is under way and what has ended, added up from events for progress bars, metrics and hooks.
 
 Guarantees: it is asked from any thread while the loop thread tells it of events, without a lock; it keeps
 a bounded number of ended saves (B2).

@@ -3,7 +3,7 @@
 Guarantees: every wait ends (B2). With no limit of its caller's it ends once nothing has got on for ``flush_timeout``,
 or ``flush_deadline`` has passed, whichever is first; a caller's own ``timeout`` is a limit whatever gets on.
 
-Who moves bytes calls `moved`, on any thread; where they are a save's, its service's `Progress` is told.
+Code that moves bytes calls `moved`, on any thread; if they belong to a save, its service's `Progress` is told.
 
 What does not belong here: what is waited for.
 """

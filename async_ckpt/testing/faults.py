@@ -151,7 +151,7 @@ class FaultyStore:
         await self.through("delete", self._inner.delete, location)
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether anything is there."""
+        """Return whether anything is there."""
         return await self.through("exists", self._inner.exists, location)
 
     async def source(self, location: Location) -> Source:

@@ -46,7 +46,7 @@ class Contestant:
         """Return once the save is as durable as this contestant makes it."""
 
     def done(self) -> bool:
-        """Tell whether `wait` would return at once."""
+        """Return whether `wait` would return at once."""
         return True
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from stress.servers import leash
+from stress.servers import watchdog
 
 __all__ = ["HOST", "Server", "ServerError", "StartedServer", "run_server"]
 
@@ -142,7 +142,7 @@ def _attempt(
         free = _free_ports(ports)
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *command(free, data)],
+                [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command(free, data)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

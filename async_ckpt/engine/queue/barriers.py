@@ -62,7 +62,7 @@ class Barriers:
                 self._merge(barrier, barrier.behind)
 
     def is_awaited(self, op: Op) -> bool:
-        """Tell whether anything waits for *op*."""
+        """Return whether anything waits for *op*."""
         return op.id in self._holding
 
     def waiting_for(self, op: Op) -> Iterator[Op]:
@@ -71,7 +71,7 @@ class Barriers:
             yield from barrier.everybody()
 
     def has_link_waiting_for(self, op: Op) -> bool:
-        """Tell whether a link waits for *op*."""
+        """Return whether a link waits for *op*."""
         alone = (barrier for barrier in self._held_up_by(op) if barrier.lane is None)
         return any(waiter.kind is Kind.LINK for barrier in alone for waiter in barrier.waiters.values())
 
@@ -160,7 +160,7 @@ class Barriers:
 
 
 def _waits_behind(one: Barrier, other: Barrier | None, op: Op) -> bool:
-    """Tell whether *op* waits for what *one* stands for, but not for all that *other*, further behind, does."""
+    """Return whether *op* waits for what *one* stands for, but not for all that *other*, further behind, does."""
     barrier = op.barrier
     return barrier is not None and barrier.covers(one) and not (other is not None and barrier.covers(other))
 

@@ -70,7 +70,7 @@ class History:
             self._forget_durable(number)
 
     def makes_up_for(self, failure: int, *, without: str) -> bool:
-        """Tell whether a checkpoint newer than *failure* is durable, other than those at *without*, or in it."""
+        """Return whether a checkpoint newer than *failure* is durable, other than those at *without*, or in it."""
         if not failure:
             return True
         for number in reversed(self._in_order):

@@ -21,7 +21,7 @@ _NOTHING: OrderedDict[int, Any] = OrderedDict()
 
 
 def lies_in(key: str, place: str) -> bool:
-    """Tell whether *key* is *place*, or a location in it."""
+    """Return whether *key* is *place*, or a location in it."""
     return key == place or (key.startswith(place) and key[len(place)] == "/")
 
 

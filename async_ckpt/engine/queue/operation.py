@@ -132,11 +132,11 @@ class Barrier:
             self.position = before.position + 1
 
     def is_before(self, other: Barrier) -> bool:
-        """Tell whether *other* stands behind it in one row, so that who waits there waits for this one, too."""
+        """Return whether *other* stands behind it in one row, so that who waits there waits for this one, too."""
         return self.lane is not None and self.lane is other.lane and self.position < other.position
 
     def covers(self, other: Barrier) -> bool:
-        """Tell whether who waits here waits for all that *other* stands for."""
+        """Return whether who waits here waits for all that *other* stands for."""
         return self is other or other.is_before(self)
 
     def everything(self) -> Iterator[Op]:

@@ -81,7 +81,7 @@ class Queue:
         return iter(share.live.values() if share is not None else ())
 
     def one_waits(self, lane: Lane) -> bool:
-        """Tell whether a save of *lane* waits for admission."""
+        """Return whether a save of *lane* waits for admission."""
         share = self._shares.get(lane)
         return share is not None and bool(share.waiting)
 
@@ -104,11 +104,11 @@ class Queue:
         return max((op for op in found if op.phase is not Phase.WAITING), key=lambda op: op.id, default=None)
 
     def is_changing(self, key: str) -> bool:
-        """Tell whether a live operation may change whether *key* can be saved to."""
+        """Return whether a live operation may change whether *key* can be saved to."""
         return bool(self._located.writes.related(key))
 
     def is_held_up(self, op: Op, thread: int) -> bool:
-        """Tell whether *op* cannot end before *thread* goes on with a call that is suspended there (rule 6)."""
+        """Return whether *op* cannot end before *thread* goes on with a call that is suspended there (rule 6)."""
         suspended = {other.id for other in self._by_thread.get(thread, {}).values() if other is not op}
         return bool(suspended) and self._any_depends((op,), lambda other: other.id in suspended)
 
@@ -216,7 +216,7 @@ class Queue:
         return self._decision
 
     def _is_open(self, decision: Action) -> bool:
-        """Tell whether *decision* is yet to be carried out."""
+        """Return whether *decision* is yet to be carried out."""
         op = decision.op
         if op.id not in self._ops:
             return False
@@ -336,7 +336,7 @@ class Queue:
     # -- what holds an operation up
 
     def _is_blocked(self, op: Op) -> bool:
-        """Tell whether something comes first, or a *later* operation runs that had to pass *op* by (rule 6)."""
+        """Return whether something comes first, or a *later* operation runs that had to pass *op* by (rule 6)."""
         if next(self._predecessors(op), None) is not None:
             return True
         return any(
@@ -430,11 +430,11 @@ class Queue:
         return None if self._would_deadlock(op, by) else op
 
     def _would_deadlock(self, op: Op, by: Op) -> bool:
-        """Tell whether what inherits from *op* would wait for a save that itself waits for the heir."""
+        """Return whether what inherits from *op* would wait for a save that itself waits for the heir."""
         return any(self._any_depends(more, is_heir) for is_heir, more in self._barriers.would_gain(op, by))
 
     def _any_depends(self, ops: Iterable[Op], on: Callable[[Op], bool]) -> bool:
-        """Tell whether one of *ops* waits for one of those for which *on* is true, or for one that does, and so on."""
+        """Return whether one of *ops* waits for one for which *on* is true, or for one that does, and so on."""
         seen: set[int] = set()
         stack = list(ops)[::-1]  # the newest first: they are the most likely
         while stack:
@@ -510,12 +510,12 @@ def _comes_first(earlier: Op, op: Op) -> bool:
 
 
 def _is_suspended_beneath(other: Op, op: Op) -> bool:
-    """Tell whether *other*'s caller cannot go on before *op*'s caller has returned (rule 6)."""
+    """Return whether *other*'s caller cannot go on before *op*'s caller has returned (rule 6)."""
     return other.thread == op.thread and (
         other.phase in (Phase.WAITING, Phase.STAGING) or (other.kind is Kind.LOAD and other is not op)
     )
 
 
 def _is_made_up_for(removal: Op) -> bool:
-    """Tell whether another checkpoint is durable that is newer than what had failed when *removal* came (D3)."""
+    """Return whether another checkpoint is durable that is newer than what had failed when *removal* came (D3)."""
     return removal.lane.history.makes_up_for(removal.missing, without=removal.key)

@@ -60,7 +60,7 @@ class Slots:
         return len(self._running) < self._number
 
     def admits(self, number: int) -> bool:
-        """Tell whether an operation may run now: nothing older waits."""
+        """Return whether an operation may run now: nothing older waits."""
         first = self._waiting.first
         return self.has_room and (first is None or first >= number)
 

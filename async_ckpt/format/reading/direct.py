@@ -37,7 +37,7 @@ class Wanted:
     sums: list[tuple[int, int]] = field(default_factory=list)
 
     def fits(self, nbytes: int) -> bool:
-        """Tell whether the memory is as long as the record, all of which lies in a file of *nbytes* bytes."""
+        """Return whether the memory is as long as the record, all of which lies in a file of *nbytes* bytes."""
         return self.target.nbytes == self.entry.nbytes <= nbytes - self.start
 
     @property
@@ -80,7 +80,7 @@ class Range:
         self._add(piece)
 
     def note(self) -> bool:
-        """Now that the bytes are there, sum them up; tell whether the records are where they were expected."""
+        """Now that the bytes are there, sum them up; return whether the records are where they were expected."""
         for record, header in self._headers:
             try:
                 found = data_start(record.entry.header, header[: LOCAL_HEADER.size])
@@ -107,7 +107,7 @@ def expected_start(entry: Entry, alignment: int) -> int:
 
 
 def overlap(records: Iterable[Wanted]) -> bool:
-    """Tell whether records lie in each other; torch's never do, and read so a file would take more than its length."""
+    """Return whether records overlap; torch's never do, and read so a file would take more than its length."""
     stop = 0
     for record in sorted(records, key=lambda record: record.entry.header):
         if record.entry.header < stop:

@@ -262,7 +262,7 @@ class CheckpointFile(io.RawIOBase):
                 self._running = False  # it has not even begun
 
     def end(self, reason: BaseException) -> bool:
-        """Do that, and wait until nothing is under way, but not for long; tell whether that is so."""
+        """Do that, and wait until nothing is under way, but not for long; return whether that is so."""
         self.stop(reason)
         if self._running and self._end_by is not None:
             try:

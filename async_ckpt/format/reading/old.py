@@ -46,7 +46,7 @@ class _Tar(_Buffered):
 
 
 def is_tar(block: bytes) -> bool:
-    """Tell whether a file whose first 512 bytes these are is a tar."""
+    """Return whether a file whose first 512 bytes these are is a tar."""
     if len(block) < tarfile.BLOCKSIZE:
         return False
     try:

@@ -85,7 +85,7 @@ _KNOWN = _MAKE_CONSTANTS | _MAKE_BOXES | _flat(_NEVER_CALLED) | _REBUILDING.keys
 
 
 def is_plain(pickled: bytes) -> bool:
-    """Tell whether *pickled*, the pickle of a checkpoint, rebuilds tensors whatever their contents are."""
+    """Return whether *pickled*, the pickle of a checkpoint, rebuilds tensors whatever their contents are."""
     try:
         _Reading(pickled).go()
     except (LookupError, ValueError, struct.error):  # torch.load will say what is wrong with it
@@ -315,7 +315,7 @@ def _is_constant(value: _Value) -> bool:
 
 
 def _is_kept(value: _Value) -> bool:
-    """Tell whether it may be anybody's attributes: neither it nor, of a tuple, an item is asked whether it is true."""
+    """Return whether these may be anybody's attributes; neither it nor, of a tuple, an item is asked if it is true."""
     return value is not _HELD and not (type(value) is tuple and _HELD in value)
 
 

@@ -124,12 +124,12 @@ class Progress:
 
 
 def is_first_rank() -> bool:
-    """Tell whether this is the one process of several that tells."""
+    """Return whether this is the one process of several that tells."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def is_watched(stream: TextIO | None) -> bool:
-    """Tell whether somebody sees *stream*."""
+    """Return whether somebody sees *stream*."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # it is closed

@@ -264,7 +264,7 @@ class ReadAhead:
         return place if at < self._script[place][1] else None
 
     def _is_near(self, place: int, at: int) -> bool:
-        """Tell whether the reader only leaves out a little, such as what stands between two records."""
+        """Return whether the reader only leaves out a little, such as what stands between two records."""
         now, here = self._cursor
         if now >= len(self._script):
             return False
@@ -321,7 +321,7 @@ class ReadAhead:
             self._under_way.add(piece)
             try:
                 await source.read_into(piece.start, *piece.targets)
-            except Exception as error:  # told to who wants the piece, if anybody does
+            except Exception as error:  # raised where the piece is wanted, if it ever is
                 _fail(piece.arrived, error)
             except BaseException:
                 _fail(piece.arrived, self._reason or ServiceClosedError("the reading was cancelled"))

@@ -153,7 +153,7 @@ class _Reading:
     # -- the state first, and then what is in its tensors
 
     def _may_gather(self) -> bool:
-        """Tell whether it makes no difference to ``torch.load`` if storages are filled only afterwards."""
+        """Return whether it makes no difference to ``torch.load`` if storages are filled only afterwards."""
         storages = self._file.storages or {}
         if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
             return False
@@ -291,7 +291,7 @@ class _Reading:
             return self._unpickling.load(old, map_location)
 
     def is_zip(self) -> bool:
-        """Tell whether it begins as an archive does, which to torch is one."""
+        """Return whether it begins as an archive does, which to torch is one."""
         self._file.seek(0)
         return self._file.read(len(_ZIP)) == _ZIP
 
@@ -304,7 +304,7 @@ class _Reading:
 
 
 def _is_native(order: bytes | None) -> bool:
-    """Tell whether torch.load takes the bytes of numbers as they are, given the archive's own word on that."""
+    """Return whether torch.load takes the bytes of numbers as they are, given the archive's own word on that."""
     if order is None:  # from torch before 2.1
         default = torch.serialization.get_default_load_endianness()
         if default is torch.serialization.LoadEndianness.NATIVE:

@@ -81,7 +81,7 @@ class SafeTensor:
 
 
 def is_named_so(url: str) -> bool:
-    """Tell whether torch.load takes a file of that name for one of safetensors; what a URL asks for does not count."""
+    """Return whether torch.load takes a file of that name for safetensors; what a URL asks for does not count."""
     return url.endswith(_ENDING) or url.partition("?")[0].endswith(_ENDING)
 
 

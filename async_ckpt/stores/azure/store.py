@@ -111,7 +111,7 @@ class AzureStore:
             await self._delete_blob(location)
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether a blob is at *location*, or below it."""
+        """Return whether a blob is at *location*, or below it."""
         if await self._properties("look at", location) is not None:
             return True
         return bool(await self._below("look at", location, most=1))

@@ -132,7 +132,7 @@ class AzureUpload:
         await self._blob.commit_block_list(blocks, metadata=metadata, **condition)
 
     async def _is_there(self) -> bool:
-        """Tell whether the blob is the one that this upload committed; one attempt."""
+        """Return whether the blob is the one that this upload committed; one attempt."""
 
         async def look() -> bool:
             try:

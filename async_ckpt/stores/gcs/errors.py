@@ -83,7 +83,7 @@ def explain(error: Exception) -> Verdict:
 
 
 def refused_with(error: BaseException, statuses: Container[int]) -> bool:
-    """Tell whether *error*, already translated, came of an answer with one of *statuses*."""
+    """Return whether *error*, already translated, came of an answer with one of *statuses*."""
     return isinstance(error.__cause__, Refusal) and error.__cause__.status in statuses
 
 

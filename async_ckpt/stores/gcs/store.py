@@ -117,7 +117,7 @@ class GCSStore:
                 return
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether there is such an object, or one below it."""
+        """Return whether there is such an object, or one below it."""
         target = await self._target("look at", location)
         if await self._describe("look at", location, target) is not None:
             return True

@@ -125,7 +125,7 @@ class Move:
         return bool(type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv)
 
     def _has_landed(self, *, told: bool = False) -> bool:
-        """Tell whether the new file has the name. The earlier one is often just as long.
+        """Return whether the new file has the name. The earlier one is often just as long.
 
         Another at the target is proof only after a copy, or if the file system has *told* that it moved the file, as
         it may leave the source; a renamed file has left its source (D1).

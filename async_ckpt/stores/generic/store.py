@@ -127,7 +127,7 @@ class GenericStore:
         await self.step(self._delete, location)
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether anything is at *location*."""
+        """Return whether anything is at *location*."""
         return await self.step(self._exists, location)
 
     async def source(self, location: Location) -> HandleSource | RangeSource:

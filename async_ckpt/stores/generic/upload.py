@@ -121,7 +121,7 @@ class GenericUpload:
             )
 
     def start(self) -> None:
-        """Do what ``begin`` does. Whoever calls this must abort if it raises."""
+        """Begin the upload. The caller must abort it if this raises."""
         with translating("begin", self._location):
             self._move = Move(self._temporary, self._location.path, self._nbytes)
             self._refuse_to_replace("begin")

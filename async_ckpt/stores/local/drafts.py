@@ -195,7 +195,7 @@ class TemporaryDraft:
         _quietly(self._location, self._disk.unlink, temporary)
 
     def _has_landed(self) -> bool:
-        """Tell whether the file has its name: a network file system may lose the answer alone (E3)."""
+        """Return whether the file has its name: a network file system may lose the answer alone (E3)."""
         try:
             own = self._complete or self._disk.fstat(self._file.descriptor())
             return os.path.samestat(self._disk.lstat(self._target), own)

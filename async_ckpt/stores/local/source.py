@@ -68,7 +68,7 @@ class LocalSource:
         await self._workers.run(self.close)
 
     def close(self) -> None:
-        """Do what ``aclose`` does; blocks."""
+        """Like ``aclose``, but blocking."""
         with self._lock:
             fd, self._fd = self._fd, None
         if fd is not None:

@@ -90,7 +90,7 @@ class LocalStore:
         await self._workers.run(self._delete, location)
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether anything is at *location*."""
+        """Return whether anything is at *location*."""
         return await self._workers.run(os.path.exists, location.path)
 
     async def source(self, location: Location) -> LocalSource:

@@ -116,12 +116,12 @@ def _found(location: Location, disk: Disk) -> os.stat_result | None:
 
 
 def _is_plainly_ours(found: os.stat_result) -> bool:
-    """Tell whether its mode lets this user write; for the rest, the worker asks the system before the first byte."""
+    """Return whether its mode lets this user write; for the rest, the worker asks the system before the first byte."""
     return found.st_uid == os.geteuid() and bool(found.st_mode & stat.S_IWUSR)
 
 
 def _is_refused(path: str, disk: Disk) -> bool:
-    """Tell whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
+    """Return whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
     return not disk.writable(path) and os.path.lexists(path)
 
 

@@ -101,7 +101,7 @@ class LocalUpload:
         await self._workers.run(self._clean)
 
     def start(self) -> None:
-        """Do what ``begin`` does. Whoever calls this must abort if it raises."""
+        """Begin the upload. The caller must abort it if this raises."""
         with self._translating("begin"):
             earlier = check_local_target(self._location, self._disk, in_place=self._in_place)
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes

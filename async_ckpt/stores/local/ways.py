@@ -136,7 +136,7 @@ def _against_moving(place: Place, found: Found) -> tuple[int, str]:
 
 
 def is_of_another(found: os.stat_result) -> bool:
-    """Tell whether what was *found* belongs to another user, and that makes a difference to this one."""
+    """Return whether what was *found* belongs to another user, and that makes a difference to this one."""
     return os.geteuid() not in (0, found.st_uid)
 
 
@@ -154,7 +154,7 @@ def late_advice(stage: str) -> str:
 
 
 def is_refusal(number: int | None) -> bool:
-    """Tell whether *number* says that a place does not do such a thing at all."""
+    """Return whether *number* says that a place does not do such a thing at all."""
     return number in _REFUSALS
 
 

@@ -155,7 +155,7 @@ def error_code(error: BaseException | None) -> str:
 
 
 def is_expired(error: BaseException) -> bool:
-    """Tell whether S3 says that the credentials have expired, or may mean it."""
+    """Return whether S3 says that the credentials have expired, or may mean it."""
     answer, code = _answer(error), error_code(error)
     return code in _EXPIRED_CODES or (
         code == "400" and answer is not None and answer.operation_name in _BODILESS
@@ -163,12 +163,12 @@ def is_expired(error: BaseException) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether a server will have none of such a request: it does not know it, or not from us."""
+    """Return whether a server will have none of such a request: it does not know it, or not from us."""
     return _status(error) in _REFUSING and error_code(error) not in _OF_EVERY_REQUEST
 
 
 def refuses_header(error: BaseException) -> bool:
-    """Tell whether a server may refuse a header that it does not know; only the same request without it can tell."""
+    """Return whether a server may refuse a header that it does not know; only the same request without it can tell."""
     code = error_code(error)
     return (
         _status(error) in _REFUSING_HEADERS
@@ -178,7 +178,7 @@ def refuses_header(error: BaseException) -> bool:
 
 
 def refuses_expect(error: BaseException) -> bool:
-    """Tell whether a server, or a proxy, does not want to be asked whether a body is welcome."""
+    """Return whether a server, or a proxy, does not want to be asked whether a body is welcome."""
     return _status(error) == HTTPStatus.EXPECTATION_FAILED
 
 

@@ -146,7 +146,7 @@ class S3Store:
         await deletion.run(key, version)
 
     async def exists(self, location: Location) -> bool:
-        """Tell whether an object, or one below it, is at *location*."""
+        """Return whether an object, or one below it, is at *location*."""
         bucket, key, version = await self._split("read", location)
         try:
             await self._ask("read", location, "head_object", Bucket=bucket, Key=key, **version)
@@ -202,7 +202,7 @@ class S3Store:
             raise CheckpointExistsError.during("begin", location.url, OSError(_EXISTS))
 
     async def _is_directory(self, stage: str, location: Location, bucket: str, key: str) -> bool:
-        """Tell whether there is an object below *key*; no, where that is not ours to see."""
+        """Return whether there is an object below *key*; no, where that is not ours to see."""
         if not self._courtesies.asks(bucket, LISTINGS, _LIST):
             return False
         try:

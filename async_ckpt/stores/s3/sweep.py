@@ -113,7 +113,7 @@ class Sweeper:
             return []
 
     async def _abort(self, location: Location, entry: Entry) -> bool:
-        """Abort *entry*; tell whether it is gone."""
+        """Abort *entry*; return whether it is gone."""
 
         async def ask() -> None:
             await self._connection.call(

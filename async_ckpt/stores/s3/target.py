@@ -151,7 +151,7 @@ class Target:
         await self._ask("abort", "abort_multipart_upload", UploadId=upload_id)
 
     async def knows(self, upload_id: str) -> bool:
-        """Tell whether S3 knows the multipart upload; no, where that is not for us to see."""
+        """Return whether S3 knows the multipart upload; no, where that is not for us to see."""
         if not self._courtesies.asks(self._bucket, LISTINGS, "list_parts"):
             return False
         try:
@@ -165,7 +165,7 @@ class Target:
         return True
 
     async def is_there(self) -> bool:
-        """Tell whether the object that is there is this upload's."""
+        """Return whether the object that is there is this upload's."""
         try:
             answer = await self._ask("read", "head_object")
         except FileNotFoundError:
@@ -203,7 +203,7 @@ class Target:
         return {**(file_system.s3_additional_kwargs.get("Metadata") or {}), TOKEN: self._token}
 
     async def may_go_without(self, error: StoreError, pieces: Sequence[memoryview], checksum: str) -> bool:
-        """Tell whether *error* may be about the checksum that went along, and the bytes are those that it is of."""
+        """Return whether *error* may be about the checksum that went along, and the bytes are those that it is of."""
         if not (self._checks and self._courtesies.may_decline(CHECKSUMS) and refuses_header(error)):
             return False
         # It may have compared them, and said so in words of its own.

@@ -1,4 +1,4 @@
-"""The parts of the companion callback, each by itself: shadows, foresight, links, figures, the bar's text, advice."""
+"""The parts of the companion callback, each by itself: overrides, foresight, links, figures, the bar's text, advice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from async_ckpt.lightning.compat import keep_protocol
 from async_ckpt.lightning.metrics import figures
 from async_ckpt.lightning.model_checkpoint import Foresight, make_aware
 from async_ckpt.lightning.notifications import Notifications
-from async_ckpt.lightning.overrides import Shadows
+from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.progress_bars import pending_text
 from async_ckpt.lightning.removals import Removals
 from async_ckpt.lightning.strategies import bypass
@@ -33,7 +33,7 @@ def _save(**fields: Any) -> SaveProgress:
 
 def _foresight(file_system: Any, plugin: AsyncCheckpointIO | None = None) -> Any:
     plugin = plugin or AsyncCheckpointIO()
-    return Foresight(file_system, plugin, Removals(plugin, Shadows(), is_awaited=lambda path: False))
+    return Foresight(file_system, plugin, Removals(plugin, Overrides(), is_awaited=lambda path: False))
 
 
 class _Part:
@@ -45,11 +45,11 @@ def test_shadows_are_lifted_newest_first() -> None:
     """What was there, the class's own or the object's, is there again; other objects never saw a change."""
     part, other = _Part(), _Part()
     other.speak = lambda: "its own"  # type: ignore[method-assign]
-    shadows = Shadows()
+    overrides = Overrides()
     for owner in (part, part, other):
-        shadows.cast(owner, "speak", lambda: "shadowed")
+        overrides.replace(owner, "speak", lambda: "shadowed")
     assert [part.speak(), other.speak(), _Part().speak()] == ["shadowed", "shadowed", "as ever"]
-    shadows.lift()
+    overrides.restore()
     assert [part.speak(), other.speak()] == ["as ever", "its own"]
     assert vars(part) == {}
 
@@ -57,10 +57,10 @@ def test_shadows_are_lifted_newest_first() -> None:
 def test_what_somebody_else_has_put_there_since_stays() -> None:
     """A shadow that is no longer there is not put back over what came after it."""
     part = _Part()
-    shadows = Shadows()
-    shadows.cast(part, "speak", lambda: "shadowed")
+    overrides = Overrides()
+    overrides.replace(part, "speak", lambda: "shadowed")
     part.speak = lambda: "newer"  # type: ignore[method-assign]
-    shadows.lift()
+    overrides.restore()
     assert part.speak() == "newer"
 
 
@@ -105,11 +105,11 @@ def test_foresight_passes_for_the_file_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [16000, None, "fs"])
 def test_what_is_no_file_system_is_left_alone(value: Any) -> None:
     """A callback's attribute ``_fs`` that is, say, a sampling rate stays what it is; a file system is wrapped."""
-    plugin, shadows = AsyncCheckpointIO(), Shadows()
-    removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
+    plugin, overrides = AsyncCheckpointIO(), Overrides()
+    removals = Removals(plugin, Overrides(), is_awaited=lambda path: False)
     other, checkpoint = SimpleNamespace(_fs=value), SimpleNamespace(_fs=LocalFileSystem())
     for callback in (other, checkpoint):
-        make_aware(callback, plugin, removals, shadows, is_deferred=True)
+        make_aware(callback, plugin, removals, overrides, is_deferred=True)
     assert other._fs is value
     assert type(checkpoint._fs) is Foresight
 
@@ -130,7 +130,7 @@ def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture
             return None
 
     plugin: Any = Base()
-    removals = Removals(plugin, Shadows(), is_awaited=lambda path: False)
+    removals = Removals(plugin, Overrides(), is_awaited=lambda path: False)
     removals.wait_for_links = True
     for path in "abcd":
         plugin.remove_checkpoint(path)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from async_ckpt.stores.leftovers import temporary_name
+from stress.environment import Local
 from stress.foreign import Onlooker, Places
-from stress.ground import Local
 from stress.history import ABSENT
 from stress.sharing import Kind, Word, check_shared
 from stress.workload import digest

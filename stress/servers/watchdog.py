@@ -1,6 +1,6 @@
-"""Becomes another program that ends when its parent does: ``python -I -S leash.py PARENT PROGRAM ARGUMENT...``.
+"""Becomes another program that ends when its parent does: ``python -I -S watchdog.py PARENT PROGRAM ARGUMENT...``.
 
-Linux sends the signal when the *thread* that started us ends. Elsewhere the program runs without a leash.
+Linux sends the signal when the *thread* that started us ends. Elsewhere the program runs without a watchdog.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from uuid import uuid4
 import fsspec
 import torch
 
-__all__ = ["STORES", "Ground", "Local", "Memory", "ground"]
+__all__ = ["STORES", "Environment", "Local", "Memory", "environment"]
 
 STORES = ("memory", "s3", "gcs", "azure")
 _SERVERS = {"s3": "seaweedfs", "gcs": "fake_gcs", "azure": "azurite"}
 
 
-class Ground(Protocol):
+class Environment(Protocol):
     """A file system."""
 
     @property
@@ -113,7 +113,7 @@ class _Bucket:
 
 
 @contextmanager
-def ground(store: str) -> Iterator[Ground]:
+def environment(store: str) -> Iterator[Environment]:
     """Run the server that *store* takes, if any, for the time of a block."""
     if store == "memory":
         yield Memory()

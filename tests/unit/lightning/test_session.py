@@ -85,7 +85,7 @@ def _interrupted_at(line: int, folder: Path, base: Any) -> bool:
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal left
-        if Path(frame.f_code.co_filename).name not in ("desk.py", "plugin.py"):
+        if Path(frame.f_code.co_filename).name not in ("session.py", "plugin.py"):
             return None
         if event == "line":
             left -= 1

@@ -92,9 +92,8 @@ class Companion:
         if self._timeline is not None:
             self._plugin.observe(self._timeline)
         deferred = trainer.callbacks
-        if (
-            self._plugin.direct_saves == "durable"
-        ):  # first: what is put in the way below is nobody's own method
+        if self._plugin.direct_saves == "durable":
+            # First: what is put in the way below would pass for a method of the user's.
             deferred = defer(trainer, self._overrides)
             self._plugin.is_direct = is_direct
         for callback in trainer.callbacks:

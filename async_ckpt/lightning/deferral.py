@@ -60,12 +60,10 @@ def defer(trainer: Any, overrides: Overrides) -> list[Any]:
         The callbacks of *trainer* whose saves are.
     """
     for owner in (trainer, trainer.strategy):
-        if "save_checkpoint" in vars(owner) or not _is_lightnings(
-            getattr(type(owner), "save_checkpoint", None)
-        ):
-            logger.info(
-                "every save is waited for, as %s has a save_checkpoint of its own", type(owner).__name__
-            )
+        method = getattr(type(owner), "save_checkpoint", None)
+        if "save_checkpoint" in vars(owner) or not _is_lightnings(method):
+            kind = type(owner).__name__
+            logger.info("every save is waited for, as %s has a save_checkpoint of its own", kind)
             return []
     deferred = [callback for callback in trainer.callbacks if _is_deferrable(callback)]
     for callback in deferred:

@@ -25,12 +25,12 @@ from async_ckpt.snapshot.entries import Entry, SharedEntry, StorageEntry, Tensor
 
 __all__ = ["Reduction", "Skeleton", "fill"]
 
+# As text, which `re` compiles once, when the first file is made.
 # Every opcode of protocol 2 that pickle writes in binary. A number followed by BINPERSID is a hole.
-_NEXT = re.compile(
-    rb"(?:[()\].01NRabetsu}\x81\x85-\x89]|G.{8}|c[^\n]*\n[^\n]*\n"
+_NEXT = (
+    rb"(?s)(?:[()\].01NRabetsu}\x81\x85-\x89]|G.{8}|c[^\n]*\n[^\n]*\n"
     rb"|K.(?!Q)|M..(?!Q)|J.{4}(?!Q)|\x80.|\x82.|\x83..|\x84.{4}){0,500}"
-    rb"(?:X(.{4})|K(.)Q|M(..)Q|J(.{4})Q|q(.)|r(.{4})|h(.)|j(.{4})|\x8a(.)|\x8b(.{4}))?",
-    re.DOTALL,
+    rb"(?:X(.{4})|K(.)Q|M(..)Q|J(.{4})Q|q(.)|r(.{4})|h(.)|j(.{4})|\x8a(.)|\x8b(.{4}))?"
 )
 _TEXT, _HOLES, _SHORT_PUT, _LONG_PUT, _GETS = 1, (2, 3, 4), 5, 6, (7, 8)
 
@@ -109,7 +109,12 @@ class _Filler:
     def fill(self) -> bytes:
         """Return the pickle."""
         source = bytearray(self._skeleton.pickle)  # numbers that keep their length are overwritten
-        view, out, match, to_number = memoryview(source), self._out, _NEXT.match, _UINT32.unpack_from
+        view, out, match, to_number = (
+            memoryview(source),
+            self._out,
+            re.compile(_NEXT).match,
+            _UINT32.unpack_from,
+        )
         numbers: list[int] = []  # those in the file, by those in the skeleton
         kept = at = 0
         while at < len(source):

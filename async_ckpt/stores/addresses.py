@@ -31,9 +31,9 @@ LOCAL_PROTOCOLS = frozenset({"file", "local"})
 
 _NAME = r"[A-Za-z][A-Za-z0-9+.\-_]*"
 # What pathlib makes of "s3://bucket/…", and os.path.abspath of that: Lightning has it of ModelCheckpoint's dirpath.
-_EATEN_SLASH = re.compile(rf"(?:^|(?<=/))((?:{_NAME}::)*)({_NAME}):/+")
+_EATEN_SLASH = rf"(?:^|(?<=/))((?:{_NAME}::)*)({_NAME}):/+"
 _BACKSLASHED = re.compile(rf"(?:^|[/\\:]){_NAME}:\\")  # what pathlib.PureWindowsPath makes of one
-_URL = re.compile(rf"{_NAME}://")
+_URL = rf"{_NAME}://"
 _FROM_THE_ROOT = frozenset({"dbfs"})  # no host comes first in their URLs
 
 
@@ -118,7 +118,7 @@ def _refuse_chained(text: str) -> None:
     text = _with_slashes(text)
     first, chained, rest = text.partition("::")
     if chained and ("://" in text or is_protocol(re.split("[:/]", first)[0])):
-        own = _EATEN_SLASH.match(rest)
+        own = re.match(_EATEN_SLASH, rest)
         works = redacted_text(_mended(own, rest) if own else rest)
         raise OptionError(
             f"{redacted_text(text)!r} is chained, and what is written through a chain cannot be committed safely; "
@@ -137,9 +137,9 @@ def refuse_mangled(text: str) -> None:
         OptionError: it is such a path.
     """
     text = _with_slashes(text)
-    if ":/" not in text or text.startswith("./") or _URL.match(text):
+    if ":/" not in text or text.startswith("./") or re.match(_URL, text):
         return
-    for eaten in _EATEN_SLASH.finditer(text):
+    for eaten in re.finditer(_EATEN_SLASH, text):
         if not is_protocol(eaten[2]) or _is_believed(text, eaten):
             continue
         local = redacted_text(os.path.expanduser(text))

@@ -31,7 +31,7 @@ _NO_PLACE = frozenset(
         "password", "skip_instance_cache", "timeout", "use_listings_cache",
     }
 )  # fmt: skip
-_ACCOUNT = re.compile(r"(?:^|;)\s*(AccountName|BlobEndpoint|EndpointSuffix)\s*=\s*([^;]*)", re.IGNORECASE)
+_ACCOUNT = r"(?i)(?:^|;)\s*(AccountName|BlobEndpoint|EndpointSuffix)\s*=\s*([^;]*)"
 
 
 def path_of_place(protocol: str, path: str) -> str:
@@ -80,7 +80,7 @@ def _of_gcs(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_azure(options: Mapping[str, Any]) -> dict[str, Any]:
     connection = options.get("connection_string") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING") or ""
-    said = {name.lower(): value.strip() for name, value in _ACCOUNT.findall(str(connection))}
+    said = {name.lower(): value.strip() for name, value in re.findall(_ACCOUNT, str(connection))}
     account = (
         options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or said.get("accountname")
     )

@@ -17,15 +17,15 @@ __all__ = ["HIDDEN", "presentable", "redacted_text", "redacted_url", "secrets_in
 
 HIDDEN = "***"
 
+# Patterns as text: `re` compiles, and keeps, what is asked for, and most programs never do.
 # Words in the names of parameters, options and fields of connection strings whose values are secret.
-_SECRET_NAME = re.compile(
-    r"(?:^|[^a-z])(?:auth|sig|pass|pwd|key|sas|code|jwt)(?:$|[^a-z])"
+_SECRET_NAME = (
+    r"(?i)(?:^|[^a-z])(?:auth|sig|pass|pwd|key|sas|code|jwt)(?:$|[^a-z])"
     r"|signature|secret|token(?!s)|passw|passphrase|(?:access|account|api|customer|p)key|credential"
-    r"|connection.?string|oauth|authori[sz]|authent|cookie|session.?id|upload.?id",
-    re.IGNORECASE,
+    r"|connection.?string|oauth|authori[sz]|authent|cookie|session.?id|upload.?id"
 )
 # Endings of such names whose values are none: where something is, or of what kind.
-_NO_SECRET_NAME = re.compile(r"[_-](?:ur[il]|file(?:name)?|type|path|version)$", re.IGNORECASE)
+_NO_SECRET_NAME = r"(?i)[_-](?:ur[il]|file(?:name)?|type|path|version)$"
 _NO_SECRETS = frozenset({"anon", "browser", "cache", "cloud", "google_default", "none", "true", "false"})
 _NO_SECRET_PARAMETERS = frozenset({"generation", "versionid"})
 # Where what follows a "?" is mostly a part of the name.
@@ -33,22 +33,22 @@ _NAMES_WITH_QUERY = frozenset({"gcs", "gs", "memory", "s3", "s3a"})
 # Where a user without a password is a name, or a container, and no token.
 _PLAIN_USERS = frozenset({"abfs", "abfss", "az", "ftp", "hdfs", "scp", "sftp", "smb", "ssh", "wasb", "wasbs"})
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*):/+")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-_]*:/+[^\s'\"<>`|\\^{}]+")
-_PARAMETER = re.compile(r"([?&;,]?)([\w.\-%]+)=([^&;\s'\"<>,]+)")
-_CREDENTIAL = re.compile(r"\b(Bearer|Basic|SharedKey|AWS4-HMAC-SHA256)(:? +)[^\s'\"<>]{8,}", re.IGNORECASE)
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.\-_]*):/+"
+_URL_IN_TEXT = r"[A-Za-z][A-Za-z0-9+.\-_]*:/+[^\s'\"<>`|\\^{}]+"
+_PARAMETER = r"([?&;,]?)([\w.\-%]+)=([^&;\s'\"<>,]+)"
+_CREDENTIAL = r"(?i)\b(Bearer|Basic|SharedKey|AWS4-HMAC-SHA256)(:? +)[^\s'\"<>]{8,}"
 # Not every "::" is a chain's: a password, or an IPv6 address, may have one.
-_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.\-_]*:[:/])")
+_CHAIN = r"::(?=[A-Za-z][A-Za-z0-9+.\-_]*:[:/])"
 _LEAST_LENGTH = 3  # of a secret that is looked for in texts: those that are shorter are words
 
 
 def redacted_url(url: str) -> str:
     """Return *url*, or several that are chained, with its passwords and signatures hidden; a path as it is."""
-    return "::".join(map(_redacted, _CHAIN.split(url)))
+    return "::".join(map(_redacted, re.split(_CHAIN, url)))
 
 
 def _redacted(url: str) -> str:
-    scheme = _SCHEME.match(url)
+    scheme = re.match(_SCHEME, url)
     if scheme is None:
         return url
     start, name = url[: scheme.end()], scheme[1].lower()
@@ -96,7 +96,7 @@ def _redacted_parameter(parameter: str, *, always: bool) -> str:
 
 def is_secret(name: str) -> bool:
     """Return whether the value of a parameter or an option of this *name* is a secret."""
-    return _SECRET_NAME.search(name) is not None and _NO_SECRET_NAME.search(name) is None
+    return re.search(_SECRET_NAME, name) is not None and re.search(_NO_SECRET_NAME, name) is None
 
 
 def secrets_in(url: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -116,8 +116,8 @@ def secrets_in(url: str, options: Mapping[str, Any] | None = None) -> tuple[str,
 
 
 def _in_url(url: str) -> Iterator[str]:
-    for link in _CHAIN.split(url):
-        scheme = _SCHEME.match(link)
+    for link in re.split(_CHAIN, url):
+        scheme = re.match(_SCHEME, link)
         if scheme is None:
             continue
         name = scheme[1].lower()
@@ -173,9 +173,9 @@ def redacted_text(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in secrets:
         # As a word: a password may be a syllable of another.
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", HIDDEN, text)
-    text = _URL_IN_TEXT.sub(lambda match: redacted_url(match[0]), text)
-    text = _CREDENTIAL.sub(rf"\1\2{HIDDEN}", text)
-    return _PARAMETER.sub(_redacted_match, text)
+    text = re.sub(_URL_IN_TEXT, lambda match: redacted_url(match[0]), text)
+    text = re.sub(_CREDENTIAL, rf"\1\2{HIDDEN}", text)
+    return re.sub(_PARAMETER, _redacted_match, text)
 
 
 def _redacted_match(match: re.Match[str]) -> str:

@@ -30,7 +30,7 @@ MIB = 1 << 20
 ROOM = 3 * MIB
 #: What a caller goes through while it borrows memory.
 SNAPSHOT = Path(async_ckpt.__file__).parent / "snapshot"
-WALKED = OURS | {str(SNAPSHOT / name) for name in ("tree.py", "sharing.py")}
+WALKED = OURS | {str(SNAPSHOT / name) for name in ("capture.py", "sharing.py")}
 
 
 def weights(number: float = 1.0) -> dict[str, torch.Tensor]:

@@ -32,9 +32,19 @@ from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, one_waits, st
 PACKAGE = Path(async_ckpt.__file__).parent
 #: Where a caller spends its time, apart from the snapshot.
 OURS = {
-    str(PACKAGE / f"{name}.py") for name in ("service", "intake", "holdings", "runtime", "handle", "failures")
+    str(PACKAGE / f"{name}.py")
+    for name in (
+        "service",
+        "handle",
+        "engine/submission",
+        "engine/resources",
+        "engine/runtime",
+        "engine/failures",
+    )
 }
-PACKAGE_FILES = {str(file) for file in PACKAGE.glob("*.py")}
+PACKAGE_FILES = {
+    str(file) for room in (".", "engine", "system", "telemetry") for file in (PACKAGE / room).glob("*.py")
+}
 #: Where it would hold locks, were it waiting in the standard library's way.
 WALKED = OURS | {str(module.__file__) for module in (concurrent.futures._base, threading)}
 
@@ -421,7 +431,7 @@ def test_no_thread_writes_to_memory_that_may_be_reused() -> None:
         buffer = HostBuffer(48 << 20)
         where: list[str] = []
         try:
-            with at_line(number, interrupt, {str(PACKAGE / "snapshot" / "together.py")}) as where:
+            with at_line(number, interrupt, {str(PACKAGE / "snapshot" / "parallel_copy.py")}) as where:
                 copy_together(buffer.as_tensor().split(24 << 20), sources)
         except KeyboardInterrupt:
             pass

@@ -3,8 +3,8 @@
 Everything here runs on the caller's thread, and tells the caller what failed: once, and never in place of an error
 that is in flight (E1, E2).
 
-What does not belong here: how a request comes in (intake), what the service holds meanwhile (holdings), what becomes
-of it (dispatch).
+What does not belong here: how a request comes in (submission), what the service holds meanwhile (resources), what
+becomes of it (dispatch).
 """
 
 from __future__ import annotations

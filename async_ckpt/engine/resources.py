@@ -4,7 +4,7 @@ Guarantees: it is taken with the first request, and given back by `Holdings.clos
 the interpreter ends (B2, D4); what is under way comes to its end before, within a deadline where somebody waits. Every
 step of that may be interrupted and taken again, by this thread or another (L1).
 
-What does not belong here: requests (intake), what a caller is told (service).
+What does not belong here: requests (submission), what a caller is told (service).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two ways in which a snapshot becomes a checkpoint; one protocol, so the service knows no difference.
+"""The two ways in which a snapshot becomes a checkpoint; one protocol, so the dispatcher knows no difference.
 
 * ``StreamingWriter`` lays the file out, streams its parts to a store and commits.
 * ``DelegatingWriter`` gives the snapshot, as an ordinary state, to any base CheckpointIO in a worker.

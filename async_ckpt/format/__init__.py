@@ -1,7 +1,7 @@
 """The file: what ``torch.save`` would write, by reference.
 
 ``lay_out`` turns a snapshot into a `Layout`, the exact bytes of the file as a scatter list;
-``plan_parts`` cuts it; ``read_checkpoint`` reads it back.
+``plan_parts`` cuts it; `reading.reader.read_checkpoint` reads it back.
 
 What does not belong here: where the bytes go, memory, order of saves.
 """

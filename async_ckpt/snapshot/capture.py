@@ -5,7 +5,7 @@ where in the state it is; storages are met once each, so ties and views stay tie
 before `Capture.stage`, and after it nothing here refers to the state. Where this torch is not known, torch itself
 writes what is written, here and now.
 
-What does not belong here: memory (`copying`), rebuilding (`rebuild`), what torch writes (`conventions`, `filling`).
+What does not belong here: memory (`host_pool`), rebuilding (`rebuild`), what torch writes (`conventions`, `filling`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ buffers count against the budget (B1); a source is only ever read through const 
 copy-on-write source keeps sharing; when a copy returns, its source may be changed. A forked child, such as a data
 loader's, keeps no copy of the memory, which is zero there from Linux 4.14 on, unless a base CheckpointIO has it (L1).
 
-What does not belong here: what is copied and why (`tree`), waiting for room. The pool is for one
+What does not belong here: what is copied and why (`capture`), waiting for room. The pool is for one
 thread, the loop's.
 """
 

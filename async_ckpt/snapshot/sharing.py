@@ -4,7 +4,7 @@ Guarantees: only the bytes themselves prove that (S1), for version counters know
 or a numpy alias; what cannot be compared where it lies, on a device or scattered, counts as different. Sources are
 read through const access only.
 
-What does not belong here: who holds the memory and for how long (`copying`, the dispatcher).
+What does not belong here: who holds the memory and for how long (`host_pool`, the dispatcher).
 """
 
 from __future__ import annotations

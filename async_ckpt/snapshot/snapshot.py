@@ -3,7 +3,7 @@
 Guarantees: a snapshot holds no reference to the live state; storages are given up one by one, and the
 memory is given back once, with the last of them. ``records`` runs no code of the state.
 
-What does not belong here: how the bytes came here (`copying`), what is done with them.
+What does not belong here: how the bytes came here (`capture`, `host_pool`), what is done with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: the choice of a store by URL, and one room for each kind of store.
+"""Where checkpoints are kept: the choice of a store by URL, and one package for each kind of store.
 
 ``locate`` names a place, ``open_store`` makes the store that serves it, by the protocol in ``base``.
 

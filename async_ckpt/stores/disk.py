@@ -1,7 +1,8 @@
 """The system calls that the local store makes, as one object, so that tests can let any of them fail.
 
 Guarantees: each method is one step that either happened or raised ``OSError``; ``write`` and
-``read`` alone go on after a part of the bytes. No policy: who calls what, and in which order, is ``local.py``'s matter.
+``read`` alone go on after a part of the bytes. No policy: who calls what, and in which order, is the local
+store's matter.
 """
 
 from __future__ import annotations

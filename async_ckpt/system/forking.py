@@ -3,7 +3,7 @@
 Guarantees: what forks waits until our threads have come to the end of their imports, or for `IMPORT_SECONDS`. A
 file system imports much as it is first used, and data loaders are often forked just after a first checkpoint.
 
-What does not belong here: what a child does without (runtime, holdings).
+What does not belong here: what a child does without (runtime, service).
 """
 
 from __future__ import annotations

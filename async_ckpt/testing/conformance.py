@@ -10,8 +10,8 @@ bytes outlive the process and the power is not shown here.
         def locate(self, name): return my_location(name)
         def leftovers(self): return [...]
 
-The facts are in ``facts_of_saving``, ``facts_of_ending`` and ``facts_of_reading``; ``UnderTest`` says what else
-a subclass may tell: a store that replaces nothing, what a dead process leaves.
+The facts are in ``suites.saving``, ``suites.ending`` and ``suites.reading``; ``UnderTest`` says what else a subclass
+may tell: a store that replaces nothing, what a dead process leaves.
 """
 
 from __future__ import annotations

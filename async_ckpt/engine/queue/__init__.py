@@ -1,7 +1,7 @@
 """The write-behind queue: who may come in, who may start, who is not needed any more.
 
-It decides and does nothing else: no thread, no clock, no storage, no awaiting. What the service has to do comes back as
-a plain record; the rules are in ``queue.queue``.
+It decides and does nothing else: no thread, no clock, no storage, no awaiting. What is to be done comes back as a
+plain record; the rules are in ``queue.queue``.
 
 What does not belong here: carrying out (dispatch).
 """

@@ -3,8 +3,7 @@
 Guarantees, beyond those of every store: what is repeated after a transient error, can be: opening, looking, moving,
 removing (E3).
 
-What does not belong here: the way of one file's bytes (`generic_upload`, `generic_source`), turns and lost connections
-(`generic_connection`).
+What does not belong here: the way of one file's bytes (`upload`, `source`), turns and lost connections (`connection`).
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 Guarantees of a ``TemporaryDraft``: until it is complete it is its owner's alone; then it has the permissions of the
 file that it replaces, or those that ``open`` gives, and its name in one step, or by way of the earlier file's being put
-aside (`local_move`). It is locked while its owner lives; whoever gets the lock may sweep it. What is given up of it is
+aside (`move`). It is locked while its owner lives; whoever gets the lock may sweep it. What is given up of it is
 removed; where that is refused, its bytes are.
 
 Guarantees of an ``InPlaceDraft``, which the user has to allow: what was there is untouched until the first byte. After
 a failure nothing is left under the name, or an empty file where it cannot be removed; after a kill, what had been
 written.
 
-What does not belong here: which of them it is to be (`ways`), and writing (`local_file`).
+What does not belong here: which of them it is to be (`ways`), and writing (`file`).
 """
 
 from __future__ import annotations

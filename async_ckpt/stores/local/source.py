@@ -3,7 +3,7 @@
 Guarantees: the open descriptor holds on to the file as it was found, whatever takes its name meanwhile. A
 file that is cut short by somebody who writes to it in place is a ``StoreError``.
 
-What does not belong here: writing (`local`), and what the bytes mean.
+What does not belong here: writing (`upload`), and what the bytes mean.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checkpoints on a local, or mounted, file system: the store, and the syncing of what others wrote.
 
-Guarantees: how a file gets there is said in `local_upload`, how one is read in `local_source`. A deletion takes a
+Guarantees: how a file gets there is said in `upload`, how one is read in `source`. A deletion takes a
 symlink, not what it leads to.
 
 What does not belong here: the system calls (`disk`), and what is known about directories (`directories`).

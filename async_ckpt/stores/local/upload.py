@@ -16,7 +16,7 @@ rename succeeded and only the directory could not be synced, the *new* file is i
 might not be after a loss of power. Neither is ever torn.
 
 What does not belong here: the system calls (`disk`), the directories on the way (`directories`), the ways (`ways`), and
-what becomes of the bytes in each (`local_drafts`).
+what becomes of the bytes in each (`drafts`).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.events import Accepted, Event, Failed
 from async_ckpt.lightning.deferral import defer, is_direct
 from async_ckpt.lightning.departure import departure_of
+from async_ckpt.lightning.loggers import uses_checkpoints
 from async_ckpt.lightning.model_checkpoint import make_aware
 from async_ckpt.lightning.notifications import Notifications, hooks_of
 from async_ckpt.lightning.overrides import Overrides
@@ -99,7 +100,7 @@ class Companion:
         for callback in trainer.callbacks:
             is_deferred = any(callback is each for each in deferred)
             make_aware(callback, self._plugin, self._removals, self._overrides, is_deferred=is_deferred)
-        for each in trainer.loggers:
+        for each in filter(uses_checkpoints, trainer.loggers):
             hold_back = partial(self._hold_back, each.after_save_checkpoint)
             self._overrides.replace(each, "after_save_checkpoint", hold_back)
         bar = trainer.progress_bar_callback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from weakref import proxy
 
@@ -311,3 +312,48 @@ def test_figures_of_each_save_are_logged(
         assert figures["checkpoint/throughput"] > 0
         assert figures["checkpoint/pending"] == 0
         assert 0 < figures["checkpoint/stall_seconds"] <= figures["checkpoint/durable_seconds"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard", "wandb_off"])
+def test_training_does_not_wait_for_loggers_that_look_at_no_file(
+    tree: Any, tmp_path: Path, faults: Any, kind: str
+) -> None:
+    """Loggers that do nothing with checkpoints, as the usual ones, hold up no save to a name that is still pending."""
+    gate = faults.hold()
+    logger = _without_interest(tree, tmp_path, kind)
+    times: list[float] = []
+
+    class Opens(tree.pl.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            times.append(monotonic())
+            if trainer.global_step == 4:
+                gate.open()
+
+    trainer = tree.trainer(
+        tmp_path,
+        max_epochs=4,
+        limit_train_batches=1,
+        limit_val_batches=0,
+        plugins=[AsyncCheckpointIO(store_factory=faults.make, queue_depth=100, flush_timeout=60)],
+        logger=logger,
+        callbacks=[AsyncCheckpointCallback(), tree.checkpoints(tmp_path, save_last=True), Opens()],
+        log_every_n_steps=1,
+    )
+    trainer.fit(tree.model())
+    assert (
+        times[-1] - times[0] < 60
+    )  # a wait for storage, which is held until then, would have lasted so long
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 4
+
+
+def _without_interest(tree: Any, folder: Path, kind: str) -> Any:
+    """Return a logger that looks at no checkpoint."""
+    logger = tree.module("loggers").CSVLogger(folder)
+    if kind == "tensorboard":
+        like = tree.module("loggers.tensorboard").TensorBoardLogger
+        logger.after_save_checkpoint = like.after_save_checkpoint.__get__(logger)
+    if kind == "wandb_off":
+        like = tree.module("loggers.wandb").WandbLogger
+        logger._log_model = False  # it was not told to upload
+        logger.after_save_checkpoint = like.after_save_checkpoint.__get__(logger)
+    return logger

@@ -53,7 +53,7 @@ def test_numpy_is_optional() -> None:
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
-    """``import async_ckpt`` adds less than 50 ms to ``import torch``; on a slow machine, a thirtieth of that.
+    """``import async_ckpt`` adds less than 50 ms to ``import torch``; on a slow machine, a twentieth of that.
 
     Byte code is there, as an installed package has it. In processor time, and the least of up to twenty interpreters:
     what a busy neighbour adds is not our import.
@@ -68,4 +68,4 @@ def test_import_is_quick(tmp_path: Path) -> None:
     """
     _python("import torch, async_ckpt", byte_code=tmp_path)
     seconds = (map(float, _python(code, byte_code=tmp_path).split()) for _ in range(20))
-    assert any(ours < max(LIMIT_SECONDS, of_torch / 30) for of_torch, ours in seconds)
+    assert any(ours < max(LIMIT_SECONDS, of_torch / 20) for of_torch, ours in seconds)

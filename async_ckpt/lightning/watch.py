@@ -19,7 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from async_ckpt.stores import is_given, is_local, refuse_mangled
 from async_ckpt.stores.base import Location, exists_already
 from async_ckpt.stores.fsspec_calls import version_in
 from async_ckpt.stores.local.link import detach
-from async_ckpt.stores.vanished import note_removal, refuse_vanished
+from async_ckpt.stores.vanished import refuse_vanished, removing
 
 __all__ = ["Watch", "refuse_unknown_place"]
 
@@ -96,8 +96,10 @@ class Watch:
             RemovalDroppedError: what was there is there still, or is all that is known to be there.
             Exception: the base's own.
         """
-        if is_local(place):
-            note_removal(place.path)
+        with removing(place.path) if is_local(place) else nullcontext():
+            self._remove(place, delete)
+
+    def _remove(self, place: Location, delete: Callable[[], object]) -> None:
         before = self._look(place, "delete") if self._can_look(place) else None
         if before in (None, _UNKNOWN):
             delete()

@@ -10,25 +10,40 @@ What does not belong here: directories that were not there; those are made.
 from __future__ import annotations
 
 import errno
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
 
-__all__ = ["note_removal", "refuse_vanished", "seen"]
+__all__ = ["refuse_vanished", "removing", "seen"]
 
 _MOST = 4096  # that are kept in mind; a save waits behind far fewer
 
 _removed: dict[str, float] = {}
-"""By path, when this process has removed it last; the newest ones come last."""
+"""By path, when this process last came to the end of removing it; infinite until then. The newest ones come last."""
 
 
-def note_removal(path: str) -> None:
-    """Keep in mind that this process has just removed the directory *path*."""
+@contextmanager
+def removing(path: str) -> Iterator[None]:
+    """Keep in mind that this process removes the directory *path* in the body.
+
+    What is seen of it meanwhile, before its end, is seen of a directory that is about to go.
+    """
+    _note(path, math.inf)  # first: another save may look at any moment
+    try:
+        yield
+    finally:
+        _note(path, monotonic())
+
+
+def _note(path: str, seconds: float) -> None:
     _removed.pop(path, None)
-    _removed[path] = monotonic()
+    _removed[path] = seconds
     while len(_removed) > _MOST:
         _removed.pop(next(iter(_removed)), None)
 

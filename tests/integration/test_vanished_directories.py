@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from async_ckpt import AsyncCheckpointIO, CheckpointService, StoreError
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.local import LocalStore
 from async_ckpt.testing.faults import Fault, FaultyStore, Gate
+from tests.support import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
@@ -140,3 +144,31 @@ def test_the_plugin_does_not_make_it_again_either(tmp_path: Path, base: bool) ->
     plugin.teardown()
     assert not folder.exists()
     assert (tmp_path / "new" / "a.ckpt").exists()
+
+
+class HoldsRemoval(Disk):
+    """A disk on which a directory is removed once the gate is open."""
+
+    def __init__(self) -> None:
+        self.reached, self.may_go = threading.Event(), threading.Event()
+
+    def rmtree(self, path: str) -> None:
+        """Remove it, when it may."""
+        self.reached.set()
+        self.may_go.wait(PATIENCE_SECONDS)
+        super().rmtree(path)
+
+
+def test_a_directory_that_is_seen_while_the_service_removes_it_is_made_again(tmp_path: Path) -> None:
+    """A save that is asked for in the midst of a removal comes after it, although it saw the directory (O1)."""
+    disk = HoldsRemoval()
+    with CheckpointService(
+        store_factory=lambda _, workers: LocalStore(workers=workers, disk=disk)
+    ) as service:
+        service.save(STATE, tmp_path / "run" / "old.ckpt").wait()
+        service.remove(tmp_path / "run")
+        assert disk.reached.wait(PATIENCE_SECONDS)
+        handle = service.save(STATE, tmp_path / "run" / "new.ckpt")
+        disk.may_go.set()
+        handle.wait()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["new.ckpt"]

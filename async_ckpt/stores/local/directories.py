@@ -22,7 +22,7 @@ from async_ckpt.stores.leftovers import aside_of, is_leftover, owner_is_dead
 from async_ckpt.stores.local.move import settle_aside
 from async_ckpt.stores.local.places import PLACES, Place, Places
 from async_ckpt.stores.locking import is_abandoned
-from async_ckpt.stores.vanished import note_removal
+from async_ckpt.stores.vanished import removing
 from async_ckpt.system.trust import is_foreign
 
 __all__ = ["Directories"]
@@ -75,8 +75,8 @@ class Directories:
         while made:
             directory = made.pop()
             try:
-                note_removal(directory)  # first: another save may look at any moment
-                self._disk.rmdir(directory)
+                with removing(directory):
+                    self._disk.rmdir(directory)
             except OSError as error:
                 _log.debug("left the directory %s: %s", directory, error)
 

@@ -22,7 +22,7 @@ from async_ckpt.stores.local.places import Places
 from async_ckpt.stores.local.source import LocalSource
 from async_ckpt.stores.local.target import refuse_foreign_link, translated
 from async_ckpt.stores.local.upload import HALF_OF_THE_CPUS, LocalUpload
-from async_ckpt.stores.vanished import note_removal
+from async_ckpt.stores.vanished import removing
 
 __all__ = ["LocalStore", "sync_path"]
 
@@ -129,12 +129,11 @@ class LocalStore:
             refuse_foreign_link(
                 "delete", location
             )  # again: it may be there only because of a link put there just now
-            if not stat.S_ISREG(found.st_mode):  # a directory, or a link, maybe to one
-                note_removal(location.path)  # first: another save may look at any moment
-            if stat.S_ISDIR(found.st_mode):
-                self._disk.rmtree(location.path)
-            else:
+            if stat.S_ISREG(found.st_mode):
                 self._disk.unlink(location.path)
+                return
+            with removing(location.path):  # a directory, or a link, maybe to one
+                (self._disk.rmtree if stat.S_ISDIR(found.st_mode) else self._disk.unlink)(location.path)
         except (FileNotFoundError, NotADirectoryError):
             return
         except StoreError:

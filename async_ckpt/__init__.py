@@ -29,10 +29,11 @@ from async_ckpt.errors import (
     UnknownProtocolError,
     UnpicklableStateError,
 )
+from async_ckpt.functions import latest, load
 from async_ckpt.handle import Handle, Report, State
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.service import CheckpointService, load
+from async_ckpt.service import CheckpointService
 
 if TYPE_CHECKING:
     from async_ckpt.lightning import AsyncCheckpointCallback, AsyncCheckpointIO
@@ -69,6 +70,7 @@ __all__ = [
     "TransientStoreError",
     "UnknownProtocolError",
     "UnpicklableStateError",
+    "latest",
     "load",
 ]
 

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -33,12 +34,9 @@ from async_ckpt.system import threads
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
 
-__all__ = ["CheckpointService", "StoreFactory", "load"]
+__all__ = ["CheckpointService", "StoreFactory"]
 
 logger = logging.getLogger(__name__)
-
-READS_OF_LOAD = 8
-"""Requests at a time of a load on its own, beside which no save wants the connections."""
 
 
 class CheckpointService:
@@ -219,6 +217,15 @@ class CheckpointService:
             )
 
         return self._intake.read(location, read)
+
+    def newest(self, url: Given) -> str | None:
+        """Return the name of the newest complete checkpoint in the directory at *url*; see ``async_ckpt.latest``."""
+        from async_ckpt.sharded.latest import find_newest  # few programs ask
+
+        location = locate(url, storage_options=self._options.storage_options)
+        holdings = self._holdings
+        store = holdings.store(location)
+        return holdings.loads.run(holdings.running(), partial(find_newest, store, location))
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.
@@ -431,47 +438,3 @@ class CheckpointService:
         holdings = self._holdings
         holdings.running()
         return holdings.workers
-
-
-def load(
-    url: Given,
-    *,
-    map_location: Any = None,
-    weights_only: bool | None = True,
-    keys: str | Sequence[str] | None = None,
-    progress: bool | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    pickle_module: Any = None,
-    **pickle_load_args: Any,
-) -> Any:
-    """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
-
-    Args:
-        url: a local path, any URL that fsspec knows, or a ``UPath``.
-        map_location: as for ``torch.load``.
-        weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the file names.
-        keys: load only what these patterns match, and fetch no more; see ``CheckpointService.load``.
-        progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
-        storage_options: passed to the fsspec file system.
-        pickle_module: as for ``torch.load``, which takes it with ``weights_only=False`` only.
-        **pickle_load_args: as for ``torch.load``, such as ``encoding``.
-
-    Returns:
-        The state; with *keys*, nested as it was, with nothing but what matched.
-
-    Raises:
-        FileNotFoundError: there is nothing at *url*.
-        KeyError: a pattern of *keys* matches nothing.
-        CorruptCheckpointError: the file is damaged.
-        StoreError: the file cannot be read.
-    """
-    with CheckpointService(storage_options=storage_options, max_concurrent_parts=READS_OF_LOAD) as service:
-        return service.load(
-            url,
-            map_location=map_location,
-            weights_only=weights_only,
-            keys=keys,
-            progress=progress,
-            pickle_module=pickle_module,
-            **pickle_load_args,
-        )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from async_ckpt.events import Event
 from async_ckpt.handle import Handle
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores import open_store
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.base import Child, Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import Fault, FaultyStore, Gate
 
@@ -211,6 +211,18 @@ class MemoryStore:
 
     async def exists(self, location: Location) -> bool:
         return location.path in self.files
+
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        directory = f"{location.path}/"
+        below = [path.removeprefix(directory) for path in self.files if path.startswith(directory)]
+        found = {name: bool(rest) for name, _, rest in (path.partition("/") for path in below)}
+        yield [
+            Child(name=name, is_directory=deeper)
+            for name, deeper in found.items()
+            if name.startswith(starting_with)
+        ]
 
     async def source(self, location: Location) -> MemorySource:
         if location.path not in self.files:

@@ -9,11 +9,12 @@ What does not belong here: waiting for pending saves (service), reading (format)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from async_ckpt.engine.errand import Errand
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.stores import is_local
@@ -22,7 +23,25 @@ from async_ckpt.stores.base import Location, Store
 if TYPE_CHECKING:
     from async_ckpt.format.reading.file import CheckpointFile
 
-__all__ = ["Loads"]
+__all__ = ["Loads", "Reading"]
+
+T = TypeVar("T")
+
+
+class Reading(Protocol):
+    """Something that is read on the loop thread."""
+
+    def stop(self, reason: BaseException) -> None:
+        """Have it end, from any thread; who waits for it gets *reason*."""
+
+    def end(self, reason: BaseException) -> bool:
+        """Do that, and wait for the end, but not for long; return whether it has come."""
+
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call *callback* once nothing is under way any more."""
+
+    def close(self) -> None:
+        """End it for good."""
 
 
 class Loads:
@@ -34,7 +53,7 @@ class Loads:
 
     def __init__(self, max_concurrent_reads: int) -> None:
         self._max_concurrent_reads = max_concurrent_reads
-        self._files: list[CheckpointFile] = []
+        self._readings: list[Reading] = []
         self._is_over = False
 
     def read(
@@ -68,16 +87,23 @@ class Loads:
                 error.add_note(f"while {location.url!r} was read")
             raise
 
+    def run(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> T:
+        """Return what the coroutine *function* returns, which runs on the loop thread, as a part of a load."""
+        errand = Errand(runtime, function)
+        with self.held(errand):
+            errand.start()
+            return errand.outcome.result()
+
     def end(self) -> bool:
         """End every load, now and later ones as well; return whether nothing of them is under way any more.
 
         May be called again, by several threads.
         """
         self._is_over = True
-        files = list(self._files)
-        for file in files:  # all of them first: they are waited for together
-            file.stop(_closed())
-        return all(file.end(_closed()) for file in files)
+        readings = list(self._readings)
+        for reading in readings:  # all of them first: they are waited for together
+            reading.stop(_closed())
+        return all(reading.end(_closed()) for reading in readings)
 
     @contextmanager
     def _open(
@@ -95,16 +121,21 @@ class Loads:
             longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,
         )
         file = CheckpointFile(ahead, loop=runtime, url=location.url, moved=moved)
-        self._files.append(file)
-        try:
-            if self._is_over:  # just now, by one who does not know of the file
-                raise _closed()
+        with self.held(file):
             yield file
+
+    @contextmanager
+    def held(self, reading: Reading) -> Iterator[None]:
+        """Have *reading*, which has not begun, end with the service, and at the end of this at the latest."""
+        self._readings.append(reading)
+        try:
+            if self._is_over:  # just now, by one who does not know of it
+                raise _closed()
+            yield
         finally:
-            file.close()
-            file.when_ended(
-                partial(self._files.remove, file)
-            )  # last: who interrupts this leaves it to the service
+            reading.close()
+            # Last: who interrupts this leaves it to the service.
+            reading.when_ended(partial(self._readings.remove, reading))
 
 
 def _closed() -> ServiceClosedError:

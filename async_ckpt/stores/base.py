@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
@@ -29,6 +29,7 @@ from async_ckpt.stores.redaction import presentable, redacted_text
 from async_ckpt.system.trust import Look
 
 __all__ = [
+    "Child",
     "Content",
     "Continuing",
     "Copying",
@@ -85,6 +86,13 @@ class Location:
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", self.address or self.url)
 
+    def below(self, name: str) -> Location:
+        """Return the location of *name*, which may have slashes in it, in the directory at this one."""
+        longer: dict[str, Any] = {
+            each: f"{getattr(self, each).rstrip('/')}/{name}" for each in ("url", "path", "key", "address")
+        }
+        return replace(self, **longer, in_directory=False, look=None, seen_seconds=None)
+
     def redacted(self, text: str) -> str:
         """Return *text*, such as another library's, with the secrets in it hidden."""
         return redacted_text(text, self.secrets)
@@ -94,6 +102,24 @@ class Location:
         shown = presentable(error, self.secrets)
         assert isinstance(shown, Exception)
         return shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """What is right below a directory.
+
+    Attributes:
+        name: its own, without the directory's.
+        is_directory: whether it is one. Where directories are but the beginnings of names, one and a file may have
+            the same name.
+        nbytes: length of a file, where it is known.
+        modified_seconds: when it was written, in seconds of Unix time, where that is known.
+    """
+
+    name: str
+    is_directory: bool = False
+    nbytes: int | None = None
+    modified_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +272,17 @@ class Store(Protocol):
 
     async def exists(self, location: Location) -> bool:
         """Return whether anything is at *location*."""
+
+    def list(self, location: Location, *, starting_with: str = "") -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below the directory at *location*, by the page, in no order; nothing where none is.
+
+        Args:
+            location: of a directory, or of a whole bucket.
+            starting_with: how the names that are wanted begin; ``""`` wants all of them.
+
+        Raises:
+            StoreError: it cannot be told; of a bucket that is not there, too.
+        """
 
     async def source(self, location: Location) -> Source:
         """Open the file for reading. Raises FileNotFoundError where there is none."""

@@ -14,8 +14,8 @@ import functools
 import os
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,6 +256,10 @@ class Disk:
     def names(self, path: str) -> list[str]:
         """List a directory."""
         return os.listdir(path)
+
+    def scan(self, path: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+        """Open a directory, to be looked through entry by entry."""
+        return os.scandir(path)
 
 
 def _is_synced(fd: int) -> bool:

@@ -13,11 +13,14 @@ import errno
 import glob
 import os
 import posixpath
+import re
 import socket
 import stat
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import fsspec.spec
@@ -27,6 +30,7 @@ from async_ckpt.stores.base import Location
 
 __all__ = [
     "bound_waiting",
+    "children_of",
     "end_connection",
     "end_half_made",
     "has_ended",
@@ -34,6 +38,7 @@ __all__ = [
     "info_of_file",
     "marks_lost",
     "mode_of",
+    "modified_in",
     "remove_empty_directory",
     "remove_file",
     "set_mode",
@@ -57,6 +62,20 @@ _VERSION = (
     "unique",
     "ino",
     "generation",
+)
+
+# What they call the time at which a file was written, the likeliest first; of files that are only ever written whole,
+# as objects are, it is when they were created.
+_MODIFIED = (
+    "mtime",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "modified",
+    "modify",
+    "modificationTime",
+    "updated",
+    "created",
 )
 
 # Beyond what Python itself takes for a ConnectionError or a TimeoutError.
@@ -115,6 +134,56 @@ def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
         raise
     if name in names:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+
+
+def children_of(file_system: Any, path: str) -> list[dict[str, Any]]:
+    """Return what the file system tells about each thing right below *path* now; nothing if no directory is there."""
+    file_system.invalidate_cache()
+    try:
+        found = [dict(each) for each in file_system.ls(path, detail=True)]
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    found = [each for each in found if each["name"].strip("/") != path.strip("/")]
+    names = {posixpath.basename(each["name"].rstrip("/")) for each in found}
+    if names <= {posixpath.basename(path.rstrip("/"))}:  # a file is listed as itself; by FTP, as in itself
+        here = info_of(file_system, path)  # which fails where the connection has ended
+        if here is None or here.get("type") == "file":
+            return []
+        if not found:
+            _confirm_empty_by_ftp(file_system, path)
+    return found
+
+
+def _confirm_empty_by_ftp(file_system: Any, path: str) -> None:
+    """Raise if FTP's server lists something: fsspec takes a listing that broke off for an empty one."""
+    mlsd = getattr(getattr(file_system, "ftp", None), "mlsd", None)
+    if mlsd is not None and any(facts.get("type") not in ("cdir", "pdir") for _, facts in mlsd(path)):
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+
+
+def modified_in(info: dict[str, Any]) -> float | None:
+    """Return when a file was written, in seconds of Unix time, if *info* tells."""
+    for key in _MODIFIED:
+        told = info.get(key)
+        if isinstance(told, datetime):
+            return (told if told.tzinfo else told.replace(tzinfo=timezone.utc)).timestamp()
+        if isinstance(told, (int, float)) and not isinstance(told, bool):
+            return told / 1000 if key == "modificationTime" else float(told)
+        if isinstance(told, str):
+            with suppress(ValueError):
+                return _as_datetime(told).timestamp()
+    return None
+
+
+def _as_datetime(text: str) -> datetime:
+    """Read FTP's way of writing a time (RFC 3659, in UTC), ISO's, or HTTP's."""
+    if re.fullmatch(r"[0-9]{14}(\.[0-9]+)?", text):
+        return datetime.strptime(text[:14], "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc)
+    try:
+        read = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        read = parsedate_to_datetime(text)
+    return read if read.tzinfo else read.replace(tzinfo=timezone.utc)
 
 
 def mode_of(file_system: Any, path: str) -> int | None:

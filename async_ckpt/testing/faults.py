@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
@@ -21,6 +21,7 @@ import anyio
 
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import (
+    Child,
     Content,
     Location,
     Part,
@@ -38,7 +39,7 @@ __all__ = ["Fault", "FaultyDisk", "FaultyStore", "Gate", "crash", "slowed"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "source", "read"]
+Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "list", "source", "read"]
 
 
 def crash() -> NoReturn:
@@ -154,6 +155,17 @@ class FaultyStore:
         """Return whether anything is there."""
         return await self.through("exists", self._inner.exists, location)
 
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below; a fault that strikes afterwards does so at the end."""
+        struck = self._strike("list")
+        await self._suffer(struck, after=False)
+        async with aclosing(self._inner.list(location, starting_with=starting_with)) as pages:
+            async for page in pages:
+                yield page
+        await self._suffer(struck, after=True)
+
     async def source(self, location: Location) -> Source:
         """Open the file for reading."""
         struck = self._strike("source")
@@ -181,7 +193,7 @@ class FaultyStore:
         await self._suffer(struck, after=True)
         return result
 
-    def _strike(self, operation: Operation) -> list[Fault]:
+    def _strike(self, operation: Operation) -> Sequence[Fault]:
         with self._lock:
             self.calls[operation] += 1
             number = self.calls[operation]
@@ -191,7 +203,7 @@ class FaultyStore:
                 if fault.operation == operation and (fault.calls is None or number in fault.calls)
             ]
 
-    async def _suffer(self, faults: list[Fault], *, after: bool) -> None:
+    async def _suffer(self, faults: Sequence[Fault], *, after: bool) -> None:
         for fault in faults:
             if fault.after is not after:
                 continue

@@ -68,11 +68,17 @@ class Interface:
 
     async def _list(self, http: web.Request, rest: str, _: Fault | None) -> web.Response:
         bucket, _key = names(rest)
-        keys = sorted(key for key in self._bucket(bucket) if key.startswith(http.query["prefix"]))
+        held, prefix = self._bucket(bucket), http.query["prefix"]
+        delimiter = http.query.get("delimiter", "\0")
+        found = {key[len(prefix) :].partition(delimiter)[:2] for key in held if key.startswith(prefix)}
         after = http.query.get("pageToken", "")
-        keys = [key for key in keys if key > after]
+        keys = sorted(key for beginning, rest in found if (key := prefix + beginning + rest) > after)
         page = keys[: min(self._page, int(http.query["maxResults"]))]
-        body: dict[str, Any] = {"items": [{"name": key} for key in page]} if page else {}
+        items = [held[key].describe(bucket, key) for key in page if key in held]
+        prefixes = [key for key in page if key not in held]
+        body: dict[str, Any] = {"items": items} if items else {}
+        if prefixes:
+            body["prefixes"] = prefixes
         if len(page) < len(keys):
             body["nextPageToken"] = page[-1]
         return web.json_response(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +22,7 @@ class Object:
     data: bytes
     generation: int
     metadata: dict[str, str]
+    updated: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S.%fZ}")
 
     def describe(self, bucket: str, key: str) -> dict[str, Any]:
         """Return its description, as the JSON interface words it."""
@@ -30,6 +32,7 @@ class Object:
             "size": str(len(self.data)),
             "generation": str(self.generation),
             "metadata": self.metadata,
+            "updated": self.updated,
             "crc32c": as_text(crc32c([memoryview(self.data)])),
         }
 

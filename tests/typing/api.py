@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import assert_type
 
-from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointService, load
+from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointService, latest, load
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
@@ -82,6 +82,8 @@ def loading(url: str) -> None:
     load(url, keys="state_dict.*", progress=True, storage_options={"anon": True})
     load(url, keys=["state_dict.encoder.*", "epoch"], progress=None)
     load(url, weights_only=False, pickle_module=pickle, encoding="latin1")
+    assert_type(latest("s3://bucket/run", storage_options={"anon": True}), str | None)
+    assert_type(latest(Path("run")), Path | None)
     assert_type(state, Any)
 
 

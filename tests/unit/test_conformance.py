@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -14,7 +15,7 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
-from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
+from async_ckpt.stores.base import Child, Content, Location, Part, Receipt, Workers
 from async_ckpt.testing import StoreConformance
 
 DEAD = "dead.tmp"
@@ -63,6 +64,18 @@ class Sound:
 
     async def exists(self, location: Location) -> bool:
         return any(f"{path}/".startswith(f"{location.path}/") for path in self.files)
+
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        directory = f"{location.path}/"
+        below = [path.removeprefix(directory) for path in self.files if path.startswith(directory)]
+        for name, rest in self.of(below):
+            if name.startswith(starting_with):
+                yield [Child(name=name, is_directory=bool(rest), modified_seconds=time.time())]
+
+    def of(self, below: Sequence[str]) -> Iterable[tuple[str, str]]:
+        return {name: (name, rest) for name, _, rest in (path.partition("/") for path in below)}.values()
 
     async def source(self, location: Location) -> Any:
         if location.path not in self.files:
@@ -235,6 +248,30 @@ class ByPrefix(Sound):
         return any(path.startswith(location.path) for path in self.files)
 
 
+class Deep(Sound):
+    """All that is below a directory is taken for its children."""
+
+    def of(self, below: Sequence[str]) -> Iterable[tuple[str, str]]:
+        return [(path, "") for path in below]
+
+
+class Repeating(Sound):
+    """A directory is named as often as there is something in it."""
+
+    def of(self, below: Sequence[str]) -> Iterable[tuple[str, str]]:
+        return [(name, rest) for name, _, rest in (path.partition("/") for path in below)]
+
+
+class Unchoosing(Sound):
+    """All children are named, whatever is asked for."""
+
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        async for page in super().list(location):
+            yield page
+
+
 def suite(kind: Callable[..., Sound]) -> StoreConformance:
     """Return the suite for a kind of store, at an empty place."""
 
@@ -288,6 +325,9 @@ def test_a_sound_store_passes(fact: str) -> None:
         (Meeting, "test_two_uploads_of_one_name"),
         (Careless, "test_overwrite_is_refused_where_it_is_not_wanted"),
         (ByPrefix, "test_delete"),
+        (Deep, "test_listing"),
+        (Repeating, "test_listing"),
+        (Unchoosing, "test_listing_what_begins_so"),
     ],
 )
 def test_a_planted_bug_is_found(kind: type[Sound], fact: str) -> None:

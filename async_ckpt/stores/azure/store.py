@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from azure.core.exceptions import ResourceNotFoundError
@@ -28,7 +28,7 @@ from async_ckpt.stores.azure.client import AzureClient
 from async_ckpt.stores.azure.errors import code_of, explain
 from async_ckpt.stores.azure.source import AzureSource
 from async_ckpt.stores.azure.upload import AzureUpload
-from async_ckpt.stores.base import Location, Workers, exists_already
+from async_ckpt.stores.base import Child, Location, Workers, exists_already
 from async_ckpt.stores.requests import Pace, Requests, patience
 from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
 
@@ -37,6 +37,7 @@ __all__ = ["AzureStore", "block_size"]
 _log = logging.getLogger("async_ckpt.stores.azure")
 
 _MAX_BLOCKS = 50_000
+_PAGE = 1000
 _MAX_BLOCK_BYTES = 4000 << 20
 # What a listing is answered that this identity, or a SAS token for blobs alone, is not allowed.
 _NOT_ALLOWED = ("AuthorizationPermissionMismatch", "AuthorizationResourceTypeMismatch")
@@ -116,6 +117,31 @@ class AzureStore:
             return True
         return bool(await self._below("look at", location, most=1))
 
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below a directory, a thousand names a request; see ``Store.list``."""
+        container, _, name = location.path.partition("/")
+        directory = f"{name.rstrip('/')}/" if name.strip("/") else ""
+        with self._requests.translating("list", location):
+            client = (await self._client.get()).get_container_client(container)
+
+        async def ask(token: str | None) -> tuple[Sequence[Any], str | None]:
+            beginning = directory + starting_with
+            found = client.walk_blobs(name_starts_with=beginning, delimiter="/", results_per_page=_PAGE)
+            pages: Any = found.by_page(token)
+            async for page in pages:
+                return [each async for each in page], pages.continuation_token or None
+            return [], None
+
+        token = None
+        while True:
+            found, token = await self._requests.step("list", location, ask, token)
+            if page := _children(found, directory):
+                yield page
+            if token is None:
+                return
+
     async def source(self, location: Location) -> AzureSource:
         """Open one version of the blob for reading."""
         blob = await self._blob("read", location)
@@ -168,7 +194,7 @@ class AzureStore:
 
         return await self._requests.step(stage, location, look)
 
-    async def _below(self, stage: str, location: Location, *, most: int | None = None) -> list[Any]:
+    async def _below(self, stage: str, location: Location, *, most: int | None = None) -> Sequence[Any]:
         """Return the first *most* blobs, or all, below the directory of that name."""
         with self._requests.translating(stage, location):
             container, name, _ = self._address(location)
@@ -224,3 +250,22 @@ def block_size(nbytes: int, *, wanted: int, at_a_time: int) -> int:
 def _is_folder(properties: Any) -> bool:
     metadata = properties.metadata or {}
     return any(str(metadata.get(mark)).lower() == "true" for mark in _FOLDER_MARKS)
+
+
+def _children(found: Sequence[Any], directory: str) -> Sequence[Child]:
+    """Return the children of *directory* that a page of a listing names."""
+    children = {}
+    for each in found:
+        name = each.name[len(directory) :]
+        if name.endswith("/"):  # the beginning of names
+            children[name] = Child(name=name.rstrip("/"), is_directory=True)
+        elif name and _is_folder(each):
+            children[f"{name}/"] = Child(name=name, is_directory=True)
+        elif name:
+            written = each.last_modified
+            children[name] = Child(
+                name=name,
+                nbytes=each.size,
+                modified_seconds=None if written is None else written.timestamp(),
+            )
+    return list(children.values())

@@ -13,15 +13,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import anyio
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.gcs.client import Client, Target
 from async_ckpt.stores.gcs.errors import EXISTS, Refusal, explain, refused_with
 from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
@@ -123,6 +125,28 @@ class GCSStore:
             return True
         return bool((await self._children("look at", location, target, limit=1))[0])
 
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below a directory, a thousand names a request; see ``Store.list``."""
+        target = await self._requests.again(self._connect, "list", location)
+        directory = f"{target.key.rstrip('/')}/" if target.key.strip("/") else ""
+        params: dict[str, Any] = {
+            "prefix": directory + starting_with,
+            "delimiter": "/",
+            "maxResults": 1000,
+            "fields": "items(name,size,updated),prefixes,nextPageToken",
+        }
+        while True:
+            found = await self._requests.step(
+                "list", location, self._client.describe, target.bucket_path, params
+            )
+            if page := _page(found, directory):
+                yield page
+            if (token := found.get("nextPageToken")) is None:
+                return
+            params["pageToken"] = token
+
     async def source(self, location: Location) -> GCSSource:
         """Open an object for reading."""
         target = await self._target("read", location)
@@ -190,7 +214,7 @@ class GCSStore:
         page: str | None = None,
         limit: int = 1000,
         missing_ok: bool = True,
-    ) -> tuple[list[str], str | None]:
+    ) -> tuple[Sequence[str], str | None]:
         """Return a page of the objects below *target*, and what names the next page."""
         params = {
             "prefix": f"{target.key}/",
@@ -215,7 +239,7 @@ class GCSStore:
             if error.status != 404:
                 raise
 
-    async def _delete_all(self, location: Location, targets: list[Target]) -> None:
+    async def _delete_all(self, location: Location, targets: Sequence[Target]) -> None:
         """Delete several objects, some at a time; the first error ends the others and is raised as it is."""
         errors: list[Exception] = []
         remaining = iter(targets)
@@ -234,6 +258,31 @@ class GCSStore:
                 group.start_soon(delete_some)
         if errors:
             raise errors[0]
+
+
+def _page(found: Mapping[str, Any], directory: str) -> Sequence[Child]:
+    """Return the children of *directory* that a page of a listing names."""
+    children = [
+        Child(name=prefix[len(directory) :].rstrip("/"), is_directory=True)
+        for prefix in found.get("prefixes") or ()
+    ]
+    for item in found.get("items") or ():
+        if name := item["name"][len(directory) :]:  # else it is what stands for the directory itself
+            written = item.get("updated")
+            children.append(
+                Child(
+                    name=name,
+                    nbytes=int(item.get("size", 0)),
+                    modified_seconds=None if written is None else _seconds(written),
+                )
+            )
+    return children
+
+
+def _seconds(written: str) -> float:
+    """Read a time of RFC 3339, of which Python 3.10 takes three or six digits of a second, and no Z."""
+    text = re.sub(r"\.([0-9]{1,6})[0-9]*", lambda found: f".{found[1]:0<6}", written)
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 def _error(stage: str, location: Location, number: int, reason: str) -> StoreError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,13 +18,15 @@ import anyio
 
 from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.retry import Retrying, RetryPolicy
-from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.fsspec_calls import (
     bound_waiting,
+    children_of,
     end_connection,
     end_half_made,
     info_of,
     marks_lost,
+    modified_in,
     remove_file,
     translating,
 )
@@ -129,6 +131,13 @@ class GenericStore:
         """Return whether anything is at *location*."""
         return await self.step(self._exists, location)
 
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below a directory; see ``Store.list``. In one page: fsspec knows no others."""
+        if page := await self.step(self._list, location, starting_with):
+            yield page
+
     async def source(self, location: Location) -> HandleSource | RangeSource:
         """Open the file for reading."""
 
@@ -178,6 +187,26 @@ class GenericStore:
     def _exists(self, location: Location) -> bool:
         with translating("read", location):
             return info_of(self.file_system, location.path) is not None
+
+    def _list(self, location: Location, starting_with: str) -> Sequence[Child]:
+        with translating("list", location):
+            found = []
+            for each in children_of(self.file_system, location.path):
+                name = posixpath.basename(each["name"].rstrip("/"))
+                if not name.startswith(starting_with):
+                    continue
+                if each.get("type") not in ("file", "directory"):  # a link, by SFTP
+                    each = info_of(self.file_system, posixpath.join(location.path, name)) or each
+                is_directory = each.get("type") == "directory"
+                found.append(
+                    Child(
+                        name=name,
+                        is_directory=is_directory,
+                        nbytes=None if is_directory else each.get("size"),
+                        modified_seconds=modified_in(each),
+                    )
+                )
+            return found
 
     def _delete(self, location: Location) -> None:
         with translating("delete", location):

@@ -11,13 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Literal
 
 from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local.directories import Directories
+from async_ckpt.stores.local.listing import Listing
 from async_ckpt.stores.local.places import Places
 from async_ckpt.stores.local.source import LocalSource
 from async_ckpt.stores.local.target import refuse_foreign_link, translated
@@ -92,6 +94,17 @@ class LocalStore:
     async def exists(self, location: Location) -> bool:
         """Return whether anything is at *location*."""
         return await self._workers.run(os.path.exists, location.path)
+
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below a directory; see ``Store.list``."""
+        listing = Listing(location, starting_with, self._disk)
+        try:
+            while page := await self._workers.run(listing.page):
+                yield page
+        finally:
+            listing.close()
 
     async def source(self, location: Location) -> LocalSource:
         """Open the file for reading."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.stores.base import Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.courtesies import LISTINGS, OPTION, Courtesies
 from async_ckpt.stores.requests import Pace, Requests
 from async_ckpt.stores.s3.connection import Connection
@@ -154,6 +155,22 @@ class S3Store:
             return await self._is_directory("read", location, bucket, key)
         return True
 
+    async def list(
+        self, location: Location, *, starting_with: str = ""
+    ) -> AsyncGenerator[Sequence[Child], None]:
+        """Yield what is right below a directory, a thousand names a request; see ``Store.list``."""
+        bucket, key, _ = await self._split("list", location)
+        directory = f"{key.rstrip('/')}/" if key.strip("/") else ""
+        wanted = {"Bucket": bucket, "Prefix": directory + starting_with, "Delimiter": "/"}
+        more: dict[str, str] = {}
+        while True:
+            answer = await self._ask("list", location, _LIST, **wanted, **more)
+            if page := _children(answer, directory):
+                yield page
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
     async def source(self, location: Location) -> S3Source:
         """Open the object for reading; see ``Store.source``."""
         bucket, key, version = await self._split("read", location)
@@ -225,3 +242,22 @@ class S3Store:
     async def _endpoint(self) -> str:
         file_system = await self._connection.file_system()
         return str(file_system._s3.meta.endpoint_url)
+
+
+def _children(answer: Any, directory: str) -> Sequence[Child]:
+    """Return the children of *directory* that a page of a listing names."""
+    found = [
+        Child(name=each["Prefix"][len(directory) :].rstrip("/"), is_directory=True)
+        for each in answer.get("CommonPrefixes") or ()
+    ]
+    for each in answer.get("Contents") or ():
+        if name := each["Key"][len(directory) :]:  # else it is what stands for the directory itself
+            written = each.get("LastModified")
+            found.append(
+                Child(
+                    name=name,
+                    nbytes=each.get("Size"),
+                    modified_seconds=None if written is None else written.timestamp(),
+                )
+            )
+    return found

@@ -1,15 +1,29 @@
-"""What is read, and what is deleted."""
+"""What is read, listed, and deleted."""
 
 from __future__ import annotations
+
+import time
+from contextlib import aclosing
 
 import anyio
 import anyio.lowlevel
 
 from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Source
+from async_ckpt.stores.base import Child, Source
 from async_ckpt.testing.rig import StoreRig, UnderTest, fact, read_from, sample
 
 __all__ = ["Reading"]
+
+_CLOCKS_DIFFER_SECONDS = 120.0
+
+
+async def _listed(rig: StoreRig, name: str, starting_with: str = "") -> list[Child]:
+    """Return the children of a directory, sorted."""
+    found: list[Child] = []
+    async with aclosing(rig.store.list(rig.locate(name), starting_with=starting_with)) as pages:
+        async for page in pages:
+            found += page
+    return sorted(found, key=lambda child: child.name)
 
 
 class Reading(UnderTest):
@@ -36,6 +50,46 @@ class Reading(UnderTest):
         assert not await rig.store.exists(rig.locate("tree/a.ckpt"))
         assert not await rig.store.exists(rig.locate("tree/b/c.ckpt"))
         assert await rig.read("tree2/d.ckpt") == b"x"
+
+    @fact
+    async def test_listing(self, rig: StoreRig) -> None:
+        """A directory's children are named, each once, with what is known of them; what is deeper or beside is not."""
+        begun = time.time()
+        for name in ("list/a.ckpt", "list/b/c.ckpt", "list/b/d/e.ckpt", "list/[x] *.pt", "list2/f.ckpt"):
+            await rig.save(name, b"12345")
+        found = await _listed(rig, "list")
+        assert [(child.name, child.is_directory) for child in found] == [
+            ("[x] *.pt", False),
+            ("a.ckpt", False),
+            ("b", True),
+        ]
+        for child in found:
+            assert child.is_directory or child.nbytes in (5, None)
+            written = child.modified_seconds
+            assert child.is_directory or written is None or abs(written - begun) < _CLOCKS_DIFFER_SECONDS
+
+    @fact
+    async def test_listing_what_begins_so(self, rig: StoreRig) -> None:
+        """Of a directory's children those are named that are wanted, and none is made up."""
+        for name in (".metadata", ".metadata.tmp/x", "__0_0.distcp"):
+            await rig.save(f"some/{name}", b"x")
+        assert [child.name for child in await _listed(rig, "some", ".metadata")] == [
+            ".metadata",
+            ".metadata.tmp",
+        ]
+        assert [child.name for child in await _listed(rig, "some", "__0_0.distcp")] == ["__0_0.distcp"]
+        assert await _listed(rig, "some", "nothing") == []
+
+    @fact
+    async def test_listing_what_is_no_directory(self, rig: StoreRig) -> None:
+        """Where nothing is, or a file, there is nothing below; a look that is broken off leaves nothing open."""
+        await rig.save("file.ckpt", b"x")
+        assert await _listed(rig, "file.ckpt") == []
+        assert await _listed(rig, "never/there") == []
+        await rig.save("broken/off.ckpt", b"x")
+        async with aclosing(rig.store.list(rig.locate("broken"))) as pages:
+            async for _ in pages:
+                break
 
     @fact
     async def test_reading(self, rig: StoreRig) -> None:

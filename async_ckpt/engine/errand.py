@@ -1,0 +1,111 @@
+"""One coroutine on the loop thread, for which a caller waits.
+
+Guarantees: it ends with its service, whoever is closing that, and with its caller; what storage holds up is waited for
+a moment, and then left behind (B2).
+
+What does not belong here: what it does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Generic, TypeVar
+
+import anyio
+
+from async_ckpt.engine.runtime import Runtime
+from async_ckpt.errors import ServiceClosedError
+from async_ckpt.handle import Outcome
+
+__all__ = ["Errand"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("async_ckpt.engine")
+
+_END_SECONDS = 1.0
+
+
+class Errand(Generic[T]):
+    """A coroutine that runs once.
+
+    Args:
+        runtime: where.
+        function: makes the coroutine.
+
+    Attributes:
+        outcome: what it returned or raised, or why it was stopped.
+    """
+
+    def __init__(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> None:
+        self.outcome: Outcome[T] = Outcome()
+        self._runtime = runtime
+        self._function = function
+        self._ended: Outcome[None] = Outcome()
+        self._scope: anyio.CancelScope | None = None
+        self._reason: BaseException | None = None
+        self._started = False
+        self._end_by: float | None = None
+
+    def start(self) -> None:
+        """Have it run, from any thread but the loop's; call once."""
+        self._started = True
+        self._runtime.spawn(self._run)
+
+    def stop(self, reason: BaseException) -> None:
+        """Have it end, from any thread; who waits for its outcome gets *reason*."""
+        if self._end_by is None:
+            self._end_by = monotonic() + _END_SECONDS
+        with suppress(ServiceClosedError):  # the loop has ended
+            self._runtime.call(self._stop, reason)
+
+    def end(self, reason: BaseException) -> bool:
+        """Do that, and wait until it has ended, but not for long; return whether that is so."""
+        self.stop(reason)
+        if self._started and self._end_by is not None:
+            try:
+                self._ended.exception(self._end_by - monotonic())
+            except TimeoutError:
+                _log.info("a request of storage does not end, and is left behind")
+                return False
+        return True
+
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call *callback* once nothing of it is under way: at once, or on the loop thread."""
+        if self._started:
+            self._ended.add_done_callback(callback)
+        else:
+            callback()
+
+    def close(self) -> None:
+        """End it, if it is still under way."""
+        if self._started and not self._ended.done():
+            self.end(ServiceClosedError("nobody waits for it any more"))
+
+    # -- on the loop thread
+
+    def _stop(self, reason: BaseException) -> None:
+        self._reason = self._reason or reason
+        if self._scope is not None:
+            self._scope.cancel()
+        self._fail(reason)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+    async def _run(self) -> None:
+        try:
+            with anyio.CancelScope() as self._scope:
+                if self._reason is None:
+                    result = await self._function()
+                    if not self.outcome.done():
+                        self.outcome.set_result(result)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._fail(self._reason or ServiceClosedError("the loop ended meanwhile"))
+            self._ended.set_result(None)

@@ -1,0 +1,1 @@
+"""Sharded checkpoints: a directory of many files, with a part of the state in each."""

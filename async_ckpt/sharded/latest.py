@@ -1,0 +1,105 @@
+"""Which checkpoint of a directory is the newest.
+
+Guarantees: only what is complete counts: a plain checkpoint file, which is whole wherever it is seen (D2), or a
+directory that holds its marker, which is written last (D5). One look at the directory, and one at each directory in it,
+some at a time (B2).
+
+What does not belong here: what is in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import anyio
+
+from async_ckpt.errors import StoreError
+from async_ckpt.stores.base import Child, Location, Store
+
+__all__ = ["MARKER", "find_newest"]
+
+MARKER = ".metadata"
+"""What makes a directory a checkpoint: DCP's name for what says what is where."""
+
+_ENDINGS = (".ckpt", ".pt", ".pth")
+_AT_A_TIME = 16
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM})
+
+
+async def find_newest(store: Store, location: Location) -> str | None:
+    """Return the name of the newest complete checkpoint right below *location*.
+
+    It is the one whose marker, or file, was written last; of several written at one time, or where storage tells no
+    time, the last by name, numbers in it taken as numbers.
+
+    Args:
+        store: which serves it.
+        location: of the directory.
+
+    Returns:
+        The name; ``""`` if the directory is a checkpoint itself; None if there is none.
+
+    Raises:
+        StoreError: storage cannot be asked.
+    """
+    found: list[Child] = []
+    directories: list[str] = []
+    async with aclosing(store.list(location)) as pages:
+        async for page in pages:
+            for child in page:
+                if child.is_directory:
+                    directories.append(child.name)
+                elif child.name == MARKER:
+                    return ""
+                elif child.name.endswith(_ENDINGS) and not child.name.startswith("."):
+                    found.append(child)
+    found += await _complete(store, location, directories)
+    return max(found, key=_age).name if found else None
+
+
+async def _complete(store: Store, location: Location, directories: list[str]) -> list[Child]:
+    """Return those of *directories* that hold a marker, written when that was."""
+    found: list[Child] = []
+    errors: list[Exception] = []
+
+    async def look(remaining: Iterator[str]) -> None:
+        for name in remaining:
+            try:
+                marker = await _marker(store, location.below(name))
+            except Exception as error:
+                errors.append(error)
+                group.cancel_scope.cancel()
+                return
+            if marker is not None:
+                found.append(Child(name=name, is_directory=True, modified_seconds=marker.modified_seconds))
+
+    async with anyio.create_task_group() as group:
+        remaining = iter(directories)
+        for _ in range(min(len(directories), _AT_A_TIME)):
+            group.start_soon(look, remaining)
+    if errors:
+        raise errors[0]
+    return found
+
+
+async def _marker(store: Store, location: Location) -> Child | None:
+    try:
+        async with aclosing(store.list(location, starting_with=MARKER)) as pages:
+            async for page in pages:
+                for child in page:
+                    if child.name == MARKER and not child.is_directory and child.nbytes != 0:
+                        return child
+    except StoreError as error:
+        if error.errno not in _NOT_OURS:  # nobody could load it from there
+            raise
+    return None
+
+
+def _age(child: Child) -> tuple[float, list[str | int]]:
+    written = -math.inf if child.modified_seconds is None else child.modified_seconds
+    pieces = re.split("([0-9]+)", child.name)  # text and numbers in turn
+    return written, [int(piece) if at % 2 else piece for at, piece in enumerate(pieces)]

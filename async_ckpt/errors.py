@@ -10,6 +10,7 @@
     │   ├── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
     │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and a checkpoint is there
     │   ├── CorruptCheckpointError               what was read is not what was written
+    │   ├── IncompleteCheckpointError (FileNotFoundError)  a directory without .metadata
     │   ├── RankError                            another rank could not, and this one relies on it
     │   └── TransientStoreError                  the same request may succeed a moment later
     │       └── ThrottledError                       the store asks for fewer requests
@@ -49,6 +50,7 @@ __all__ = [
     "CorruptCheckpointError",
     "FlushError",
     "FlushTimeoutError",
+    "IncompleteCheckpointError",
     "MemoryLimitError",
     "MissingDependencyError",
     "NotDurableError",
@@ -139,6 +141,18 @@ class CheckpointExistsError(StoreError, FileExistsError):
 
 class CorruptCheckpointError(StoreError):
     """What was read does not have the checksum that the file gives for it, or is no whole checkpoint."""
+
+
+class IncompleteCheckpointError(StoreError, FileNotFoundError):
+    """The directory of a sharded checkpoint has no ``.metadata``: it is not complete, or none, or not there."""
+
+    @classmethod
+    def at(cls, location: str) -> IncompleteCheckpointError:
+        """Return the error of a directory."""
+        what = f"there is no complete sharded checkpoint at {location!r}: it has no .metadata, which is written last"
+        return cls(
+            f"{what}. async_ckpt.latest() finds the newest one that is.", location=location, stage="read"
+        )
 
 
 class RankError(StoreError):

@@ -1,0 +1,370 @@
+"""What ``.metadata`` says, which makes a directory a sharded checkpoint: DCP's description of it, a pickle.
+
+Guarantees: nothing that the pickle names is imported, called or changed. It is read into records of ours, and what is
+not of the form that DCP gives it is refused, with its name; only then torch's own classes are made. Memory is bounded
+by the length of the file. A path in it leads nowhere but into the directory.
+
+Beside this module only `items` knows DCP's format. What does not belong here: reading the file, and the other files.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import pickle
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import PurePosixPath
+from typing import Any, NoReturn
+
+import anyio
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from async_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, StoreError
+from async_ckpt.sharded.latest import MARKER
+from async_ckpt.stores.base import Location, Store, Workers
+
+__all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
+
+_LONGEST_BYTES = 4 << 30  # nobody could use a longer one: it takes ten times its length in memory
+_PROTOCOL = 4  # of any Python that torch runs on
+_MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
+_MOST_DIMENSIONS = 64  # of a tensor of torch's
+
+
+def write_manifest(metadata: Metadata) -> bytes:
+    """Return *metadata* as torch's own reader takes it."""
+    return pickle.dumps(metadata, protocol=_PROTOCOL)
+
+
+def save_id_of(metadata: Metadata) -> str | None:
+    """Return by what the save that wrote it is told from others."""
+    meta = getattr(metadata, "storage_meta", None)
+    return None if meta is None else meta.save_id
+
+
+async def read_manifest(store: Store, location: Location, workers: Workers | None = None) -> Metadata:
+    """Return what the ``.metadata`` in a directory says.
+
+    Args:
+        store: which serves it.
+        location: of the directory.
+        workers: where it is taken apart, which takes a second for fifty thousand chunks; None does it here.
+
+    Raises:
+        IncompleteCheckpointError: there is none.
+        CorruptCheckpointError: it is damaged, or no description of DCP's.
+        StoreError: it cannot be read.
+    """
+    data = await fetch_manifest(store, location)
+    if workers is None:
+        return parse_manifest(data, location.url)
+    return await workers.run(parse_manifest, data, location.url)
+
+
+async def fetch_manifest(store: Store, location: Location) -> bytes:
+    """Return what is in the ``.metadata`` of a directory; see ``read_manifest``."""
+    try:
+        source = await store.source(location.below(MARKER))
+    except FileNotFoundError as error:
+        raise IncompleteCheckpointError.at(location.url) from error
+    except StoreError as error:
+        if error.errno != errno.ENOTDIR:
+            raise
+        raise IncompleteCheckpointError.at(location.url) from error
+    try:
+        if source.nbytes > _LONGEST_BYTES:
+            raise _corrupt(location.url, f"it is {source.nbytes} bytes long")
+        data = bytearray(source.nbytes)
+        await source.read_into(0, memoryview(data))
+    finally:
+        with anyio.CancelScope(shield=True):
+            await source.aclose()
+    return bytes(data)
+
+
+def parse_manifest(data: bytes, url: str) -> Metadata:
+    """Return what a ``.metadata`` says; blocks.
+
+    Args:
+        data: all that is in the file.
+        url: of the checkpoint, for messages.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, or no description of DCP's; the message names what is strange to it.
+    """
+    try:
+        _check_memo(data)
+        return _metadata(_Unpickler(data).load())
+    except _OddError as error:
+        raise _corrupt(url, str(error)) from error
+    except Exception as error:  # of a pickle that is cut short or damaged, of any kind
+        raise _corrupt(url, f"{type(error).__name__}: {error}") from error
+
+
+def _corrupt(url: str, reason: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"the .metadata of {url!r} is damaged, or is not what torch.distributed.checkpoint writes: {reason}",
+        location=url,
+        stage="read",
+    )
+
+
+class _OddError(ValueError):
+    """It is not of the form that DCP gives it."""
+
+
+def _odd(what: str) -> NoReturn:
+    raise _OddError(what)
+
+
+# -- the pickle
+
+
+class _Record:
+    """An object of the pickle, with the state that it is given there."""
+
+    __slots__ = ("state",)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_SHARDING = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.0 has them
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    _SHARDING: {"TensorProperties"},
+}
+_CALLS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda name: (
+        torch.strided if name == "torch.strided" else _odd(name)
+    ),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda value: _MEMORY_FORMATS[value],
+    (_SHARDING, "MEM_FORMAT_ENCODING"): lambda value: _MEMORY_FORMATS[value],
+    ("collections", "OrderedDict"): dict,
+}
+_PATHS = frozenset({"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"})
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that DCP writes, and no others."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        # Classes of this pickle alone: it could change them.
+        self._kinds: dict[tuple[str, str], type[_Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        if name in _RECORDS.get(module, ()):
+            if (kind := self._kinds.get((module, name))) is None:
+                kind = self._kinds[module, name] = type(name, (_Record,), {"__slots__": ()})
+            return kind
+        if (call := _CALLS.get((module, name))) is not None:
+            return call if isinstance(call, type) else lambda *arguments: call(*arguments)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if module.partition(".")[0] == "pathlib" and name in _PATHS:  # a checkpoint_id
+            return lambda *parts: str(PurePosixPath(*parts))
+        _odd(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Refuse what is kept elsewhere."""
+        _odd("it refers to something outside of it")
+
+
+_MEMO_OPS = {"BINPUT": 1, "LONG_BINPUT": 4}
+_FIXED = [0] * 256  # by op: how long it is with what follows it, where that is always the same
+_PREFIXED = [0] * 256  # how long the number is that says how long the rest is
+for _op in pickletools.opcodes:
+    if _op.name not in _MEMO_OPS:
+        length = 0 if _op.arg is None else _op.arg.n
+        if length >= 0:
+            _FIXED[ord(_op.code)] = 1 + length
+        elif length <= pickletools.TAKEN_FROM_ARGUMENT1:
+            _PREFIXED[ord(_op.code)] = {-2: 1, -3: 4, -4: 4, -5: 8}[length]
+_STOP, _BINPUT, _LONG_BINPUT, _GLOBAL = b".qrc"
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle that memorizes under high numbers: Python's unpickler makes room for all those below."""
+    at, fixed, prefixed = 0, _FIXED, _PREFIXED
+    while (op := data[at]) != _STOP:
+        if length := fixed[op]:
+            at += length
+        elif width := prefixed[op]:
+            at += 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little")
+        elif op in (_BINPUT, _LONG_BINPUT):
+            width = 1 if op == _BINPUT else 4
+            if int.from_bytes(data[at + 1 : at + 1 + width], "little") > at:
+                _odd("it memorizes what it has not")
+            at += 1 + width
+        elif op == _GLOBAL:
+            at = data.index(b"\n", data.index(b"\n", at) + 1) + 1
+        else:
+            _odd("it has an op that no recent pickle has")
+
+
+# -- from records to torch's classes
+
+
+def _metadata(found: Any) -> Metadata:
+    state = _state_of(found, "Metadata")
+    storage_meta = state.get("storage_meta")
+    made = {
+        "state_dict_metadata": {
+            _text(name): _item(each) for name, each in _pairs(state.get("state_dict_metadata"))
+        },
+        "planner_data": _planner_data(state.get("planner_data")),
+        "storage_data": {
+            _index(index): _storage_info(each) for index, each in _pairs(state.get("storage_data"))
+        },
+        "storage_meta": None if storage_meta is None else _storage_meta(storage_meta),
+        "version": _optional_text(state.get("version")),
+    }
+    return Metadata(**_known_to(Metadata, made))
+
+
+def _known_to(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what torch's class of this release has no place for."""
+    known = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _state_of(found: Any, kind: str) -> dict[str, Any]:
+    if type(found).__name__ != kind or not isinstance(found, _Record):
+        _odd(f"{type(found).__name__} where {kind} should be")
+    state = getattr(found, "state", {})
+    return state if isinstance(state, dict) else _odd(f"a {kind} of another form")
+
+
+def _pairs(found: Any) -> Iterable[tuple[Any, Any]]:
+    return (
+        found.items() if isinstance(found, dict) else _odd(f"{type(found).__name__} where a dict should be")
+    )
+
+
+def _text(found: Any) -> str:
+    return found if type(found) is str else _odd(f"{type(found).__name__} where a name should be")
+
+
+def _optional_text(found: Any) -> str | None:
+    return None if found is None else _text(found)
+
+
+def _count(found: Any) -> int:
+    return found if type(found) is int and found >= 0 else _odd(f"{found!r} where a number should be")
+
+
+def _size(found: Any) -> torch.Size:
+    if type(found) is not torch.Size or len(found) > _MOST_DIMENSIONS or any(each < 0 for each in found):
+        _odd("what should be a size is none")
+    return found
+
+
+def _item(found: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if type(found).__name__ == "BytesStorageMetadata":
+        _state_of(found, "BytesStorageMetadata")
+        return BytesStorageMetadata()
+    state = _state_of(found, "TensorStorageMetadata")
+    size, chunks = _size(state.get("size")), state.get("chunks")
+    if type(chunks) is not list:
+        _odd("a tensor without a list of chunks")
+    return TensorStorageMetadata(
+        properties=_properties(state.get("properties")),
+        size=size,
+        chunks=[_chunk(each, size) for each in chunks],
+    )
+
+
+def _chunk(found: Any, size: torch.Size) -> ChunkStorageMetadata:
+    state = _state_of(found, "ChunkStorageMetadata")
+    offsets, sizes = _size(state.get("offsets")), _size(state.get("sizes"))
+    if not len(offsets) == len(sizes) == len(size) or any(
+        first + length > whole for first, length, whole in zip(offsets, sizes, size, strict=True)
+    ):
+        _odd("a chunk that is not within its tensor")
+    return ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+
+
+def _properties(found: Any) -> TensorProperties:
+    if type(found).__name__ != "TensorProperties" or not isinstance(found, _Record):
+        _odd("a tensor without properties")
+    dtype, layout, requires_grad, memory_format, pin_memory = found.state
+    if not isinstance(dtype, torch.dtype):
+        _odd("a tensor without a dtype")
+    return TensorProperties(
+        dtype=dtype,
+        layout=layout if isinstance(layout, torch.layout) else _odd("no layout"),
+        requires_grad=bool(requires_grad),
+        memory_format=memory_format
+        if isinstance(memory_format, torch.memory_format)
+        else _odd("no memory format"),
+        pin_memory=bool(pin_memory),
+    )
+
+
+def _index(found: Any) -> MetadataIndex:
+    state = _state_of(found, "MetadataIndex")
+    offset, index = state.get("offset"), state.get("index")
+    return MetadataIndex(
+        _text(state.get("fqn")),
+        None if offset is None else _size(offset),
+        None if index is None else _count(index),
+    )
+
+
+def _storage_info(found: Any) -> _StorageInfo:
+    state = _state_of(found, "_StorageInfo")
+    path, transforms = _text(state.get("relative_path")), state.get("transform_descriptors")
+    if path.startswith("/") or "\0" in path or "\\" in path or ".." in path.split("/"):
+        _odd(f"the path {path!r}, which leads out of the directory")
+    info = _StorageInfo(path, _count(state.get("offset")), _count(state.get("length")))
+    if transforms is not None:
+        # Set, not given: torch before 2.7 does not know it, and who reads the file must.
+        info.transform_descriptors = [_text(each) for each in transforms]
+    return info
+
+
+def _storage_meta(found: Any) -> StorageMeta:
+    state = _state_of(found, "StorageMeta")
+    modules = state.get("modules") or []
+    made = {name: _optional_text(state.get(name)) for name in ("checkpoint_id", "save_id", "load_id")} | {
+        "modules": [_text(each) for each in modules]
+    }
+    return StorageMeta(**_known_to(StorageMeta, made))
+
+
+def _planner_data(found: Any) -> dict[str, tuple[str | int, ...]] | None:
+    if found is None:
+        return None
+    return {_text(name): tuple(_step(each) for each in _path(path)) for name, path in _pairs(found)}
+
+
+def _path(found: Any) -> tuple[Any, ...] | list[Any]:
+    return found if isinstance(found, (tuple, list)) else _odd("no way to a value")
+
+
+def _step(found: Any) -> str | int:
+    return found if type(found) is str or type(found) is int else _odd("no way to a value")

@@ -23,6 +23,7 @@
     │   ├── CancelledSaveError
     │   ├── AbandonedError                       its deadline or its process ended first
     │   └── RemovalDroppedError                  a deletion was not safe to carry out
+    ├── ShardedSaveError                     a sharded save is not durable: ranks failed, or ended
     ├── ServiceClosedError (RuntimeError)
     ├── FlushTimeoutError (TimeoutError)     a wait ended before the saves did; they go on
     └── FlushError (ExceptionGroup)          several saves failed
@@ -34,6 +35,7 @@ user's own ``CheckpointIO`` are not translated: they are raised as they are.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -59,6 +61,7 @@ __all__ = [
     "RankError",
     "RemovalDroppedError",
     "ServiceClosedError",
+    "ShardedSaveError",
     "StateChangedError",
     "StoreError",
     "SupersededError",
@@ -68,6 +71,9 @@ __all__ = [
     "UnpicklableStateError",
 ]
 
+
+_RANKS_NAMED = 8
+"""Of how many ranks a message tells."""
 
 _OF_THE_SYSTEM = ("errno", "strerror", "filename", "filename2")
 
@@ -204,6 +210,35 @@ class AbandonedError(NotDurableError):
 
 class RemovalDroppedError(NotDurableError):
     """Nothing was deleted: a save before did not become durable, or a base CheckpointIO has not done it."""
+
+
+class ShardedSaveError(AsyncCheckpointError):
+    """A sharded save is not durable: at least one rank could not do its part, or ended. Every rank gets the same (E4).
+
+    Attributes:
+        failures: why, by rank.
+        location: the URL or path concerned, passwords and signatures hidden.
+    """
+
+    def __init__(
+        self, message: str, *, failures: Mapping[int, str] | None = None, location: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+        self.location = location
+
+    @classmethod
+    def of(cls, location: str, failures: Mapping[int, str]) -> ShardedSaveError:
+        """Say which ranks are at fault, each with its reason."""
+        ranks = sorted(failures)
+        reasons = [f"rank {rank}: {failures[rank]}" for rank in ranks[:_RANKS_NAMED]]
+        if len(ranks) > _RANKS_NAMED:
+            reasons.append(f"and {len(ranks) - _RANKS_NAMED} more ranks, see .failures")
+        message = (
+            f"the sharded save to {location!r} failed for all ranks: {'; '.join(reasons)}. "
+            "Cure the cause, and save again"
+        )
+        return cls(message, failures={rank: failures[rank] for rank in ranks}, location=location)
 
 
 class ServiceClosedError(AsyncCheckpointError, RuntimeError):

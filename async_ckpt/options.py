@@ -117,6 +117,9 @@ class ServiceOptions:
         flush_deadline: seconds after which they end their waiting whatever moves, as where a scheduler leaves no more;
             ``None`` sets no such limit. A ``timeout`` that is given to ``wait``, ``flush`` or ``close`` takes the
             place of both.
+        agreement_timeout: seconds that the ranks of a sharded save wait for one that has not come to it (E5).
+        silence_timeout: seconds after which they count a rank as ended that has come, and of which nothing is heard any
+            more; also for how long an event loop may stand still there.
         storage_options: passed to the fsspec file system.
         observer: called with every event; see ``async_ckpt.events``.
 
@@ -138,6 +141,8 @@ class ServiceOptions:
     on_error: OnError = "raise"
     flush_timeout: float = 1800.0
     flush_deadline: float | None = None
+    agreement_timeout: float = 600.0
+    silence_timeout: float = 60.0
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)  # there are secrets in it
     observer: Observer | None = field(default=None, repr=False)  # it may well hold one
 
@@ -161,7 +166,8 @@ class ServiceOptions:
             parse_bytes(self.memory_limit, option="memory_limit")
         if self.part_size_bytes < MINIMUM_PART_BYTES:
             raise OptionError(f"part_size={self.part_size!r}: must be at least 64KiB")
-        _check_seconds("flush_timeout", self.flush_timeout)
+        for name in ("flush_timeout", "agreement_timeout", "silence_timeout"):
+            _check_seconds(name, getattr(self, name))
         if self.flush_deadline is not None:
             _check_seconds("flush_deadline", self.flush_deadline)
         if not isinstance(self.retry, RetryPolicy):

@@ -14,6 +14,7 @@ UNWANTED = frozenset(
     {
         "adlfs",
         "aiohttp",
+        "async_ckpt.sharded",
         "gcsfs",
         "hypothesis",
         "lightning",
@@ -22,6 +23,7 @@ UNWANTED = frozenset(
         "pytorch_lightning",
         "s3fs",
         "sklearn",
+        "torch.distributed",
         "torch_xla",
         "trio",
     }

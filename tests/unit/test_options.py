@@ -38,6 +38,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("flush_timeout", float("nan"), "finite"),
     ("flush_timeout", "1", "number of seconds"),
     ("flush_timeout", True, "number of seconds"),
+    *[
+        (name, value, message)
+        for name in ("agreement_timeout", "silence_timeout")
+        for value, message in ((0, "more than zero"), (float("inf"), "finite"), ("1", "number of seconds"))
+    ],
     ("retry", 3, "RetryPolicy"),
     ("storage_options", ["key"], "mapping"),
     ("observer", "print", "callable"),
@@ -96,6 +101,7 @@ def test_defaults() -> None:
     assert (options.overflow, options.durability, options.on_error) == ("block", "fsync", "raise")
     assert options.part_size_bytes == 128 << 20
     assert options.flush_timeout == 1800
+    assert (options.agreement_timeout, options.silence_timeout) == (600, 60)
     assert 0 < options.memory_limit_bytes < 1 << 60
 
 

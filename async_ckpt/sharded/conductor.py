@@ -1,0 +1,436 @@
+"""The thread that runs the agreements of one process group: it hears, looks at the clock, and has done what is to be.
+
+Guarantees:
+
+* It lives while something is under way, and ends by itself a moment later (B2).
+* It waits for nothing but its inbox. What the store is asked is asked by a second thread, the courier, so that a host
+  that stands still, and answers nothing, delays no clock. A courier that is stuck in such a call is left behind.
+* Anybody may `post`, also a signal handler (L1): no lock is ever waited for.
+* What a rank says shows that its event loop turns: no beat is sent but after one of the loop's own.
+
+What does not belong here: what is decided (agreement), what it looks like in the store (wire), and work (rendezvous).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from async_ckpt.sharded.agreement import (
+    COMMIT,
+    COORDINATOR,
+    Action,
+    Bounds,
+    Claim,
+    CleanUp,
+    Commit,
+    Coordinator,
+    End,
+    Holder,
+    LookUp,
+    Member,
+    Phase,
+    Plan,
+    Plans,
+    Say,
+    Step,
+    Tell,
+    TellEach,
+    Told,
+    Write,
+)
+from async_ckpt.sharded.courier import Courier, Look, Then
+from async_ckpt.sharded.messages import Alive, Beat, Failed, FromCoordinator, ToCoordinator
+from async_ckpt.sharded.wire import Wire
+from async_ckpt.system import threads
+
+__all__ = ["Conductor", "Offer", "Part", "Replies"]
+
+logger = logging.getLogger(__name__)
+
+_PAUSES_SECONDS = (0.002, 0.02)
+"""Between two looks: the shortest, while something is going on; the longest, when nothing has for a while."""
+_LOOKS_PER_SECOND = 20_000
+"""How many looks of all ranks together the store's host may be asked for."""
+_LAST_WORDS_SECONDS = 2.0
+"""How long what is still to be sent may take when there is nothing else."""
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """What tells the agreement what came of an action: that it is *done*, with its result, or why it *failed*."""
+
+    done: Callable[..., list[Action]]
+    failed: Callable[[str], list[Action]]
+
+
+class Offer(Protocol):
+    """What a rank says of itself as it comes to a save."""
+
+    @property
+    def location(self) -> str:
+        """Where it was told to save, fit to be shown."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of all that the plan says."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each pickled item."""
+
+    def plan(self) -> bytes:
+        """Return what it saves; called only where the coordinator does not know it."""
+
+
+class Part(Protocol):
+    """One rank's part in one save, on the service's loop."""
+
+    number: int
+    offer: Offer
+
+    def deliver(self, action: Action, replies: Replies | None) -> None:
+        """Have *action* done on the loop, and what came of it told by one of *replies*. Must not raise."""
+
+
+class Conductor:
+    """One a group and process.
+
+    Args:
+        wire: to the others; ``None`` where there are none.
+        rank: of this process.
+        world_size: how many there are.
+        run: a word that no other run has; of the coordinator's, else ignored.
+        bounds: how long to wait.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        wire: Wire | None,
+        *,
+        rank: int,
+        world_size: int,
+        run: str,
+        bounds: Bounds,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wire = wire
+        self._rank = rank
+        self._world_size = world_size
+        self._run = run
+        self._bounds = bounds
+        self._clock = clock
+        least = world_size / _LOOKS_PER_SECOND
+        self._pauses_seconds = max(_PAUSES_SECONDS[0], least), max(_PAUSES_SECONDS[1], least)
+        self._told = Told()
+        self._plans = Plans()
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._running = threading.Lock()  # never waited for: only a flag that one thread can win
+        self._thread: threading.Thread | None = None
+        # What follows is touched by the thread alone.
+        self._courier: Courier | None = None
+        self._parts: dict[int, tuple[Part, Member]] = {}
+        self._coordinators: dict[int, Coordinator] = {}
+        self._early: dict[int, list[ToCoordinator]] = {}
+        self._over: deque[int] = deque(maxlen=_REMEMBERED)
+        self._claims: dict[Coordinator | Member, int] = {}  # who waits for an answer, and about which save
+
+    @property
+    def is_running(self) -> bool:
+        """Whether anything is under way."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    # -- for all threads
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have *call* made on the thread; return at once."""
+        self._inbox.put(call)
+        if self._running.acquire(blocking=False):
+            try:
+                # A daemon: a process that ends without closing its service must not be held up by it.
+                self._thread = threading.Thread(target=self._main, name="async_ckpt-agreement", daemon=True)
+                threads.start(self._thread)
+            except BaseException:
+                self._running.release()
+                raise
+
+    # -- calls to post
+
+    def begin(self, part: Part) -> None:
+        """Take part in a save."""
+        number, offer = part.number, part.offer
+        member = Member(self._rank, told=self._told, bounds=self._bounds, now=self._clock())
+        try:
+            actions = member.begin(
+                location=offer.location, fingerprint=offer.fingerprint, plan=offer.plan, sizes=offer.sizes
+            )
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            self.refuse(number, why)
+            part.deliver(End({self._rank: why}), None)
+            return
+        self._parts[number] = (part, member)
+        if self._rank == COORDINATOR:
+            self._coordinate(number)
+        self._carry_out(number, actions)
+
+    def refuse(self, number: int, why: str) -> None:
+        """Say that this rank takes no part in save *number*."""
+        if self._rank == COORDINATOR:
+            self._coordinate(number)
+        self._carry_out(number, [Say(Failed(self._rank, why))])
+
+    def beat(self, number: int) -> None:
+        """Know that the event loop turns on which a save runs."""
+        if number in self._parts:
+            self._carry_out(number, self._parts[number][1].beat())
+        if number in self._coordinators:
+            self._carry_out(number, self._coordinators[number].beat())
+
+    def reply(self, number: int, actions: Callable[[], list[Action]]) -> None:
+        """Know what came of an action."""
+        self._carry_out(number, actions())
+
+    def give_up(self, number: int, why: str, then: Callable[[], None]) -> None:
+        """End a part that waits no longer; call *then* when it has been said."""
+        known = self._parts.pop(number, None)
+        if known is not None:
+            self._carry_out(number, known[1].give_up(why))
+            coordinator = self._coordinators.get(number)
+            if coordinator is not None:
+                self._carry_out(number, coordinator.commit_failed(why))
+        if self._courier is None:
+            then()
+        else:
+            self._courier.send(lambda wire: then)
+
+    def leave(self) -> None:
+        """Take no more part in anything, ever."""
+        if self._wire is not None and self._wire.is_used:
+            self._send(Wire.leave)
+
+    # -- the thread
+
+    def _main(self) -> None:
+        while True:
+            try:
+                self._conduct()
+            except Exception as error:
+                logger.exception("the agreement on sharded saves has failed; please report it")
+                self._drop_everything(f"internal error: {type(error).__name__}: {error}")
+            self._running.release()
+            # Who posted before that has left it to us.
+            if self._inbox.empty() or not self._running.acquire(blocking=False):
+                return
+
+    def _conduct(self) -> None:
+        idle_since: float | None = None
+        try:
+            while True:
+                self._read_inbox()
+                now = self._clock()
+                self._tick(now)
+                if self._parts or self._coordinators or not self._inbox.empty():
+                    idle_since = None
+                elif self._courier is None or self._courier.is_done:
+                    return
+                else:
+                    idle_since = now if idle_since is None else idle_since
+                    if now - idle_since > _LAST_WORDS_SECONDS:
+                        return
+                if self._courier is not None:
+                    self._courier.exchange(now, self._look())
+        finally:
+            if self._courier is not None:
+                has_ended, self._courier = self._courier.end(), None
+                if self._wire is not None and not has_ended:
+                    self._wire = self._wire.anew()
+
+    def _tick(self, now: float) -> None:
+        for number, coordinator in list(self._coordinators.items()):
+            if number not in self._parts:
+                self._carry_out(number, coordinator.beat())
+            self._carry_out(number, coordinator.tick(now))
+            if coordinator.phase is Phase.OVER:
+                del self._coordinators[number]
+                self._over.append(number)
+        for number, (_, member) in list(self._parts.items()):
+            self._carry_out(number, member.tick(now))
+
+    def _read_inbox(self) -> None:
+        try:
+            self._inbox.get(timeout=self._pause_seconds())()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            pass
+
+    def _pause_seconds(self) -> float:
+        shortest, longest = self._pauses_seconds
+        if self._courier is None or self._courier.is_out:
+            return longest
+        return min(max(self._courier.next_seconds - self._clock(), shortest / 4), longest)
+
+    def _drop_everything(self, why: str) -> None:
+        for part, _ in self._parts.values():
+            part.deliver(End({self._rank: why}), None)
+        self._parts.clear()
+        self._coordinators.clear()
+
+    # -- what is to be done
+
+    def _coordinate(self, number: int) -> None:
+        if number in self._coordinators or number in self._over:
+            return
+        coordinator = self._coordinators[number] = Coordinator(
+            number,
+            save_id=f"{self._run}-{number}",
+            world_size=self._world_size,
+            plans=self._plans,
+            bounds=self._bounds,
+            now=self._clock(),
+        )
+        if self._wire is not None:
+            self._the_courier()  # others may have come before
+        self._carry_out(number, coordinator.beat())
+        for message in self._early.pop(number, []):
+            coordinator.receive(message)
+
+    def _carry_out(self, number: int, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say(message):
+                    self._say(number, message)
+                case Tell(message):
+                    self._tell(number, message)
+                case TellEach(messages):
+                    if self._wire is not None:
+                        self._send(partial(Wire.tell_each, number=number, messages=messages))
+                    self._hear_coordinator(number, messages[self._rank])
+                case Claim(claim):
+                    self._claim(number, claim)
+                case CleanUp(verdict, unheard):
+                    if self._wire is not None:
+                        self._send(partial(Wire.clean_up, number=number, verdict=verdict, unheard=unheard))
+                case _:
+                    self._deliver(number, action)
+
+    def _say(self, number: int, message: ToCoordinator) -> None:
+        if self._rank == COORDINATOR:
+            self._hear_rank(number, message)
+        elif self._wire is not None and not (isinstance(message, Beat) and self._the_courier().is_behind):
+            self._send(partial(Wire.say, number=number, message=message))
+
+    def _tell(self, number: int, message: FromCoordinator) -> None:
+        if self._wire is not None and not (isinstance(message, Alive) and self._the_courier().is_behind):
+            self._send(partial(Wire.tell, number=number, message=message))
+        self._hear_coordinator(number, message)
+
+    def _claim(self, number: int, claim: Any) -> None:
+        owner: Coordinator | Member
+        owner = self._coordinators[number] if claim == COMMIT else self._parts[number][1]
+
+        if self._wire is None:
+            self._carry_out(number, owner.claimed(claim))
+            return
+        self._claims[owner] = number
+
+        def ask(wire: Wire) -> Callable[[], None]:
+            return partial(self._claimed, owner, wire.claim(number, claim))
+
+        self._the_courier().send(ask)
+
+    def _claimed(self, owner: Coordinator | Member, holder: Holder) -> None:
+        number = self._claims.pop(owner, None)
+        if number is not None:
+            self._carry_out(number, owner.claimed(holder))
+
+    def _deliver(self, number: int, action: Action) -> None:
+        known = self._parts.get(number)
+        replies = self._replies(number, action)
+        if known is None:
+            if isinstance(action, LookUp) and replies is not None:  # nobody is left who could look
+                self._carry_out(number, replies.done(None))
+            return
+        part, member = known
+        part.deliver(action, replies)
+        if member.step is Step.ENDED and isinstance(action, End):
+            del self._parts[number]
+            if self._wire is not None:
+                self._send(partial(Wire.forget, number=number))
+
+    def _replies(self, number: int, action: Action) -> Replies | None:
+        coordinator = self._coordinators.get(number)
+        member = self._parts[number][1] if number in self._parts else None
+        match action:
+            case Plan() if coordinator is not None:
+                return Replies(coordinator.planned, coordinator.failed)
+            case Commit() if coordinator is not None:
+                return Replies(coordinator.committed, coordinator.commit_failed)
+            case Write() if member is not None:
+                return Replies(member.wrote, member.failed)
+            case LookUp():
+                is_ours = coordinator is not None and coordinator.phase is Phase.LOOKING
+                looker = coordinator if is_ours else member
+                if looker is not None:
+                    found = looker.looked_up
+                    return Replies(found, lambda why: found(None))
+        return None
+
+    def _hear_rank(self, number: int, message: ToCoordinator) -> None:
+        if number in self._coordinators:
+            self._coordinators[number].receive(message)
+        elif number not in self._over and not isinstance(message, Beat):
+            self._early.setdefault(number, []).append(message)
+            while len(self._early) > _REMEMBERED:
+                del self._early[min(self._early)]
+
+    def _hear_coordinator(self, number: int, message: FromCoordinator) -> None:
+        known = self._parts.get(number)
+        if known is not None:
+            self._carry_out(number, known[1].receive(message))
+
+    # -- the courier's
+
+    def _the_courier(self) -> Courier:
+        assert self._wire is not None
+        if self._courier is None:
+            self._courier = Courier(
+                self._wire, self._inbox.put, self._cut_off, pauses_seconds=self._pauses_seconds
+            )
+        return self._courier
+
+    def _send(self, job: Callable[[Wire], None]) -> None:
+        self._the_courier().send(job)
+
+    def _look(self) -> Look:
+        """Return what looks for news, on the courier's thread."""
+        numbers = tuple(self._parts)
+        is_coordinator = self._rank == COORDINATOR
+
+        def look(wire: Wire) -> Then | None:
+            found: list[Any] = wire.hear() if is_coordinator else wire.listen(numbers)
+            return partial(self._take_in, found) if found else None
+
+        return look
+
+    def _take_in(self, found: list[tuple[int, Any]]) -> None:
+        hear: Callable[[int, Any], None]
+        hear = self._hear_rank if self._rank == COORDINATOR else self._hear_coordinator
+        for number, message in found:
+            hear(number, message)
+
+    def _cut_off(self) -> None:
+        """Know that the store did not answer."""
+        for owner in list(self._claims):
+            self._claimed(owner, None)

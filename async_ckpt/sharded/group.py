@@ -1,0 +1,172 @@
+"""The process group of a service, and a connection to its store.
+
+Guarantees: ``torch.distributed`` is asked only where the program has imported it, or hands a group or a store over.
+Private names of torch's are asked for, not relied on: where one is missing, the error says what to hand over instead.
+
+What does not belong here: what is said through the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from async_ckpt.errors import OptionError
+
+__all__ = ["Group", "find_group"]
+
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 1.0
+"""What a wait for a key may take at the most: none is ever meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Who takes part.
+
+    Attributes:
+        rank: of this process in the group.
+        world_size: how many there are.
+        connect: makes a connection to the store, within which nobody else's keys are; ``None`` in a world of one.
+    """
+
+    rank: int
+    world_size: int
+    connect: Callable[[], Any] | None
+
+
+_opened: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
+"""How many services of each group have been made, by the store. All ranks make the same ones, in the same order."""
+
+
+def find_group(process_group: Any = None, store: Any = None) -> Group:
+    """Return who takes part in the saves of a service.
+
+    Args:
+        process_group: torch's; ``None`` is the default group, or this process alone where there is none.
+        store: through which they talk; ``None`` is the one through which the ranks found each other. Without a
+            process group, RANK and WORLD_SIZE in the environment say who this is.
+
+    Raises:
+        OptionError: there is a group, and no store is to be had; or a store, and no group.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    is_there = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if process_group is not None and not is_there:
+        raise OptionError(
+            f"process_group=<{type(process_group).__name__}>: torch.distributed is not initialized"
+        )
+    if is_there:
+        rank = distributed.get_rank(process_group)
+        world_size = distributed.get_world_size(process_group)
+        name = _name(distributed, process_group)
+        if rank < 0:
+            raise OptionError(
+                "process_group: this process is none of its ranks; make the service on those alone"
+            )
+    elif store is not None:
+        try:
+            rank, world_size, name = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env"
+        except (KeyError, ValueError) as missing:
+            raise OptionError(
+                f"store=<{type(store).__name__}>: initialize torch.distributed, or set RANK and WORLD_SIZE"
+            ) from missing
+    else:
+        return Group(rank=0, world_size=1, connect=None)
+    if world_size == 1:
+        return Group(rank=0, world_size=1, connect=None)
+    is_borrowed = store is None
+    if store is None:
+        store = _default_store(distributed)
+    if store is None:
+        raise OptionError(
+            "store=None: the process group has no store (MPI has none); hand one over, as a TCPStore"
+        )
+    prefix = f"async_ckpt/sharded/{name}/{_number(store, name)}"
+    # Weakly where it is torch's own, lest rank 0 go on to host it when the group has ended.
+    held: Callable[[], Any] = ref(store) if is_borrowed else lambda: store
+    return Group(rank=rank, world_size=world_size, connect=lambda: _connect(held(), prefix))
+
+
+def _default_store(distributed: Any) -> Any:
+    try:
+        return distributed.distributed_c10d._get_default_store()
+    except Exception:
+        return None
+
+
+def _name(distributed: Any, process_group: Any) -> str:
+    """Return what no other group of this store is called."""
+    if process_group is None:
+        return "world"
+    try:
+        ranks = distributed.get_process_group_ranks(process_group)
+    except Exception:
+        ranks = []
+    name = getattr(process_group, "group_name", "")
+    return hashlib.sha256(f"{name}:{ranks}".encode()).hexdigest()[:16]
+
+
+def _number(store: Any, name: str) -> int:
+    try:
+        counts = _opened.setdefault(store, Counter())
+    except TypeError:  # a store of the user's own that cannot be referred to weakly
+        return 0
+    counts[name] += 1
+    return counts[name]
+
+
+def _connect(store: Any, prefix: str) -> Any:
+    """Return a connection to *store* of our own, where that can be had; a blocked call blocks all on the same one."""
+    if store is None:
+        raise ConnectionError("the process group has ended")
+    distributed = _torch_distributed()
+    prefixes, bottom = [], store
+    while isinstance(bottom, distributed.PrefixStore) and hasattr(bottom, "underlying_store"):
+        prefixes.append(getattr(bottom, "prefix", None))
+        bottom = bottom.underlying_store
+    own = _cloned(store)
+    if own is None and None not in prefixes:
+        own = _dialed(bottom)
+        for each in reversed(prefixes) if own is not None else ():
+            own = distributed.PrefixStore(each, own)
+    return distributed.PrefixStore(prefix, store if own is None else own)
+
+
+def _cloned(store: Any) -> Any:
+    """Return a clone of *store*, or ``None`` where torch, or the kind of store, has none."""
+    try:
+        return _impatient(store.clone())
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _dialed(store: Any) -> Any:
+    """Return a new connection to *store*'s host, or ``None`` if it has none."""
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    if host is None or port is None:
+        return None
+    timeout = timedelta(seconds=_CONNECT_SECONDS)
+    return _impatient(_torch_distributed().TCPStore(host, port, None, False, timeout, wait_for_workers=False))
+
+
+def _impatient(store: Any) -> Any:
+    """Have waits on *store* end soon, if it is a connection that nobody else uses."""
+    bottom = store
+    while hasattr(bottom, "underlying_store"):
+        bottom = bottom.underlying_store
+    if isinstance(bottom, _torch_distributed().TCPStore):
+        bottom.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+    return store
+
+
+def _torch_distributed() -> Any:
+    return import_module("torch.distributed")

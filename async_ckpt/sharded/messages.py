@@ -1,0 +1,166 @@
+"""What ranks say to each other about a save, and how it looks on the wire.
+
+Guarantees: what is read from the wire is data: nothing that another process wrote decides what code runs here. A
+message that cannot be read is a `ValueError`.
+
+What does not belong here: who says what and when (agreement), and how it gets there (wire).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Alive", "Beat", "Failed", "FromCoordinator", "Go", "Heard", "Ready", "ToCoordinator", "Verdict"]
+__all__ += ["Wrote", "decode", "decode_failures", "encode", "encode_failures"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A rank has come to a save.
+
+    Attributes:
+        rank: which.
+        location: where it was told to save, fit to be shown.
+        fingerprint: of what it saves: names, shapes, specs.
+        plan: what it saves, in full; ``None`` on the wire if the coordinator has it.
+        sizes: bytes of each pickled item, which differ from save to save.
+        planned: the number of the save whose planning gave it the work that it has; ``None`` if it has none.
+    """
+
+    rank: int
+    location: str
+    fingerprint: bytes
+    plan: bytes | None
+    sizes: tuple[int, ...] = ()
+    planned: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A rank is alive, and so is its event loop."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """What a rank was to write is durable."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A rank cannot, or will not, do its part."""
+
+    rank: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A rank knows the verdict."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """All have come: write.
+
+    Attributes:
+        work: what to write and where; ``None``: as last time.
+        planned: the number of the save whose planning this comes from.
+        save_id: of this save.
+    """
+
+    work: bytes | None
+    planned: int
+    save_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The coordinator is alive, and so is its event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the save has ended.
+
+    Attributes:
+        failures: why, by rank; empty if it is durable.
+        is_certain: whether it is known that the checkpoint does not exist; if not, storage is to be asked.
+    """
+
+    failures: Mapping[int, str]
+    is_certain: bool = True
+
+
+ToCoordinator = Ready | Beat | Wrote | Failed | Heard
+FromCoordinator = Go | Alive | Verdict
+
+_LENGTH_BYTES = 4
+
+
+def encode(number: int, message: ToCoordinator | FromCoordinator) -> bytes:
+    """Return what goes over the wire for a *message* about save *number*."""
+    head: list[Any]
+    body: bytes | None = None
+    match message:
+        case Ready(rank, location, fingerprint, body, sizes, planned):
+            head = ["ready", rank, location, fingerprint.hex(), list(sizes), planned]
+        case Failed(rank, why):
+            head = ["failed", rank, why]
+        case Beat(rank) | Wrote(rank) | Heard(rank):
+            head = [type(message).__name__.lower(), rank]
+        case Go(body, planned, save_id):
+            head = ["go", planned, save_id]
+        case Verdict(failures, is_certain):
+            head = ["verdict", sorted(failures.items()), is_certain]
+        case Alive():
+            head = ["alive"]
+    text = json.dumps([number, body is not None, *head]).encode()
+    return len(text).to_bytes(_LENGTH_BYTES, "big") + text + (body or b"")
+
+
+def decode(data: bytes) -> tuple[int, ToCoordinator | FromCoordinator]:
+    """Return what `encode` was given.
+
+    Raises:
+        ValueError: *data* is no such thing.
+    """
+    end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
+    number, has_body, kind, *values = json.loads(data[_LENGTH_BYTES:end])
+    body = data[end:] if has_body else None
+    match kind, values:
+        case "ready", [rank, location, fingerprint, sizes, planned]:
+            return number, Ready(rank, location, bytes.fromhex(fingerprint), body, tuple(sizes), planned)
+        case "failed", [rank, why]:
+            return number, Failed(rank, why)
+        case "beat", [rank]:
+            return number, Beat(rank)
+        case "wrote", [rank]:
+            return number, Wrote(rank)
+        case "heard", [rank]:
+            return number, Heard(rank)
+        case "go", [planned, save_id]:
+            return number, Go(body, planned, save_id)
+        case "verdict", [failures, is_certain]:
+            return number, Verdict({int(rank): str(why) for rank, why in failures}, bool(is_certain))
+        case "alive", []:
+            return number, Alive()
+    raise ValueError(f"no message: {kind!r}")
+
+
+def encode_failures(failures: Mapping[int, str]) -> str:
+    """Return *failures* as text."""
+    return json.dumps(sorted(failures.items()))
+
+
+def decode_failures(text: str) -> dict[int, str]:
+    """Return what `encode_failures` was given."""
+    return {int(rank): str(why) for rank, why in json.loads(text)}

@@ -9,7 +9,7 @@ next (``PLANNED``).
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -29,11 +29,13 @@ THEMES = {
     "dark": {"box": "#1b2a3d", "line": "#6aa5ea", "ink": "#e6edf3", "small": "#a9b4bf", "arrow": "#8b949e"},
 }
 
-#: The middle of a box and its width.
+#: The middle of a box and its width; a package that is not here gets the first free place of its row.
 PLACES = {
     "lightning": (62, 104),
     "testing": (446, 104),
+    "functions": (212, 104),
     "service": (212, 104),
+    "sharded": (330, 104),
     "engine": (212, 236),
     "format": (282, 150),
     "snapshot": (530, 100),
@@ -48,8 +50,8 @@ PLACES = {
     "system": (500, 104),
 }
 
-#: What comes next: beside which package, or in a row of its own below it, and where in the row.
-PLANNED = {"command line": ("lightning", 0, 262, 132), "sharded": ("service", 1, 326, 104)}
+#: What comes next: beside which package, and where in that row.
+PLANNED = {"command line": ("lightning", 262, 132)}
 
 WIDTH, GAP, LINE, TOP = 592, 22, 15, 12
 _SMALL_CHARACTER = 6.0
@@ -157,25 +159,34 @@ def _boxes(layers: Mapping[str, list[list[str]]]) -> tuple[dict[str, Box], int]:
     boxes: dict[str, Box] = {}
     top = TOP
     for names in layers[""]:
-        beside = [name for name, (near, below, *_) in PLANNED.items() if near in names and not below]
-        beneath = [name for name, (near, below, *_) in PLANNED.items() if near in names and below]
-        for row, planned in ((names, beside), ([], beneath)):
-            if not row and not planned:
-                continue
-            rooms = {name: _wrapped(layers.get(name, []), PLACES[name][1]) for name in row}
-            height = 26 + LINE * max((len(lines) for lines in rooms.values()), default=0)
-            for name in row:
-                middle, width = PLACES[name]
-                boxes[name] = Box(
-                    name=name, rooms=rooms[name], middle=middle, top=top, width=width, height=height
-                )
-            for name in planned:
-                _, _, middle, width = PLANNED[name]
-                boxes[name] = Box(
-                    name=name, rooms=(), middle=middle, top=top, width=width, height=height, planned=True
-                )
-            top += height + GAP
+        places = {name: place for name, (near, *place) in PLANNED.items() if near in names}
+        planned = set(places)
+        places |= {name: PLACES[name] for name in names if name in PLACES}
+        for name in names:
+            places.setdefault(name, _free(places.values()))
+        rooms = {name: _wrapped(layers.get(name, []), width) for name, (_, width) in places.items()}
+        height = 26 + LINE * max(len(lines) for lines in rooms.values())
+        for name, (middle, width) in places.items():
+            boxes[name] = Box(
+                name=name,
+                rooms=rooms[name],
+                middle=middle,
+                top=top,
+                width=width,
+                height=height,
+                planned=name in planned,
+            )
+        top += height + GAP
     return boxes, top - GAP + TOP
+
+
+def _free(taken: Collection[Sequence[float]]) -> tuple[float, float]:
+    """Return the first place of a row, from the left, that no other box has."""
+    width = 104.0
+    middle = 62.0
+    while any(abs(middle - other) < (width + wide) / 2 + 8 for other, wide in taken):
+        middle += 8
+    return middle, width
 
 
 def _wrapped(layers: list[list[str]], width: float) -> tuple[str, ...]:

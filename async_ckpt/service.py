@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -25,7 +25,7 @@ from async_ckpt.engine.failures import Failures
 from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
 from async_ckpt.engine.submission import Intake
 from async_ckpt.engine.writers import Writer
-from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.errors import FlushTimeoutError, OptionError
 from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.options import ServiceOptions, check_grace
 from async_ckpt.stores import Given, locate
@@ -33,6 +33,9 @@ from async_ckpt.stores.base import Location, Workers
 from async_ckpt.system import threads
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
+
+if TYPE_CHECKING:
+    from async_ckpt.sharded.saves import ShardedSaves
 
 __all__ = ["CheckpointService", "StoreFactory"]
 
@@ -50,6 +53,9 @@ class CheckpointService:
         store_factory: makes the stores, for tests and for storage that fsspec does not know.
         abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind;
             zero leaves it at once.
+        process_group: the ranks that make sharded checkpoints together; ``None`` takes all of them.
+        store: a ``torch.distributed.Store`` that these ranks share, to agree through; ``None`` takes the one
+            that ``init_process_group`` was given or made.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
             ``overwrite``, ``in_place``, ``on_error``, ``flush_timeout``, ``flush_deadline``, ``storage_options``,
@@ -69,9 +75,12 @@ class CheckpointService:
         *,
         store_factory: StoreFactory | None = None,
         abandon_grace_seconds: float = ABANDON_GRACE_SECONDS,
+        process_group: Any = None,
+        store: Any = None,
         **options: Any,
     ) -> None:
         self._options = ServiceOptions.of(options)
+        self._group = process_group, store
         self._store_factory = store_factory
         self._abandon_grace_seconds = check_grace(abandon_grace_seconds)
         self._reset()
@@ -94,6 +103,7 @@ class CheckpointService:
     def _reset(self) -> None:
         self._pid = process_id()
         self._own = Intake(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
+        self._sharded: ShardedSaves | None = None
 
     @property
     def _intake(self) -> Intake:
@@ -138,6 +148,48 @@ class CheckpointService:
                 same (E1, E2).
         """
         return self.submit(state, locate(url, storage_options=self._options.storage_options))
+
+    def save_sharded(self, state: Mapping[str, Any], url: Given) -> Handle:
+        """Save this rank's part of a state that several processes hold, as a directory that torch's DCP opens.
+
+        Every rank of the group calls it, with its own part, the same *url*, and in the same order of calls (O4). Like
+        ``save`` it returns once *state* may be mutated; it waits for no other rank, and no collective is called (T1).
+
+        The checkpoint exists from the instant at which its ``.metadata`` is durable: written last, by the first rank,
+        when the bytes of every rank are. What was there before stays whole until then (D5).
+
+        Args:
+            state: what ``torch.distributed.checkpoint.save`` takes: nested mappings of ``DTensor``, ``ShardedTensor``,
+                plain tensors, which each rank has alike, and anything that ``torch.save`` takes; or objects with
+                ``state_dict``.
+            url: of the directory: a local path, any URL that fsspec knows, or a ``UPath``.
+
+        Returns:
+            A handle to wait for: durable on every rank, or the same ``ShardedSaveError`` on every rank (E4).
+
+        Raises:
+            UnpicklableStateError: *state* holds what cannot be saved; it is named. The save fails on every rank.
+            OptionError: ``overflow="supersede"``, of which each rank would decide differently.
+            Exception: as ``save`` raises.
+        """
+        from async_ckpt.sharded.saves import ShardedSaves
+
+        if self._options.overflow == "supersede":
+            raise OptionError(
+                "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
+                "use 'block' or 'raise'"
+            )
+        intake, location = self._intake, locate(url, storage_options=self._options.storage_options)
+        if self._sharded is None:
+            self._sharded = ShardedSaves.open(*self._group, self._options)
+            intake.holdings.attached["rendezvous"] = self._sharded.rendezvous
+
+        def submit(writer: Writer) -> Handle:
+            return intake.save(state, location, writer, share_unpicklable=False, tell=False)
+
+        handle = self._sharded.save(location, intake.holdings, submit)
+        self.failures.raise_unless_in_flight(but=handle)
+        return handle
 
     def remove(self, url: Given) -> Handle:
         """Have what is at *url* deleted, once every save accepted before is durable (D3).
@@ -375,6 +427,7 @@ class CheckpointService:
         self._options = state["options"]
         self._store_factory = state["store_factory"]
         self._abandon_grace_seconds = state["abandon_grace_seconds"]
+        self._group = None, None  # of this process, where it has one
         self._reset()
 
     # -- for plugins

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import anyio
 
@@ -56,6 +56,13 @@ StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
 """Makes the store that serves a location; it is asked once for each ``location.group``."""
 
 
+class Closable(Protocol):
+    """What is to be closed on the loop."""
+
+    async def aclose(self) -> None:
+        """Close it, in a few seconds."""
+
+
 class Holdings:
     """What one service holds of one process; a forked child makes its own.
 
@@ -71,6 +78,7 @@ class Holdings:
         loads: those that are under way.
         workers: the threads for what blocks.
         links: what makes the links.
+        attached: what is closed with the service, by name: before the stores, and not where it only rests.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Holdings:
         self.links = Links(options.durability)
         self._store_factory = store_factory
         self._abandon_grace_seconds = abandon_grace_seconds
+        self.attached: dict[str, Closable] = {}
         self._stores: dict[str, Store] = {}
         self._tenant = Tenant(self)
         self._runtime: Runtime | None = None
@@ -106,6 +115,7 @@ class Holdings:
         lane = self.account.lane
         successor.account.lane.history = lane.history
         successor.account.failures = self.account.failures
+        successor.attached, self.attached = self.attached, {}
         successor._predecessor = self
         return successor
 
@@ -292,7 +302,8 @@ class Holdings:
             with suppress(ServiceClosedError):  # another thread was faster
                 ended = self.loads.end()  # whatever else hangs: who loads is told
                 if not stuck:
-                    closed = runtime.call_async(_close_all, self._stores)  # it may well end a read that hangs
+                    # It may well end a read that hangs.
+                    closed = runtime.call_async(_close_all, self.attached, self._stores)
                     stuck = not (_in_time(closed, until) and ended)
                 runtime.call(self.account.pool.close)
         finally:
@@ -329,7 +340,7 @@ class Holdings:
             return
         try:
             await await_outcome(runtime.dispatcher.close(self.account, thread=0))
-            await _close_all(self._stores)
+            await _close_all(self.attached, self._stores)
             self.account.pool.close()
         except Exception:
             with suppress(Exception):  # of the program's own log handlers
@@ -351,12 +362,12 @@ def _in_time(outcome: Outcome[None], until: float) -> bool:
     return True
 
 
-async def _close_all(stores: dict[str, Store]) -> None:
-    while stores:
-        _, store = stores.popitem()
+async def _close_all(attached: dict[str, Closable], stores: dict[str, Store]) -> None:
+    while attached or stores:
+        _, each = attached.popitem() if attached else stores.popitem()
         try:
             with anyio.move_on_after(FREE_SECONDS):
-                await store.aclose()
+                await each.aclose()
         except Exception as error:
             with suppress(Exception):  # of the program's own log handlers
                 logger.error("a store could not be closed", exc_info=presentable(error))

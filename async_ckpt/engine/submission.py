@@ -26,7 +26,7 @@ from async_ckpt.engine.runtime import Runtime
 from async_ckpt.engine.writers import Linker, StreamingWriter, Writer
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
 from async_ckpt.handle import Handle, State
-from async_ckpt.snapshot import Capture, capture, capture_objects
+from async_ckpt.snapshot import Capture
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.vanished import seen
@@ -67,10 +67,7 @@ class Intake:
         request = self._request(Kind.SAVE, location, writer)
         try:
             self._begun.append(request)
-            if writer.takes_objects:
-                captured = capture_objects(state, share_unpicklable=share_unpicklable)
-            else:
-                captured = capture(state)
+            captured = writer.capture(state, share_unpicklable=share_unpicklable)
             request.op.nbytes = captured.nbytes
             if writer.only_reads:
                 self._borrow(request, captured, runtime)

@@ -24,9 +24,19 @@ from async_ckpt.format.writing.overlap import Overlap, find_overlap, plan_copies
 from async_ckpt.format.writing.parts import plan_parts
 from async_ckpt.options import Durability, ServiceOptions
 from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry
-from async_ckpt.snapshot import Snapshot
+from async_ckpt.snapshot import Capture, Snapshot, capture, capture_objects
 from async_ckpt.stores import is_local
-from async_ckpt.stores.base import Copying, Location, Part, Receipt, Store, Upload, Workers, aborted_on_error
+from async_ckpt.stores.base import (
+    Content,
+    Copying,
+    Location,
+    Part,
+    Receipt,
+    Store,
+    Upload,
+    Workers,
+    aborted_on_error,
+)
 from async_ckpt.stores.local.link import Links
 from async_ckpt.stores.local.store import sync_path
 
@@ -47,11 +57,12 @@ class Writer(Protocol):
 
     Attributes:
         only_reads: the snapshot's memory is neither changed nor kept, so that another save may share it.
-        takes_objects: it wants the objects of the state, not what a file of them is made of.
     """
 
     only_reads: bool
-    takes_objects: bool
+
+    def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
+        """Take stock of *state*, on the caller's thread, for what is written here."""
 
     @property
     def group(self) -> str | None:
@@ -87,7 +98,6 @@ class StreamingWriter:
 
     group = None
     only_reads = True
-    takes_objects = False
 
     def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
         self._store = store
@@ -100,63 +110,76 @@ class StreamingWriter:
             (options.retry, once) if store.repeats_parts else (once, options.retry)
         )
 
+    def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
+        """Take stock of *state* for a file."""
+        return capture(state)
+
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
         layout = await self._workers.run(lay_out, snapshot)
-        written = snapshot.written
-        upload, receipts = await call_with_retry(
-            self._retry_file, self._send, layout, location, emit, written
-        )
-        async with aborted_on_error(upload):
-            emit(Committing)
-            await upload.commit(receipts)
+        upload = await self._stream(layout, location, emit, snapshot.written)
         stored = getattr(upload, "stored", None)
         if stored is not None:
             snapshot.written = _Written(store=self._store, layout=layout, stored=stored)
         return layout.nbytes
+
+    async def stream(self, content: Content, location: Location, emit: Emit) -> None:
+        """Like `write`, for bytes from anywhere."""
+        await self._stream(content, location, emit, None)
+
+    async def _stream(self, content: Content, location: Location, emit: Emit, written: object) -> Upload:
+        upload, receipts = await call_with_retry(
+            self._retry_file, self._send, content, location, emit, written
+        )
+        async with aborted_on_error(upload):
+            emit(Committing)
+            await upload.commit(receipts)
+        return upload
 
     async def delete(self, location: Location) -> None:
         """Delete what is at *location*."""
         await self._store.delete(location)
 
     async def _send(
-        self, layout: Layout, location: Location, emit: Emit, written: object
+        self, content: Content, location: Location, emit: Emit, written: object
     ) -> tuple[Upload, list[Receipt]]:
         """Send the whole file, all but the commit."""
-        upload = await self._store.begin(location, layout.nbytes)
+        upload = await self._store.begin(location, content.nbytes)
         async with aborted_on_error(upload):
             if upload.swept:
                 emit(Swept, names=upload.swept)
-            plan = await self._plan(upload, layout, written)
-            emit(LaidOut, nbytes=layout.nbytes, parts=len(plan.parts))
+            plan = await self._plan(upload, content, written)
+            emit(LaidOut, nbytes=content.nbytes, parts=len(plan.parts))
             emit(Begun)
-            return upload, await self._put_all(upload, plan, layout, emit)
+            return upload, await self._put_all(upload, plan, content, emit)
 
-    async def _plan(self, upload: Upload, layout: Layout, written: object) -> _Plan:
+    async def _plan(self, upload: Upload, content: Content, written: object) -> _Plan:
         """Cut the file, so that what *written* has of it need not be sent where the store can copy."""
         part_size = upload.part_size or self._part_size
-        if isinstance(written, _Written) and written.store is self._store and hasattr(upload, "copy"):
-            overlap = await self._workers.run(_overlap, layout, written.layout)
-            if overlap is not None and layout.nbytes > part_size:
+        known = isinstance(written, _Written) and written.store is self._store
+        if known and isinstance(content, Layout) and hasattr(upload, "copy"):
+            assert isinstance(written, _Written)
+            overlap = await self._workers.run(_overlap, content, written.layout)
+            if overlap is not None and content.nbytes > part_size:
                 least = cast(Copying, upload).least_part_bytes
-                parts, copies = plan_copies(layout.nbytes, overlap, part_size=part_size, least=least)
+                parts, copies = plan_copies(content.nbytes, overlap, part_size=part_size, least=least)
                 if copies and len(parts) <= cast(Copying, upload).max_parts:
                     return _Plan(parts=parts, copies=copies, stored=written.stored)
-        return _Plan(parts=plan_parts(layout.nbytes, part_size))
+        return _Plan(parts=plan_parts(content.nbytes, part_size))
 
-    async def _put(self, upload: Upload, plan: _Plan, part: Part, layout: Layout) -> Receipt:
+    async def _put(self, upload: Upload, plan: _Plan, part: Part, content: Content) -> Receipt:
         """Have the store copy a part from the other file; send it where that cannot be or is there no more."""
         if part.index in plan.copies:
             try:
                 copy, start = cast(Copying, upload).copy, plan.copies[part.index]
-                return await call_with_retry(self._retry_part, copy, part, layout, plan.stored, start)
+                return await call_with_retry(self._retry_part, copy, part, content, plan.stored, start)
             except StoreError as error:
                 logger.info("sending what could not be copied: %s", error)
                 plan.copies.clear()  # nor can the others
         progress = getattr(upload, "progress", int)  # `Continuing`; what got on has not failed
-        return await Retrying(self._retry_part).advance(progress, upload.put, part, layout)
+        return await Retrying(self._retry_part).advance(progress, upload.put, part, content)
 
-    async def _put_all(self, upload: Upload, plan: _Plan, layout: Layout, emit: Emit) -> list[Receipt]:
+    async def _put_all(self, upload: Upload, plan: _Plan, content: Content, emit: Emit) -> list[Receipt]:
         """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
         receipts: list[Receipt] = []
         errors: list[BaseException] = []
@@ -165,7 +188,7 @@ class StreamingWriter:
         async def send() -> None:
             for part in remaining:
                 try:
-                    receipts.append(await self._put(upload, plan, part, layout))
+                    receipts.append(await self._put(upload, plan, part, content))
                 except anyio.get_cancelled_exc_class():
                     raise
                 except BaseException as error:  # a SystemExit would end the loop
@@ -191,7 +214,6 @@ class DelegatingWriter:
     """
 
     only_reads = False  # the base may do with its state what it likes
-    takes_objects = True
 
     def __init__(
         self,
@@ -207,6 +229,10 @@ class DelegatingWriter:
         self._delete = delete
         self._workers = workers
         self._durability = durability
+
+    def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
+        """Take stock of the objects of *state*."""
+        return capture_objects(state, share_unpicklable=share_unpicklable)
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Give the snapshot to the base and wait until it has returned."""

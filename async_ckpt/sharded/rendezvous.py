@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -35,6 +34,7 @@ from async_ckpt.sharded.agreement import (
 )
 from async_ckpt.sharded.conductor import Conductor, Offer, Replies
 from async_ckpt.sharded.group import Group, find_group
+from async_ckpt.sharded.leftovers import new_run
 from async_ckpt.sharded.messages import Ready
 from async_ckpt.sharded.wire import Wire
 from async_ckpt.system.processes import process_id
@@ -92,7 +92,7 @@ class Rendezvous:
     def __init__(self, group: Group, *, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
         self.rank = group.rank
         self.world_size = group.world_size
-        self._run: str | None = secrets.token_hex(8) if group.rank == 0 else None
+        self._run: str | None = new_run() if group.rank == 0 else None
         self._process = process_id()
         wire = None
         if group.connect is not None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from async_ckpt.sharded.agreement import COMMIT, COORDINATOR, Holder
+from async_ckpt.sharded.agreement import COMMIT, Holder
 from async_ckpt.sharded.messages import (
     FromCoordinator,
     Go,
@@ -127,12 +127,13 @@ class Wire:
     def leave(self) -> None:
         """Take no more part; the last rank to leave takes away what is left."""
         self._has_left = True
-        for number in list(self._ends):
-            if self._rank == COORDINATOR:
-                self._drop_end(number)
+        if self._ends:  # a rank that comes late is still to find them
+            self._put("ends", ",".join(map(str, self._ends)).encode())
         if self._store.add("left", 1) >= self._world_size:
             unread = range(self._next_up, self._store.add("up", 0) + 1)
-            self._delete([*(f"up/{place}" for place in unread), "up", "left"])
+            ends = (self._take("ends") or b"").decode()
+            self._delete(f"{number}/end" for number in ends.split(",") if number)
+            self._delete([*(f"up/{place}" for place in unread), "up", "left", "ends"])
 
     # -- the coordinator
 

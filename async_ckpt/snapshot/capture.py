@@ -191,7 +191,7 @@ def _check_sizes(lifted: Lifted) -> None:
     Raises:
         StateChangedError: memory has been freed or resized.
     """
-    are_there = list(map(torch.UntypedStorage.nbytes, lifted.owners)) == lifted.sizes
+    are_there = list(map(torch.UntypedStorage.nbytes, lifted.owners)) == (lifted.owner_sizes or lifted.sizes)
     if not (are_there and all(data.is_still(data.array) for _, data in lifted.arrays)):
         raise _changed()
 

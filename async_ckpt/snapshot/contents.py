@@ -12,7 +12,7 @@ from async_ckpt.snapshot.conventions import Convention, Record
 from async_ckpt.snapshot.entries import Entry
 from async_ckpt.snapshot.filling import Skeleton
 
-__all__ = ["Content", "Objects", "Records", "Unfilled", "Whole"]
+__all__ = ["Content", "Nothing", "Objects", "Records", "Unfilled", "Whole"]
 
 
 class Unfilled(NamedTuple):
@@ -35,6 +35,10 @@ class Whole(NamedTuple):
     file: bytes
 
 
+class Nothing(NamedTuple):
+    """Bulk data alone; what it means, whoever asked for it knows."""
+
+
 class Objects(NamedTuple):
     """What the objects of the state are made from again."""
 
@@ -42,4 +46,4 @@ class Objects(NamedTuple):
     entries: Sequence[Entry]
 
 
-Content: TypeAlias = Unfilled | Records | Whole | Objects
+Content: TypeAlias = Unfilled | Records | Whole | Objects | Nothing

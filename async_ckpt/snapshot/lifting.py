@@ -61,6 +61,7 @@ class Lifted:
         owners: each storage once.
         storages: the same, as tensors of bytes.
         sizes: their sizes in bytes.
+        owner_sizes: the sizes of the owners, where only parts of them were lifted; else empty.
         locations: what ``torch.save`` would write for each.
         arrays: the numpy arrays, each with its place in the entries.
         remotes: the place in ``storages`` of what is to be brought by value, and the tensor.
@@ -70,6 +71,7 @@ class Lifted:
     owners: list[torch.UntypedStorage] = field(default_factory=list)
     storages: list[torch.Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    owner_sizes: list[int] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
     arrays: list[tuple[int, ArrayBytes]] = field(default_factory=list)
     remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)

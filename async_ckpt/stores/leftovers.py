@@ -18,7 +18,16 @@ import socket
 import sys
 from pathlib import Path
 
-__all__ = ["aside_of", "host_name", "is_leftover", "name_aside", "owner_is_dead", "temporary_name"]
+__all__ = [
+    "aside_of",
+    "host_name",
+    "is_leftover",
+    "marked_owner_is_dead",
+    "name_aside",
+    "owner_is_dead",
+    "owner_mark",
+    "temporary_name",
+]
 
 _OWNER = r"(?P<host>[0-9a-f]{12})\.(?P<pid>[0-9]{1,10})"
 _PATTERN = re.compile(rf"\.async_ckpt\.{_OWNER}\.[0-9a-f]{{16}}\.tmp")
@@ -50,10 +59,24 @@ def is_leftover(name: str) -> bool:
 def owner_is_dead(name: str) -> bool:
     """Return whether the process that made *name* surely runs no more."""
     match = _PATTERN.fullmatch(name) or _ASIDE.fullmatch(name)
-    if match is None or match["host"] != _host():
+    return match is not None and _is_dead(match["host"], match["pid"])
+
+
+def owner_mark() -> str:
+    """Return what tells this process in a name that is made elsewhere."""
+    return f"{_host()}.{os.getpid()}"
+
+
+def marked_owner_is_dead(mark: str) -> bool:
+    """Return whether the process that *mark* tells surely runs no more."""
+    return _is_dead(*mark.split("."))
+
+
+def _is_dead(host: str, pid: str) -> bool:
+    if host != _host():
         return False
     try:
-        os.kill(int(match["pid"]), 0)
+        os.kill(int(pid), 0)
     except (ProcessLookupError, OverflowError):
         return True
     except OSError:

@@ -30,6 +30,7 @@ def a_blocking_loop(state: dict[str, Any], path: Path) -> None:
         assert_type(handle.state, State)
         assert_type(handle.wait(timeout=60), Report)
         assert_type(handle.wait().nbytes, int)
+        assert_type(service.save_sharded({"weight": state}, "s3://bucket/step-1"), Handle)
         assert_type(service.remove("s3://bucket/old.ckpt"), Handle)
         assert_type(service.options, ServiceOptions)
         assert_type(service.pending, tuple[Handle, ...])

@@ -13,19 +13,17 @@ What does not belong here: how zip archives are built (`archive`), what is done 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from async_ckpt.format.checksum import combine, crc32, crc32_combine
-from async_ckpt.format.writing.archive import Records, find_records
+from async_ckpt.format.checksum import crc32, crc32_combine
+from async_ckpt.format.writing.archive import find_records
+from async_ckpt.format.writing.fingerprint import DIGITS, digits, find_fingerprint
 from async_ckpt.format.writing.overlap import Piece
 from async_ckpt.format.writing.recorder import Reference, Segment
 from async_ckpt.format.writing.torch_writer import write
 from async_ckpt.snapshot import Snapshot
 
 __all__ = ["Layout", "lay_out"]
-
-_FINGERPRINT = ".data/serialization_id"
-_DIGITS = 20  # of each half of the fingerprint: names, checksums
 
 
 def lay_out(snapshot: Snapshot) -> Layout:
@@ -62,7 +60,9 @@ class Layout:
         self._records, self._tail = find_records(self._nbytes, self._read_header)
         self._checksums: dict[int, int] = {}  # by the record's place in the archive
         self._sums: dict[int, tuple[int, int]] = {}  # of pieces of records, by their beginning: end, CRC-32
-        self._fingerprint = self._find_fingerprint()
+        self._fingerprint = find_fingerprint(self._records, self._read_header)
+        if self._fingerprint is not None:
+            self._tail = self._records.starts[self._fingerprint]
 
     @property
     def nbytes(self) -> int:
@@ -176,8 +176,8 @@ class Layout:
 
     def _seal_tail(self) -> None:
         if self._fingerprint is not None:
-            digits = _digits(self._records, self._fingerprint, self._checksum)
-            self._overwrite(self._records.starts[self._fingerprint] + _DIGITS, digits)
+            half = digits(self._records, self._fingerprint, self._checksum)
+            self._overwrite(self._records.starts[self._fingerprint] + DIGITS, half)
             self._patch(self._records.nears[self._fingerprint], self._checksum(self._fingerprint))
         for record, central in enumerate(self._records.centrals):
             self._patch(central, self._checksum(record))
@@ -192,22 +192,6 @@ class Layout:
             checksum = self._checksums[record] = self._crc32(at, stop, checksum)
         return checksum
 
-    def _find_fingerprint(self) -> int | None:
-        """Find the record that depends on all other checksums, if torch made it in the way known here.
-
-        The fingerprint is a best effort of torch's that loading does not look at. It is the last record, and the
-        only one whose checksum cannot be known before the others are.
-        """
-        records = self._records
-        last = len(records.names) - 1
-        start, stop = records.starts[last], records.stops[last]
-        if records.names[last].endswith(_FINGERPRINT) and stop - start == 2 * _DIGITS:
-            written = self._read_header(start + _DIGITS, _DIGITS)
-            if written == _digits(records, last, records.checksums.__getitem__):
-                self._tail = start
-                return last
-        return None
-
     def _patch(self, where: int, checksum: int) -> None:
         self._overwrite(where, checksum.to_bytes(4, "little"))
 
@@ -217,12 +201,3 @@ class Layout:
         assert isinstance(gap, bytearray), "checksums stand in headers"
         at = where - self._starts[index]
         gap[at : at + len(value)] = value
-
-
-def _digits(records: Records, count: int, checksum: Callable[[int], int]) -> bytes:
-    """Return the half of the fingerprint made from the checksums before it; torch leaves out empty records."""
-    seed = 0
-    for record in range(count):
-        if records.starts[record] < records.stops[record]:
-            seed = combine(seed, checksum(record))
-    return f"{seed:0{_DIGITS}d}".encode()

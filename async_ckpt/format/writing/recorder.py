@@ -14,15 +14,15 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
-from async_ckpt.snapshot import Snapshot, Storages
+from async_ckpt.snapshot import Storages
 from async_ckpt.snapshot.conventions import Record, open_writer
 from async_ckpt.snapshot.host_pool import aligned
 
-__all__ = ["INLINE_BYTES", "Reference", "Segment", "record_writing"]
+__all__ = ["INLINE_BYTES", "Pictured", "Reference", "Segment", "record_writing"]
 
 INLINE_BYTES = 1024
 """Storages up to this length are copied, so that thousands of them do not become thousands of segments."""
@@ -46,7 +46,22 @@ class Reference:
 Segment: TypeAlias = bytearray | Reference
 
 
-def record_writing(snapshot: Snapshot, records: Sequence[Record]) -> list[Segment]:
+class Pictured(Protocol):
+    """What the writing of a file asks a snapshot for."""
+
+    @property
+    def storages(self) -> Storages:
+        """The storages, once each."""
+
+    @property
+    def alignment(self) -> int:
+        """What torch is to align storages to."""
+
+    def view(self, index: int) -> memoryview:
+        """Return the bytes of a storage."""
+
+
+def record_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segment]:
     """Return the file of *snapshot*, checksums missing, as torch writes it over stand-ins for the storages.
 
     Args:

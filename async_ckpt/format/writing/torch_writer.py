@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from async_ckpt.format.writing.recorder import INLINE_BYTES, Reference, Segment, record_writing
+from async_ckpt.format.writing.recorder import INLINE_BYTES, Pictured, Reference, Segment, record_writing
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.snapshot.conventions import Record, open_writer
 
-__all__ = ["skip_writing", "write"]
+__all__ = ["skip_writing", "write", "write_records"]
 
 
 def write(snapshot: Snapshot) -> list[Segment]:
@@ -28,11 +28,20 @@ def write(snapshot: Snapshot) -> list[Segment]:
     """
     if snapshot.file is not None:
         return [bytearray(snapshot.file)]
-    records = snapshot.records()
+    return write_records(snapshot, snapshot.records())
+
+
+def write_records(snapshot: Pictured, records: Sequence[Record]) -> list[Segment]:
+    """Return the file that holds *records*, checksums missing.
+
+    Args:
+        snapshot: its small storages are copied, the others referred to.
+        records: what the archive is to hold.
+    """
     return skip_writing(snapshot, records) or record_writing(snapshot, records)
 
 
-def skip_writing(snapshot: Snapshot, records: Sequence[Record]) -> list[Segment] | None:
+def skip_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segment] | None:
     """Do so by having torch skip storages; return ``None`` where it cannot.
 
     Args:

@@ -1,0 +1,181 @@
+"""One tensor as a file of ``torch.save``, made from a template: all but the bytes, and the checksums among the rest.
+
+Guarantees: what comes out is, byte for byte, what ``torch.save`` would write of such a tensor on the CPU. torch's own
+writer makes each template, once for each dtype, size and stride; afterwards an item costs microseconds.
+
+What does not belong here: which items a rank writes, and where (`shard`).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from async_ckpt.errors import AsyncCheckpointError
+from async_ckpt.format.checksum import crc32
+from async_ckpt.format.writing.archive import Records, find_records
+from async_ckpt.format.writing.fingerprint import DIGITS, digits, find_fingerprint
+from async_ckpt.format.writing.recorder import Reference, Segment
+from async_ckpt.format.writing.torch_writer import write_records
+from async_ckpt.snapshot import Storages
+from async_ckpt.snapshot.conventions import alignment, ask
+
+__all__ = ["Template", "template"]
+
+_KEPT = 16_384
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # has a name from Python 3.13 on
+
+_templates: dict[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]], Template] = {}
+
+
+def template(dtype: torch.dtype, sizes: Sequence[int], stride: Sequence[int]) -> Template:
+    """Return the template of tensors of one kind, whose elements lie together.
+
+    Args:
+        dtype: of the elements.
+        sizes: of the tensor.
+        stride: of its elements in memory.
+
+    Raises:
+        AsyncCheckpointError: torch writes tensors in a way that is not known here.
+    """
+    key = dtype, tuple(sizes), tuple(stride)
+    known = _templates.get(key)
+    if known is None:
+        if len(_templates) >= _KEPT:
+            _templates.clear()
+        known = _templates[key] = _made(*key)
+    return known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A file around the bytes of one tensor.
+
+    Attributes:
+        head_nbytes: how many there are before them.
+        data_nbytes: how many they are.
+        nbytes: the length of the file.
+    """
+
+    head_nbytes: int
+    data_nbytes: int
+    nbytes: int
+    _head: bytes
+    _tail: bytes
+    _records: Records
+    _checksums: tuple[int, ...]
+    _data: int
+    _fingerprint: int | None
+
+    def head(self, checksum: Callable[[], int]) -> bytes:
+        """Return what comes before the bytes of the tensor; *checksum*, their CRC-32, is called for if it is there."""
+        if self._records.nears[self._data] >= self.head_nbytes + self.data_nbytes:
+            return self._head
+        head = bytearray(self._head)
+        _seal(head, 0, self._records, self._data, checksum())
+        return bytes(head)
+
+    def tail(self, checksum: int) -> bytes:
+        """Return what comes after the bytes of the tensor, given their CRC-32."""
+        records, start = self._records, self.head_nbytes + self.data_nbytes
+        tail = bytearray(self._tail)
+        _seal(tail, start, records, self._data, checksum)
+        last = self._fingerprint
+        if last is not None:
+            known = [*self._checksums]
+            known[self._data] = checksum
+            begin = records.starts[last] - start
+            tail[begin + DIGITS : begin + 2 * DIGITS] = digits(records, last, known.__getitem__)
+            _seal(tail, start, records, last, crc32(tail[begin : begin + 2 * DIGITS], 0))
+        return bytes(tail)
+
+
+def _seal(piece: bytearray, start: int, records: Records, record: int, checksum: int) -> None:
+    """Put a checksum where it belongs in that piece of the file that begins at *start*."""
+    for where in (records.nears[record], records.centrals[record]):
+        if 0 <= where - start < len(piece):
+            piece[where - start : where - start + 4] = checksum.to_bytes(4, "little")
+
+
+class _Blank:
+    """A storage of a size, with no memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.storages = Storages([nbytes], ["cpu"], [0])
+        self.alignment = alignment()
+
+    def view(self, index: int) -> memoryview:
+        """Return zeros."""
+        return memoryview(bytes(self.storages[index].nbytes))
+
+
+def _made(dtype: torch.dtype, sizes: tuple[int, ...], stride: tuple[int, ...]) -> Template:
+    nbytes = torch.Size(sizes).numel() * dtype.itemsize
+    with torch.inference_mode(mode=False), torch.no_grad():
+        asked = ask(_untouched(nbytes, dtype).as_strided(sizes, stride))
+    records: list[tuple[str, bytes | str | int]] = [
+        (name, 0 if isinstance(content, torch.UntypedStorage) else content) for name, content in asked
+    ]
+    stored = [name for name, content in records if isinstance(content, int)]
+    if len(stored) != 1:
+        raise _unknown()
+    return _around(write_records(_Blank(nbytes), records), f"/{stored[0]}", nbytes)
+
+
+def _untouched(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that takes none, for as many elements as there are in so many bytes."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)
+
+
+def _around(segments: Sequence[Segment], name: str, nbytes: int) -> Template:
+    """Return the template that *segments* make, with *nbytes* bytes in the record of that name."""
+    total = sum(map(len, segments))
+
+    def read(start: int, count: int) -> bytes:
+        found, at = bytearray(), 0
+        for segment in segments:
+            begin, end = max(start - at, 0), min(start + count - at, len(segment))
+            if begin < end and not isinstance(segment, Reference):
+                found += segment[begin:end]
+            at += len(segment)
+        return bytes(found)
+
+    records, _ = find_records(total, read)
+    data = next((number for number, each in enumerate(records.names) if each.endswith(name)), None)
+    if data is None or records.stops[data] - records.starts[data] != nbytes:
+        raise _unknown()
+    start, stop = records.starts[data], records.stops[data]
+    fingerprint = find_fingerprint(records, read)
+    head, tail = bytearray(read(0, start)), bytearray(read(stop, total - stop))
+    checksums = []
+    for record, (begin, end) in enumerate(zip(records.starts, records.stops, strict=True)):
+        # torch was told to leave checksums out.
+        checksums.append(0 if record == data else crc32(read(begin, end - begin), 0))
+        if record not in (data, fingerprint):
+            _seal(head, 0, records, record, checksums[record])
+            _seal(tail, stop, records, record, checksums[record])
+    return Template(
+        head_nbytes=start,
+        data_nbytes=nbytes,
+        nbytes=total,
+        _head=bytes(head),
+        _tail=bytes(tail),
+        _records=records,
+        _checksums=tuple(checksums),
+        _data=data,
+        _fingerprint=fingerprint,
+    )
+
+
+def _unknown() -> AsyncCheckpointError:
+    return AsyncCheckpointError(
+        f"torch {torch.__version__} writes a tensor in a way that is not known here; use a tested version of torch, "
+        "and register no other way of pickling tensors"
+    )

@@ -1,0 +1,86 @@
+"""The sharded saves of one service: their numbers, and what the other ranks are told where one does not come to pass.
+
+Guarantees: the n-th call on each rank is the n-th save of the group (O4). A call that raises before anything was
+accepted, and a save that ends in the queue before its turn, are told to the others at once (E4, E5).
+
+What does not belong here: the agreement itself (`rendezvous`), what is written (`writer`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from async_ckpt.engine.resources import Holdings
+from async_ckpt.engine.writers import StreamingWriter
+from async_ckpt.handle import Handle
+from async_ckpt.options import ServiceOptions
+from async_ckpt.sharded.plans import Plans
+from async_ckpt.sharded.rendezvous import Rendezvous
+from async_ckpt.sharded.writer import ShardedWriter
+from async_ckpt.stores.base import Location
+
+__all__ = ["ShardedSaves"]
+
+
+class ShardedSaves:
+    """The saves of one service on one rank.
+
+    Args:
+        rendezvous: with the other ranks.
+    """
+
+    @classmethod
+    def open(cls, process_group: Any, store: Any, options: ServiceOptions) -> ShardedSaves:
+        """Return the saves of this rank of *process_group*; see ``CheckpointService``."""
+        return cls(Rendezvous.open(process_group, store, options))
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.rendezvous = rendezvous
+        self._plans = Plans()
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def save(
+        self, location: Location, holdings: Holdings, submit: Callable[[ShardedWriter], Handle]
+    ) -> Handle:
+        """Queue a save.
+
+        Args:
+            location: a directory.
+            holdings: of the service.
+            submit: queues what is written by the writer that it is given.
+
+        Raises:
+            Exception: nothing was accepted, and the save fails on all ranks.
+        """
+        with self._lock:
+            self._count += 1
+            number = self._count
+        try:
+            store = holdings.store(location)
+            writer = ShardedWriter(
+                StreamingWriter(store, holdings.workers, holdings.options),
+                store=store,
+                workers=holdings.workers,
+                rendezvous=self.rendezvous,
+                plans=self._plans,
+                number=number,
+                overwrite=holdings.options.overwrite,
+            )
+            handle = submit(writer)
+        except BaseException as error:
+            self.rendezvous.fail(number, _why(error))
+            raise
+
+        def tell(ended: Handle) -> None:
+            if not writer.has_begun:  # else they know
+                self.rendezvous.fail(number, f"it was {ended.state.value} before its turn")
+
+        handle.add_done_callback(tell)
+        return handle
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,148 @@
+"""The one object that a rank writes: its items, each a file of ``torch.save``, one after the other, by reference.
+
+Guarantees: the bytes are known before one has moved, in whatever pieces and order and by however many threads they are
+read; tensors are read from the snapshot, and only when they are asked for. Each tensor's bytes are summed up once where
+ISA-L is installed, also where a part's own checksum is asked for.
+
+What does not belong here: which items a rank writes (`plan`), the bytes around a tensor (`archive`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+from async_ckpt.format.checksum import crc32, crc32_combine
+from async_ckpt.sharded.archive import Template
+from async_ckpt.snapshot import Snapshot
+from async_ckpt.snapshot.regions import Region
+
+__all__ = ["Item", "Shard", "TensorItem"]
+
+_SMALL_BYTES = 16 << 10
+"""Pieces up to this length are put together: thousands of them would be thousands of pieces to send."""
+
+
+class TensorItem(NamedTuple):
+    """A tensor: where its bytes are, and what is around them."""
+
+    template: Template
+    region: Region
+
+    @property
+    def nbytes(self) -> int:
+        """Length of its file."""
+        return self.template.nbytes
+
+
+Item: TypeAlias = TensorItem | bytes
+"""One item of the object; a value that is pickled is a file already."""
+
+
+class Shard:
+    """The object by reference; satisfies ``stores.base.Content``.
+
+    Args:
+        items: in the order of the object.
+        snapshot: where the tensors' bytes are; must stay open as long as this is read.
+    """
+
+    def __init__(self, items: Sequence[Item], snapshot: Snapshot | None = None) -> None:
+        self._items = items
+        self._snapshot = snapshot
+        self._starts: list[int] = []
+        self._nbytes = 0
+        for item in items:
+            self._starts.append(self._nbytes)
+            self._nbytes += _length(item)
+        self._sums: dict[int, list[tuple[int, int, int]]] = {}  # by item: pieces in order, with their CRC-32
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the object in bytes."""
+        return self._nbytes
+
+    def read(self, start: int, stop: int) -> list[memoryview]:
+        """Return the bytes *start* to *stop*. Computes the checksums among them: call it in a worker."""
+        found: list[memoryview] = []
+        small = bytearray()
+        for piece in self._pieces(start, stop):
+            if len(piece.view) <= _SMALL_BYTES:
+                small += piece.view
+                continue
+            if small:
+                found.append(memoryview(small).toreadonly())
+                small = bytearray()
+            found.append(piece.view)
+        return [*found, memoryview(small).toreadonly()] if small else found
+
+    def crc32(self, start: int, stop: int) -> int:
+        """Return the CRC-32 of these bytes. Blocks: call it in a worker."""
+        value = 0
+        for piece in self._pieces(start, stop):
+            if piece.item is None or crc32_combine is None:
+                value = crc32(piece.view, value)
+                continue
+            checksum = crc32(piece.view, 0)
+            self._sums.setdefault(piece.item, []).append(
+                (piece.start, piece.start + len(piece.view), checksum)
+            )
+            value = crc32_combine(value, checksum, len(piece.view))
+        return value
+
+    def _pieces(self, start: int, stop: int) -> Iterator[_Piece]:
+        if not 0 <= start <= stop <= self._nbytes:
+            raise ValueError(f"no bytes {start} to {stop} in an object of {self._nbytes}")
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            item, at = self._items[number], self._starts[number]
+            end = min(stop, at + _length(item))
+            if start < end:
+                yield from self._of(number, item, start - at, end - at)
+            start = end
+            number += 1
+
+    def _of(self, number: int, item: Item, start: int, stop: int) -> Iterator[_Piece]:
+        """Yield the bytes *start* to *stop* of one item."""
+        if isinstance(item, bytes):
+            yield _Piece(memoryview(item)[start:stop])
+            return
+        head_nbytes = item.template.head_nbytes
+        data_stop = head_nbytes + item.template.data_nbytes
+        checksum = partial(self._checksum, number, item)
+        if start < head_nbytes:
+            yield _Piece(memoryview(item.template.head(checksum))[start : min(stop, head_nbytes)])
+        begin, end = max(start, head_nbytes) - head_nbytes, min(stop, data_stop) - head_nbytes
+        if begin < end:
+            yield _Piece(self._data(item)[begin:end], number, begin)
+        if stop > data_stop:
+            tail = memoryview(item.template.tail(checksum()))
+            yield _Piece(tail[max(start - data_stop, 0) : stop - data_stop])
+
+    def _data(self, item: TensorItem) -> memoryview:
+        storage, start, nbytes = item.region
+        assert self._snapshot is not None, "tensors come from a snapshot"
+        return self._snapshot.view(storage)[start : start + nbytes]
+
+    def _checksum(self, number: int, item: TensorItem) -> int:
+        """Return the CRC-32 of a tensor's bytes, from what was summed up already as far as that goes."""
+        value = at = 0
+        if crc32_combine is not None:
+            for begin, end, checksum in sorted(self._sums.get(number, ())):
+                if begin == at:
+                    value, at = crc32_combine(value, checksum, end - begin), end
+        return crc32(self._data(item)[at:], value)
+
+
+class _Piece(NamedTuple):
+    """Some bytes; of a tensor, with the number of its item, and where in the tensor they begin."""
+
+    view: memoryview
+    item: int | None = None
+    start: int = 0
+
+
+def _length(item: Item) -> int:
+    return len(item) if isinstance(item, bytes) else item.template.nbytes

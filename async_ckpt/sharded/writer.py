@@ -1,0 +1,259 @@
+"""One sharded save on one rank: what the ranks' agreement asks for, carried out with the stores.
+
+Guarantees: a rank's object has a name of its own in each save, so an earlier checkpoint at the location stays whole
+until ``.metadata``, written last and by one rank, takes the place of its own (D5). What a save that failed has written
+is deleted, and so is what the new checkpoint has replaced, after it is durable.
+
+What does not belong here: who decides when (`agreement`), how a rank hears of it (`rendezvous`), the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from async_ckpt.engine.writers import Emit, StreamingWriter
+from async_ckpt.errors import StoreError
+from async_ckpt.events import Event
+from async_ckpt.sharded.agreement import COORDINATOR
+from async_ckpt.sharded.archive import template
+from async_ckpt.sharded.flatten import Flattened, flatten
+from async_ckpt.sharded.latest import MARKER
+from async_ckpt.sharded.leftovers import find_leftovers
+from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
+from async_ckpt.sharded.plan import OBJECT_SUFFIX, object_name
+from async_ckpt.sharded.plans import Plans, Structure
+from async_ckpt.sharded.shard import Item, Shard, TensorItem
+from async_ckpt.snapshot import Capture, Snapshot
+from async_ckpt.snapshot.regions import Region, capture_regions
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location, Store, Workers, exists_already
+
+if TYPE_CHECKING:
+    from async_ckpt.sharded.rendezvous import Ready, Rendezvous
+
+__all__ = ["ShardedWriter"]
+
+logger = logging.getLogger(__name__)
+
+_DELETIONS_AT_A_TIME = 16
+
+
+class ShardedWriter:
+    """Writes one save; satisfies ``engine.writers.Writer``.
+
+    Args:
+        streaming: sends objects.
+        store: where to.
+        workers: for what blocks.
+        rendezvous: of the ranks.
+        plans: what is known from earlier saves.
+        number: of the save, the same on all ranks.
+        overwrite: whether a checkpoint that is there may be replaced.
+
+    Attributes:
+        has_begun: it had its turn.
+    """
+
+    group = None
+    only_reads = True
+
+    def __init__(
+        self,
+        streaming: StreamingWriter,
+        *,
+        store: Store,
+        workers: Workers,
+        rendezvous: Rendezvous,
+        plans: Plans,
+        number: int,
+        overwrite: bool,
+    ) -> None:
+        self._streaming = streaming
+        self._store = store
+        self._workers = workers
+        self._rendezvous = rendezvous
+        self._plans = plans
+        self._number = number
+        self._overwrite = overwrite
+        self.has_begun = False
+        self._flattened = Flattened()
+        self._regions: list[Region] = []
+
+    def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
+        """Take stock of this rank's part of *state*."""
+        flattened = flatten(state)
+        overhead = sum(map(len, flattened.blobs))
+        captured, self._regions = capture_regions(flattened.tensors, overhead=overhead)
+        flattened.tensors = []  # the capture holds their memory, and only until it is staged
+        self._flattened = flattened
+        return captured
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Write this rank's object, and return when the checkpoint is durable on all ranks; return its length.
+
+        Raises:
+            ShardedSaveError: some rank could not; all ranks raise the same.
+        """
+        self.has_begun = True
+        structure = await self._workers.run(self._plans.structure, self._flattened)
+        save = _Save(self, structure, snapshot, location, emit)
+        await self._rendezvous.agree(self._number, save)
+        await save.tidy()
+        return save.nbytes
+
+    async def delete(self, location: Location) -> None:
+        """Delete a checkpoint."""
+        await self._streaming.delete(location)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offer:
+    """What a rank tells the coordinator of its part; satisfies ``rendezvous.Offer``."""
+
+    location: str
+    fingerprint: bytes
+    sizes: tuple[int, ...]
+    structure: Structure
+
+    def plan(self) -> bytes:
+        """Return what this rank could write."""
+        return self.structure.local.to_bytes()
+
+
+class _Save:
+    """What the agreement asks of one rank; satisfies ``rendezvous.Task``."""
+
+    def __init__(
+        self, writer: ShardedWriter, structure: Structure, snapshot: Snapshot, location: Location, emit: Emit
+    ) -> None:
+        self.offer = _Offer(
+            location=location.path if is_local(location) else location.url,
+            fingerprint=structure.number,
+            sizes=tuple(map(len, writer._flattened.blobs)),
+            structure=structure,
+        )
+        self.nbytes = 0
+        self._writer = writer
+        self._structure = structure
+        self._snapshot = snapshot
+        self._location = location
+        self._emit = emit
+        self._object: Location | None = None
+        self._replaced: frozenset[str] = frozenset()
+
+    @property
+    def _save_id(self) -> str:
+        return self._writer._rendezvous.save_id(self._writer._number)
+
+    async def write(self, work: bytes | None) -> None:
+        """Write this rank's object."""
+        assert work is not None, "plan says it to every rank, each time"
+        writer = self._writer
+        shard = await writer._workers.run(self._shard, work)
+        if shard.nbytes == 0:  # other ranks write all that this one has
+            return
+        self._object = self._location.below(object_name(writer._rendezvous.rank, self._save_id))
+        await writer._streaming.stream(shard, self._object, self._emit)
+        self.nbytes = shard.nbytes
+
+    def _shard(self, work: bytes) -> Shard:
+        writer, structure = self._writer, self._structure
+        items: list[Item] = []
+        for number in writer._plans.work(work):
+            form, place = structure.forms[number], structure.places[number]
+            if form.dtype is None:
+                items.append(writer._flattened.blobs[place])
+            else:
+                around = template(form.dtype, form.sizes, form.stride)
+                items.append(TensorItem(around, writer._regions[place]))
+        return Shard(items, self._snapshot)
+
+    async def undo(self) -> None:
+        """Delete what `write` has written."""
+        if self._object is not None:
+            await self._writer._store.delete(self._object)
+
+    # -- of the coordinator alone
+
+    async def plan(self, readies: Mapping[int, Ready]) -> Mapping[int, bytes]:
+        """Return for each rank what it is to write."""
+        writer = self._writer
+        if not writer._overwrite and await writer._store.exists(self._location.below(MARKER)):
+            raise exists_already("begin", self._location)
+        sent = [(readies[rank].fingerprint, readies[rank].plan or b"") for rank in sorted(readies)]
+        told = await writer._workers.run(writer._plans.decide, sent)
+        return dict(enumerate(told))
+
+    async def commit(self, readies: Mapping[int, Ready]) -> None:
+        """Make the directory a checkpoint."""
+        writer, ranks = self._writer, sorted(readies)
+        plan = writer._plans.decided([readies[rank].fingerprint for rank in ranks])
+        sizes = [readies[rank].sizes for rank in ranks]
+        metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
+        manifest = await writer._workers.run(write_manifest, metadata)
+        self._replaced = await self._named()
+        await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
+
+    async def _named(self) -> frozenset[str]:
+        """Return the objects of the checkpoint that is there."""
+        try:
+            found = await read_manifest(self._writer._store, self._location, self._writer._workers)
+        except FileNotFoundError:
+            return frozenset()
+        except StoreError as error:
+            logger.warning("what %r held before stays there: %s", self._location.url, error)
+            return frozenset()
+        names = {str(stored.relative_path) for stored in found.storage_data.values()}
+        # What a file says is to be deleted is not to lead elsewhere.
+        return frozenset(name for name in names if name.endswith(OBJECT_SUFFIX) and "/" not in name)
+
+    async def look_up(self, save_id: str) -> bool | None:
+        """Return whether the checkpoint there is that of this save, ``None`` if that cannot be told."""
+        try:
+            return (
+                save_id_of(await read_manifest(self._writer._store, self._location, self._writer._workers))
+                == save_id
+            )
+        except FileNotFoundError:
+            return False
+        except StoreError as error:
+            logger.warning("whether %r was saved cannot be told: %s", self._location.url, error)
+            return None
+
+    async def tidy(self) -> None:
+        """Delete what the checkpoint has replaced, and what is nobody's; a failure of that is not one of the save."""
+        if self._writer._rendezvous.rank != COORDINATOR:
+            return
+        names = set(self._replaced)
+        try:
+            names.update(await self._leftovers())
+        except StoreError as error:
+            logger.warning("%r cannot be looked through for leftovers: %s", self._location.url, error)
+        remaining = iter(sorted(names))
+        async with anyio.create_task_group() as deleting:
+            for _ in range(min(len(names), _DELETIONS_AT_A_TIME)):
+                deleting.start_soon(self._delete, remaining)
+
+    async def _leftovers(self) -> list[str]:
+        rendezvous = self._writer._rendezvous
+        ours = {object_name(rank, self._save_id) for rank in range(rendezvous.world_size)}
+        number, store = self._writer._number, self._writer._store
+        return await find_leftovers(store, self._location, run=rendezvous.run, number=number, kept=ours)
+
+    async def _delete(self, names: Iterator[str]) -> None:
+        for name in names:
+            try:
+                await self._writer._store.delete(self._location.below(name))
+            except StoreError as error:
+                logger.warning(
+                    "%r is of no checkpoint any more, and stays at %r: %s", name, self._location.url, error
+                )
+
+
+def _mute(event: type[Event], **values: Any) -> None:
+    """Tell nobody: the stages of a save are those of its object."""

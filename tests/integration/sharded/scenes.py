@@ -1,0 +1,170 @@
+"""What each of several processes does in a test: one function a scene."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from async_ckpt import CheckpointService, ShardedSaveError
+from async_ckpt.stores import open_store
+from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.testing import Fault, FaultyStore, crash
+from tests.integration.sharded.states import Training, differences, every_kind, whole
+
+
+def every_kind_of_state(folder: Path, url: str) -> Any:
+    """Save a state of every kind, have torch load it, and tell what differs."""
+    state = every_kind(1.0)
+    with CheckpointService() as service:
+        handle = service.save_sharded(state, url)
+        with torch.no_grad():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    (value.to_local() if hasattr(value, "to_local") else value).zero_()
+        handle.wait()
+    other = every_kind(2.0)
+    dcp.load(other, checkpoint_id=url)
+    return differences(whole(every_kind(1.0)), whole(other))
+
+
+def overlapping_saves(folder: Path, saves: int) -> Any:
+    """Save again and again, and change the weights right after each call; tell what torch then finds in each."""
+    training = Training()
+    expected, found = [], []
+    with CheckpointService(queue_depth=2, max_concurrent_saves=2) as service:
+        for number in range(saves):
+            training.step()
+            state = training.state()
+            service.save_sharded(state, str(folder / f"step-{number}"))
+            expected.append(whole(state)["model"]["0.weight"].clone())
+            with torch.no_grad():
+                for parameter in training.model.parameters():
+                    parameter.to_local().add_(1.0)  # type: ignore[attr-defined]
+                    parameter.to_local().sub_(1.0)  # type: ignore[attr-defined]
+        service.wait()
+    for number in range(saves):
+        state = training.state()
+        dcp.load(state, checkpoint_id=str(folder / f"step-{number}"))
+        found.append(
+            state["steps"] == number + 1 and torch.equal(whole(state["model"]["0.weight"]), expected[number])
+        )
+    return found
+
+
+def those_that_fail(folder: Path, url: str, cases: dict[str, dict[str, Any]]) -> Any:
+    """Play `one_that_fails` for each case, at a place of its own."""
+    return {
+        name: one_that_fails(folder, f"{url}-{number}", **case)
+        for number, (name, case) in enumerate(cases.items())
+    }
+
+
+def one_that_fails(
+    folder: Path,
+    url: str,
+    victim: int,
+    operation: str = "",
+    call: int = 1,
+    error: str = "OSError",
+    after: bool = False,
+    moment: str = "store",
+    silence: float = 3.0,
+) -> Any:
+    """Save, save once more with something that fails on one rank, look around, and save again."""
+    rank = dist.get_rank()
+    bounds = {"silence_timeout": silence, "agreement_timeout": 2 * silence}
+    with CheckpointService(**bounds) as service:
+        service.save_sharded(_state(1.0), url).wait()
+    dist.barrier()
+    with CheckpointService(
+        store_factory=_failing(rank == victim, operation, call, error, after), **bounds
+    ) as service:
+        told: dict[str, Any] = {"seconds": None, "failures": None, "kind": ""}
+        begun = time.monotonic()
+        told |= _second_save(service, url, victim, moment, silence)
+        told["seconds"] = time.monotonic() - begun
+        try:
+            service.wait()
+        except BaseException as failure:
+            told["twice"] = repr(failure)
+    if error == "crash" or moment == "never":
+        return told
+    numbers = torch.tensor([rank + 1.0])
+    dist.all_reduce(numbers)
+    told["sum"] = numbers.item()
+    told["earlier"] = _is_there(url, 1.0)
+    with CheckpointService(**bounds) as service:
+        service.save_sharded(_state(3.0), url).wait()
+    dist.barrier()
+    told["next"] = _is_there(url, 3.0)
+    dist.barrier()
+    told["files"] = sorted(os.listdir(url)) if "://" not in url else []
+    return told
+
+
+def _second_save(
+    service: CheckpointService, url: str, victim: int, moment: str, silence: float
+) -> dict[str, Any]:
+    is_victim = dist.get_rank() == victim
+    state: dict[str, Any] = _state(2.0)
+    if is_victim and moment == "staging":
+        state["odd"] = lambda: None  # which pickle refuses
+    if is_victim and moment == "elsewhere":
+        url += "-elsewhere"
+    if is_victim and moment == "plan":
+        state["rows"] = torch.zeros(2)  # where the others have a part of something else
+    if is_victim and moment == "never":
+        return {"kind": "none"}
+    if is_victim and moment == "late":
+        time.sleep(3 * silence)
+    try:
+        service.save_sharded(state, url).wait()
+    except ShardedSaveError as failure:
+        return {
+            "kind": "ShardedSaveError",
+            "failures": {str(rank): why for rank, why in failure.failures.items()},
+        }
+    except Exception as failure:
+        return {"kind": type(failure).__name__}
+    return {"kind": "durable"}
+
+
+def _failing(
+    is_victim: bool, operation: str, call: int, error: str, after: bool
+) -> Callable[[Location, Workers], Store] | None:
+    if not is_victim or not operation:
+        return None
+    errors: dict[str, Callable[[], BaseException]] = {
+        "OSError": lambda: PermissionError(13, "no"),
+        "crash": crash,
+    }
+    fault = Fault(operation=operation, calls={call}, error=errors[error], after=after)  # type: ignore[arg-type]
+    return lambda location, workers: FaultyStore(open_store(location, workers=workers), [fault])
+
+
+def _state(seed: float) -> dict[str, Any]:
+    return every_kind(seed, with_planes=False)  # so that any number of ranks has the same
+
+
+def _is_there(url: str, seed: float) -> list[str]:
+    """Return what of a state of every kind is not in the checkpoint."""
+    other = _state(-1.0)
+    dcp.load(other, checkpoint_id=url)
+    return differences(whole(_state(seed)), whole(other))
+
+
+def what_is_there(folder: Path, url: str, seeds: list[float]) -> Any:
+    """Tell which state the checkpoint holds, save another one, and tell what is in the directory."""
+    seed = next((seed for seed in seeds if not _is_there(url, seed)), None)
+    dist.barrier()
+    with CheckpointService() as service:
+        service.save_sharded(_state(9.0), url).wait()
+    dist.barrier()
+    return {"seed": seed, "next": _is_there(url, 9.0), "files": sorted(os.listdir(url))}

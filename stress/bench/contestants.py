@@ -169,19 +169,38 @@ class DcpAsync(Contestant):
     """``torch.distributed.checkpoint.async_save`` as it comes: a directory, synced by its writer."""
 
     is_background = True
+    _stager: Any = None
 
     def save(self, state: State, path: Path) -> None:
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that there is one process only
-            self._future: Any = async_save(state, checkpoint_id=path, no_dist=True)
+            self._future: Any = async_save(state, checkpoint_id=path, no_dist=True, async_stager=self._stager)
 
     def wait(self) -> None:
         self._future.result()
 
     def done(self) -> bool:
         return bool(self._future.done())
+
+
+class DcpKept(DcpAsync):
+    """The same with a stager that is kept from save to save, and with it the memory of the copy."""
+
+    def __init__(self) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        options = StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+        self._stager = DefaultStager(options)
+
+    def close(self) -> None:
+        self._stager.close()
 
 
 CONTESTANTS: dict[str, type[Contestant]] = {
@@ -192,6 +211,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "torch.save": TorchSave,
     "Lightning": Lightning,
     "dcp.async_save": DcpAsync,
+    "dcp.async_save, kept stager": DcpKept,
     "async_ckpt": AsyncCkpt,
 }
 

@@ -20,17 +20,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Goal", "PeakMemory", "Sample", "StepLoop", "cpu_seconds", "rounds", "run_apart", "table"]
+__all__ = [
+    "Goal",
+    "PeakMemory",
+    "Sample",
+    "StepLoop",
+    "cpu_seconds",
+    "machine_cpu_seconds",
+    "rounds",
+    "run_apart",
+    "table",
+]
 
 Sample: TypeAlias = "dict[str, Any]"
 """What one contestant measured in one round, by name; ``None`` for what it does not have."""
 
 MIB = 1 << 20
+
+QUIET = 0.15
+"""Of one CPU: what others may use of the machine before something is measured,"""
+DISTURBED = 0.3
+"""and what they may use while it is, the kernel's work for it included."""
+
+_LOOK_SECONDS = 0.5
+_ATTEMPTS = 3
 
 
 def rounds(names: Sequence[str], count: int, *, seed: int) -> Iterator[tuple[int, str]]:
@@ -42,13 +60,38 @@ def rounds(names: Sequence[str], count: int, *, seed: int) -> Iterator[tuple[int
         yield from ((number, name) for name in order)
 
 
-def run_apart(module: str, *arguments: str, timeout_seconds: float = 600.0) -> Sample:
-    """Run ``python -m module`` in a fresh process and return the JSON object that its last line holds.
+def run_apart(module: str, *arguments: str, timeout_seconds: float = 600.0, attempts: int = 1) -> Sample:
+    """Run ``python -m module`` in a fresh process, once the machine is quiet, and return what its last line holds.
+
+    Args:
+        module: what to run.
+        *arguments: for it.
+        timeout_seconds: after which it is ended.
+        attempts: how often it is run at the most, until others used next to nothing of the CPUs meanwhile.
 
     Raises:
         RuntimeError: it failed; the message holds what it printed.
     """
     command = [sys.executable, "-m", module, *arguments]
+    return undisturbed(lambda: _last_line(command, timeout_seconds), attempts=attempts)
+
+
+def undisturbed(measure: Callable[[], Sample], *, attempts: int = _ATTEMPTS) -> Sample:
+    """Return a sample that other work on this machine has not disturbed, or after some attempts, the last one.
+
+    What the kernel does on behalf of the measured, such as writing pages out, counts as other work; it is little.
+    """
+    while True:
+        wait_until_quiet()
+        before, own, start = machine_cpu_seconds(), cpu_seconds(), perf_counter()
+        sample = measure()
+        others = machine_cpu_seconds() - before - (cpu_seconds() - own)
+        attempts -= 1
+        if attempts <= 0 or others <= DISTURBED * (perf_counter() - start):
+            return sample
+
+
+def _last_line(command: Sequence[str], timeout_seconds: float) -> Sample:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -60,6 +103,25 @@ def cpu_seconds() -> float:
     """Return the CPU time of this process and of its ended children so far."""
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def machine_cpu_seconds() -> float:
+    """Return the CPU time of everything so far: the kernel's work, and what other virtual machines took, included."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    user, nice, system, _idle, _waiting, irq, softirq, stolen = fields
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_quiet(*, limit_seconds: float = 60.0) -> bool:
+    """Wait until others use next to nothing of the CPUs, or until the limit; return whether it is so."""
+    end = perf_counter() + limit_seconds
+    while True:
+        before = machine_cpu_seconds()
+        sleep(_LOOK_SECONDS)
+        if machine_cpu_seconds() - before <= QUIET * _LOOK_SECONDS:
+            return True
+        if perf_counter() > end:
+            return False
 
 
 class PeakMemory:

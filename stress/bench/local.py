@@ -30,7 +30,10 @@ from stress.bench.harness import (
     rounds,
     run_apart,
 )
+from stress.bench.recording import record
 from stress.bench.report import SMALL_FLOATS, SMALL_TENSORS, TENSORS, report
+
+__all__ = ["main", "state_of", "timed_save"]
 
 _WARM_SAVES = {"large": 2, "small": 5}
 _SMALL_CONTESTANTS = ("memcpy", "torch.save", "Lightning", "async_ckpt")
@@ -44,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             json.dumps(_measure(options.contestant, options.state, options.size_gib, Path(options.directory)))
         )
         return
-    names = [name for name in CONTESTANTS if options.dcp or name != "dcp.async_save"]
     with tempfile.TemporaryDirectory(prefix="async_ckpt-bench-", dir=options.directory) as directory:
         samples = {
-            "large": _compete(names, "large", options, directory),
+            "large": _compete(list(CONTESTANTS), "large", options, directory),
             "small": _compete(_SMALL_CONTESTANTS, "small", options, directory),
         }
-    if options.json:
-        Path(options.json).write_text(json.dumps(samples, indent=1) + "\n")
+        if options.record:
+            what = {"size_gib": options.size_gib}
+            samples = record(options.record, samples, parameters=what, where=directory)
     print(report(samples, state_bytes=int(options.size_gib * 1024 * MIB)))
 
 
@@ -63,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
-    parser.add_argument("--json", help="a file to write every sample to")
-    parser.add_argument("--dcp", action="store_true", help="measure torch.distributed.checkpoint, too")
+    parser.add_argument("--record", type=Path, help="a file to add every sample to")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--state", choices=("large", "small"), default="large", help=argparse.SUPPRESS)
     return parser
@@ -79,7 +81,7 @@ def _compete(
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for number, name in rounds(names, options.rounds, seed=options.seed):
         what = ("--contestant", name, "--state", kind, "--size-gib", str(options.size_gib))
-        sample = run_apart("stress.bench.local", *what, "--directory", directory)
+        sample = run_apart("stress.bench.local", *what, "--directory", directory, attempts=3)
         samples[name].append(sample)
         stall_ms = sample["warm_stall_seconds"] * 1e3
         print(f"round {number + 1}/{options.rounds} {kind} {name}: {stall_ms:.1f} ms", flush=True)
@@ -87,11 +89,11 @@ def _compete(
 
 
 def _measure(name: str, kind: str, size_gib: float, directory: Path) -> Sample:
-    state = _state(kind, size_gib)
+    state = state_of(kind, size_gib)
     contestant = CONTESTANTS[name]()
     loop = StepLoop()
     memory = PeakMemory()
-    first, *warm = (_timed_save(contestant, state, directory) for _ in range(1 + _WARM_SAVES[kind]))
+    first, *warm = (timed_save(contestant, state, directory) for _ in range(1 + _WARM_SAVES[kind]))
     sample: Sample = {
         "first_stall_seconds": first["stall"],
         "extra_bytes": memory.extra_bytes(),
@@ -110,14 +112,16 @@ def _measure(name: str, kind: str, size_gib: float, directory: Path) -> Sample:
     return sample
 
 
-def _state(kind: str, size_gib: float) -> State:
+def state_of(kind: str, size_gib: float) -> State:
+    """Return a state of *size_gib* in ``"large"`` tensors, or one of 10,000 ``"small"`` ones."""
     count, floats = SMALL_TENSORS, SMALL_FLOATS
     if kind == "large":
         count, floats = TENSORS, int(size_gib * 1024 * MIB / TENSORS / 4)
     return {f"layer.{index}.weight": torch.full((floats,), float(index)) for index in range(count)}
 
 
-def _timed_save(contestant: Contestant, state: State, directory: Path) -> dict[str, float]:
+def timed_save(contestant: Contestant, state: State, directory: Path) -> dict[str, float]:
+    """Save on a quiet disk; return the seconds of the stall, until it ended, until it was durable, and CPU time."""
     path = directory / "checkpoint"
     os.sync()  # nobody starts with another's dirty pages
     cpu, start = cpu_seconds(), perf_counter()

@@ -10,7 +10,7 @@ from statistics import median
 from stress.bench.contestants import CONTESTANTS
 from stress.bench.harness import MIB, Goal, Sample, table
 
-__all__ = ["report"]
+__all__ = ["SMALL_FLOATS", "SMALL_TENSORS", "TENSORS", "report", "tables"]
 
 SMALL_TENSORS = 10_000
 SMALL_FLOATS = 256
@@ -19,49 +19,65 @@ TENSORS = 64
 
 def report(samples: dict[str, dict[str, list[Sample]]], *, state_bytes: int) -> str:
     """Return the tables and the goals as text."""
-    large, small = samples["large"], samples["small"]
+    found = tables(samples, state_bytes=state_bytes)
     sections = [
         f"{state_bytes / MIB:.0f} MiB in {TENSORS} tensors; medians",
-        table(_HEADER, [_row(name, runs, state_bytes) for name, runs in large.items()]),
+        found["local-large"],
         f"{SMALL_TENSORS} tensors of {SMALL_FLOATS} floats; medians",
-        table(_SMALL_HEADER, [_small_row(name, runs) for name, runs in small.items()]),
-        _phases(small["async_ckpt"]),
+        found["local-small"],
+        _phases(samples["small"]["async_ckpt"]),
         "Goals; ratios within a round, then their median",
-        table(
-            ["goal", "limit", "median", "range", ""],
-            [goal.row() for goal in _goals(large, small, state_bytes)],
-        ),
+        found["local-goals"],
     ]
     return "\n\n".join(["", *sections])
 
 
+def tables(samples: dict[str, dict[str, list[Sample]]], *, state_bytes: int) -> dict[str, str]:
+    """Return the tables in Markdown, by their names on the page about performance."""
+    large, small = samples["large"], samples["small"]
+    return {
+        "local-large": table(_HEADER, [_row(name, runs, state_bytes) for name, runs in large.items()]),
+        "local-small": table(_SMALL_HEADER, [_small_row(name, runs) for name, runs in small.items()]),
+        "local-goals": table(
+            ["goal", "limit", "median", "range", ""],
+            [goal.row() for goal in _goals(large, small, state_bytes)],
+        ),
+    }
+
+
+_FLOORS = {
+    "memcpy": "*floor: memcpy, one thread*",
+    "torch copy": "*floor: torch's copy, every thread*",
+    "raw write": "*floor: raw write + fsync*",
+    "raw write ×4": "*floor: the same, four threads*",
+}
 _HEADER = [
     "contestant",
     "first stall ms",
     "warm stall ms",
-    "durable s (+ fsync it leaves out)",
+    "durable s",
     "extra memory × state",
     "steps during a save / idle",
     "longest step ms",
-    "steps lost after the stall ms",
+    "steps lost ms",
     "CPU s",
 ]
 _SMALL_HEADER = [
     "contestant",
     "first stall µs a tensor",
     "warm stall µs a tensor",
-    "durable s (+ fsync it leaves out)",
+    "durable s",
     "extra memory MiB",
     "steps during a save / idle",
     "longest step ms",
-    "steps lost after the stall ms",
+    "steps lost ms",
     "CPU s",
 ]
 
 
 def _row(name: str, runs: list[Sample], state_bytes: int) -> list[str]:
     return [
-        name,
+        _FLOORS.get(name, name),
         f"{_median(runs, 'first_stall_seconds') * 1e3:.0f}",
         f"{_median(runs, 'warm_stall_seconds') * 1e3:.0f}",
         *_after_stall(name, runs, f"{_median(runs, 'extra_bytes') / state_bytes:.2f}"),
@@ -70,7 +86,7 @@ def _row(name: str, runs: list[Sample], state_bytes: int) -> list[str]:
 
 def _small_row(name: str, runs: list[Sample]) -> list[str]:
     return [
-        name,
+        _FLOORS.get(name, name),
         f"{_median(runs, 'first_stall_seconds') * 1e6 / SMALL_TENSORS:.1f}",
         f"{_median(runs, 'warm_stall_seconds') * 1e6 / SMALL_TENSORS:.1f}",
         *_after_stall(name, runs, f"{_median(runs, 'extra_bytes') / MIB:.0f}"),
@@ -80,8 +96,8 @@ def _small_row(name: str, runs: list[Sample]) -> list[str]:
 def _after_stall(name: str, runs: list[Sample], memory: str) -> list[str]:
     durable = "-"
     if CONTESTANTS[name].writes:
-        ended, synced = _median(runs, "warm_ended_seconds"), _median(runs, "warm_durable_seconds")
-        durable = f"{ended:.2f}" if CONTESTANTS[name].syncs else f"{ended:.2f} + {synced - ended:.2f}"
+        durable = f"{_median(runs, 'warm_ended_seconds'):.2f}"
+        durable += "" if CONTESTANTS[name].syncs else ", no fsync"
     steps = ["-", "-", "-"]
     if CONTESTANTS[name].is_background:
         longest_ms = _median(runs, "longest_step_seconds") * 1e3

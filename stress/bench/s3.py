@@ -23,6 +23,7 @@ from stress import sink
 from stress.bench.harness import MIB, Sample, rounds, run_apart
 from stress.bench.load import LOADERS
 from stress.bench.network import network
+from stress.bench.recording import record
 from stress.bench.s3_contestants import UPLOADERS
 from stress.bench.s3_report import LATENCY_SECONDS, LIGHTNING, OURS, PARTIAL, RATE, SECTIONS, report
 from stress.servers import juicefs, seaweedfs
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "load": _load,
     }
     samples = {name: measure[name](options) for name in options.only or SECTIONS}
-    if options.json:
-        Path(options.json).write_text(json.dumps(samples, indent=1) + "\n")
+    if options.record:
+        samples = record(options.record, samples, parameters={"mib": options.mib}, where=options.directory)
     print(report(samples, nbytes=options.mib * MIB))
 
 
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", help="measure less")
     parser.add_argument("--directory", help="where the servers keep their data; a tmpfs leaves the disk out")
-    parser.add_argument("--json", help="a file to write every sample to")
+    parser.add_argument("--record", type=Path, help="a file to add every sample to")
     return parser
 
 

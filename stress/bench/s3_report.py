@@ -18,6 +18,7 @@ __all__ = [
     "RATE",
     "SECTIONS",
     "report",
+    "tables",
 ]
 
 OURS = "async_ckpt"
@@ -37,13 +38,19 @@ def report(samples: dict[str, Any], *, nbytes: int) -> str:
         samples: of some sections, as ``stress.bench.s3`` collects them.
         nbytes: size of the state.
     """
-    parts = [f"{nbytes / MIB:.0f} MiB; medians"]
-    rows = []
-    for name, (as_table, as_goals) in _VIEWS.items():
-        if name in samples:
-            parts.append(as_table(samples[name], nbytes))
-            rows += [goal.row() for goal in as_goals(samples[name], nbytes)]
-    return "\n\n".join(["", *parts, "Goals", table(["goal", "limit", "median", "range", ""], rows)])
+    found = tables(samples, nbytes=nbytes)
+    goals = found.pop("s3-goals")
+    return "\n\n".join(["", f"{nbytes / MIB:.0f} MiB; medians", *found.values(), "Goals", goals])
+
+
+def tables(samples: dict[str, Any], *, nbytes: int) -> dict[str, str]:
+    """Return the tables in Markdown, by their names on the page about performance."""
+    views = {name: view for name, view in _VIEWS.items() if name in samples}
+    rows = [goal.row() for name, (_, as_goals) in views.items() for goal in as_goals(samples[name], nbytes)]
+    return {
+        **{f"s3-{name}": as_table(samples[name], nbytes) for name, (as_table, _) in views.items()},
+        "s3-goals": table(["goal", "limit", "median", "range", ""], rows),
+    }
 
 
 # -- the tables

@@ -6,30 +6,30 @@
     ├── OptionError (ValueError)             an option has a value that cannot work
     ├── UnpicklableStateError (TypeError)    the state holds an object that pickle refuses
     ├── StateChangedError (RuntimeError)     another thread freed memory of the state while it was saved
-    ├── StoreError (OSError)                 a store could not do what was asked of it
-    │   ├── UnknownProtocolError (ValueError)    no file system answers to the URL's protocol
-    │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and a checkpoint is there
+    ├── StoreError (OSError)                 a storage operation failed
+    │   ├── UnknownProtocolError (ValueError)    fsspec knows no file system for the URL's protocol
+    │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and the location is taken
     │   ├── CorruptCheckpointError               what was read is not what was written
     │   ├── IncompleteCheckpointError (FileNotFoundError)  a directory without .metadata
-    │   ├── RankError                            another rank could not, and this one relies on it
-    │   └── TransientStoreError                  the same request may succeed a moment later
+    │   ├── RankError                            another rank failed to write a checkpoint that this rank needs
+    │   └── TransientStoreError                  repeating the request may help
     │       └── ThrottledError                       the store asks for fewer requests
     ├── MissingDependencyError (ImportError) the file system's package is not installed
     ├── BackPressureError                    overflow="raise" and there is no room
     │   ├── QueueFullError
     │   └── MemoryLimitError
-    ├── NotDurableError                      an accepted request ended other than durable or failed
+    ├── NotDurableError                      an accepted request ended without taking effect
     │   ├── SupersededError
     │   ├── CancelledSaveError
-    │   ├── AbandonedError                       its deadline or its process ended first
-    │   └── RemovalDroppedError                  a deletion was not safe to carry out
+    │   ├── AbandonedError                       the service was closed, or the process ended, before it finished
+    │   └── RemovalDroppedError                  deleting the file was not safe
     ├── ShardedSaveError                     a sharded save is not durable: ranks failed, or ended
     ├── ServiceClosedError (RuntimeError)
-    ├── FlushTimeoutError (TimeoutError)     a wait ended before the saves did; they go on
+    ├── FlushTimeoutError (TimeoutError)     a wait timed out; the saves go on
     └── FlushError (ExceptionGroup)          several saves failed
 
-Foreign errors are translated where they enter, with ``from``, and keep their ``errno``. Errors of a
-user's own ``CheckpointIO`` are not translated: they are raised as they are.
+Errors of other libraries are translated where they enter, with ``from``, and keep their ``errno``. Errors raised by a
+user's own ``CheckpointIO`` are not translated.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ _OF_THE_SYSTEM = ("errno", "strerror", "filename", "filename2")
 
 
 class AsyncCheckpointError(Exception):
-    """The base of every error that async_ckpt raises of its own."""
+    """The base class of all errors that async_ckpt defines."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep what OSError has in no ``__dict__``, and would lose on the way to another process."""
+        """Pickle ``errno`` and the like, which OSError keeps outside of ``__dict__``."""
         reduced = super().__reduce__()
         assert isinstance(reduced, tuple)
         made, arguments, *state = reduced
@@ -99,7 +99,7 @@ class UnpicklableStateError(AsyncCheckpointError, TypeError):
     """The state holds an object that pickle refuses; the message says where in the state.
 
     Attributes:
-        where: the way to the object, such as ``state['callbacks']['timer']``.
+        where: the path to the object, such as ``state['callbacks']['timer']``.
     """
 
     def __init__(self, message: str, *, where: str = "state") -> None:
@@ -116,8 +116,8 @@ class StoreError(AsyncCheckpointError, OSError):
 
     Attributes:
         location: the URL or path concerned, passwords and signatures hidden.
-        stage: what was being done: ``"begin"``, ``"write"``, ``"commit"``, ``"delete"``, ``"read"``, …
-        errno: the operating system's number, where there is one.
+        stage: the operation that failed: ``"begin"``, ``"write"``, ``"commit"``, ``"delete"``, ``"read"``, …
+        errno: the operating system's error number, or ``None``.
     """
 
     def __init__(self, message: str, *, location: str = "", stage: str = "") -> None:
@@ -138,15 +138,15 @@ class StoreError(AsyncCheckpointError, OSError):
 
 
 class UnknownProtocolError(StoreError, ValueError):
-    """No file system that fsspec knows answers to the URL's protocol."""
+    """fsspec knows no file system for the URL's protocol."""
 
 
 class CheckpointExistsError(StoreError, FileExistsError):
-    """``overwrite=False``, and a checkpoint is at the location already; it is untouched."""
+    """``overwrite=False``, and the location already has a file, which is left untouched."""
 
 
 class CorruptCheckpointError(StoreError):
-    """What was read does not have the checksum that the file gives for it, or is no whole checkpoint."""
+    """The file is damaged: a checksum does not match, or the file is incomplete."""
 
 
 class IncompleteCheckpointError(StoreError, FileNotFoundError):
@@ -162,14 +162,14 @@ class IncompleteCheckpointError(StoreError, FileNotFoundError):
 
 
 class RankError(StoreError):
-    """Another rank of the process group failed to write what this one relies on, or ended without a word of it.
+    """Another rank failed to write a checkpoint that this rank needs, or ended without reporting its outcome.
 
-    Its own error, of whatever kind, is in the message.
+    The message contains the other rank's error.
     """
 
 
 class TransientStoreError(StoreError):
-    """A request failed in a way that may well pass: the same request may succeed a moment later (E3)."""
+    """A request failed, and repeating it may succeed (E3)."""
 
 
 class ThrottledError(TransientStoreError):
@@ -181,35 +181,35 @@ class MissingDependencyError(AsyncCheckpointError, ImportError):
 
 
 class BackPressureError(AsyncCheckpointError):
-    """There is no room for another save and ``overflow="raise"``; nothing was accepted."""
+    """There is no room for another save, and ``overflow="raise"``; the save was not accepted."""
 
 
 class QueueFullError(BackPressureError):
-    """``queue_depth`` saves are under way already."""
+    """``queue_depth`` saves are pending already."""
 
 
 class MemoryLimitError(BackPressureError):
-    """The snapshot would not fit beside those that are held, within ``memory_limit``."""
+    """The snapshot does not fit within ``memory_limit`` beside the snapshots of pending saves."""
 
 
 class NotDurableError(AsyncCheckpointError):
-    """An accepted request ended without taking effect, and not through a failure of its own."""
+    """An accepted request ended without taking effect, though it did not fail itself."""
 
 
 class SupersededError(NotDurableError):
-    """A newer save of the same location took its place before it had started."""
+    """A newer save of the same location replaced this one before it started."""
 
 
 class CancelledSaveError(NotDurableError):
-    """A ``remove`` of the same location came before it had started."""
+    """A ``remove`` of the same location cancelled this save before it started."""
 
 
 class AbandonedError(NotDurableError):
-    """The service was closed, or the process ended, before it could finish."""
+    """The service was closed, or the process ended, before the request finished."""
 
 
 class RemovalDroppedError(NotDurableError):
-    """Nothing was deleted: a save before did not become durable, or a base CheckpointIO has not done it."""
+    """Nothing was deleted: an earlier save did not become durable, or a base CheckpointIO did not delete the file."""
 
 
 class ShardedSaveError(AsyncCheckpointError):
@@ -246,16 +246,16 @@ class ServiceClosedError(AsyncCheckpointError, RuntimeError):
 
 
 class FlushTimeoutError(AsyncCheckpointError, TimeoutError):
-    """A wait ended before the saves did. They go on, and their outcome is still reported."""
+    """A wait timed out before the saves ended. They go on, and their outcome is still reported."""
 
 
 class FlushError(AsyncCheckpointError, _ExceptionGroup[Exception]):
     """Several saves failed since errors were last collected.
 
     Attributes:
-        exceptions: the failures, oldest first, each with the traceback of its worker.
+        exceptions: the failures, oldest first, each with its worker's traceback.
     """
 
     def derive(self, excs: Any) -> FlushError:  # type: ignore[override]  # a group of Exceptions only
-        """Return a group of *excs* with the same message; ``except*`` needs it."""
+        """Return a group of *excs* with the same message; ``except*`` needs this method."""
         return FlushError(self.message, excs)

@@ -1,12 +1,12 @@
-"""What happened to a request, as frozen values, in the order in which it happened.
+"""Events: the state changes of a request, as frozen values, in the order in which they happen.
 
-Each change of state is one event, so an observer sees the whole life of every save::
+Every change of state is one event, so an observer sees the whole life of every save::
 
     accepted → staged → writing → laid out → begun → part written (×n) → committing → durable
                                                                         ↘ failed, superseded, cancelled, abandoned
 
-An observer is called on the service's loop thread, one event at a time: it must not block, and must
-not call the service. What it raises is logged and goes no further. A removal has events of its own.
+An observer is called on the service's loop thread, one event at a time: it must not block, and must not call the
+service. An exception that it raises is logged and otherwise ignored. Removals have events of their own.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """The base of every event.
+    """The base class of all events.
 
     Attributes:
-        request_id: the same for all events of one request, rising in order of acceptance.
-        url: the location as the caller wrote it, but with its passwords and signatures hidden.
+        request_id: identifies the request; rises in order of acceptance.
+        url: the location as the caller wrote it, with passwords and signatures hidden.
         time_seconds: seconds since the epoch.
     """
 
@@ -75,21 +75,21 @@ class Writing(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaidOut(Event):
-    """The exact bytes of the file are known: *nbytes* of them, in *parts* parts."""
+    """The layout of the file is known: *nbytes* bytes, in *parts* parts."""
 
     nbytes: int
     parts: int
 
 
 class Begun(Event):
-    """The store has begun the file, under a name of its own."""
+    """The store has begun the file, under a temporary name."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartWritten(Event):
-    """The store has part *index*, *nbytes* long."""
+    """The store has written part *index*, which is *nbytes* long."""
 
     index: int
     nbytes: int
@@ -103,7 +103,7 @@ class Committing(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durable(Event):
-    """The checkpoint survives the loss of this process; *seconds* since ``save`` was called."""
+    """The checkpoint survives the loss of this process, *seconds* after ``save`` was called."""
 
     nbytes: int
     seconds: float
@@ -111,53 +111,53 @@ class Durable(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Event):
-    """The request failed; what was there before is there still."""
+    """The request failed; an earlier file at the location is untouched."""
 
     error: BaseException
 
 
 class Superseded(Event):
-    """A newer save of the same location took its place before it had started."""
+    """A newer save of the same location replaced this one before it started."""
 
     __slots__ = ()
 
 
 class Cancelled(Event):
-    """A removal of the same location came before it had started."""
+    """A removal of the same location cancelled this save before it started."""
 
     __slots__ = ()
 
 
 class Abandoned(Event):
-    """The service was closed, or its caller interrupted, before it could finish."""
+    """The service was closed, or the caller was interrupted, before the request finished."""
 
     __slots__ = ()
 
 
 class Linked(Event):
-    """A second name leads to the checkpoint, which is durable."""
+    """A link to the checkpoint was made; the checkpoint is durable."""
 
     __slots__ = ()
 
 
 class Removed(Event):
-    """Nothing is at the location any more."""
+    """The location is empty now."""
 
     __slots__ = ()
 
 
 class RemovalDropped(Event):
-    """Nothing was deleted: a save before it did not become durable (D3), or a base CheckpointIO did not do it."""
+    """Nothing was deleted: an earlier save did not become durable (D3), or a base CheckpointIO did not delete."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept(Event):
-    """What a process that has died left beside the location was removed: *names*."""
+    """Leftovers of a dead process beside the location were removed: *names*."""
 
     names: tuple[str, ...]
 
 
 Observer: TypeAlias = Callable[[Event], object]
-"""Anything that can be called with one event."""
+"""A callable that takes one event."""

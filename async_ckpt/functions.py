@@ -1,6 +1,6 @@
-"""What needs no service of one's own: each call makes one, and closes it.
+"""Functions that need no service: each call makes one, and closes it.
 
-What does not belong here: how anything is done.
+What does not belong here: any work of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["latest", "load"]
 AnyGiven = TypeVar("AnyGiven", bound=Given)
 
 READS_OF_LOAD = 8
-"""Requests at a time of a load on its own, beside which no save wants the connections."""
+"""Concurrent requests of ``load``, which shares its connections with no save."""
 
 
 def load(
@@ -33,23 +33,23 @@ def load(
     pickle_module: Any = None,
     **pickle_load_args: Any,
 ) -> Any:
-    """Load a checkpoint with ``torch.load``, after the pending saves of *url* in this process (O2).
+    """Load a checkpoint with ``torch.load``; wait for pending saves of *url* in this process (O2).
 
     Args:
         url: a local path, any URL that fsspec knows, or a ``UPath``.
         map_location: as for ``torch.load``.
-        weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the file names.
-        keys: load only what these patterns match, and fetch no more; see ``CheckpointService.load``.
-        progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
+        weights_only: as for ``torch.load``; ``None`` is its default, ``False`` lets the file run any code.
+        keys: patterns of the values to load; see ``CheckpointService.load``.
+        progress: whether to show progress; ``None`` shows it on a terminal if the load takes long.
         storage_options: passed to the fsspec file system.
-        pickle_module: as for ``torch.load``, which takes it with ``weights_only=False`` only.
+        pickle_module: as for ``torch.load``; needs ``weights_only=False``.
         **pickle_load_args: as for ``torch.load``, such as ``encoding``.
 
     Returns:
-        The state; with *keys*, nested as it was, with nothing but what matched.
+        The state; with *keys*, only the values that match, nested as they were.
 
     Raises:
-        FileNotFoundError: there is nothing at *url*.
+        FileNotFoundError: *url* does not exist.
         KeyError: a pattern of *keys* matches nothing.
         CorruptCheckpointError: the file is damaged.
         StoreError: the file cannot be read.
@@ -67,22 +67,22 @@ def load(
 
 
 def latest(url: AnyGiven, *, storage_options: Mapping[str, Any] | None = None) -> AnyGiven | None:
-    """Return where the newest complete checkpoint is in the directory at *url*, as ``load`` takes it.
+    """Return the newest complete checkpoint in the directory at *url*, in a form that ``load`` takes.
 
-    A checkpoint is a file named ``*.ckpt``, ``*.pt`` or ``*.pth``, or a directory that holds a ``.metadata``, as
-    sharded ones do. The newest is the one whose file, or ``.metadata``, was written last; of several written at one
-    time the last by name, with ``step-10`` after ``step-9``. What is being written does not count.
+    A checkpoint is a file named ``*.ckpt``, ``*.pt`` or ``*.pth``, or a directory with a ``.metadata`` file, as sharded
+    checkpoints are. The newest is the one whose file, or ``.metadata``, was written last; of several with the same
+    time, the last by name, with ``step-10`` after ``step-9``. Unfinished checkpoints do not count.
 
     Args:
-        url: a local directory, any URL that fsspec knows, or a ``UPath``; where it is a sharded checkpoint itself, it
-            is returned.
+        url: a local directory, any URL that fsspec knows, or a ``UPath``; if it is a sharded checkpoint itself, it is
+            returned.
         storage_options: passed to the fsspec file system.
 
     Returns:
-        The place, of the kind that *url* is; None if there is no checkpoint.
+        The checkpoint's location, of the same type as *url*; None if there is no checkpoint.
 
     Raises:
-        StoreError: storage cannot be asked; a bucket that is not there counts.
+        StoreError: the directory cannot be listed, for example because the bucket does not exist.
     """
     with CheckpointService(storage_options=storage_options) as service:
         name = service.newest(url)

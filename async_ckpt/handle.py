@@ -1,7 +1,7 @@
-"""The caller's view of one request, and the record it ends in.
+"""The caller's view of one request, and the report that it ends with.
 
-Guarantees: a handle ends exactly once (D4); whoever waits gets either a report of what is durable or the
-error, with the worker's traceback (E1). What does not belong here: anything that decides or does the work.
+Guarantees: a handle ends exactly once (D4); a waiter gets either the report or the error, with the worker's traceback
+(E1). What does not belong here: anything that decides or does the work.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _numbers = count()
 
 
 class Outcome(Generic[T]):
-    """A value or an error that the loop thread sets once, and that any thread may wait for.
+    """A value or an error that the loop thread sets once and any thread may wait for.
 
-    Unlike a ``Future`` it has no lock of its own: a signal handler may hold up its thread at any line, and
-    the loop, for which that handler waits, must never wait for that thread (L1).
+    Unlike a ``Future`` it has no lock: a signal handler may suspend a thread at any line and wait for the loop, so the
+    loop must never wait for that thread (L1).
     """
 
     __slots__ = ("_callbacks", "_done", "_error", "_value")
@@ -91,7 +91,7 @@ class Outcome(Generic[T]):
         return self._error
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Call *callback* once it is set, on the loop thread; at once, on this one, if it is."""
+        """Call *callback* once the outcome is set: on the loop thread, or here and now if it is set already."""
         self._callbacks.append(callback)
         if self._done:
             self._run_callbacks(contained=Exception)
@@ -102,7 +102,7 @@ class Outcome(Generic[T]):
         self._run_callbacks(contained=BaseException)  # a SystemExit would end the loop
 
     def _run_callbacks(self, *, contained: type[BaseException]) -> None:
-        # Whoever takes a callback out calls it, so that it is called once, whichever thread comes first.
+        # The thread that removes a callback from the list calls it, so it is called once.
         while True:
             try:
                 callback = self._callbacks.popleft()
@@ -116,7 +116,7 @@ class Outcome(Generic[T]):
 
 
 class State(str, Enum):
-    """Where a request stands. The last six are final."""
+    """The state of a request. The last six are final."""
 
     ACCEPTED = "accepted"  #: it has its place; its snapshot is being taken
     STAGED = "staged"  #: the snapshot is complete, the state may be mutated
@@ -134,10 +134,10 @@ class Report:
     """What one request came to.
 
     Attributes:
-        url: the location as the caller wrote it, but with its passwords and signatures hidden.
+        url: the location as the caller wrote it, with passwords and signatures hidden.
         state: the final state.
-        nbytes: length of the file in bytes; 0 where a base CheckpointIO wrote it.
-        stall_seconds: how long ``save`` held its caller.
+        nbytes: length of the file in bytes; 0 if a base CheckpointIO wrote it.
+        stall_seconds: how long ``save`` blocked its caller.
         seconds: from the call until the end.
     """
 
@@ -149,13 +149,13 @@ class Report:
 
 
 class Failure:
-    """An error on its way to whoever collects it first: the handle's waiter, or the service's next call (E1).
+    """An error that is reported to its first collector: a waiter of the handle, or the service's next call (E1).
 
     Attributes:
-        handle: of the request that failed.
-        error: what to tell.
-        number: rises in order of failing.
-        is_told: somebody who waited on the handle has been told.
+        handle: the handle of the request that failed.
+        error: the error to raise.
+        number: rises in the order of the failures.
+        is_told: a waiter of the handle has been given the error.
     """
 
     def __init__(self, handle: Handle, error: Exception) -> None:
@@ -166,15 +166,15 @@ class Failure:
         self._claimed = threading.RLock()  # never waited for: only a flag that one thread can win
 
     def claim(self) -> bool:
-        """Leave the telling to this thread; only the first that asks gets ``True``, and gets it again.
+        """Let this thread report the error; only the first thread that asks gets ``True``, every time it asks.
 
-        It asks again where Ctrl-C came before it had told.
+        It asks again if Ctrl-C came before it could report.
         """
         return self._claimed.acquire(blocking=False)
 
 
 class _Waiter:
-    """Somebody who waits on a handle, as long as *is_there*: a task of an event loop that was closed never goes on."""
+    """A waiter on a handle. *is_there* is false for a task whose event loop was closed: it will never resume."""
 
     def __init__(self, is_there: Callable[[], bool]) -> None:
         self.is_there = is_there
@@ -183,8 +183,7 @@ class _Waiter:
 class Handle:
     """One accepted save or removal. Waiting returns its report, or raises why it did not take effect.
 
-    Asking a handle again gives the same answer again; the error then counts as collected, and no other
-    call of the service raises it.
+    Waiting again gives the same answer. Once a waiter has been given the error, no other call of the service raises it.
     """
 
     def __init__(self, url: str, outcome: Outcome[Report], *, shown_url: str | None = None) -> None:
@@ -200,38 +199,38 @@ class Handle:
 
     @property
     def url(self) -> str:
-        """The location as the caller wrote it, passwords and all; it can be loaded from."""
+        """The location as the caller wrote it, including passwords; ``load`` takes it."""
         return self._url
 
     @property
     def shown_url(self) -> str:
-        """The location for messages: as the caller wrote it, but with its passwords and signatures hidden."""
+        """The location for messages: as the caller wrote it, with passwords and signatures hidden."""
         return self._shown_url
 
     @property
     def state(self) -> State:
-        """Where the request stands now."""
+        """The current state of the request."""
         return self._state
 
     def done(self) -> bool:
-        """Return whether the request has ended, whichever way."""
+        """Return whether the request has ended, successfully or not."""
         return self._outcome.done()
 
     def wait(self, timeout: float | None = None) -> Report:
         """Block until the request has ended.
 
         Args:
-            timeout: seconds to wait at the most; ``None`` waits for as long as it takes.
+            timeout: seconds to wait at most; ``None`` waits until the request ends.
 
         Returns:
             The report: the checkpoint is durable, or the file removed.
 
         Raises:
-            FlushTimeoutError: *timeout* passed first; the request goes on.
-            NotDurableError: it was superseded, cancelled or dropped.
-            Exception: it failed; this is the worker's own error.
-            RuntimeError: called where waiting would last for ever: in another process, in an observer, or in a
-                signal handler that interrupted a call which comes first.
+            FlushTimeoutError: *timeout* passed first. The request goes on.
+            NotDurableError: the request was superseded, cancelled or dropped.
+            Exception: the request failed; this is the worker's error.
+            RuntimeError: waiting would never end: in another process, in an observer, or in a signal handler that
+                interrupted an earlier call.
         """
         self._check_process()
         if not self.done():
@@ -258,11 +257,11 @@ class Handle:
         return self._result()
 
     def add_done_callback(self, callback: Callable[[Handle], object]) -> None:
-        """Call *callback* with this handle when the request has ended, on the service's loop thread, or at once."""
+        """Call *callback* with this handle once the request has ended, on the service's loop thread or at once."""
         self._outcome.add_done_callback(lambda: callback(self))
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be copied or pickled: nobody would ever end the copy, and waiting for it would last for ever."""
+        """Refuse to be copied or pickled: the copy would never end, and waiting for it would never return."""
         raise TypeError(
             f"the handle of {self._shown_url!r} cannot be copied or pickled; keep its url instead"
         )
@@ -272,7 +271,7 @@ class Handle:
 
     @property
     def is_waited_for(self) -> bool:
-        """Return whether somebody waits on this handle now."""
+        """Return whether anything waits on this handle now."""
         waiters = [waiter() for waiter in self._waiters.copy()]  # in one step, whoever comes or goes
         return any(waiter is not None and waiter.is_there() for waiter in waiters)
 
@@ -296,7 +295,7 @@ class Handle:
             return self._outcome.result()
         finally:
             if self._failure is not None and sys.exc_info()[1] is self._failure.error:
-                # Last: whom Ctrl-C keeps from the error is told by the next call.
+                # Last: if Ctrl-C comes before this line, the next call reports the error.
                 self._failure.is_told = True
 
     def _check_process(self) -> None:
@@ -307,7 +306,7 @@ class Handle:
 
 
 def hopeless(shown_url: str) -> RuntimeError:
-    """Return what to raise where waiting for a request would last for ever (L1)."""
+    """Return the error for a wait that could never end (L1)."""
     return RuntimeError(
         f"{shown_url!r} comes after a call that a signal handler, or the like, interrupted on this thread, and that "
         "goes on only once the handler has returned: to wait for it here would last for ever"
@@ -315,14 +314,14 @@ def hopeless(shown_url: str) -> RuntimeError:
 
 
 async def await_outcome(outcome: Outcome[Any]) -> None:
-    """Wait until *outcome* is set, under asyncio or trio, without a thread and without taking its result."""
+    """Wait under asyncio or trio until *outcome* is set; needs no thread and does not take the result."""
     event = anyio.Event()
     outcome.add_done_callback(_threadsafe_set(event))
     await event.wait()
 
 
 def _liveness_of_loop() -> Callable[[], bool]:
-    """Return a function that tells whether the running event loop may go on; trio's ends with no task left in it."""
+    """Return a function that returns whether the running event loop is still alive; trio's ends with its last task."""
     if _in_trio():
         return lambda: True
     import asyncio
@@ -337,7 +336,7 @@ def _in_trio() -> bool:
 
 
 def _threadsafe_set(event: anyio.Event) -> Callable[[], None]:
-    """Return a function that sets *event* from any thread; it never blocks, and does nothing once the loop is gone."""
+    """Return a function that sets *event* from any thread; it never blocks, and ignores a loop that has ended."""
     if _in_trio():
         schedule = sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon
     else:

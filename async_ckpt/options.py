@@ -1,7 +1,6 @@
-"""What a user may set: every option, its default, its validation. Nothing else decides a default.
+"""The options: their names, defaults and validation. No default is decided anywhere else.
 
-An options object is valid once it exists; it is frozen, and it holds no runtime, so it can be pickled
-and copied.
+An options object is validated when it is made. It is frozen and holds no runtime, so it can be pickled and copied.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def parse_bytes(text: int | str, *, option: str) -> int:
     """Return a number of bytes from an int or from text such as ``"8GiB"``, ``"500 MB"``.
 
     Raises:
-        OptionError: *text* is neither, or is not positive; the message names *option*.
+        OptionError: *text* is not a positive number of bytes; the message names *option*.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         nbytes = text
@@ -73,7 +72,7 @@ def parse_bytes(text: int | str, *, option: str) -> int:
 
 
 def default_memory_limit(root: Path = Path("/")) -> int:
-    """Return half of the memory that this process may use, in bytes, as found out below *root*."""
+    """Return half of the memory that this process may use, in bytes; *root* has ``/proc`` and ``/sys``."""
     bound = smallest_bound(root)
     logger.debug(
         "memory_limit is %d bytes, half of %d, from %s", bound.nbytes // 2, bound.nbytes, bound.source
@@ -83,40 +82,39 @@ def default_memory_limit(root: Path = Path("/")) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
-    """Everything that can be set on a service or a plugin; the names are the same everywhere.
+    """All options of a service or a plugin; the names are the same everywhere.
 
     Attributes:
-        queue_depth: saves that may be accepted and not yet ended, the running ones included (B1).
-        memory_limit: host bytes that snapshots may hold together, as an int or ``"8GiB"``; ``None`` is
-            half of what the process's control groups, ``RLIMIT_AS`` and the machine allow it. A larger single
-            save runs alone.
+        queue_depth: how many saves may be pending, running ones included (B1).
+        memory_limit: host bytes that snapshots may hold together, as an int or ``"8GiB"``; ``None`` is half of what the
+            process's control groups, ``RLIMIT_AS`` and the machine allow. A single larger save runs alone.
         overflow: what ``save`` does when there is no room: ``"block"`` waits, ``"raise"`` raises a
-            ``BackPressureError``, ``"supersede"`` gives the place of a queued, unstarted save of the same
-            location to the new one, and waits where there is none.
-        snapshot: how the picture of the state is taken; ``"auto"`` takes the best there is, ``"copy"``
-            copies into reused host buffers.
-        max_concurrent_saves: saves that are written at the same time.
-        part_size: bytes that one storage request carries at the most, as an int or ``"128MiB"``; a store may need
-            more for a very large file, and takes less where a connection would have nothing to do.
-        max_concurrent_parts: storage requests of one save that are under way at the same time; on local
-            disks no more than half the CPUs.
-        retry: when a failed storage request is tried again.
-        durability: ``"fsync"`` survives the loss of power, ``"process"`` only that of the process, which
-            is faster on local disks; object stores make no difference.
-        overwrite: whether a save may replace what is at its location; if not, it fails with a
-            ``CheckpointExistsError``. Object stores and local disks check as they commit, others just before.
-        in_place: ``"allow"`` lets a file be written right under its own name, as ``torch.save`` writes it, on a mount
-            that leaves no other way, such as one that cannot rename a file. It gives up that the name never has less
-            than a whole checkpoint: after a failure or a kill the earlier one is lost and the new one not there, or
-            torn. ``"refuse"`` has such a save end before its first byte.
-        on_error: ``"raise"`` raises a failed save at the next call, ``"warn"`` logs it and warns.
-        flush_timeout: seconds without progress after which nothing waits for pending saves any longer: ``wait``,
-            ``flush``, ``close``, teardown, the exit of the interpreter, a ``save`` for room, a ``load`` for its turn.
-            Every byte that moves counts, within a part as well, and every request that begins or ends. A base
-            CheckpointIO tells of no bytes: there it must be longer than a save takes.
-        flush_deadline: seconds after which they end their waiting whatever moves, as where a scheduler leaves no more;
-            ``None`` sets no such limit. A ``timeout`` that is given to ``wait``, ``flush`` or ``close`` takes the
-            place of both.
+            ``BackPressureError``, ``"supersede"`` replaces a queued save of the same location that has not started, and
+            waits if there is none.
+        snapshot: how the snapshot is taken: ``"copy"`` copies into reused host buffers; ``"auto"`` chooses the best
+            method.
+        max_concurrent_saves: how many saves are written at the same time.
+        part_size: the largest number of bytes in one storage request, as an int or ``"128MiB"``. A store uses more if a
+            very large file needs it, and less if a connection would otherwise be idle.
+        max_concurrent_parts: how many storage requests of one save run at the same time; on local disks at most half
+            the number of CPUs.
+        retry: when a failed storage request is repeated.
+        durability: ``"fsync"`` survives a loss of power; ``"process"`` survives only the loss of the process, and is
+            faster on local disks. It makes no difference for object stores.
+        overwrite: whether a save may replace an existing file; if not, it fails with a ``CheckpointExistsError``.
+            Object stores and local disks check at the commit, others just before it.
+        in_place: what to do on a mount that cannot rename files. ``"refuse"`` fails the save before its first byte.
+            ``"allow"`` writes the file directly under its final name, as ``torch.save`` does: after a failure or a
+            kill, the earlier checkpoint is lost, and the new one is missing or torn.
+        on_error: ``"raise"`` raises the error of a failed save at the next call; ``"warn"`` logs it and issues a
+            warning.
+        flush_timeout: seconds without progress after which every wait for pending saves gives up: ``wait``, ``flush``,
+            ``close``, teardown, the interpreter's exit, a ``save`` that waits for room, a ``load`` that waits for a
+            save. Any transferred byte counts as progress, and so does any request that begins or ends. A base
+            CheckpointIO reports no progress: with one, this must be longer than a save takes.
+        flush_deadline: seconds after which these waits give up even if there is progress, for example because a
+            scheduler is about to end the job; ``None`` sets no limit. A ``timeout`` that is passed to ``wait``,
+            ``flush`` or ``close`` replaces both.
         agreement_timeout: seconds that the ranks of a sharded save wait for one that has not come to it (E5).
         silence_timeout: seconds after which they count a rank as ended that has come, and of which nothing is heard any
             more; also for how long an event loop may stand still there.
@@ -124,7 +122,7 @@ class ServiceOptions:
         observer: called with every event; see ``async_ckpt.events``.
 
     Raises:
-        OptionError: a value cannot work; the message says what would.
+        OptionError: a value is not valid; the message says which values are.
     """
 
     queue_depth: int = 2
@@ -179,7 +177,7 @@ class ServiceOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ServiceOptions:
-        """Build from keyword arguments; an unknown name is an error that lists the known ones."""
+        """Make the options from keyword arguments; the error for an unknown name lists the known ones."""
         known = [item.name for item in fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -187,7 +185,7 @@ class ServiceOptions:
         return cls(**options)
 
     def limit(self, timeout: float | None) -> Limit:
-        """Return how long to wait for pending saves, where the caller gives *timeout*, or None."""
+        """Return the limit for a wait for pending saves; *timeout* is the caller's, or None."""
         if timeout is not None:
             return Limit.hard(timeout)
         deadline = math.inf if self.flush_deadline is None else self.flush_deadline
@@ -195,7 +193,7 @@ class ServiceOptions:
 
     @property
     def memory_limit_bytes(self) -> int:
-        """``memory_limit`` in bytes, the default worked out."""
+        """``memory_limit`` in bytes, with the default computed."""
         if self.memory_limit is None:
             return default_memory_limit()
         return parse_bytes(self.memory_limit, option="memory_limit")
@@ -207,10 +205,10 @@ class ServiceOptions:
 
 
 def check_grace(seconds: object) -> float:
-    """Return ``abandon_grace_seconds`` if it can work.
+    """Return ``abandon_grace_seconds`` if it is valid.
 
     Raises:
-        OptionError: it cannot.
+        OptionError: it is not.
     """
     if not _is_finite(seconds) or seconds < 0:
         raise OptionError(
@@ -243,7 +241,7 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 
 def _kind(value: object) -> str:
-    """Return what to call *value* by where it may be, or hold, a secret."""
+    """Return how an error may name *value*: by its type alone if it may be, or contain, a secret."""
     return f"<{type(value).__name__}>"
 
 

@@ -1,9 +1,9 @@
-"""Whether a failed storage request is tried again, and when. Time, sleep and chance can be given.
+"""The retry policy: whether and when a failed storage request is repeated; clock, sleep and randomness are injected.
 
-Guarantees: at most ``attempts`` calls; no new call once ``deadline_seconds`` have passed since the
-first; permanent errors are raised at once (E3).
+Guarantees: at most ``attempts`` calls; no new call later than ``deadline_seconds`` after the first; permanent errors
+are raised at once (E3).
 
-What does not belong here: what a request is, and whether repeating it is safe. The stores know.
+What does not belong here: what a request is, and whether it is safe to repeat; the stores know that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _chance = random.SystemRandom()
-"""Not Python's own generator: drawing from that would shift the numbers of training, which the user has seeded."""
+"""Not Python's global generator: drawing from it would change the random numbers of a seeded training."""
 
 _log = logging.getLogger("async_ckpt.retry")
 
@@ -51,19 +51,19 @@ _TRANSIENT = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How often, and how patiently, a storage request that failed is tried again.
+    """How often a failed storage request is repeated, and with what delays.
 
     Attributes:
-        attempts: calls in total; 1 never retries. Those of the default outlast a quarter of a minute, on average, in
-            which storage refuses at once, as a server does that is started again.
-        initial_seconds: the longest first wait; each further one may be twice as long.
-        maximum_seconds: no single wait is longer.
-        deadline_seconds: no wait ends later than this after the first call began.
-        stall_seconds: a request of which no byte has moved for so long has failed. There is no limit on a
-            request that moves: on a slow line a part may take long.
+        attempts: calls in total; 1 never retries. The default bridges, on average, 15 seconds in which storage refuses
+            every request at once, as while a server restarts.
+        initial_seconds: the longest first delay; the bound doubles with each attempt.
+        maximum_seconds: the longest single delay.
+        deadline_seconds: no delay ends later than this after the first call began.
+        stall_seconds: a request fails if it transfers no byte for this long. A request that makes progress has no
+            limit: on a slow line a part may take long.
 
     Raises:
-        OptionError: a value that cannot work.
+        OptionError: a value is not valid.
     """
 
     attempts: int = 10
@@ -84,13 +84,13 @@ class RetryPolicy:
                 raise OptionError(f"retry {name} must be a finite number of at least 0, not {value!r}")
 
     def delay(self, attempt: int, random: Callable[[], float]) -> float:
-        """Return how long to wait after the failure of *attempt*: "full jitter".
+        """Return the delay after the failure of *attempt*, with "full jitter".
 
-        A wait drawn evenly from zero to the exponential bound spreads clients that failed together
-        best (AWS architecture blog, "Exponential backoff and jitter").
+        A uniformly random delay between zero and the exponential bound is best at spreading out clients that failed
+        together (AWS architecture blog, "Exponential backoff and jitter").
 
         Args:
-            attempt: number of the call that failed, from 1.
+            attempt: the number of the call that failed, counted from 1.
             random: returns a number in [0, 1).
 
         Returns:
@@ -102,14 +102,14 @@ class RetryPolicy:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same request may well succeed a moment later.
+    """Return whether the same request may succeed if it is repeated.
 
     Args:
-        error: what the request raised; a translated error is judged by its cause as well.
+        error: the request's error; if it was translated, its cause counts as well.
 
     Returns:
-        True for lost connections, timeouts and a busy system; False for everything else: missing
-        permission, nothing there, a full or read-only disk, a wrong argument.
+        True for lost connections, timeouts and a busy system; False for everything else: missing permissions, a missing
+        file, a full or read-only disk, a wrong argument.
     """
     if isinstance(error, TransientStoreError):
         return True
@@ -128,7 +128,7 @@ async def call_with_retry(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
-    """Await ``function(*args, **kwargs)``, again after transient errors, as *policy* allows.
+    """Await ``function(*args, **kwargs)``, and repeat it after transient errors, as *policy* allows.
 
     Args:
         policy: how often and how long.
@@ -140,17 +140,17 @@ async def call_with_retry(
         What *function* returned.
 
     Raises:
-        BaseException: what the last call raised.
+        BaseException: the error of the last call.
     """
     return await Retrying(policy).call(function, *args, **kwargs)
 
 
 class Retrying:
-    """A policy put to work with a clock, a sleep and a source of chance.
+    """A policy with its clock, its sleep and its random source.
 
     Args:
         policy: how often and how long.
-        sleep: awaits so many seconds.
+        sleep: awaits the given number of seconds.
         clock: returns a monotonic time in seconds.
         random: returns a number in [0, 1).
     """
@@ -169,7 +169,7 @@ class Retrying:
         self._random = random
 
     async def call(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await ``function(*args, **kwargs)``, again after transient errors, as the policy allows."""
+        """Await ``function(*args, **kwargs)``, and repeat it after transient errors, as the policy allows."""
         return await self.advance(lambda: 0, function, *args, **kwargs)
 
     async def advance(
@@ -180,10 +180,10 @@ class Retrying:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Do the same for a *function* that goes on where it broke off: what got on has not failed.
+        """Like ``call``, for a *function* that resumes where it broke off.
 
-        Once *position* has changed, attempts and time are counted anew: how often a line breaks while something
-        large goes over it says nothing about whether it will arrive.
+        When *position* has changed, attempts and time are counted anew: during a long transfer a connection may break
+        many times, and the transfer still succeeds.
         """
         reached, began, attempt = position(), self._clock(), 1
         while True:

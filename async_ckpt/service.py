@@ -1,10 +1,10 @@
-"""The service: what a program holds to save, remove and load checkpoints without waiting for storage.
+"""The service: saves, removes and loads checkpoints without making the program wait for storage.
 
-Everything here runs on the caller's thread, and tells the caller what failed: once, and never in place of an error
+Everything here runs on the caller's thread. It reports each failure to the caller once, and never replaces an error
 that is in flight (E1, E2).
 
-What does not belong here: how a request comes in (submission), what the service holds meanwhile (resources), what
-becomes of it (dispatch).
+What does not belong here: how a request is submitted (submission), the service's resources (resources), how a request
+is carried out (dispatch).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ logger = logging.getLogger(__name__)
 class CheckpointService:
     """Saves checkpoints without making the training loop wait for storage.
 
-    Threads of a program may share a service. Used as a context manager, plain or ``async``, it is closed
-    at the end; otherwise the interpreter's exit drains it. One that the program drops unclosed sees everything it has
-    accepted to its end and frees what it holds, with a ``ResourceWarning``.
+    Threads may share a service. As a context manager, plain or ``async``, it is closed at the end of the block;
+    otherwise the interpreter's exit drains it. A service that is garbage-collected unclosed finishes everything it has
+    accepted, frees its resources and issues a ``ResourceWarning``.
 
     Args:
-        store_factory: makes the stores, for tests and for storage that fsspec does not know.
-        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind;
-            zero leaves it at once.
+        store_factory: makes the stores; for tests, and for storage that fsspec does not support.
+        abandon_grace_seconds: how long cancelled work may take to clean up before it is left behind; zero leaves it at
+            once.
         process_group: the ranks that make sharded checkpoints together; ``None`` takes all of them.
         store: a ``torch.distributed.Store`` that these ranks share, to agree through; ``None`` takes the one
             that ``init_process_group`` was given or made.
@@ -62,10 +62,10 @@ class CheckpointService:
             ``observer``.
 
     Attributes:
-        known_as: what the program knows it as, and how that is closed; for a plugin's.
+        known_as: for a plugin's service: what messages call it, and how to close it.
 
     Raises:
-        OptionError: an option cannot work.
+        OptionError: an option is not valid.
     """
 
     known_as: str | None = None
@@ -124,28 +124,28 @@ class CheckpointService:
     # -- caller's thread: the public surface
 
     def save(self, state: Any, url: Given) -> Handle:
-        """Take a snapshot of *state* and have it written to *url*.
+        """Take a snapshot of *state* and write it to *url* in the background.
 
-        Returns once *state* may be mutated. That takes the time of one copy in memory, and waits longer
-        only for a place in the queue or for memory, as ``overflow`` says (B1). The file will equal what
-        ``torch.save(state, url)`` would have written now (S1).
+        Returns once *state* may be changed again. That takes one copy in memory, and longer only if the queue or the
+        memory is full, as ``overflow`` says (B1). The file will equal what ``torch.save(state, url)`` would write now
+        (S1).
 
         Args:
             state: anything that ``torch.save`` takes.
-            url: a local path, any URL that fsspec knows, or a ``UPath``. A symlink is followed, as ``open``
-                does, at this call.
+            url: a local path, any URL that fsspec knows, or a ``UPath``. A symlink is followed, as ``open`` does, at
+                the time of this call.
 
         Returns:
             A handle to wait for.
 
         Raises:
-            UnpicklableStateError: *state* holds what pickle refuses; nothing was accepted.
-            StoreError: *url* cannot be a checkpoint's; nothing was accepted.
-            BackPressureError: there is no room and ``overflow="raise"``; nothing was accepted.
-            FlushTimeoutError: there was no room for ``flush_timeout``; nothing was accepted.
+            UnpicklableStateError: *state* contains an object that pickle refuses; the save was not accepted.
+            StoreError: *url* cannot be saved to; the save was not accepted.
+            BackPressureError: there is no room, and ``overflow="raise"``; the save was not accepted.
+            FlushTimeoutError: there was no room within ``flush_timeout``; the save was not accepted.
             ServiceClosedError: the service is closed.
-            Exception: an *earlier* save failed and nobody has been told yet; this one is accepted all the
-                same (E1, E2).
+            Exception: an *earlier* save failed, and this is the first call that can report it; the new save is accepted
+                all the same (E1, E2).
         """
         return self.submit(state, locate(url, storage_options=self._options.storage_options))
 
@@ -192,20 +192,21 @@ class CheckpointService:
         return handle
 
     def remove(self, url: Given) -> Handle:
-        """Have what is at *url* deleted, once every save accepted before is durable (D3).
+        """Delete the file or directory at *url* once every save accepted before is durable (D3).
 
-        A save of *url* that has not started is cancelled (O3). If one of the saves before fails, nothing is
-        deleted, and the handle says so.
+        A save of *url* that has not started is cancelled (O3). If an earlier save fails, nothing is deleted, and the
+        handle reports that.
 
         Args:
-            url: a local path, any URL that fsspec knows, or a ``UPath``. Nothing there is not an error.
+            url: a local path, any URL that fsspec knows, or a ``UPath``. It need not exist.
 
         Returns:
             A handle to wait for.
 
         Raises:
             ServiceClosedError: the service is closed.
-            Exception: an earlier request failed and nobody has been told yet; this one is accepted all the same.
+            Exception: an earlier request failed, and this is the first call that can report it; the removal is accepted
+                all the same.
         """
         location = locate(url, storage_options=self._options.storage_options, follow=False)
         return self.submit_removal(location)
@@ -221,34 +222,33 @@ class CheckpointService:
         pickle_module: Any = None,
         **pickle_load_args: Any,
     ) -> Any:
-        """Load a checkpoint with ``torch.load``, after the pending saves of *url*, not of others (O2).
+        """Load a checkpoint with ``torch.load``; wait only for pending saves of *url* (O2).
 
-        The file is fetched by several requests at a time, ``max_concurrent_parts`` at most, straight into the
-        memory of the tensors, and each tensor's checksum is compared with the file's.
+        Up to ``max_concurrent_parts`` requests fetch the file at the same time, straight into the memory of the
+        tensors. Each tensor's checksum is verified.
 
         Args:
             url: a local path, any URL that fsspec knows, or a ``UPath``.
             map_location: as for ``torch.load``.
-            weights_only: as for ``torch.load``, whose default ``None`` takes; ``False`` runs code that the
-                file names.
-            keys: load only what these patterns match, and fetch no more: ``"state_dict.encoder.*"``. A pattern
-                is compared, as ``fnmatch`` does, with the way to a value: the keys of mappings and the positions
-                in lists, joined by dots. One that matches takes everything below.
-            progress: whether to show how far it is; ``None`` does so on a terminal, when it takes long.
-            pickle_module: as for ``torch.load``, which takes it with ``weights_only=False`` only.
+            weights_only: as for ``torch.load``; ``None`` is its default, ``False`` lets the file run any code.
+            keys: patterns of the values to load, such as ``"state_dict.encoder.*"``; nothing else is fetched.
+                ``fnmatch`` compares a pattern with the path to a value: keys of mappings and positions in lists, joined
+                by dots. A match includes everything below it.
+            progress: whether to show progress; ``None`` shows it on a terminal if the load takes long.
+            pickle_module: as for ``torch.load``; needs ``weights_only=False``.
             **pickle_load_args: as for ``torch.load``, such as ``encoding``.
 
         Returns:
-            The state; with *keys*, nested as it was, with nothing but what matched.
+            The state; with *keys*, only the values that match, nested as they were.
 
         Raises:
-            FileNotFoundError: there is nothing at *url*.
+            FileNotFoundError: *url* does not exist.
             KeyError: a pattern of *keys* matches nothing.
             CorruptCheckpointError: the file is damaged.
             StoreError: the file cannot be read.
-            ServiceClosedError: the service was closed, maybe meanwhile.
-            Exception: an earlier request failed and nobody has been told yet, a save of *url* that we waited
-                for among them; or ``torch.load`` refuses the file.
+            ServiceClosedError: the service is closed, or was closed during the load.
+            Exception: an earlier request failed, such as the save of *url*, and this is the first call that can report
+                it; or ``torch.load`` refuses the file.
         """
         # By its name: what a link leads to may change until it is this load's turn.
         location = locate(url, storage_options=self._options.storage_options, follow=False)

@@ -1,8 +1,8 @@
-"""Keeps a run for looking at: when the loop stalled, what was in flight, when it became durable.
+"""Records a run as a trace: when the loop stalled, which saves were in flight, when they became durable.
 
-Guarantees: recording neither blocks nor locks, so it may be done on the service's loop thread and in signal
-handlers; memory is bounded (B2): past ``max_events`` the oldest are forgotten. The file is whole at any moment, as it
-is replaced at once; a killed process leaves the one that was written last.
+Guarantees: recording neither blocks nor locks, so it is safe on the service's loop thread and in signal handlers;
+memory is bounded (B2): beyond ``max_events`` the oldest events are dropped. The file is replaced atomically, so it is
+whole at any moment; a killed process leaves the last one written.
 
 What does not belong here: what is drawn (trace), Lightning.
 """
@@ -24,9 +24,9 @@ from types import TracebackType
 from typing import Any
 
 from async_ckpt.events import Event, Failed
-from async_ckpt.system.permissions import create_private, take_place_of
+from async_ckpt.system.permissions import create_private, inherit_metadata
 from async_ckpt.system.processes import process_id
-from async_ckpt.system.trust import foreign_link_on
+from async_ckpt.system.trusted_paths import foreign_link_on
 from async_ckpt.telemetry.trace import Span, trace_of
 
 __all__ = ["Timeline"]
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 class Timeline:
     """An observer that writes a trace of the run: ``observer=Timeline("trace.json")``.
 
-    It is written by ``write``, at the end of a ``with`` block, and at the interpreter's exit, after pending saves
-    have ended. Several services may share one. One that has recorded nothing writes nothing; a copy, or one that came
-    into another process, has recorded nothing yet.
+    The file is written by ``write``, at the end of a ``with`` block, and at the interpreter's exit, after pending saves
+    have ended. Several services may share a timeline. If nothing was recorded, nothing is written. A copy, also one in
+    another process, starts empty.
 
     Args:
-        path: the file, on a local disk; ui.perfetto.dev and chrome://tracing open it.
-        max_events: how many events are kept, the newest; and as many slices.
+        path: a file on a local disk, for ui.perfetto.dev or chrome://tracing.
+        max_events: how many of the newest events, and of the newest slices, are kept.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_events: int = 100_000) -> None:
@@ -54,26 +54,26 @@ class Timeline:
     def _reset(self) -> None:
         self._pid = process_id()
         self._events: deque[Event] = deque(maxlen=self._max_events)
-        # Apart, so that a million training steps do not push the saves out.
+        # Kept apart, so that a million training steps do not displace the saves.
         self._spans: deque[Span] = deque(maxlen=self._max_events)
         self._unwritten = False
 
     def __call__(self, event: Event) -> None:
-        """Keep one event; the service calls this."""
+        """Record one event; the service calls this."""
         if isinstance(event, Failed):
-            # Its words only: its traceback comes to hold the frames, and so the memory, of all who raise it.
+            # Its text only: its traceback would keep the frames of all who raise it, and so their memory, alive.
             event = replace(event, error=Exception(f"{type(event.error).__name__}: {event.error}"))
         self._leave_to_parent()
         self._events.append(event)
         self._write_later()
 
     def slice(self, track: str, name: str, began_seconds: float, ended_seconds: float) -> None:
-        """Show something of your own, such as a training step; from any thread.
+        """Record a slice of your own, such as a training step; from any thread.
 
         Args:
-            track: where it belongs; what overlaps on a track gets further rows.
-            name: what is written on it.
-            began_seconds: when it began, by ``time.time``.
+            track: the track to draw it on; overlapping slices get further rows.
+            name: its label.
+            began_seconds: when it began, as ``time.time`` counts.
             ended_seconds: when it ended.
         """
         self._leave_to_parent()
@@ -81,7 +81,7 @@ class Timeline:
         self._write_later()
 
     def write(self) -> None:
-        """Write all that is kept, in place of what was written before; do nothing if nothing is new.
+        """Write all recorded events, replacing the earlier file; do nothing if nothing is new.
 
         Raises:
             OSError: the file cannot be written.
@@ -121,13 +121,13 @@ class Timeline:
         self._reset()
 
     def _write_later(self) -> None:
-        """See to it that what was kept just now will be written; called after that, lest a writing comes between."""
+        """Make sure that the event just recorded will be written; called after recording it, so none is missed."""
         if not self._unwritten:
             self._unwritten = True
             atexit.register(self._write_or_log)  # comes after the service's own hook, which drains (D4)
 
     def _leave_to_parent(self) -> None:
-        """Forget, in a forked child, what the parent has kept and will write."""
+        """Forget, in a forked child, the events that the parent recorded and will write."""
         if process_id() != self._pid:
             self._reset()
 
@@ -141,18 +141,20 @@ class Timeline:
 def _replace(path: str, trace: dict[str, Any]) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if link := foreign_link_on(folder):
-        raise PermissionError(errno.EACCES, "another user has put this link where anybody may", link)
+        raise PermissionError(
+            errno.EACCES, "another user put this link in a directory that anyone may write to", link
+        )
     os.makedirs(folder, exist_ok=True)
-    # Of names that nobody can foresee, and put a link to another file at.
+    # An unpredictable name: nobody can put a link to another file there beforehand.
     temporary, probe = (os.path.join(folder, f".timeline.{secrets.token_hex(8)}.tmp") for _ in range(2))
-    # An event a line, so that it can be searched and compared.
+    # One event per line, so that the file can be searched and compared.
     encode = json.JSONEncoder(separators=(",", ":")).encode
     lines = ",\n".join(map(encode, trace.pop("traceEvents")))
     descriptor = create_private(temporary)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(f'{json.dumps(trace)[:-1]}, "traceEvents": [\n{lines}\n]}}\n')
-            take_place_of(descriptor, path, probe)
+            inherit_metadata(descriptor, path, probe)
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):

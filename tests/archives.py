@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from async_ckpt.format.directory import Entry, find_directory, list_entries
+from async_ckpt.format.central_directory import Entry, find_directory, list_entries
 
 __all__ = ["edited", "entries_of", "set_in_directory", "with_pickle", "written"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from async_ckpt.format.directory import find_directory
+from async_ckpt.format.central_directory import find_directory
 from tests.archives import entries_of, written
 
 __all__ = ["archive", "hostile_archives", "hostile_files", "hostile_pickles"]

@@ -7,26 +7,26 @@ from pathlib import Path
 from async_ckpt.stores import locate
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local.places import PLAIN, Place, Places
+from async_ckpt.stores.local.capabilities import UNRESTRICTED, Capabilities, CapabilityCache
 from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import BytesContent
 
 
-class Known(Places):
+class Known(CapabilityCache):
     """Directories of which it is known what they refuse, so that a save's own system calls are the only ones.
 
     Args:
         place: what they refuse.
     """
 
-    def __init__(self, place: Place = PLAIN) -> None:
+    def __init__(self, place: Capabilities = UNRESTRICTED) -> None:
         super().__init__()
         self._place = place
 
-    def of(self, directory: str, disk: Disk, *, parent: str | None = None) -> Place:
+    def of(self, directory: str, disk: Disk, *, parent: str | None = None) -> Capabilities:
         return self._place
 
-    def known(self, directory: str, disk: Disk) -> Place:
+    def known(self, directory: str, disk: Disk) -> Capabilities:
         return self._place
 
 

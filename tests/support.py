@@ -283,7 +283,7 @@ class MemorySource:
         return
 
 
-class Rig:
+class Harness:
     """A service whose store has faults and whose events are kept.
 
     Args:
@@ -322,7 +322,7 @@ class Rig:
         """Return the names of the events, of one URL if it is given."""
         return [type(e).__name__ for e in list(self.events) if url is None or e.url == str(url)]
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Harness:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -29,7 +29,7 @@ from async_ckpt.handle import Handle, State
 from async_ckpt.snapshot import Capture
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.vanished import seen
+from async_ckpt.stores.removed_directories import with_directory_seen
 
 __all__ = ["Intake"]
 
@@ -62,7 +62,7 @@ class Intake:
             if is_local(location) or not self.holdings.has_own_stores:
                 _check_target(location, runtime, in_place=self.holdings.options.in_place == "allow")
             if is_local(location):
-                location = seen(location)
+                location = with_directory_seen(location)
             writer = self._streaming_writer(location)
         request = self._request(Kind.SAVE, location, writer)
         try:

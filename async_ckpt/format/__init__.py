@@ -1,9 +1,9 @@
-"""The file: what ``torch.save`` would write, by reference.
+"""The file format: the layout of a checkpoint file, its parts, and reading it.
 
 ``lay_out`` turns a snapshot into a `Layout`, the exact bytes of the file as a scatter list;
-``plan_parts`` cuts it; `reading.reader.read_checkpoint` reads it back.
+``plan_parts`` cuts it; `reading.reader.read_checkpoint` reads a file.
 
-What does not belong here: where the bytes go, memory, order of saves.
+What does not belong here: storage, memory, the order of saves.
 """
 
 from __future__ import annotations

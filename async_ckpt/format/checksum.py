@@ -1,4 +1,4 @@
-"""CRC-32 as zip files want it, by ISA-L where it is installed and by zlib where it is not.
+"""CRC-32 as zip files use it, by ISA-L if it is installed, otherwise by zlib.
 
 Both release the GIL for more than a few KiB. Nothing else belongs here.
 """
@@ -12,7 +12,7 @@ __all__ = ["combine", "crc32", "crc32_combine"]
 
 crc32: Callable[[Any, int], int]
 crc32_combine: Callable[[int, int, int], int] | None
-"""The CRC-32 of two pieces together, from that of each and the length of the second; ``None`` where it is missing."""
+"""Computes the CRC-32 of two joined pieces from their checksums and the second's length; ``None`` if unavailable."""
 try:
     from isal.isal_zlib import crc32, crc32_combine
 except ImportError:  # no wheel for this platform: right all the same, at a sixth of the speed
@@ -24,10 +24,10 @@ _MASK = (1 << 64) - 1
 
 
 def combine(seed: int, value: int) -> int:
-    """Mix *value* into *seed* as c10's ``hash_combine`` does; torch fingerprints files with it.
+    """Combine *value* into *seed* like c10's ``hash_combine``, with which torch fingerprints files.
 
     Args:
-        seed: what was combined so far, 0 at first.
+        seed: the result so far, 0 at first.
         value: the next checksum.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What Lightning users hold: the plugin, and the callback beside it; nothing in here is imported by the rest.
+"""The Lightning integration: the plugin and its companion callback. Nothing outside of it imports it.
 
-Neither imports Lightning before it is made.
+Neither imports Lightning before the first instance is made.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ __all__ = ["AsyncCheckpointCallback", "AsyncCheckpointIO"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and make it known to what of Lightning is there by then."""
+    """Import the class that is asked for, and register it with the Lightning modules that are imported already."""
     if name == "AsyncCheckpointIO":
         from async_ckpt.lightning.plugin import AsyncCheckpointIO
-        from async_ckpt.lightning.registration import introduce_plugin
+        from async_ckpt.lightning.registration import register_if_imported
 
-        introduce_plugin(AsyncCheckpointIO)
+        register_if_imported(AsyncCheckpointIO)
         return AsyncCheckpointIO
     if name == "AsyncCheckpointCallback":
         from async_ckpt.lightning.callback import AsyncCheckpointCallback
-        from async_ckpt.lightning.registration import introduce_callback
+        from async_ckpt.lightning.registration import inherit_if_imported
 
-        introduce_callback(AsyncCheckpointCallback)
+        inherit_if_imported(AsyncCheckpointCallback)
         return AsyncCheckpointCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

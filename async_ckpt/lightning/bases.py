@@ -1,6 +1,6 @@
-"""What has to be known of a base CheckpointIO: which ones we take, where a call carries what, who writes in its place.
+"""What the plugin knows about a base CheckpointIO: which bases it accepts, and how their calls carry the path.
 
-What does not belong here: when it is called.
+What does not belong here: when a base is called.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from async_ckpt.stores.base import Location
 from async_ckpt.stores.redaction import redacted_url
 
 __all__ = [
+    "absolute",
     "argument",
-    "delegating",
+    "argument_slot",
+    "check_base",
+    "delegating_writer",
     "layers_of",
-    "pin_path",
-    "pinned",
-    "place_of",
-    "refuse_unfit",
-    "refuse_void",
-    "slot_of",
+    "location_of_path",
+    "refuse_ignored_options",
+    "with_absolute_path",
 ]
 
 _MOST_LAYERS = 32
 
-# Options that only our own writer knows, and what they come to.
+# Options that only our own writer honours, and how to get their effective value.
 _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
     "part_size": lambda options: options.part_size_bytes,
     "max_concurrent_parts": lambda options: options.max_concurrent_parts,
@@ -44,10 +44,10 @@ _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
 }
 
 
-def slot_of(
+def argument_slot(
     method: Any, position: int, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> int | str:
-    """Tell where a call carries an argument: at which place, or under which name, which may be the base's own."""
+    """Return the position or the name by which a call passes an argument; the base may use a name of its own."""
     if position < len(args):
         return position
     if name in kwargs:
@@ -58,24 +58,24 @@ def slot_of(
     return own_name
 
 
-def pin_path(
+def with_absolute_path(
     method: Any, position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return the path that a call carries, and the call with that path as it means the same later (`pinned`)."""
-    slot = slot_of(method, position, "path", args, kwargs)
+    """Return the path that a call passes, and the arguments with that path made `absolute`."""
+    slot = argument_slot(method, position, "path", args, kwargs)
     path = argument(slot, args, kwargs)
     if isinstance(slot, int):
-        return path, (*args[:slot], pinned(path), *args[slot + 1 :]), dict(kwargs)
-    return path, args, {**kwargs, slot: pinned(path)}
+        return path, (*args[:slot], absolute(path), *args[slot + 1 :]), dict(kwargs)
+    return path, args, {**kwargs, slot: absolute(path)}
 
 
 def argument(slot: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the argument that is carried at *slot*."""
+    """Return the argument at *slot*, a position or a name."""
     return args[slot] if isinstance(slot, int) else kwargs[slot]
 
 
-def place_of(path: Any) -> Location:
-    """Return the location of the name *path*, or one of its own kind where only the base knows what it means."""
+def location_of_path(path: Any) -> Location:
+    """Return the location of *path*; in the group ``"base"`` if only the base understands it."""
     try:
         return locate(path, follow=False)
     except (
@@ -87,19 +87,19 @@ def place_of(path: Any) -> Location:
         return Location(url=redacted_url(text), path=text, key=f"base:{text}", group="base", address=text)
 
 
-def pinned(path: Any) -> Any:
-    """Return *path* so that it means the same in another working directory; of the same kind, if that can be."""
+def absolute(path: Any) -> Any:
+    """Return *path* independent of the working directory; of the same type, if possible."""
     if isinstance(path, str):
-        return _pinned(path)
+        return _absolute(path)
     if not isinstance(path, os.PathLike):
         return path
     text = os.fspath(path)
-    if not isinstance(text, str) or (absolute := _pinned(text)) == text:
+    if not isinstance(text, str) or (absolute := _absolute(text)) == text:
         return path
     return type(path)(absolute) if isinstance(path, PurePath) else absolute
 
 
-def _pinned(path: str) -> str:
+def _absolute(path: str) -> str:
     scheme, separator, local = path.rpartition("://")
     if separator and scheme not in ("file", "local"):
         return path
@@ -109,7 +109,7 @@ def _pinned(path: str) -> str:
 
 
 def _lost_slash(path: str) -> bool:
-    """Return whether *path* was a URL once, which the base may know how to mend."""
+    """Return whether *path* was a URL that lost a slash; the base may be able to repair it."""
     try:
         refuse_mangled(path)
     except OptionError:
@@ -117,14 +117,14 @@ def _lost_slash(path: str) -> bool:
     return False
 
 
-def delegating(place: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
-    """Return what makes a base's writer."""
+def delegating_writer(location: Location, *, save: Any = None, delete: Any = None) -> MakeWriter:
+    """Return a factory for the writer that calls a base."""
 
     def make(service: CheckpointService) -> DelegatingWriter:
         return DelegatingWriter(
             save=save,
             delete=delete,
-            group=place.group,
+            group=location.group,
             workers=service.workers(),
             durability=service.options.durability,
         )
@@ -133,7 +133,7 @@ def delegating(place: Location, *, save: Any = None, delete: Any = None) -> Make
 
 
 def layers_of(base: Any) -> Iterator[Any]:
-    """Yield *base* and what it wraps, from outside in; not for ever, as an object may have any attribute."""
+    """Yield *base* and the CheckpointIOs that it wraps, outermost first; a bounded number of them."""
     for _ in range(_MOST_LAYERS):
         if base is None or isinstance(base, type):
             return
@@ -141,8 +141,8 @@ def layers_of(base: Any) -> Iterator[Any]:
         base = getattr(base, "checkpoint_io", None)
 
 
-def refuse_unfit(base: Any) -> None:
-    """Refuse what is no CheckpointIO, and one that returns before it has written: that is not durable (D1)."""
+def check_base(base: Any) -> None:
+    """Refuse an object that is no CheckpointIO, and a CheckpointIO that returns before it has written (D1)."""
     for inner in layers_of(base):
         if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(inner).__mro__):
             raise OptionError(
@@ -156,11 +156,11 @@ def refuse_unfit(base: Any) -> None:
         )
 
 
-def refuse_void(base: Any, options: Mapping[str, Any]) -> None:
-    """Refuse the options that a base, which writes by itself, would make void; their defaults say nothing.
+def refuse_ignored_options(base: Any, options: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect with a base, as it writes by itself; default values are allowed.
 
     Raises:
-        OptionError: there is such an option.
+        OptionError: such an option is set.
     """
     given = ServiceOptions.of({name: options[name] for name in _VOID if name in options})
     void = [

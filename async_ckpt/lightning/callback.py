@@ -1,9 +1,9 @@
-"""``AsyncCheckpointCallback``: what a Trainer does around asynchronous checkpoints, beside the plugin.
+"""``AsyncCheckpointCallback``: the callback that goes with the plugin in a Trainer.
 
-Guarantees: it does nothing in a Trainer whose checkpoints do not go through ``AsyncCheckpointIO``, and of several in a
-Trainer exactly one acts; nothing of it is in any checkpoint. No collective operation is called.
+Guarantees: it does nothing in a Trainer that does not save through ``AsyncCheckpointIO``; if a Trainer has several,
+exactly one of them is active; it adds nothing to checkpoints. No collective operation is called.
 
-What does not belong here: what happens during a fit; that is the companion's.
+What does not belong here: what is done during a fit (fit_coordinator).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from time import time
 from typing import TYPE_CHECKING, Any
 
-from async_ckpt.lightning.companion import Companion
+from async_ckpt.lightning.fit_coordinator import FitCoordinator
 from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
@@ -29,18 +29,18 @@ if TYPE_CHECKING:  # the Trainers of both Lightnings take it, whose classes have
 else:
 
     class Callback:
-        """What takes the place of Lightning's classes until the program has imported them."""
+        """Stands in for Lightning's ``Callback`` classes until the program has imported them."""
 
 
 class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
-    """Goes with ``AsyncCheckpointIO`` in a Trainer, which finds it by itself where entry points are installed.
+    """The companion of ``AsyncCheckpointIO`` in a Trainer, which finds it by its entry point.
 
-    During ``fit`` it has ``ModelCheckpoint`` know of pending files, tells loggers of a checkpoint once it is durable,
-    calls ``on_checkpoint_write_end(trainer, path)`` of callbacks and of the LightningModule, and waits for all at
-    the end. Outside of ``fit``, a save returns when it is durable.
+    During ``fit``, it makes pending files visible to ``ModelCheckpoint``, notifies loggers of a checkpoint once it is
+    durable, calls ``on_checkpoint_write_end(trainer, path)`` of callbacks and of the LightningModule, and waits for all
+    saves at the end. Outside of ``fit``, a save returns when it is durable.
 
     Args:
-        log_metrics: give what each durable save took to the trainer's loggers: ``checkpoint/stall_seconds`` and so on.
+        log_metrics: log figures of each durable save to the trainer's loggers: ``checkpoint/stall_seconds`` and so on.
         progress_bar: show pending saves in the training's progress bar.
         timeline: where to write a trace of the run; see ``Timeline``.
 
@@ -58,35 +58,35 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         self._log_metrics = log_metrics
         self._progress_bar = progress_bar
         self._timeline = None if timeline is None else Timeline(timeline)
-        self._begin_afresh()
+        self._reset()
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         inherit_callback(AsyncCheckpointCallback)
         self._plugin: AsyncCheckpointIO | None = None
-        self._companion: Companion | None = None
+        self._coordinator: FitCoordinator | None = None
         self._step_began_seconds = 0.0
         self._has_warned = False
 
     # -- Lightning's hooks
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the plugin, and see to it that its saves outside of ``fit`` are synchronous."""
-        if self._companion is not None:  # whatever was to end it was itself interrupted
-            self._companion.end()
-        self._companion = None
+        """Find the plugin, and make its saves outside of ``fit`` synchronous."""
+        if self._coordinator is not None:  # whatever was to end it was itself interrupted
+            self._coordinator.end()
+        self._coordinator = None
         self._plugin = plugin = self.take_charge(trainer)
         if plugin is None:
             return
         self._warn_of_bypass(trainer)
-        self._come_first(trainer)
+        self._take_position(trainer)
         _see_to_teardown(trainer, plugin, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to accompany the fit, once every ``setup`` is done."""
+        """Begin to coordinate the fit, once every ``setup`` is done."""
         plugin = self._plugin
         if plugin is None:
             return
-        self._companion = Companion(
+        self._coordinator = FitCoordinator(
             trainer,
             plugin,
             log_metrics=self._log_metrics,
@@ -95,65 +95,65 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Take the time."""
+        """Note when the step begins."""
         self._step_began_seconds = time()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell of what has become durable."""
-        if self._companion is not None:
-            self._companion.step_ended(f"batch {batch_idx}", self._step_began_seconds)
-            self._companion.keep_up()
+        """Report what has become durable."""
+        if self._coordinator is not None:
+            self._coordinator.step_ended(f"batch {batch_idx}", self._step_began_seconds)
+            self._coordinator.report()
 
     def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Tell of what has become durable; a validation may be long."""
-        if self._companion is not None:
-            self._companion.keep_up()
+        """Report what has become durable; a validation may be long."""
+        if self._coordinator is not None:
+            self._coordinator.report()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Wait for everything, before ``fit`` calls itself done.
+        """Wait for all saves before ``fit`` ends.
 
         Raises:
             Exception: a save failed.
         """
-        if self._companion is not None:
-            self._companion.flush()
+        if self._coordinator is not None:
+            self._coordinator.flush()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Wait for everything; what failed is added to the error's notes."""
-        if self._companion is not None:
-            self._companion.settle()
+        """Wait for all saves; add failures to the notes of the error that is in flight."""
+        if self._coordinator is not None:
+            self._coordinator.settle()
         elif self._plugin is None:  # what was called has failed before any setup
             self.take_charge(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Tell of what has become durable since, while loggers listen."""
-        companion, self._companion = self._companion, None
+        """Report what has become durable since, before loggers are finalized."""
+        companion, self._coordinator = self._coordinator, None
         if companion is not None:
             companion.end()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """See to it that a save is synchronous where no ``setup`` has come, as where others have been launched."""
+        """Make the save synchronous if no ``setup`` was called in this process, as after launching others."""
         if self._plugin is None:
             self.take_charge(trainer)
 
     # -- ours
 
     def strategy_ends(self) -> None:
-        """The strategy, and the plugin with it, is about to be torn down."""
-        if self._companion is not None:
-            self._companion.strategy_ends()
+        """Called just before the strategy, and with it the plugin, is torn down."""
+        if self._coordinator is not None:
+            self._coordinator.strategy_ends()
 
     def strategy_ended(self, error: BaseException | None) -> None:
-        """The strategy has been torn down, and the plugin with it, and *error* has come up meanwhile."""
-        if self._companion is not None:
-            self._companion.strategy_ended(error)
+        """Called after the strategy, and with it the plugin, was torn down; *error* was raised meanwhile."""
+        if self._coordinator is not None:
+            self._coordinator.strategy_ended(error)
 
     def take_charge(self, trainer: Any) -> AsyncCheckpointIO | None:
-        """Return the plugin, if it is ours to accompany; from now on its saves outside of ``fit`` are synchronous.
+        """Return the plugin if this callback is active; its saves outside of ``fit`` are synchronous from now on.
 
-        Called wherever one may be the first to save, so more than once.
+        Called, possibly several times, before anything that may be the first save.
         """
         plugin = plugin_of(trainer) if self._acts_in(trainer) else None
         if plugin is not None:
@@ -161,13 +161,13 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         return plugin
 
     def _acts_in(self, trainer: Any) -> bool:
-        """Return whether it is this one that acts: the user's own comes before one that was found."""
+        """Return whether this callback is the active one: the user's own is preferred to one that was found."""
         candidates = [each for each in trainer.callbacks if isinstance(each, AsyncCheckpointCallback)]
         candidates.sort(key=lambda each: isinstance(each, FoundCallback))
         return candidates[:1] == [self]
 
-    def _come_first(self, trainer: Any) -> None:
-        """Stay where the user has put this one."""
+    def _take_position(self, trainer: Any) -> None:
+        """Stay at the position that the user chose."""
 
     def _warn_of_bypass(self, trainer: Any) -> None:
         advice = bypass(trainer.strategy)
@@ -186,19 +186,20 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         self._log_metrics = state["log_metrics"]
         self._progress_bar = state["progress_bar"]
         self._timeline = state["timeline"]
-        self._begin_afresh()
+        self._reset()
 
 
 class FoundCallback(AsyncCheckpointCallback):
-    """The one that a Trainer has found by itself; it logs nothing, as nobody has asked for that."""
+    """The callback that a Trainer finds by its entry point; it logs no metrics, as the user did not ask for them."""
 
     def __init__(self) -> None:
         super().__init__(log_metrics=False)
 
-    def _come_first(self, trainer: Any) -> None:
-        """Come before the user's own, whose ``on_train_end`` and ``on_exception`` then find every file.
+    def _take_position(self, trainer: Any) -> None:
+        """Move before the user's callbacks, so that their ``on_train_end`` and ``on_exception`` find every file.
 
-        The list is a new one, as Lightning is going through the old one. Its tuners, which it puts first, stay there.
+        The list is replaced, as Lightning is iterating over the old one. Tuners, which Lightning puts first, stay
+        first.
         """
         others = [each for each in trainer.callbacks if each is not self]
         tuners = [each for each in others if _is_tuner(each)]
@@ -215,7 +216,7 @@ def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:
 
 
 def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncCheckpointCallback) -> None:
-    """Have the plugin torn down with the strategy, also where that does not: FSDP's, ModelParallel's."""
+    """Make the strategy's teardown tear the plugin down; FSDP's and ModelParallel's do not."""
     strategy = trainer.strategy
     overrides = Overrides()
     tear_down = strategy.teardown

@@ -1,14 +1,14 @@
-"""Which saves of a fit may end while training goes on; all others, the direct ones, return when they are durable.
+"""Decides which saves of a fit are deferred, so that training goes on; all others, direct saves, return when durable.
 
-Whoever calls ``trainer.save_checkpoint(path)`` may use the file in the next line: upload it, rename it, report its
-folder. Lightning's ``ModelCheckpoint`` does not, nor does its ``OnExceptionCheckpoint``. So theirs are deferred.
+Code that calls ``trainer.save_checkpoint(path)`` may use the file in its next line: upload it, rename it, report its
+folder. Lightning's ``ModelCheckpoint`` and ``OnExceptionCheckpoint`` do not, so their saves are deferred.
 
-Guarantees: a save is deferred only where nobody can go on with its file. That is known where all code between the hook
-and the CheckpointIO is Lightning's own. A subclass that has more of its own than how files are named, and when, waits;
-so does everybody's save in a Trainer, or with a strategy, that has a ``save_checkpoint`` of its own. A save that comes
-in between, as from a signal handler, is somebody else's. See decision 0038.
+Guarantees: a save is deferred only if no code can use its file right afterwards: all code between the hook and the
+CheckpointIO is Lightning's own. The saves of a subclass that overrides more than the names and the schedule of its
+files are direct, and so are all saves if the Trainer or its strategy overrides ``save_checkpoint``. A save that comes
+in between, as from a signal handler, is direct as well. See decision 0038.
 
-What does not belong here: who waits, and how (session).
+What does not belong here: waiting (session).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["defer", "is_direct", "replaces"]
 
 logger = logging.getLogger(__name__)
 
-_LIGHTNINGS = frozenset(
+_LIGHTNING_PACKAGES = frozenset(
     {"lightning", "lightning_fabric", "lightning_habana", "lightning_utilities", "pytorch_lightning"}
 )
 
-# What a subclass may do as it likes: it is over before the file is saved, or comes when all is durable.
-_HARMLESS = frozenset(
+# What a subclass may override freely: it runs before the file is saved, or when everything is durable.
+_OVERRIDABLE = frozenset(
     {
         "_find_last_checkpoints", "_format_checkpoint_name", "_get_metric_interpolated_filepath_name",
         "_monitor_candidates", "_should_save_on_exception", "_should_save_on_train_epoch_end",
@@ -43,27 +43,27 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 _expected: ContextVar[Any] = ContextVar("async_ckpt_expected", default=None)
-"""The path that Lightning's own callback is about to save to."""
+"""The path that a callback of Lightning's is about to save to."""
 
 _is_deferred: ContextVar[bool] = ContextVar("async_ckpt_is_deferred", default=False)
 
 
 def is_direct() -> bool:
-    """Return whether the save that is asked for now is one whose file may be used in the next line."""
+    """Return whether the current save is direct: its caller may use the file in the next line."""
     return not _is_deferred.get()
 
 
 def defer(trainer: Any, overrides: Overrides) -> list[Any]:
-    """Have the saves of Lightning's own callbacks be deferred, as far as nobody else can go on with their files.
+    """Defer the saves of Lightning's own callbacks, as far as no other code can use their files.
 
     Returns:
-        The callbacks of *trainer* whose saves are.
+        The callbacks of *trainer* whose saves are deferred.
     """
     for owner in (trainer, trainer.strategy):
         method = getattr(type(owner), "save_checkpoint", None)
-        if "save_checkpoint" in vars(owner) or not _is_lightnings(method):
+        if "save_checkpoint" in vars(owner) or not _is_from_lightning(method):
             kind = type(owner).__name__
-            logger.info("every save is waited for, as %s has a save_checkpoint of its own", kind)
+            logger.info("every save in fit returns when it is durable, as %s overrides save_checkpoint", kind)
             return []
     deferred = [callback for callback in trainer.callbacks if _is_deferrable(callback)]
     for callback in deferred:
@@ -82,13 +82,13 @@ def defer(trainer: Any, overrides: Overrides) -> list[Any]:
 
 
 def replaces(callback: Any, name: str) -> bool:
-    """Return whether *callback* has a method *name* of its own, in place of Lightning's."""
+    """Return whether *callback* overrides Lightning's method *name*."""
     base, _, _ = _kind_of(callback)
     return base is not None and _is_replaced(callback, base, name)
 
 
 class _Deferring:
-    """Takes the place of a method of Lightning's that saves; a copy of its callback has the method itself."""
+    """Replaces a saving method of a callback; a copy of the callback has the original method."""
 
     def __init__(self, callback: Any, method: str, path_of: Callable[..., Any]) -> None:
         self._callback = callback
@@ -119,9 +119,9 @@ _OWN = {
 
 
 def _kind_of(callback: Any) -> tuple[Any, str, Any]:
-    """Return Lightning's class that *callback* is made from, if it is one that saves, and which of its methods does."""
+    """Return the saving class of Lightning's that *callback* derives from, if any, and its saving method."""
     for base in type(callback).__mro__:
-        if base.__name__ in _OWN and _top(base.__module__) in _LIGHTNINGS:
+        if base.__name__ in _OWN and _top(base.__module__) in _LIGHTNING_PACKAGES:
             return base, *_OWN[base.__name__]
     return None, "", None
 
@@ -129,13 +129,13 @@ def _kind_of(callback: Any) -> tuple[Any, str, Any]:
 def _is_deferrable(callback: Any) -> bool:
     base, _, _ = _kind_of(callback)
     for name in () if base is None else dir(base):
-        if name in _HARMLESS or name.startswith("__"):
+        if name in _OVERRIDABLE or name.startswith("__"):
             continue
         own = getattr(base, name)
-        is_patched = name in vars(base) and isfunction(own) and not _is_lightnings(own)
+        is_patched = name in vars(base) and isfunction(own) and not _is_from_lightning(own)
         if is_patched or _is_replaced(callback, base, name):
             logger.info(
-                "what %s saves is waited for, as its %s is not that of Lightning's %s, and may use the file",
+                "saves of %s return when they are durable, as it overrides %s of Lightning's %s and may use the file",
                 type(callback).__name__,
                 name,
                 base.__name__,
@@ -151,9 +151,9 @@ def _is_replaced(callback: Any, base: Any, name: str) -> bool:
     return getattr(type(callback), name) is not own or name in vars(callback)
 
 
-def _is_lightnings(function: Any) -> bool:
-    """Tell where *function* was written; a wrapper takes over names, but not its module's variables."""
-    return _top(str(getattr(function, "__globals__", {}).get("__name__", ""))) in _LIGHTNINGS
+def _is_from_lightning(function: Any) -> bool:
+    """Return whether Lightning's code defines *function*; a wrapper copies the name, but not the globals."""
+    return _top(str(getattr(function, "__globals__", {}).get("__name__", ""))) in _LIGHTNING_PACKAGES
 
 
 def _top(module: str) -> str:

@@ -1,9 +1,9 @@
-"""Makes fsspec see what a save or a removal has changed: Lightning looks through file systems that remember listings.
+"""Invalidates fsspec's directory cache after a save or a removal: Lightning looks for files through cached listings.
 
-Guarantees: when a save or a removal has ended, no file system that fsspec keeps (one a set of options) remembers a
-listing from before it, of its location or the directories above; other listings stay. Nothing is asked of storage.
+Guarantees: when a save or a removal has ended, no file system instance that fsspec caches has an older listing of its
+location or of the directories above; other listings stay. No request is made.
 
-What does not belong here: file systems of the user's own, made with ``skip_instance_cache``; nobody else knows them.
+What does not belong here: file systems that the user made with ``skip_instance_cache``; only the user has them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def forget_changed(event: Event, url: str) -> None:
-    """Forget what *event* has changed, which is at *url*; whoever waits for its request has not been told yet."""
+    """Invalidate the listings that *event*, at *url*, has outdated; waiters of its request are notified later."""
     if isinstance(event, (Durable, Removed, Failed)):
         forget_listings(url)
 
 
 def forget_listings(url: str) -> None:
-    """Drop the remembered listings of the directories above *url*; a local path has none.
+    """Invalidate the cached listings of the directories above *url*; a local path has none.
 
     Args:
-        url: a file's URL. One that fsspec does not know, as a base CheckpointIO may have, is passed over.
+        url: a file's URL. One that fsspec does not know, as a base CheckpointIO may have, is ignored.
     """
     protocol, separator, _ = url.partition("://")
     if not separator:
@@ -45,7 +45,7 @@ def forget_listings(url: str) -> None:
 
 
 def _kept_by_fsspec(protocol: str) -> list[Any]:
-    """Return the instances that ``fsspec.filesystem`` would return again; fsspec has no public way to ask."""
+    """Return the instances in fsspec's cache; fsspec has no public way to list them."""
     import fsspec
 
     return list(getattr(fsspec.get_filesystem_class(protocol), "_cache", {}).values())

@@ -1,6 +1,6 @@
-"""What a Trainer asks of every package that is installed.
+"""The entry point by which every Trainer asks installed packages for callbacks.
 
-Imported by each Trainer, with a plugin of ours or without: it costs nothing before there is one.
+Each Trainer imports this module, with our plugin or without: it costs nothing before a plugin is made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["found_callbacks"]
 
 
 def found_callbacks() -> list[Any]:
-    """Return the companion, if the program has ever made a plugin."""
+    """Return the companion callback if the program has ever made a plugin."""
     if not is_registered():
         return []
     from async_ckpt.lightning.callback import FoundCallback

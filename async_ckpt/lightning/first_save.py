@@ -1,11 +1,12 @@
-"""A save, or a removal, of a Trainer that has run nothing yet: no hook has told the companion, so it is told here.
+"""A save or removal by a Trainer that has run nothing yet: no hook has reached the callback, so it is notified here.
 
-``Trainer.save_checkpoint(path, weights_only=True)`` calls no callback at all, and the plugin is handed a state and a
-path. That a Trainer is saving, and which, is seen on the stack alone.
+``Trainer.save_checkpoint(path, weights_only=True)`` calls no callback at all, and the plugin is given only a state and
+a path. Which Trainer is saving can only be seen on the stack.
 
-Guarantees: looked for until a plugin has a companion; where none ever comes, it is a walk over a few frames a call.
+Guarantees: the stack is searched until the plugin has a callback; without one, each call costs a walk over a few
+frames.
 
-What does not belong here: what the companion does.
+What does not belong here: what the callback does.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
-__all__ = ["let_companion_know"]
+__all__ = ["notify_companion"]
 
-# Of Lightning's functions, the variable that holds the Trainer.
+# Lightning's functions, and their local variable that holds the Trainer.
 _HOLDERS = {"save_checkpoint": "self", "_remove_checkpoint": "trainer"}
 
 
-def let_companion_know() -> None:
-    """Tell the companion of the Trainer that is saving or removing now, if there are both."""
+def notify_companion() -> None:
+    """Notify the companion callback of the Trainer that is saving or removing now, if there is one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         trainer = frame.f_locals.get(_HOLDERS.get(frame.f_code.co_name, ""))

@@ -1,10 +1,10 @@
-"""Waiting for pending checkpoints where a person waits, too.
+"""Waits for pending checkpoints, and shows the progress to the person who waits, too.
 
-Guarantees: nothing is shown of a short wait; of a longer one a bar on a terminal, else a line in the log now and
-then, by the first rank alone. The waiting thread itself draws: a terminal that holds it up holds up no checkpoint,
-and no thread is left. Where Lightning ends because of Ctrl-C, and has stopped listening, one more is heard.
+Guarantees: a short wait shows nothing; a longer one shows a bar on a terminal, or else logs a line from time to time,
+on the first rank only. The waiting thread itself draws, so a blocked terminal delays no checkpoint, and no thread is
+left. While Lightning shuts down after Ctrl-C and ignores further ones, one more Ctrl-C is honoured here.
 
-What does not belong here: what becomes of the requests, and what is raised.
+What does not belong here: the outcome of the requests, and raising errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from async_ckpt.handle import Handle, State
 from async_ckpt.service import CheckpointService
 from async_ckpt.telemetry.meter import Meter, SaveProgress
 
-__all__ = ["give_up", "patiently"]
+__all__ = ["give_up", "wait_with_progress"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SLICE_SECONDS = 0.2
 _BETWEEN_LINES_SECONDS = 10.0
 
 
-def patiently(
+def wait_with_progress(
     service: CheckpointService,
     meter: Meter,
     *,
@@ -41,20 +41,20 @@ def patiently(
     handle: Handle | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> float | None:
-    """Wait until what *service* has pending has ended, and show how far it is.
+    """Wait until the pending requests of *service* have ended, and show the progress.
 
     Args:
-        service: who has accepted it.
+        service: has accepted the requests.
         meter: its observer.
-        timeout: seconds to wait at the most; ``None`` waits as long as the service's options say.
-        handle: wait for this request alone.
+        timeout: seconds to wait at most; ``None`` waits as long as the service's options say.
+        handle: wait for this request only.
         clock: returns a monotonic time in seconds.
 
     Returns:
-        The seconds that are left to wait; ``None`` where the user does not want to wait any longer.
+        The remaining seconds; ``None`` if the user interrupted the wait.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, where it is not ignored; everything goes on.
+        KeyboardInterrupt: Ctrl-C, unless it is ignored; the requests go on.
     """
     patience = service.patience(timeout, clock=clock)
     pending = _of(service, meter) if handle is None else [handle]
@@ -79,14 +79,14 @@ def patiently(
 
 
 def give_up(service: CheckpointService) -> None:
-    """Close *service* at once and say what that costs; earlier checkpoints stay, and no temporary file does (D2)."""
+    """Close *service* at once and log what is lost; earlier checkpoints stay, temporary files are removed (D2)."""
     urls = ", ".join(repr(request.shown_url) for request in service.pending)
     tell(f"interrupted: given up: {urls}")
     service.close(timeout=0)
 
 
 def _of(service: CheckpointService, meter: Meter) -> list[Handle]:
-    """Return what is pending, but for saves still without snapshot, whose callers we may have interrupted (L1)."""
+    """Return the pending requests, except saves without a snapshot: we may have interrupted their callers (L1)."""
     saves = {save.url for save in meter.pending}
     return [
         handle
@@ -97,9 +97,9 @@ def _of(service: CheckpointService, meter: Meter) -> list[Handle]:
 
 @contextmanager
 def _hearing_interrupts(ring: Callable[[], object]) -> Iterator[bool]:
-    """Call *ring* on Ctrl-C where a first one is being handled and more are ignored; yield whether that is so.
+    """Call *ring* on Ctrl-C if a first one is being handled and further ones are ignored; yield whether that is so.
 
-    It is only rung, so that no exception takes the place of the first, which decides how the program ends (E2).
+    No exception is raised, as it would replace the first one, which decides how the program ends (E2).
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -116,7 +116,7 @@ def _hearing_interrupts(ring: Callable[[], object]) -> Iterator[bool]:
 
 
 class _Display:
-    """How far some saves are, as it is shown; the bytes written before count for the bar, not for the rate."""
+    """The progress display of some saves; bytes written before it began count for the bar, but not for the rate."""
 
     def __init__(self, saves: list[SaveProgress], heard: bool, clock: Callable[[], float]) -> None:
         self._saves = saves
@@ -129,7 +129,7 @@ class _Display:
         self._silent = False
 
     def update(self) -> None:
-        """Show it, if it is time to."""
+        """Refresh the display if it is due."""
         now = self._clock()
         if self._silent or now - self._began < _SHORT_SECONDS:
             return
@@ -171,22 +171,22 @@ class _Display:
         unit, name = next((pair for pair in _UNITS if total >= pair[0]), _UNITS[-1])
         parts = [self._what()]
         if not self._saving():
-            return parts[0] + self._way_out()
+            return parts[0] + self._hint()
         if total:
             parts.append(f"{done / unit:.1f} of {total / unit:.1f} {name}")
         if rate:
             parts.append(f"{rate / (1 << 20):.1f} MiB/s, {(total - done) / rate:.0f} s left")
-        return ", ".join(parts) + self._way_out()
+        return ", ".join(parts) + self._hint()
 
     def _what(self) -> str:
         number = self._saving()
         what = f"{number} checkpoint{'s' if number > 1 else ''}" if number else "deletions"
-        return f"waiting for {what}{self._way_out() if self._bar else ''}"
+        return f"waiting for {what}{self._hint() if self._bar else ''}"
 
     def _saving(self) -> int:
         return sum(save.end is None for save in self._saves)
 
-    def _way_out(self) -> str:
+    def _hint(self) -> str:
         return "; Ctrl-C gives up" if self._heard else ""
 
     def _done(self) -> int:

@@ -1,14 +1,14 @@
-"""The key-value store of torch's process group: how ranks talk without a collective operation.
+"""The key-value store of torch's process group, through which ranks communicate without collective operations.
 
-Every process group has one, through which its ranks have found each other. A rank that never answers harms nobody
-there, while a collective operation that one rank does not take part in ends the group for training, too.
+Every process group has one: its ranks found each other through it. A rank that never answers does no harm there; a
+collective operation that one rank does not join breaks the group for training, too.
 
-Guarantees: whoever asks waits a bounded time, also where the process that hosts the store has died or stands still,
-and hears Ctrl-C meanwhile; the connection is one of our own, where torch can make one, so training's calls are not held
-up by ours; in a process without a group nothing is imported and nothing happens. Nobody waits for a lock here, so a
-signal handler may come at any line (L1).
+Guarantees: a request waits a bounded time, even if the process that hosts the store has died or is stopped, and Ctrl-C
+interrupts it; the connection is our own, if torch can make one, so our calls do not delay training's; in a process
+without a group nothing is imported and nothing is done. No lock is waited for, so a signal handler may run at any line
+(L1).
 
-What does not belong here: what is said.
+What does not belong here: what the ranks communicate.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ANSWER_SECONDS = 20.0
-"""How long an answer may take that takes microseconds."""
+"""The limit for an answer that normally takes microseconds."""
 
 
 class UnreachableError(Exception):
-    """The store does not answer: its host has ended, or stands still."""
+    """The store does not answer: its host has ended, or is stopped."""
 
 
 class GroupStore:
     """A connection to the store of a process group.
 
     Args:
-        store: torch's.
+        store: torch's store.
         rank: of this process.
-        world_size: how many there are.
-        answer_seconds: how long to wait for an answer.
+        world_size: the number of ranks.
+        answer_seconds: the limit for an answer.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class GroupStore:
         self._telling = threading.Lock()  # never waited for: only a flag that one thread can win
         self._teller: threading.Thread | None = None
 
-    def ask(self, talk: Callable[[Any], T]) -> T:
-        """Return what *talk* returns, called with the store on a thread of its own.
+    def ask(self, operation: Callable[[Any], T]) -> T:
+        """Call *operation* with the store, on a thread of its own, and return its result.
 
         Raises:
-            UnreachableError: it did not answer.
+            UnreachableError: the store did not answer.
         """
         answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
 
         def run() -> None:
             try:
-                answers.put((talk(self._connected()), None))
+                answers.put((operation(self._connected()), None))
             except Exception as error:
                 answers.put((None, error))
 
@@ -82,9 +82,9 @@ class GroupStore:
             raise UnreachableError(f"the process group's store is gone: {error}") from error
         return answer  # type: ignore[no-any-return]
 
-    def tell(self, talk: Callable[[Any], object]) -> None:
-        """Have *talk* called with the store, soon, after all that was to be told before; never waits."""
-        self._untold.append(talk)
+    def tell(self, operation: Callable[[Any], object]) -> None:
+        """Call *operation* with the store soon, after all earlier ones; never waits."""
+        self._untold.append(operation)
         if self._telling.acquire(blocking=False):
             try:
                 self._teller = _start(self._tell_all)
@@ -93,7 +93,7 @@ class GroupStore:
                 raise
 
     def finish(self) -> None:
-        """Wait, a bounded time, until all has been told that was to be told by now."""
+        """Wait, a bounded time, until everything passed to ``tell`` so far has been sent."""
         teller = self._teller
         if teller is not None:
             teller.join(self._answer_seconds)
@@ -102,13 +102,13 @@ class GroupStore:
         while True:
             with suppress(IndexError):
                 while True:
-                    talk = self._untold.popleft()
+                    operation = self._untold.popleft()
                     try:
-                        talk(self._connected())
+                        operation(self._connected())
                     except Exception as error:
                         logger.debug("the other ranks were not told: %s", error)
             self._telling.release()
-            # Who came before that has left it to us.
+            # Whatever was added before is ours to send.
             if not self._untold or not self._telling.acquire(blocking=False):
                 return
 
@@ -127,9 +127,9 @@ class GroupStore:
 
 
 def store_of_group() -> tuple[Any, int, int] | None:
-    """Return torch's store of this process's group, its rank and how many there are.
+    """Return torch's store of this process's group, the rank and the number of ranks.
 
-    ``None`` where it is alone, or the group has none, as MPI's.
+    ``None`` if there is no other rank, or the group has no store, like MPI's.
     """
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -145,8 +145,8 @@ def store_of_group() -> tuple[Any, int, int] | None:
 
 
 def _start(run: Callable[[], None]) -> threading.Thread:
-    # A daemon, alone in this package: where the host stands still, a call never returns, and Python would wait for it
-    # at its end. What is underway there otherwise has been waited for by then.
+    # The only daemon thread of this package: if the host is stopped, a call never returns, and Python would wait for it
+    # at exit. Everything else that this thread does has been waited for by then.
     thread = threading.Thread(target=run, name="async_ckpt-ranks", daemon=True)
     thread.start()
     return thread

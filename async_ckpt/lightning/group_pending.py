@@ -1,13 +1,13 @@
-"""What the ranks of a process group have pending, known to all of them.
+"""The pending requests of a process group's ranks, visible to all ranks.
 
-Only the rank that saves knows that a file is pending. It counts its requests, accepted and ended, in the group's store,
-in all and for each location; the others compare the two.
+Only the rank that saves knows that a file is pending. It counts its accepted and its ended requests in the group's
+store, in total and per location; the other ranks compare the two counts.
 
-Guarantees: a rank waits for storage, never for another rank to come somewhere, so no two wait for each other; it gives
-up after ``flush_timeout`` in which nothing has moved anywhere, or when the store is gone. Training's thread is held up
-for one exchange with the store, about a millisecond, for each request. Nothing of it happens in a process on its own.
+Guarantees: a rank waits for storage, never for another rank to reach some point, so no two ranks wait for each other;
+it gives up when nothing has moved on any rank for ``flush_timeout``, or when the store is gone. Each request costs the
+training thread one exchange with the store, about a millisecond. A process without a group does none of this.
 
-What does not belong here: how the ranks leave a fit (departure).
+What does not belong here: how the ranks leave a fit (exit_barrier).
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ _LONGEST_PAUSE_SECONDS = 0.25
 
 
 class Announcement:
-    """One request that the other ranks know of.
+    """One request that was announced to the other ranks.
 
     Args:
         store: of the group.
-        name: what stands for its location.
-        numbers: of all requests and of those for its location, up to this one; ``None`` if nobody could be told.
+        name: identifies its location.
+        numbers: how many requests there are up to this one, in total and for its location; ``None`` if the store is
+            gone.
     """
 
     def __init__(self, store: GroupStore, name: str, numbers: tuple[int, int] | None) -> None:
@@ -55,24 +56,24 @@ class Announcement:
         self._has_ended = False
 
     def end(self, failure: str | None = None) -> None:
-        """Tell them that it has ended, once; *failure* says why it has failed."""
+        """Announce, once, that the request has ended; *failure* describes its failure."""
         if self._has_ended:
             return
         self._has_ended = True
         name, numbers = self._name, self._numbers
 
-        def talk(store: Any) -> None:
+        def operation(store: Any) -> None:
             if failure is not None and numbers is not None:  # first, as who sees the end looks for it
                 of_all, of_location = numbers
                 store.set(f"async_ckpt/failed/{name}/{of_location}", json.dumps([of_all, failure]))
             for each in (name, _ALL):
                 store.add(f"async_ckpt/ended/{each}", 1)
 
-        self._store.tell(talk)
+        self._store.tell(operation)
 
 
 class GroupPending:
-    """The requests of a group's ranks.
+    """The pending requests of a group's ranks.
 
     Args:
         store: of the group.
@@ -91,17 +92,17 @@ class GroupPending:
         self._is_cut_off = False
 
     def next_fit(self) -> int:
-        """Return the number of a fit that begins; all ranks count the same ones."""
+        """Return the number of a fit that begins; it is the same on all ranks."""
         self._fits += 1
         return self._fits
 
     # -- the rank that saves
 
     def announce(self, key: str) -> Announcement:
-        """Tell the other ranks of a request for the location of *key*, before it is made."""
+        """Announce a request for the location with *key* to the other ranks, before it is made."""
         name = _name(key)
 
-        def talk(store: Any) -> tuple[int, int]:
+        def operation(store: Any) -> tuple[int, int]:
             return (
                 store.add(f"async_ckpt/accepted/{_ALL}", 1),
                 store.add(f"async_ckpt/accepted/{name}", 1),
@@ -110,7 +111,7 @@ class GroupPending:
         numbers = None
         if not self._is_cut_off:  # else each request would wait again
             try:
-                numbers = self.store.ask(talk)
+                numbers = self.store.ask(operation)
                 self._own[name] += 1
                 self._own[_ALL] += 1
             except UnreachableError as error:
@@ -119,7 +120,7 @@ class GroupPending:
         return Announcement(self.store, name, numbers)
 
     def beat(self) -> None:
-        """Tell them that bytes move: now and then, however often it is called."""
+        """Announce that bytes move; rate-limited, however often it is called."""
         now = monotonic()
         if now - self._beat_at_seconds >= _BEAT_SECONDS:
             self._beat_at_seconds = now
@@ -128,16 +129,16 @@ class GroupPending:
     # -- the others
 
     def wait_for(self, key: str, url: str, *, limit: Limit) -> None:
-        """Wait until what other ranks have accepted of a location has ended.
+        """Wait until the requests that other ranks have accepted for a location have ended.
 
         Args:
-            key: of the location.
-            url: what to call it.
+            key: the location's key.
+            url: the location, for messages.
             limit: how long to wait.
 
         Raises:
-            RankError: the last request failed, which this rank has not been told yet; or its rank has ended.
-            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
+            RankError: the last request failed, and this rank has not raised that yet; or its rank has ended.
+            FlushTimeoutError: *limit* has passed, and nothing moved on any rank.
         """
         name = _name(key)
         number = self._wait(name, repr(url), limit)
@@ -150,20 +151,20 @@ class GroupPending:
             raise RankError(f"the rank that was to write {url!r} failed: {failure}")
 
     def wait_for_all(self, *, limit: Limit) -> None:
-        """Wait until all that other ranks have accepted so far has ended, well or not.
+        """Wait until everything that other ranks have accepted so far has ended, successfully or not.
 
         Raises:
-            RankError: a rank has ended meanwhile.
-            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
+            RankError: a rank ended meanwhile.
+            FlushTimeoutError: *limit* has passed, and nothing moved on any rank.
         """
         self._wait(_ALL, "checkpoints", limit)
 
     def count_as_told(self) -> None:
-        """Tell this rank no more of what has failed so far."""
+        """Consider all failures so far as raised on this rank."""
         self._told = self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) or self._told
 
     def _wait(self, name: str, what: str, limit: Limit) -> int | None:
-        """Return how many requests there were; ``None`` where there were only our own."""
+        """Return the number of requests; ``None`` if they were all our own."""
 
         def look(store: Any) -> tuple[int, int]:
             return store.add(f"async_ckpt/accepted/{name}", 0), store.add(f"async_ckpt/ended/{name}", 0)
@@ -177,16 +178,16 @@ class GroupPending:
         return int(accepted)
 
     def poll(self, look: Callable[[Any], T | None], what: str, *, limit: Limit) -> T:
-        """Ask again and again until *look*, called with the store, returns something.
+        """Call *look* with the store until it returns something other than ``None``.
 
         Args:
-            look: ``None`` to go on.
-            what: is being waited for.
+            look: returns ``None`` to go on.
+            what: what is awaited, for messages.
             limit: how long to wait.
 
         Raises:
-            RankError: the store is gone, and the rank that hosts it.
-            FlushTimeoutError: *limit* is over, in which nothing has moved on any rank.
+            RankError: the store is gone, and with it the rank that hosts it.
+            FlushTimeoutError: *limit* has passed, and nothing moved on any rank.
         """
         moved, moved_seconds = -1, monotonic()
         patience = Patience(limit, lambda: moved_seconds)
@@ -206,37 +207,37 @@ class GroupPending:
         raise AssertionError("the pauses never end")
 
     def can_ask(self) -> bool:
-        """Return whether the store is still there."""
+        """Return whether the store still answers."""
         return self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) is not None
 
     def _pauses(self) -> Iterator[float]:
-        """Yield short pauses at first, for what ends soon; long ones where many ranks ask one host."""
+        """Yield pauses: short ones at first, for what ends soon; longer ones if many ranks poll one host."""
         longest = max(_LONGEST_PAUSE_SECONDS, self.store.world_size / 1000)
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             yield pause
             pause = min(pause * 1.5, longest)
 
-    def ask_quietly(self, talk: Callable[[Any], T]) -> T | None:
-        """Return what *talk* returns; ``None`` where the store is gone, whose host may have left before us."""
+    def ask_quietly(self, operation: Callable[[Any], T]) -> T | None:
+        """Return the result of *operation*; ``None`` if the store is gone, as its host may leave before us."""
         try:
-            return self.store.ask(talk)
+            return self.store.ask(operation)
         except UnreachableError as error:
-            logger.info("what other ranks have pending is not known: %s", error)
+            logger.info("the pending checkpoints of other ranks are not known: %s", error)
             return None
 
 
 def read(store: Any, key: str) -> str | None:
-    """Return what torch's *store* has under *key*, if anything; its own ``get`` would wait for it."""
+    """Return the value of *key* in torch's *store*, or ``None``; the store's ``get`` would wait for the key."""
     return store.get(key).decode() if store.check([key]) else None
 
 
 _known: WeakKeyDictionary[Any, tuple[int, GroupPending]] = WeakKeyDictionary()
-"""By torch's store of a group: the process whose connection it is, and what it knows."""
+"""The pending requests by torch's store of a group, with the process that the connection belongs to."""
 
 
 def pending_of_group() -> GroupPending | None:
-    """Return what this process's group has pending; ``None`` where it is alone."""
+    """Return the pending requests of this process's group; ``None`` if there is no other rank."""
     group = store_of_group()
     if group is None:
         return None
@@ -246,7 +247,7 @@ def pending_of_group() -> GroupPending | None:
         pending = GroupPending(GroupStore(store, rank=rank, world_size=world_size))
         known = _known.setdefault(store, (process_id(), pending))
     process, pending = known
-    # A forked child, as of a data loader, is no rank: two processes must not talk on one connection.
+    # A forked child, such as a data loader's, is no rank: two processes must not share a connection.
     return pending if process == process_id() else None
 
 
@@ -258,10 +259,10 @@ def _finish() -> None:
 
 
 def _moves(store: Any) -> int:
-    """Return a number that changes while storage does something for any rank."""
+    """Return a number that changes while bytes move for any rank."""
     return int(store.add(f"async_ckpt/ended/{_ALL}", 0) + store.add("async_ckpt/beats", 0))
 
 
 def _name(key: str) -> str:
-    """Return what stands for a location's key, which may be long, and hold what is secret."""
+    """Return a digest of a location's key, which may be long and contain secrets."""
     return hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""Which loggers do anything with a checkpoint that they are told of.
+"""Finds out which loggers use the checkpoints that they are notified of.
 
-Guarantees: a logger counts as one that does unless it surely does not: nobody is told too early. What does not belong
-here: telling them (notifications).
+Guarantees: in doubt a logger counts as one that does, so none is notified too early. What does not belong here:
+notifying them (notifications).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 __all__ = ["uses_checkpoints"]
 
-# What a function with nothing in it is compiled to, by the Pythons there are.
+# The byte code of an empty function, in all supported versions of Python.
 _OF_NOTHING = frozenset({"LOAD_CONST", "NOP", "RESUME", "RETURN_CONST", "RETURN_VALUE"})
 
 
 def uses_checkpoints(logger: Any) -> bool:
-    """Return whether ``logger.after_save_checkpoint`` may look at a file, now or later.
+    """Return whether ``logger.after_save_checkpoint`` may read a file, now or later.
 
-    Most loggers, TensorBoard's and the CSV one among them, have a method that does nothing; Lightning's that upload do
-    nothing with ``log_model=False``, their default.
+    The method of most loggers does nothing, TensorBoard's and the CSV logger's among them; the loggers of Lightning's
+    that upload files do nothing with ``log_model=False``, their default.
     """
     method = logger.after_save_checkpoint
     function = inspect.unwrap(getattr(method, "__func__", method))

@@ -1,6 +1,6 @@
-"""What a durable save looks like in the trainer's loggers.
+"""The metrics of a durable save in the trainer's loggers.
 
-What does not belong here: when they are told (notifications).
+What does not belong here: when they are logged (notifications).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ __all__ = ["figures", "log_figures"]
 
 
 def figures(save: SaveProgress, pending: int) -> dict[str, float]:
-    """Return what is logged of *save*, which is durable.
+    """Return the metrics of *save*, which is durable.
 
     Args:
-        save: the save.
-        pending: how many others are under way now.
+        save: the progress of the save.
+        pending: how many other saves are pending now.
     """
     values = {
         "stall_seconds": save.stall_seconds,
@@ -32,9 +32,9 @@ def figures(save: SaveProgress, pending: int) -> dict[str, float]:
 
 
 def log_figures(trainer: Any, values: dict[str, float]) -> None:
-    """Give *values* to the loggers, on the axis of what the training itself logs; to nobody else."""
+    """Log *values* with the loggers only, on the step axis of the training's own metrics."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    # With several optimizers this differs from the global step.
+    # With several optimizers, this differs from the global step.
     step = getattr(epoch_loop, "_batches_that_stepped", trainer.global_step)
     for logger in trainer.loggers:
         logger.log_metrics(metrics=dict(values), step=step)  # by name, as Lightning calls it

@@ -1,11 +1,10 @@
-"""What ``ModelCheckpoint`` believes and does while saves are pending.
+"""What ``ModelCheckpoint`` sees and does while saves are pending.
 
-Guarantees: a pending save counts as a file, and one whose removal is pending does not, so names are counted up as
-with synchronous checkpoints; ``last.ckpt`` of ``save_last="link"`` leads to a whole checkpoint at any moment, or is
-absent. Lightning's collective operations are called exactly as it calls them.
+Guarantees: a pending save counts as a file, and a file whose removal is pending does not, so version counters in file
+names are those of synchronous checkpoints; ``last.ckpt`` of ``save_last="link"`` leads to a whole checkpoint at any
+moment, or is absent. Lightning's collective operations are called exactly as without the plugin.
 
-What does not belong here: when files are removed (removals), and loggers, which ``ModelCheckpoint`` tells of its saves
-(notifications).
+What does not belong here: when files are removed (removals), and notifying loggers of saves (notifications).
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.removals import Removals
 
-__all__ = ["Foresight", "make_aware"]
+__all__ = ["PendingFileSystem", "show_pending_files"]
 
 
-def make_aware(
+def show_pending_files(
     checkpoint: Any, plugin: AsyncCheckpointIO, removals: Removals, overrides: Overrides, *, is_deferred: bool
 ) -> None:
-    """Have *checkpoint*, any callback, know of the plugin's pending files, if it looks at files.
+    """Make the plugin's pending files visible to *checkpoint*, any callback, if it looks at files.
 
     Args:
         checkpoint: the callback.
-        plugin: which writes its files.
-        removals: of the plugin.
-        overrides: of the fit.
-        is_deferred: whether its own files may be pending, when it goes on; then its links may be, too.
+        plugin: writes its files.
+        removals: the plugin's removals.
+        overrides: the overrides of the fit.
+        is_deferred: whether the callback's saves are deferred; then its links may be pending, too.
 
     Raises:
-        OptionError: its files are to be where no checkpoint can be; its first save would say so, an epoch later.
+        OptionError: no checkpoint can be saved to its directory; otherwise its first save would fail, an epoch later.
     """
     file_system = getattr(checkpoint, "_fs", None)
     if isinstance(file_system, AbstractFileSystem):  # else it is something else's short name
         _check_directory(checkpoint, plugin)
-        overrides.replace(checkpoint, "_fs", Foresight(file_system, plugin, removals))
+        overrides.replace(checkpoint, "_fs", PendingFileSystem(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
         if not is_deferred and replaces(checkpoint, "_link_checkpoint"):
             return  # it may copy, or upload, and the file is there
@@ -65,7 +64,7 @@ def _check_directory(checkpoint: Any, plugin: AsyncCheckpointIO) -> None:
 def _link(
     make_link: Any, removals: Removals, link_now: Any, trainer: Any, filepath: str, linkpath: str
 ) -> None:
-    """Like ``ModelCheckpoint._link_checkpoint``, once *filepath* is durable."""
+    """Like ``ModelCheckpoint._link_checkpoint``, but once *filepath* is durable."""
     if trainer.is_global_zero and not os.path.isdir(filepath):
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
             removals.before_replacing(linkpath, partial(make_link, linkpath, filepath))
@@ -75,8 +74,8 @@ def _link(
     removals.release()
 
 
-class Foresight:
-    """A file system as it will be once what is pending has ended; passes for the one that it wraps."""
+class PendingFileSystem:
+    """A file system as it will be once all pending requests have ended; passes for the one that it wraps."""
 
     def __init__(self, file_system: Any, plugin: AsyncCheckpointIO, removals: Removals) -> None:
         self._file_system = file_system
@@ -84,22 +83,22 @@ class Foresight:
         self._removals = removals
 
     def exists(self, path: Any, **options: Any) -> bool:
-        """Return whether *path* will be there."""
+        """Return whether *path* will exist."""
         try:
             self._removals.release_path(path)
-            foreseen = self._plugin.will_exist(path, leaves=self._removals.holds)
+            expected = self._plugin.will_exist(path, leaves=self._removals.holds)
         except (OptionError, UnknownProtocolError, MissingDependencyError):  # what can be no checkpoint
-            foreseen = None
-        return bool(self._file_system.exists(path, **options)) if foreseen is None else foreseen
+            expected = None
+        return bool(self._file_system.exists(path, **options)) if expected is None else expected
 
     @property
     def __class__(self) -> Any:
-        """Return the class of the wrapped one, for ``isinstance``."""
+        """Return the class of the wrapped file system, for ``isinstance``."""
         return type(self._file_system)
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
-        raise AttributeError("it is not ours to change")
+        raise AttributeError("the class of a wrapped file system cannot be changed")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -107,7 +106,7 @@ class Foresight:
         return getattr(self._file_system, name)
 
     def __reduce__(self) -> Any:
-        """A copy is the file system alone: it may be used when the training is over."""
+        """A copy is the wrapped file system alone: it may be used after the training."""
         return _itself, (self._file_system,)
 
 

@@ -1,10 +1,11 @@
-"""Tells of saves when they are durable, not before: loggers, and who has ``on_checkpoint_write_end``.
+"""Notifies loggers, and objects with ``on_checkpoint_write_end``, of saves when they are durable.
 
-Guarantees: all on the training thread, each once; hooks in the order in which the saves became durable, a logger in
-the order in which they were made; nobody is told of a save that failed. A logger sees the checkpoint callback as it
-was when that was saved, as after a synchronous save, and is told at once where that has ended.
+Guarantees: every notification happens on the training thread, once; hooks are called in the order in which the saves
+became durable, a logger in the order in which they were made; a failed save is never notified. A logger sees the
+checkpoint callback as it was at the time of the save, as with synchronous checkpoints, and is notified at once if the
+save has ended.
 
-What does not belong here: when it is time to tell (companion), and that files are there until then (removals).
+What does not belong here: when to notify (fit_coordinator), and keeping files until then (removals).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HOOK = "on_checkpoint_write_end"
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class _Call:
-    """A call of a logger's, held back until the saves that it is about have ended."""
+    """A call to a logger that is held back until its saves have ended."""
 
     saves: list[SaveProgress]
     tell: Callable[[Any], Any]
@@ -40,20 +41,20 @@ class _Call:
 
     @property
     def files(self) -> set[str]:
-        """What a logger may look at when it is told: loggers look at all the files that a callback names."""
+        """The files that a logger may read when it is notified: all that the callback names."""
         known = self.attributes or {}
         named = (known.get("best_model_path"), known.get("last_model_path"), *known.get("best_k_models", ()))
         return {save.url for save in self.saves} | {redacted_url(os.fspath(path)) for path in named if path}
 
 
 class Notifications:
-    """The saves of one fit, to be told of.
+    """The pending notifications of one fit.
 
     Args:
-        meter: knows of them; nobody else may take those that have ended.
-        log_metrics: whether loggers get figures.
-        has_hooks: whether there is anybody with ``on_checkpoint_write_end``.
-        address_of: tells what was written for a location as events name it.
+        meter: the meter of the fit; nothing else may take its ended saves.
+        log_metrics: whether to log metrics.
+        has_hooks: whether any object has ``on_checkpoint_write_end``.
+        address_of: returns the full address for a location as events name it.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Notifications:
         self._views: dict[int, tuple[Any, Any]] = {}
 
     def hold_back(self, trainer: Any, tell: Callable[[Any], Any], checkpoint_callback: Any) -> None:
-        """Have *tell*, a logger's ``after_save_checkpoint``, called when what was just saved is durable."""
+        """Call *tell*, a logger's ``after_save_checkpoint``, when the save that was just made is durable."""
         view, attributes = self._as_it_is(trainer, checkpoint_callback)
         saves = self._just_saved(checkpoint_callback)
         call = _Call(
@@ -84,29 +85,29 @@ class Notifications:
             self._tell_loggers()
 
     def awaits(self, path: str) -> bool:
-        """Return whether a logger, or a hook, has yet to be told of *path*."""
+        """Return whether a logger or a hook has yet to be notified of *path*."""
         shown = redacted_url(path)
         if any(save.url == shown for call in self._held for save in call.saves):
             return True
         return self._has_hooks and any(save.url == shown for each in self._untold() for save in each)
 
     def untold_of(self, path: str, step: int) -> set[str]:
-        """Return the saves of which loggers have yet to be told, which makes them look at *path* as it is now.
+        """Return the saves that loggers are yet to be notified of and for which they will read the file at *path*.
 
         Args:
-            path: about to be replaced.
-            step: of the training. What is saved at one step belongs together: a logger may see either file of it.
+            path: a file that is about to be replaced.
+            step: the training's step. Saves of one step belong together: a logger may see either file.
         """
         shown = redacted_url(path)
         calls = [call for call in self._held if call.step != step and shown in call.files]
         return {save.url for call in calls for save in call.saves}
 
     def tell_loggers(self) -> None:
-        """Tell loggers, of all that has ended; nobody else."""
+        """Notify loggers, but no hooks, of all saves that have ended."""
         self._tell_loggers()
 
     def tell(self, trainer: Any) -> None:
-        """Tell of all that has become durable since the last time."""
+        """Notify of all saves that have become durable since the last call."""
         self._ended.extend(self._meter.take_ended())
         while self._ended:
             save = self._ended.popleft()
@@ -120,16 +121,16 @@ class Notifications:
         if self._held:
             self._tell_loggers()
 
-    def tell_or_log(self, trainer: Any) -> None:
-        """The same, for callers that are already handling an error, which must not be replaced (E2)."""
+    def report_or_log(self, trainer: Any) -> None:
+        """Like ``tell``, for callers that are already handling an error, which must not be replaced (E2)."""
         while True:
             try:
                 return self.tell(trainer)
             except Exception:
-                logger.exception("told of a durable checkpoint, somebody failed")
+                logger.exception("a logger or a hook failed when it was notified of a durable checkpoint")
 
     def leave_loggers(self) -> None:
-        """Tell them no more, but hooks: they have been finalized."""
+        """Notify only hooks from now on: the loggers have been finalized."""
         self._log_metrics = False
         self._held.clear()
 
@@ -145,7 +146,7 @@ class Notifications:
                 call.tell(call.view)
 
     def _just_saved(self, checkpoint_callback: Any) -> list[SaveProgress]:
-        """Return the save that a callback has just made, or all that may be it."""
+        """Return the save that a callback has just made, or all candidates."""
         path = redacted_url(os.fspath(getattr(checkpoint_callback, "_last_checkpoint_saved", "")))
         ended, pending = self._untold()
         for save in reversed([*ended, *pending]):
@@ -154,16 +155,16 @@ class Notifications:
         return pending
 
     def _untold(self) -> tuple[list[SaveProgress], list[SaveProgress]]:
-        """Return the saves that nobody has been told of, those that have ended and those that are pending."""
-        # First: what ends meanwhile is in both then, else it would be in neither.
+        """Return the saves that are yet to be notified, ended and pending ones."""
+        # First: a save that ends meanwhile is then in both lists; otherwise it would be in neither.
         pending = self._meter.pending
         self._ended.extend(self._meter.take_ended())
         return [*self._ended], pending
 
     def _as_it_is(self, trainer: Any, checkpoint_callback: Any) -> tuple[Any, dict[str, Any] | None]:
-        """Return what stands for a ``ModelCheckpoint`` before loggers, and its attributes at this moment."""
+        """Return a stand-in for a ``ModelCheckpoint``, to be shown to loggers, and its attributes at this moment."""
         for callback in trainer.callbacks:
-            # A logger may have been given a weak reference, which equals what it refers to.
+            # A logger may hold a weak reference, which equals its referent.
             if callback == checkpoint_callback and hasattr(callback, "best_k_models"):
                 if id(callback) not in self._views:  # one for all saves: loggers know them by identity
                     self._views[id(callback)] = callback, object.__new__(type(callback))
@@ -176,7 +177,7 @@ class Notifications:
 
 
 def hooks_of(trainer: Any) -> list[Callable[[Any, str], object]]:
-    """Return the hooks that are called when a save is durable."""
+    """Return the ``on_checkpoint_write_end`` hooks of *trainer*."""
     listeners = (*trainer.callbacks, trainer.lightning_module)
     return [hook for each in listeners if callable(hook := getattr(each, HOOK, None))]
 

@@ -1,9 +1,9 @@
-"""Attributes of single objects, replaced for a while: how the companion comes between the parts of a Trainer.
+"""Temporary overrides of attributes of single objects, by which a fit's coordinator intercepts calls within a Trainer.
 
-Guarantees: classes stay as they are, so no other Trainer is concerned; what was there is put back, newest first,
-except where somebody else has replaced it since.
+Guarantees: classes do not change, so no other Trainer is affected; the original values are restored, newest override
+first, except where other code has replaced the override since.
 
-What does not belong here: what comes in between.
+What does not belong here: the replacements.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _NOTHING = object()
 
 
 class Overrides:
-    """What has been replaced, and by what."""
+    """The overrides of one fit or strategy."""
 
     def __init__(self) -> None:
         self._undo = ExitStack()
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of *owner*, until ``restore``."""
+        """Override an attribute of *owner* until ``restore``."""
         before = vars(owner).get(name, _NOTHING)
         setattr(owner, name, value)
         self._undo.callback(_put_back, owner, name, value, before)
 
     def restore(self) -> None:
-        """Put everything back; again does nothing."""
+        """Restore all attributes; calling it again does nothing."""
         self._undo.close()
 
 

@@ -1,10 +1,10 @@
 """``AsyncCheckpointIO``: the plugin that makes a Trainer's or a Fabric's checkpoints asynchronous.
 
-Guarantees: ``save_checkpoint`` returns once the state may be mutated; a checkpoint that is loaded or removed
-has been waited for (O1, O2); ``teardown`` ends everything, raises what failed once (E1), tears the base down,
-and leaves the plugin ready for the next run (L1). No collective operation is called here.
+Guarantees: ``save_checkpoint`` returns once the state may be mutated; loads and removals wait for the pending saves of
+their location (O1, O2); ``teardown`` waits for everything, raises each failure once (E1), tears the base down, and
+leaves the plugin ready for the next run (L1). No collective operation is called here.
 
-What does not belong here: anything that also concerns a loop without Lightning; that is the service's.
+What does not belong here: anything that also concerns loops without Lightning (service).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 from async_ckpt.events import Observer
 from async_ckpt.lightning.bases import (
     argument,
-    delegating,
-    pin_path,
-    place_of,
-    refuse_unfit,
-    refuse_void,
-    slot_of,
+    argument_slot,
+    check_base,
+    delegating_writer,
+    location_of_path,
+    refuse_ignored_options,
+    with_absolute_path,
 )
-from async_ckpt.lightning.first_save import let_companion_know
+from async_ckpt.lightning.checked_base import CheckedBase, refuse_unknown_location
+from async_ckpt.lightning.first_save import notify_companion
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.session import Session
-from async_ckpt.lightning.watch import Watch, refuse_unknown_place
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.vanished import seen
+from async_ckpt.stores.removed_directories import with_directory_seen
 from async_ckpt.telemetry.meter import Meter
 
 __all__ = ["AsyncCheckpointIO"]
@@ -47,21 +47,22 @@ else:
 
 
 class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
-    """Makes checkpoints of Lightning asynchronous: ``Trainer(plugins=[AsyncCheckpointIO()])``.
+    """Makes Lightning's checkpoints asynchronous: ``Trainer(plugins=[AsyncCheckpointIO()])``.
 
-    Both Trainers and both Fabrics take it (``lightning`` and ``pytorch_lightning``). Without a base it writes
-    itself: ordinary checkpoints, to local disk or any URL that fsspec knows. With one it makes that base
-    non-blocking, whatever it does; the base is given the snapshot in place of the state.
+    Works with the Trainer and the Fabric of both distributions, ``lightning`` and ``pytorch_lightning``. Without a
+    base, it writes ordinary checkpoints itself, to local disk or any URL that fsspec knows. With a base CheckpointIO,
+    it calls that in the background, with the snapshot in place of the state.
 
     Args:
-        checkpoint_io: the base CheckpointIO, or another wrapper; ``None`` streams with our own writer.
-        direct_saves: when, during ``fit``, a save returns that is not Lightning's own ``ModelCheckpoint``'s, such as
-            ``trainer.save_checkpoint(path)`` in a callback: ``"durable"`` when the file may be used, ``"async"`` as
-            soon as the state may be mutated.
+        checkpoint_io: the base CheckpointIO, or another wrapper; ``None`` uses our own streaming writer.
+        direct_saves: when a direct save returns during ``fit``, that is, any save but those of Lightning's own
+            ``ModelCheckpoint``, such as ``trainer.save_checkpoint(path)`` in a callback: ``"durable"`` when the file
+            may be used, ``"async"`` as soon as the state may be mutated.
         **options: as for ``CheckpointService``: ``queue_depth``, ``memory_limit``, ``overflow``, …
 
     Raises:
-        OptionError: an option cannot work, or not with that base, which is no CheckpointIO or asynchronous itself.
+        OptionError: an option is not valid, or not with this base; or the base is no CheckpointIO, or is asynchronous
+            itself.
         ImportError: no Lightning is installed.
     """
 
@@ -71,16 +72,16 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._direct_saves = check_direct_saves(direct_saves)
         self._options = options
         self._take_base(checkpoint_io)
-        self._begin_afresh()
+        self._reset()
 
     def _take_base(self, base: Any) -> None:
-        refuse_unfit(base)
+        check_base(base)
         if base is not None:
-            refuse_void(base, self._options)
+            refuse_ignored_options(base, self._options)
         self._base = base
-        self._watch = Watch(base)
+        self._watch = CheckedBase(base)
 
-    def _begin_afresh(self) -> None:
+    def _reset(self) -> None:
         self._session = Session(self._options)
         self._is_accompanied = False
         register(type(self))
@@ -89,105 +90,107 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     @property
     def checkpoint_io(self) -> Any:
-        """The base CheckpointIO, or ``None`` where our own writer is used."""
+        """The base CheckpointIO, or ``None`` if our own writer is used."""
         return self._base
 
     @checkpoint_io.setter
     def checkpoint_io(self, checkpoint_io: Any) -> None:
-        """Take the base that a strategy offers, which it does again at every access.
+        """Accept the base that a strategy sets, which it does at every access.
 
-        It fills an empty place only: ours where the strategy needs a base of its own kind, or that of the
-        innermost wrapper below. The ordinary one writes what our own writer writes, so we do not need that.
+        It is only used where a base is missing: as ours, if the strategy needs its own kind of base, or as that of the
+        innermost wrapper. Our own writer replaces the ordinary ``TorchCheckpointIO``, as both write the same files.
         """
-        place = self._empty_place()
-        if place is not self and place is not None:
-            place.checkpoint_io = checkpoint_io
-        elif place is self and type(checkpoint_io).__name__ != "TorchCheckpointIO":
+        location = self._empty_place()
+        if location is not self and location is not None:
+            location.checkpoint_io = checkpoint_io
+        elif location is self and type(checkpoint_io).__name__ != "TorchCheckpointIO":
             self._take_base(checkpoint_io)
 
     @property
     def _base_checkpoint_io_configured(self) -> bool:
-        """What a wrapper of Lightning's asks of the one it wraps: whether no base has to be handed down."""
+        """Asked by Lightning's wrappers: whether every wrapper below has its base."""
         return self._empty_place() is None
 
     def _empty_place(self) -> Any:
-        """Return the wrapper, from ourselves on inwards, that has no base yet; ``None`` if all have."""
-        place: Any = self
-        while hasattr(type(place), "checkpoint_io"):
-            if place.checkpoint_io is None:
-                return place
-            place = place.checkpoint_io
+        """Return the wrapper without a base, from this plugin inwards; ``None`` if all have one."""
+        location: Any = self
+        while hasattr(type(location), "checkpoint_io"):
+            if location.checkpoint_io is None:
+                return location
+            location = location.checkpoint_io
         return None
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Take a snapshot and have it written; the arguments are those of the base's ``save_checkpoint``.
+        """Take a snapshot, and write it in the background; the arguments are those of the base's ``save_checkpoint``.
 
         Raises:
-            UnpicklableStateError: our own writer cannot write the state.
-            BackPressureError: there is no room and ``overflow="raise"``.
-            TypeError: ``storage_options`` without a base; they are an option of the plugin.
-            Exception: an *earlier* save failed; this one is accepted all the same. Where it is not asynchronous,
-                this one may have failed, too.
+            UnpicklableStateError: the state cannot be pickled.
+            BackPressureError: there is no room, and ``overflow="raise"``.
+            TypeError: ``storage_options`` was given without a base; pass it to the plugin instead.
+            Exception: an *earlier* save failed; this one is accepted all the same. If this save is synchronous, it may
+                have failed itself.
         """
         if not self._is_accompanied:
-            let_companion_know()
+            notify_companion()
         if self._base is None:
             self._save(*args, **kwargs)
             return
         save, watch = self._base.save_checkpoint, self._watch
-        slot = slot_of(save, 0, "checkpoint", args, kwargs)
-        path, args, kwargs = pin_path(save, 1, args, kwargs)
-        place = self._locate(path)
-        if is_local(place):
-            place = seen(place)
+        slot = argument_slot(save, 0, "checkpoint", args, kwargs)
+        path, args, kwargs = with_absolute_path(save, 1, args, kwargs)
+        location = self._locate(path)
+        if is_local(location):
+            location = with_directory_seen(location)
         overwrite = self._session.service.options.overwrite
         if not overwrite:
-            refuse_unknown_place(place)
+            refuse_unknown_location(location)
 
         def save_snapshot(snapshot: Any) -> None:
             if isinstance(slot, int):
                 write = partial(save, *args[:slot], snapshot, *args[slot + 1 :], **kwargs)
             else:
                 write = partial(save, *args, **{**kwargs, slot: snapshot})
-            watch.save(place, write, overwrite=overwrite)
+            watch.save(location, write, overwrite=overwrite)
 
-        self._session.save(argument(slot, args, kwargs), place, delegating(place, save=save_snapshot))
+        self._session.save(
+            argument(slot, args, kwargs), location, delegating_writer(location, save=save_snapshot)
+        )
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint, after the pending saves of that path; the arguments are those of the base's method.
+        """Load a checkpoint after waiting for pending saves of its path; the arguments are those of the base's method.
 
-        Without a base: ``load_checkpoint(path, map_location=…, weights_only=…)``, tensors on the CPU and
-        ``weights_only`` as the Lightning in use has it by default.
+        Without a base: ``load_checkpoint(path, map_location=…, weights_only=…)``; by default, tensors are put on the
+        CPU, and ``weights_only`` is the installed Lightning's default.
         """
         if self._base is None:
             return self._load(*args, **kwargs)
         load = self._base.load_checkpoint
-        path, args, kwargs = pin_path(load, 0, args, kwargs)
-        place = self._locate(path)
-        with self._session.loading(place) as service, service.turn(place):
+        path, args, kwargs = with_absolute_path(load, 0, args, kwargs)
+        location = self._locate(path)
+        with self._session.loading(location) as service, service.turn(location):
             return load(*args, **kwargs)
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Have a checkpoint deleted, once every save accepted before is durable (D3).
+        """Delete a checkpoint once every save accepted before is durable (D3).
 
-        Without a base, a directory, which another strategy has written, has gone when this returns.
+        Without a base, a directory, as other strategies write, is deleted before this returns.
         """
         if not self._is_accompanied:
-            let_companion_know()
+            notify_companion()
         if self._base is None:
             self._remove(*args, **kwargs)
             return
         remove = self._base.remove_checkpoint
-        path, args, kwargs = pin_path(remove, 0, args, kwargs)
-        place = self._locate(path)
-        delete = partial(self._watch.remove, place, partial(remove, *args, **kwargs))
-        self._session.remove(place, delegating(place, delete=delete))
+        path, args, kwargs = with_absolute_path(remove, 0, args, kwargs)
+        location = self._locate(path)
+        delete = partial(self._watch.remove, location, partial(remove, *args, **kwargs))
+        self._session.remove(location, delegating_writer(location, delete=delete))
 
     def teardown(self) -> None:
-        """End everything, raise what failed and nobody was told, and tear the base down; the plugin may be used again.
+        """Wait for everything, raise unreported failures, and tear the base down; the plugin may be used again.
 
         Raises:
-            Exception: as ``CheckpointService.close``.
+            Exception: as for ``CheckpointService.close``.
         """
         try:
             self._session.end()
@@ -207,13 +210,13 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._session.wait(timeout)
 
     def see_ended(self, urls: Collection[str]) -> None:
-        """Wait until the saves have ended, well or not, that are pending for *urls*, as events name them."""
+        """Wait until the pending saves of *urls*, as events name them, have ended, successfully or not."""
         self._session.see_ended(urls)
 
     def settle(self) -> None:
-        """Wait for everything; raise what failed, or where an error is in flight, log it and add it to its notes (E2).
+        """Wait for everything and raise failures; if an error is in flight, log them and add them to its notes (E2).
 
-        What does not end within ``flush_timeout`` goes on.
+        Saves that have not ended within ``flush_timeout`` go on.
         """
         self._session.settle()
 
@@ -223,17 +226,17 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     @property
     def meter(self) -> Meter:
-        """How far the plugin's saves are, and which have ended."""
+        """The progress of the plugin's saves, and which have ended."""
         return self._session.meter
 
     @property
     def is_used(self) -> bool:
-        """Whether there is something for ``teardown`` to end."""
+        """Whether there is anything for ``teardown`` to do."""
         return self._session.is_used
 
     @property
     def synchronous(self) -> bool:
-        """Whether a save returns only once it is durable; the companion callback sets it outside of ``fit``."""
+        """Whether every save returns only once it is durable; the companion callback sets it outside of ``fit``."""
         return self._session.synchronous
 
     @synchronous.setter
@@ -242,12 +245,12 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
     @property
     def direct_saves(self) -> DirectSaves:
-        """What becomes of the saves of a fit that are not Lightning's own."""
+        """When direct saves return during a fit: ``"durable"`` or ``"async"``."""
         return self._direct_saves
 
     @property
     def is_direct(self) -> Callable[[], bool]:
-        """Tells of the save that is asked for now whether it waits; the companion callback sets it during ``fit``."""
+        """Returns whether the current save is direct; the companion callback sets it during ``fit``."""
         return self._session.is_direct
 
     @is_direct.setter
@@ -255,43 +258,44 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._session.is_direct = is_direct
 
     def accompany(self) -> None:
-        """Have saves be synchronous from now on, but for those of a fit: there is a companion, which sees to those."""
+        """Make saves synchronous from now on, except during a fit, for which the companion callback cares."""
         if not self._is_accompanied:
             self._is_accompanied = True
             self.synchronous = True
 
     def observe(self, observer: Observer) -> None:
-        """Tell *observer* of every event from now on, as the option ``observer`` does; again does nothing."""
+        """Pass every event to *observer* from now on, like the option ``observer``; calling it again does nothing."""
         self._session.observe(observer)
 
     def disregard(self, observer: Observer) -> None:
-        """Tell *observer* no more."""
+        """Pass no more events to *observer*."""
         self._session.disregard(observer)
 
     def will_exist(self, path: Given, *, leaves: Callable[[str], bool] = lambda key: False) -> bool | None:
-        """Return whether *path* will be there once what is pending has ended; ``None`` where nothing of it is pending.
+        """Return whether *path* will exist once all requests have ended; ``None`` if no pending request affects it.
 
         Args:
-            path: of a checkpoint, or of a link to one.
-            leaves: tells of a ``key_of`` whether its removal, though not asked for yet, is to be counted as pending.
+            path: a checkpoint, or a link to one.
+            leaves: returns whether a key, from ``key_of``, counts as being removed though the removal is not requested
+                yet.
         """
         return self._session.will_exist(self._locate(path), leaves)
 
     def address_of(self, url: str) -> str:
-        """Return *url*, which an event has named, with the passwords and signatures that events leave out."""
+        """Return the full address for *url* of an event, with the passwords and signatures that events omit."""
         return self._session.address_of(url)
 
     def key_of(self, path: Given) -> str:
-        """Return what is the same for every spelling of *path*."""
+        """Return a key that is the same for every spelling of *path*."""
         return self._locate(path).key
 
     def link(self, path: Given, target: Given, *, waits: bool = False) -> None:
-        """Have *path*, on a local disk, lead to *target* once that is durable; until then it stays as it is.
+        """Make *path*, on a local disk, a link to *target* once *target* is durable; until then it does not change.
 
         Args:
-            path: of the link.
-            target: what it is to lead to.
-            waits: whether to return only once it does.
+            path: the link.
+            target: the file that the link leads to.
+            waits: whether to return only once the link is made.
         """
         self._session.link(self._locate(path), self._locate(target), waits=waits)
 
@@ -304,7 +308,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self.teardown()
 
     def __getattr__(self, name: str) -> Any:
-        """Forward what we do not know to the base."""
+        """Forward unknown attributes to the base."""
         base = self.__dict__.get("_base")
         if base is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -317,33 +321,33 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._options = state["options"]
         self._direct_saves = state["direct_saves"]
         self._take_base(state["base"])
-        self._begin_afresh()
+        self._reset()
 
     def _save(self, checkpoint: Any, path: Given, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
-        place = self._locate(path)
-        # As after a synchronous save: who puts something beside it finds the directory.
-        if is_local(place) and not place.foreign_link and not place.in_directory:
+        location = self._locate(path)
+        # As after a synchronous save, the directory exists: code may put something beside the checkpoint.
+        if is_local(location) and not location.foreign_link and not location.in_directory:
             with suppress(OSError):  # the save itself says it better
-                os.makedirs(os.path.dirname(place.path), exist_ok=True)
-        self._session.save(checkpoint, place, None)
+                os.makedirs(os.path.dirname(location.path), exist_ok=True)
+        self._session.save(checkpoint, location, None)
 
     def _load(self, path: Given, map_location: Any = "cpu", **options: Any) -> Any:
         options.setdefault("weights_only", default_weights_only())
-        place = self._locate(path)
-        with self._session.loading(place) as service:
+        location = self._locate(path)
+        with self._session.loading(location) as service:
             try:
                 return service.load(path, map_location=map_location, **options)
             except FileNotFoundError as error:  # in Lightning's words
-                raise FileNotFoundError(f"Checkpoint file not found: {place.url}") from error
+                raise FileNotFoundError(f"Checkpoint file not found: {location.url}") from error
 
     def _remove(self, path: Given) -> None:
         self._session.remove(self._locate(path), None)
 
     def _locate(self, path: Given) -> Location:
-        """Return the place of the name itself: where that is a link, Lightning replaces it by a file."""
+        """Return the location of the name itself: if it is a link, Lightning replaces it by a file."""
         if self._base is not None:
             self._watch.refuse_mangled(path)
-            return place_of(path)
+            return location_of_path(path)
         return locate(path, storage_options=self._options.get("storage_options"), follow=False)

@@ -1,9 +1,9 @@
-"""Pending saves in the progress bar of the training, whichever it is: ``ckpt: 2 (63%)``.
+"""Shows pending saves in the training's progress bar: ``ckpt: 2 (63%)``.
 
-Guarantees: nothing is shown while nothing is pending, nor after an epoch's last batch, as its bar may stay for ever;
-what is logged stays as it is.
+Guarantees: nothing is shown while nothing is pending, nor after an epoch's last batch, as that bar may stay on screen;
+logged metrics do not change.
 
-What does not belong here: the bar of those who wait for a flush (flushing).
+What does not belong here: the bar that a flush shows (flushing).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ __all__ = ["pending_text", "show_pending"]
 
 
 def pending_text(pending: Iterable[SaveProgress]) -> str:
-    """Return how many saves are pending and how far they are; that is unknown where a base writes them."""
+    """Return how many saves are pending, and their progress, which is unknown if a base writes them."""
     saves = list(pending)
     if not saves:
         return ""
     written = sum(save.written_bytes for save in saves)
     expected = sum(save.nbytes for save in saves)
-    # Before a save is laid out, its length is a little too small.
+    # Until a save is laid out, its length is slightly underestimated.
     return (
         f"{len(saves)} ({min(100 * written // expected, 99)}%)" if written and expected else f"{len(saves)}"
     )
 
 
 def show_pending(bar: Any, meter: Meter, overrides: Overrides) -> None:
-    """Have Lightning's progress bar *bar* show what is pending beside what it shows."""
+    """Make Lightning's progress bar *bar* show pending saves, too."""
     get_metrics = bar.get_metrics
 
     def get_metrics_and_pending(trainer: Any, pl_module: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Makes the two Lightning distributions take our classes for their own.
+"""Registers our classes with both Lightning distributions.
 
 ``pytorch_lightning`` and ``lightning.pytorch`` are two copies of the same code with two sets of classes. A virtual
-subclass of ``CheckpointIO`` is accepted by both. ``Callback`` knows no virtual ones, so ours gets it as a base, of
-each copy. None is imported with this package. What does not belong here: anything that the classes do.
+subclass of ``CheckpointIO`` is accepted by both. ``Callback`` supports no virtual subclasses, so ours gets the
+``Callback`` of each copy as a base. This package imports neither distribution by itself. What does not belong here:
+anything that the classes do.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from async_ckpt.lightning.compat import repair
+from async_ckpt.lightning.compat import patch_lightning
 
 __all__ = [
     "default_weights_only",
     "inherit_callback",
-    "introduce_callback",
-    "introduce_plugin",
+    "inherit_if_imported",
     "is_registered",
     "register",
+    "register_if_imported",
 ]
 
-# Fabric's strategies for XLA take nothing but the CheckpointIO of their own, not even Lightning's wrappers.
+# Fabric's XLA strategies accept only their own CheckpointIO, not even Lightning's wrappers.
 _PLUGINS = {
     "pytorch_lightning": [("pytorch_lightning.plugins.io.wrapper", "_WrappingCheckpointIO")],
     "lightning": [
@@ -47,20 +48,20 @@ _WRITERS = {
 _registered: set[type] = set()
 
 
-def introduce_plugin(plugin: type) -> None:
-    """Register *plugin* with what is imported of Lightning, before one is made: LightningCLI asks the class."""
+def register_if_imported(plugin: type) -> None:
+    """Register *plugin* with the Lightning modules that are imported already: LightningCLI checks the class."""
     for base in _imported(_PLUGINS):
         base.register(plugin)
 
 
-def introduce_callback(callback: Any) -> None:
+def inherit_if_imported(callback: Any) -> None:
     """Make ``Callback`` a base of *callback*, likewise."""
     for base in _imported(_CALLBACKS):
         _inherit(callback, base)
 
 
 def register(plugin: type) -> None:
-    """Register *plugin* with every Lightning that the program has imported; with all installed, if it has none yet.
+    """Register *plugin* with every Lightning that the program has imported, or, if none, with every one installed.
 
     Raises:
         ImportError: no Lightning is installed.
@@ -68,7 +69,7 @@ def register(plugin: type) -> None:
     for base in _classes(_PLUGINS, "AsyncCheckpointIO"):
         base.register(plugin)
     _registered.add(plugin)
-    repair()
+    patch_lightning()
 
 
 def inherit_callback(callback: Any) -> None:
@@ -87,7 +88,7 @@ def is_registered() -> bool:
 
 
 def default_weights_only() -> bool | None:
-    """Return what a load means that does not say: torch's default, but before Lightning 2.6 anything was loaded."""
+    """Return the default of ``weights_only``: torch's own, but False before Lightning 2.6."""
     for writer in _classes(_WRITERS, "AsyncCheckpointIO"):
         if "weights_only" not in inspect.signature(writer.load_checkpoint).parameters:
             return False
@@ -100,7 +101,7 @@ def _inherit(callback: Any, base: type) -> None:
 
 
 def _imported(places: Mapping[str, list[tuple[str, str]]]) -> list[Any]:
-    """Return the classes of Lightning that are there already; nothing is imported."""
+    """Return Lightning's classes that are imported already; import nothing."""
     named = [each for tree in places.values() for each in tree]
     return [cls for module, name in named if (cls := getattr(sys.modules.get(module), name, None))]
 

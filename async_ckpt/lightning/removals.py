@@ -1,13 +1,13 @@
-"""Keeps files that somebody still has to be told of, or that a link still leads to, from being removed or replaced.
+"""Holds back removals of files that are still to be notified of, or that a link still leads to.
 
-``ModelCheckpoint`` removes the checkpoint before and links to the new one afterwards, and it has told its loggers of
-each file before that is removed, or saved to again.
+``ModelCheckpoint`` removes the previous checkpoint before it links to the new one, and it notifies its loggers of each
+file before the file is removed or replaced.
 
-Guarantees: before a save, who is to look at what lies there has been told of it. A removal that is held back is asked
-of the plugin in the end, and before the same path is saved to (O1). What the plugin itself promises of removals (D3)
-stays as it is: they only come later.
+Guarantees: before a save replaces a file, loggers have been notified of that file. A removal that is held back is
+requested of the plugin in the end, and before the next save of the same path (O1). The plugin's own promise for
+removals (D3) is kept: they only come later.
 
-What does not belong here: links, loggers.
+What does not belong here: making links, notifying loggers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Removals:
     """The removals of one plugin during a fit.
 
     Attributes:
-        wait_for_links: whether any may have to wait for a link.
+        wait_for_links: whether a removal may have to wait for a link.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Removals:
         overrides.replace(plugin, "save_checkpoint", self._remove_and_save)
 
     def release(self, *, everything: bool = False) -> None:
-        """Have removed what nobody waits for any longer: all of it, also where asking for one raises an error."""
+        """Request the removals that need not wait any longer: all of them, even if requesting one raises an error."""
         first: Exception | None = None
         for key, (path, remove) in list(self._held.items()):
             if everything or not self._is_awaited(path):
@@ -72,11 +72,11 @@ class Removals:
                 del first  # else it would keep its own frames
 
     def holds(self, key: str) -> bool:
-        """Return whether what has the plugin's *key* is to be removed, and the plugin has not been asked."""
+        """Return whether the removal of the location with *key* is held back."""
         return key in self._held
 
     def release_path(self, path: Any) -> None:
-        """Have *path* removed now, if it is to be: it is about to be used again."""
+        """Request the removal of *path* now, if it is held back: the path is about to be used again."""
         if self._held:
             _, remove = self._held.pop(self._plugin.key_of(path), (None, None))
             if remove is not None:
@@ -93,14 +93,14 @@ class Removals:
             self._remove(*args, **kwargs)
 
     def _leads_nowhere(self, path: Any) -> bool:
-        """Return whether *path* is a link to what has gone, or is about to go; Lightning leaves such a link."""
+        """Return whether *path* is a link to a file that is removed, or will be; Lightning leaves such links."""
         foreseen = self._plugin.will_exist(path, leaves=self.holds)
         if foreseen is not None or not isinstance(path, str):  # a UPath that is not local
             return foreseen is False
         return os.path.islink(path) and not os.path.exists(path)
 
     def before_replacing(self, path: str, replace: Callable[[], None]) -> None:
-        """Call *replace* once *path* has been looked at by who is to see it as it is, also where one of those fails."""
+        """Call *replace* once loggers have been notified of the present file at *path*, even if one of them fails."""
         failure: Exception | None = None
         try:
             self._before_replacing(path)

@@ -1,4 +1,4 @@
-"""What has to be known of Lightning's strategies, versions 2.4 to 2.6.
+"""Knowledge of Lightning's strategies, versions 2.4 to 2.6.
 
 Guarantees: no strategy is imported.
 
@@ -15,7 +15,7 @@ __all__ = ["bypass", "plugin_of"]
 
 
 def plugin_of(trainer: Any) -> AsyncCheckpointIO | None:
-    """Return the outermost of our plugins that *trainer* saves with, also below other wrappers."""
+    """Return the outermost of our plugins that *trainer* saves with, even below other wrappers."""
     place = trainer.strategy.checkpoint_io
     while place is not None:
         if isinstance(place, AsyncCheckpointIO):
@@ -25,7 +25,7 @@ def plugin_of(trainer: Any) -> AsyncCheckpointIO | None:
 
 
 def bypass(strategy: Any) -> str | None:
-    """Say what to use instead, where *strategy* writes its checkpoints past any CheckpointIO."""
+    """Return advice if *strategy* writes its checkpoints past any CheckpointIO; otherwise ``None``."""
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if "DeepSpeedStrategy" in names:
         instead = 'FSDPStrategy(state_dict_type="full") or DDPStrategy()'
@@ -36,7 +36,6 @@ def bypass(strategy: Any) -> str | None:
     else:
         return None
     return (
-        f"{type(strategy).__name__}, as it is set up now, writes checkpoints itself, every process its share, past any "
-        f"CheckpointIO: AsyncCheckpointIO cannot make them asynchronous. For checkpoints of one file, through it, "
-        f"use {instead}."
+        f"{type(strategy).__name__}, as it is set up now, writes a share of each checkpoint from every process, past "
+        f"any CheckpointIO, so AsyncCheckpointIO cannot make it asynchronous. To save one file, use {instead}."
     )

@@ -21,7 +21,7 @@ from async_ckpt.format.writing.fingerprint import DIGITS, digits, find_fingerpri
 from async_ckpt.format.writing.recorder import Reference, Segment
 from async_ckpt.format.writing.torch_writer import write_records
 from async_ckpt.snapshot import Storages
-from async_ckpt.snapshot.conventions import alignment, ask
+from async_ckpt.snapshot.torch_format import alignment, torch_records
 
 __all__ = ["Template", "template"]
 
@@ -73,7 +73,7 @@ class Template:
 
     def head(self, checksum: Callable[[], int]) -> bytes:
         """Return what comes before the bytes of the tensor; *checksum*, their CRC-32, is called for if it is there."""
-        if self._records.nears[self._data] >= self.head_nbytes + self.data_nbytes:
+        if self._records.checksum_offsets[self._data] >= self.head_nbytes + self.data_nbytes:
             return self._head
         head = bytearray(self._head)
         _seal(head, 0, self._records, self._data, checksum())
@@ -96,7 +96,7 @@ class Template:
 
 def _seal(piece: bytearray, start: int, records: Records, record: int, checksum: int) -> None:
     """Put a checksum where it belongs in that piece of the file that begins at *start*."""
-    for where in (records.nears[record], records.centrals[record]):
+    for where in (records.checksum_offsets[record], records.central_offsets[record]):
         if 0 <= where - start < len(piece):
             piece[where - start : where - start + 4] = checksum.to_bytes(4, "little")
 
@@ -116,7 +116,7 @@ class _Blank:
 def _made(dtype: torch.dtype, sizes: tuple[int, ...], stride: tuple[int, ...]) -> Template:
     nbytes = torch.Size(sizes).numel() * dtype.itemsize
     with torch.inference_mode(mode=False), torch.no_grad():
-        asked = ask(_untouched(nbytes, dtype).as_strided(sizes, stride))
+        asked = torch_records(_untouched(nbytes, dtype).as_strided(sizes, stride))
     records: list[tuple[str, bytes | str | int]] = [
         (name, 0 if isinstance(content, torch.UntypedStorage) else content) for name, content in asked
     ]

@@ -1,8 +1,8 @@
-"""Snapshots: a picture of a state at one instant, in host memory that is reused (S1).
+"""Snapshots: the copy of a state at one instant, in reused host memory (S1).
 
-``capture`` walks a state once, on the training thread, for a file; ``capture_objects`` does so for a writer that wants
-the objects. ``Capture.stage`` copies the bulk data into a leased ``HostBuffer``; the ``Snapshot`` that results shares
-nothing with the state any more.
+``capture`` walks a state once, on the training thread, for a file; ``capture_objects`` does so for a writer that needs
+the objects. ``Capture.stage`` copies the bulk data into a leased ``HostBuffer``; the resulting ``Snapshot`` shares
+nothing with the state.
 
 What does not belong here: the bytes of the file, the queue, waiting for memory.
 """

@@ -1,7 +1,7 @@
-"""What numpy says of an array, without its bytes.
+"""Pickling numpy arrays without their bytes.
 
-Guarantees: an array is only lifted where numpy was seen to say of one what is said here; all others are left to numpy
-itself. numpy is not imported before somebody else has.
+Guarantees: an array is only extracted if this numpy was seen to reduce arrays as this module does; all others are left
+to numpy itself. numpy is not imported unless the program has imported it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["ArrayBytes", "is_liftable", "reduction"]
+__all__ = ["ArrayBytes", "is_extractable", "reduction"]
 
 _LARGEST_BYTES = 2 << 30  # beyond it, pickle may have no room for them, and is left to say so
 _PROTOCOL = 2
 _PLAIN_KINDS = frozenset("biufcmMSUV")  # of dtypes whose elements are bytes in the array and nothing else
 
 
-def is_liftable(obj: Any) -> bool:
-    """Return whether *obj* is an array whose bytes are to be lifted out of what it is pickled to."""
+def is_extractable(obj: Any) -> bool:
+    """Return whether *obj* is an array whose bytes are to be extracted from its pickle."""
     numpy: Any = sys.modules.get("numpy")
     return (
         numpy is not None
@@ -36,14 +36,14 @@ def is_liftable(obj: Any) -> bool:
 
 
 class ArrayBytes:
-    """Stands for the bytes of an array, as it was when pickle came to it: another thread may give it another shape.
+    """Stands for the bytes of an array as it was when pickle reached it: another thread may reshape it.
 
     Attributes:
         array: the array itself.
-        shape: its shape then.
-        dtype: its dtype then.
-        nbytes: how many there were of them.
-        is_fortran: whether the first index is the one that runs fastest in what is written.
+        shape: its shape at that time.
+        dtype: its dtype at that time.
+        nbytes: its size in bytes at that time.
+        is_fortran: whether the bytes are written in Fortran order.
     """
 
     __slots__ = ("array", "dtype", "is_fortran", "nbytes", "shape")
@@ -56,7 +56,7 @@ class ArrayBytes:
         self.is_fortran = bool(array.flags.fnc)
 
     def is_still(self, array: Any) -> bool:
-        """Return whether *array*, the array itself or a view of all its bytes, is shaped as it was."""
+        """Return whether *array*, the array itself or a view of all its bytes, has the shape it had."""
         return (array.shape, array.dtype.itemsize, array.flags.fnc) == (
             self.shape,
             self.dtype.itemsize,
@@ -65,7 +65,7 @@ class ArrayBytes:
 
 
 def reduction(data: ArrayBytes) -> tuple[Any, ...]:
-    """Return what numpy tells pickle of an array that is liftable, with *data* in place of its bytes."""
+    """Return numpy's reduction of an extractable array, with *data* in place of its bytes."""
     said = _said()
     assert said is not None
     return _reduction(data, data, *said)
@@ -82,11 +82,11 @@ def _reduction(seen: ArrayBytes, data: Any, function: Any, version: int, code: b
 
 @cache
 def _said() -> tuple[Any, int, bytes] | None:
-    """Return the function, the number and the code that this numpy names, if it says of arrays what is said here."""
+    """Return the function, version and code of this numpy's reductions, if it reduces as this module does."""
     import numpy
 
     parts: Any = numpy.empty(0).__reduce_ex__(_PROTOCOL)
-    # numpy's own code, not one that is equal: pickle tells them apart, and one read from a .pyc file is another.
+    # numpy's own object, not an equal one: pickle's memo goes by identity, and a .pyc file gives another object.
     function, version, code = parts[0], parts[2][0], parts[1][2]
     whole = numpy.arange(6.0).reshape(2, 3)
     pairs = numpy.array([(1, 2.5)], dtype=[("a", "i1"), ("b", "f8")])

@@ -1,9 +1,9 @@
-"""The host bytes that snapshots may hold, counted (B1).
+"""The budget: counts the host bytes that snapshots hold (B1).
 
-Guarantees: what fits stays within the limit, or is the only thing held; what is released was reserved.
-Not thread-safe: one thread, the loop's, owns it.
+Guarantees: a reservation that fits stays within the limit, or is the only one; no more is released than was reserved.
+Not thread-safe: the loop's thread owns it.
 
-What does not belong here: waiting, memory itself, queue places.
+What does not belong here: waiting, the memory itself, the queue depth.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ __all__ = ["Budget"]
 
 
 class Budget:
-    """A limit on bytes, and how many of them are taken.
+    """A limit on bytes, and how many are reserved.
 
     Args:
-        limit_bytes: the most that may be held.
+        limit_bytes: the limit.
     """
 
     __slots__ = ("_held_bytes", "_limit_bytes")
@@ -26,12 +26,12 @@ class Budget:
 
     @property
     def limit_bytes(self) -> int:
-        """The most that may be held."""
+        """The limit."""
         return self._limit_bytes
 
     @property
     def held_bytes(self) -> int:
-        """What is reserved now."""
+        """The bytes that are reserved now."""
         return self._held_bytes
 
     def fits(self, nbytes: int, *, beside: int | None = None) -> bool:
@@ -39,16 +39,16 @@ class Budget:
 
         Args:
             nbytes: the size of the request.
-            beside: the bytes held by others that it must fit beside; what is held now by default.
+            beside: the bytes that are reserved otherwise; by default, those reserved now.
 
         Returns:
-            True where the sum stays within the limit, or nothing else is held.
+            True if the sum stays within the limit, or nothing else is reserved.
         """
         others = self._held_bytes if beside is None else beside
         return others == 0 or others + nbytes <= self._limit_bytes
 
     def reserve(self, nbytes: int) -> None:
-        """Take *nbytes*, whether they fit or not: that is the caller's decision.
+        """Reserve *nbytes*, whether they fit or not: that is the caller's decision.
 
         Raises:
             ValueError: *nbytes* is negative.
@@ -58,10 +58,10 @@ class Budget:
         self._held_bytes += nbytes
 
     def release(self, nbytes: int) -> None:
-        """Give back *nbytes* that were reserved.
+        """Release *nbytes* that were reserved.
 
         Raises:
-            ValueError: more would be given back than is held.
+            ValueError: more would be released than is reserved.
         """
         if not 0 <= nbytes <= self._held_bytes:
             raise ValueError(f"cannot release {nbytes} of {self._held_bytes} held bytes")

@@ -1,11 +1,11 @@
-"""The walk over a state: pickle itself, with the bulk data lifted out.
+"""The walk over a state: pickle itself, with the bulk data extracted out.
 
-Guarantees: what pickle or torch refuses is refused here, on the caller's thread, and the error says
-where in the state it is; storages are met once each, so ties and views stay tied; nothing is copied
-before `Capture.stage`, and after it nothing here refers to the state. Where this torch is not known, torch itself
-writes what is written, here and now.
+Guarantees: an object that pickle or torch refuses is an error here, on the caller's thread, and the error names its
+path in the state; each storage is extracted once, so ties and views stay tied; no bulk data is copied before
+`Capture.stage`, and after it nothing here refers to the state. If the format of this torch is not known, torch itself
+writes the file, at once and in memory.
 
-What does not belong here: memory (`host_pool`), rebuilding (`rebuild`), what torch writes (`conventions`, `filling`).
+What does not belong here: memory (`host_pool`), rebuilding (`rebuild`), torch's format (`torch_format`, `filling`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 from async_ckpt.errors import StateChangedError, UnpicklableStateError
 from async_ckpt.snapshot.arrays import ArrayBytes
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
-from async_ckpt.snapshot.conventions import Convention, alignment, ask, convention, open_writer
-from async_ckpt.snapshot.diagnosis import Offence, find_offences
+from async_ckpt.snapshot.diagnosis import Unpicklable, find_unpicklable
 from async_ckpt.snapshot.entries import ArrayEntry
+from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.filling import Skeleton
 from async_ckpt.snapshot.host_pool import HostBuffer, aligned, bytes_of, copy_storages, without_modes
-from async_ckpt.snapshot.lifting import Lifted
 from async_ckpt.snapshot.pickler import FilePickler, ObjectPickler
 from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
 from async_ckpt.snapshot.snapshot import Snapshot, Storages
-from async_ckpt.snapshot.xla import bring
+from async_ckpt.snapshot.torch_format import TorchFormat, alignment, known_format, open_writer, torch_records
+from async_ckpt.snapshot.xla import fetch_values
 
 __all__ = ["Capture", "capture", "capture_objects"]
 
@@ -40,7 +40,7 @@ _LEAST_SHARE = 20  # in the skeleton's own size: where memory is shared nobody c
 
 
 def capture(state: Any) -> Capture:
-    """Take stock of *state* for a file, without copying its bulk data.
+    """Capture *state* for a file, without copying its bulk data.
 
     Args:
         state: anything that ``torch.save`` takes.
@@ -51,21 +51,21 @@ def capture(state: Any) -> Capture:
     Raises:
         UnpicklableStateError: pickle or torch refuses something in *state*.
     """
-    known = convention()
+    known = known_format()
     try:
         return _as_torch_says(state) if known is None else _walk(state, known)
     except Exception as error:  # whatever a __reduce__ in the state raises
-        offence = find_offences(state, error, _probe_file)[0]
-    raise _refusal(offence) from offence.error
+        unpicklable = find_unpicklable(state, error, _probe_file)[0]
+    raise _refusal(unpicklable) from unpicklable.error
 
 
 def capture_objects(state: Any, *, share_unpicklable: bool = False) -> Capture:
-    """Take stock of *state* for a writer that is given its objects, without copying its bulk data.
+    """Capture *state* for a writer that is given its objects, without copying its bulk data.
 
     Args:
         state: anything that ``torch.save`` takes.
-        share_unpicklable: pass objects that pickle refuses by reference, for a writer that may not
-            pickle at all, instead of refusing them.
+        share_unpicklable: pass objects that pickle refuses by reference instead of raising, for a writer that may not
+            pickle at all.
 
     Returns:
         The capture, to be staged before *state* changes.
@@ -77,47 +77,49 @@ def capture_objects(state: Any, *, share_unpicklable: bool = False) -> Capture:
         return _walk_objects(state)
     except Exception as error:  # whatever a __reduce__ in the state raises
         failure = error
-    offences = find_offences(state, failure, _probe_objects)
+    offences = find_unpicklable(state, failure, _probe_objects)
     if not share_unpicklable:
         raise _refusal(offences[0]) from offences[0].error
     for into_objects in (True, False):
         if not into_objects:
-            offences = find_offences(state, failure, _probe_objects, into_objects=False)
+            offences = find_unpicklable(state, failure, _probe_objects, into_objects=False)
         try:
-            made = _walk_objects(state, shared=[offence.value for offence in offences])
+            made = _walk_objects(state, shared=[unpicklable.value for unpicklable in offences])
         except Exception as error:  # what was found does not exist twice: try the objects around it
             failure = error
         else:
-            names = ", ".join(offence.where for offence in offences)
-            logger.info("not picklable, so passed on as they are, not as they were: %s", names)
+            names = ", ".join(unpicklable.where for unpicklable in offences)
+            logger.info(
+                "not picklable, so passed to the base CheckpointIO by reference, without a copy: %s", names
+            )
             return made
     raise _refusal(offences[0]) from offences[0].error
 
 
 class Capture:
-    """What a state consists of; made by `capture`, used once: either staged or let share another's memory.
+    """The parts of a state; made by `capture`, used once: it is either staged or shares another snapshot's memory.
 
     Attributes:
-        nbytes: the host memory that staging needs.
+        nbytes: the host bytes that staging needs.
     """
 
-    __slots__ = ("_content", "_lifted", "_overhead", "_sizes", "_starts", "_storages", "nbytes")
+    __slots__ = ("_content", "_extracted", "_overhead", "_sizes", "_starts", "_storages", "nbytes")
 
-    def __init__(self, content: Content, lifted: Lifted, overhead: int) -> None:
+    def __init__(self, content: Content, extracted: Extracted, overhead: int) -> None:
         start = 0
         starts: list[int] = []
-        for nbytes in lifted.sizes:
+        for nbytes in extracted.sizes:
             starts.append(start)
             start += aligned(nbytes)
-        for position, data in lifted.arrays:
-            lifted.entries[position] = ArrayEntry(start, data.nbytes)
+        for position, data in extracted.arrays:
+            extracted.entries[position] = ArrayEntry(start, data.nbytes)
             starts.append(start)
             start += aligned(data.nbytes)
         self._content = content
         self._overhead = overhead
-        self._lifted: Lifted | None = lifted
-        self._storages = Storages(lifted.sizes, lifted.locations, starts)
-        self._sizes = sizes_of(lifted)
+        self._extracted: Extracted | None = extracted
+        self._storages = Storages(extracted.sizes, extracted.locations, starts)
+        self._sizes = sizes_of(extracted)
         self._starts = starts
         self.nbytes = start + overhead
 
@@ -127,55 +129,55 @@ class Capture:
         return self._storages
 
     def stage(self, buffer: HostBuffer) -> Snapshot:
-        """Copy the bulk data into *buffer*; when this returns, the state may be changed.
+        """Copy the bulk data into *buffer*; afterwards the state may be changed.
 
         Args:
             buffer: at least `nbytes` of leased memory.
 
         Returns:
-            The snapshot, which refers to nothing of the state.
+            The snapshot, which holds no reference to the state.
 
         Raises:
             ValueError: the buffer is too small.
-            StateChangedError: memory of the state has been freed or resized since it was captured.
-            RuntimeError: the capture was staged before.
+            StateChangedError: memory of the state was freed or resized since the capture.
+            RuntimeError: the capture was used before.
         """
-        lifted = self._unused()
+        extracted = self._unused()
         if buffer.nbytes < self.nbytes:
             raise ValueError(f"a buffer of {buffer.nbytes} bytes cannot hold {self.nbytes}")
-        _check_sizes(lifted)
-        if lifted.remotes:
-            remotes = [(self._storages[index].start, tensor) for index, tensor in lifted.remotes]
+        _check_sizes(extracted)
+        if extracted.remotes:
+            remotes = [(self._storages[index].start, tensor) for index, tensor in extracted.remotes]
             with without_modes():
-                bring(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
-        copy_storages(lifted.storages, lifted.sizes, buffer)
-        for position, data in lifted.arrays:
-            entry = lifted.entries[position]
+                fetch_values(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
+        copy_storages(extracted.storages, extracted.sizes, buffer)
+        for position, data in extracted.arrays:
+            entry = extracted.entries[position]
             assert isinstance(entry, ArrayEntry)
             _copy_array(data, entry.region, buffer)
-        return self._finish(lifted, buffer)
+        return self._finish(extracted, buffer)
 
     def resembles(self, snapshot: Snapshot) -> bool:
-        """Tell, in microseconds, whether `equals` is worth asking; *snapshot* may have been closed."""
+        """Return, within microseconds, whether `equals` is worth calling; *snapshot* may be closed."""
         if _LEAST_SHARE * self._overhead > self.nbytes:
             return False
         return resembles(self._unused(), self._sizes, snapshot.outline)
 
     def equals(self, buffer: HostBuffer) -> bool:
-        """Return whether *buffer*, of a snapshot that this `resembles`, holds the very bytes of the state."""
+        """Return whether *buffer*, of a snapshot that this `resembles`, holds exactly the bytes of the state."""
         return are_same(self._unused(), self._sizes, buffer)
 
     def share(self, buffer: HostBuffer) -> Snapshot:
-        """Like `stage`, without copying anything, for a state that `equals` what *buffer* holds."""
+        """Like `stage`, but without a copy, for a state that `equals` the content of *buffer*."""
         return self._finish(self._unused(), buffer)
 
-    def _unused(self) -> Lifted:
-        if self._lifted is None:
-            raise RuntimeError("a capture can be staged once")
-        return self._lifted
+    def _unused(self) -> Extracted:
+        if self._extracted is None:
+            raise RuntimeError("a capture can be used only once")
+        return self._extracted
 
-    def _finish(self, lifted: Lifted, buffer: HostBuffer) -> Snapshot:
-        self._lifted = None
+    def _finish(self, extracted: Extracted, buffer: HostBuffer) -> Snapshot:
+        self._extracted = None
         return Snapshot(
             content=self._content,
             storages=self._storages,
@@ -185,14 +187,16 @@ class Capture:
         )
 
 
-def _check_sizes(lifted: Lifted) -> None:
-    """Refuse to copy what is not there any more: another thread had all the time of a wait for room.
+def _check_sizes(extracted: Extracted) -> None:
+    """Check that memory is still there: while the save waited for room, another thread may have freed it.
 
     Raises:
         StateChangedError: memory has been freed or resized.
     """
-    are_there = list(map(torch.UntypedStorage.nbytes, lifted.owners)) == (lifted.owner_sizes or lifted.sizes)
-    if not (are_there and all(data.is_still(data.array) for _, data in lifted.arrays)):
+    are_there = list(map(torch.UntypedStorage.nbytes, extracted.owners)) == (
+        extracted.owner_sizes or extracted.sizes
+    )
+    if not (are_there and all(data.is_still(data.array) for _, data in extracted.arrays)):
         raise _changed()
 
 
@@ -206,7 +210,7 @@ def _changed() -> StateChangedError:
 def _copy_array(data: ArrayBytes, region: int, buffer: HostBuffer) -> None:
     import numpy
 
-    # As bytes: copied as what it is, an array leaves out those that belong to no field (S1).
+    # As bytes: a copy by dtype would leave out bytes that belong to no field (S1).
     raw = numpy.dtype((numpy.void, data.dtype.itemsize))
     try:
         source = data.array.view(raw)  # numpy resizes no array of which there are views
@@ -218,51 +222,58 @@ def _copy_array(data: ArrayBytes, region: int, buffer: HostBuffer) -> None:
     numpy.copyto(target, source)
 
 
-def _walk(state: Any, known: Convention) -> Capture:
+def _walk(state: Any, known: TorchFormat) -> Capture:
     file = io.BytesIO()
-    pickler = FilePickler(file, known.words, known.reductions)
+    pickler = FilePickler(file, known.global_names, known.reductions)
     asked = _registered()
     pickler.dump(state)
     if (
-        convention() is not known or _registered() != asked
+        known_format() is not known or _registered() != asked
     ):  # something in the state has changed how it is written
         return _as_torch_says(state)
-    lifted = pickler.lifted
+    extracted = pickler.extracted
     skeleton = Skeleton(
-        file.getvalue(), lifted.entries, lifted.sizes, lifted.locations, known.reductions, known.words
+        file.getvalue(),
+        extracted.entries,
+        extracted.sizes,
+        extracted.locations,
+        known.reductions,
+        known.global_names,
     )
-    return Capture(Unfilled(skeleton, known), lifted, len(skeleton.pickle))
+    return Capture(Unfilled(skeleton, known), extracted, len(skeleton.pickle))
 
 
 def _registered() -> list[bool]:
-    """Return whether somebody else says how tensors and parameters are pickled."""
+    """Return whether other code has registered reducers for tensors or parameters."""
     return [kind in copyreg.dispatch_table for kind in (torch.Tensor, torch.nn.Parameter)]
 
 
 def _as_torch_says(state: Any) -> Capture:
-    """Have torch pickle *state*, and write it, if need be."""
-    lifted = Lifted()
+    """Capture *state* by means of torch itself, which writes the whole file if need be."""
+    extracted = Extracted()
     try:
-        records = [(name, _content(value, lifted)) for name, value in ask(state)]
+        records = [(name, _content(value, extracted)) for name, value in torch_records(state)]
         if open_writer(io.BytesIO(), alignment()) is not None:
             overhead = sum(len(value) for _, value in records if not isinstance(value, int))
-            return Capture(Records(records, alignment()), lifted, overhead)
+            return Capture(Records(records, alignment()), extracted, overhead)
     except Exception:  # the state's, which torch will raise again; or torch wants an archive of its own
         logger.debug("torch %s cannot be asked what it writes", torch.__version__, exc_info=True)
     file = io.BytesIO()
     torch.save(state, file)
-    logger.warning("torch %s is not known here: it has made the whole file in memory", torch.__version__)
-    return Capture(Whole(file.getvalue()), Lifted(), file.tell())
+    logger.warning(
+        "the format of torch %s is not known: torch wrote the whole file in memory", torch.__version__
+    )
+    return Capture(Whole(file.getvalue()), Extracted(), file.tell())
 
 
-def _content(value: Any, lifted: Lifted) -> bytes | str | int:
+def _content(value: Any, extracted: Extracted) -> bytes | str | int:
     if not isinstance(value, torch.UntypedStorage):
         return value  # type: ignore[no-any-return]
-    lifted.owners.append(value)
-    lifted.storages.append(bytes_of(value))
-    lifted.sizes.append(value.nbytes())
-    lifted.locations.append("cpu")
-    return len(lifted.sizes) - 1
+    extracted.owners.append(value)
+    extracted.storages.append(bytes_of(value))
+    extracted.sizes.append(value.nbytes())
+    extracted.locations.append("cpu")
+    return len(extracted.sizes) - 1
 
 
 def _walk_objects(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
@@ -270,7 +281,7 @@ def _walk_objects(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
     pickler = ObjectPickler(file, shared)
     pickler.dump(state)
     skeleton = file.getvalue()
-    return Capture(Objects(skeleton, pickler.lifted.entries), pickler.lifted, len(skeleton))
+    return Capture(Objects(skeleton, pickler.extracted.entries), pickler.extracted, len(skeleton))
 
 
 def _probe_objects(value: Any) -> Exception | None:
@@ -278,9 +289,12 @@ def _probe_objects(value: Any) -> Exception | None:
 
 
 def _probe_file(value: Any) -> Exception | None:
-    known = convention()
+    known = known_format()
     return _failure(
-        ask if known is None else FilePickler(io.BytesIO(), known.words, known.reductions).dump, value
+        torch_records
+        if known is None
+        else FilePickler(io.BytesIO(), known.global_names, known.reductions).dump,
+        value,
     )
 
 
@@ -292,10 +306,12 @@ def _failure(dump: Callable[[Any], object], value: Any) -> Exception | None:
     return None
 
 
-def _refusal(offence: Offence) -> UnpicklableStateError:
-    if isinstance(offence.error, RecursionError):
+def _refusal(unpicklable: Unpicklable) -> UnpicklableStateError:
+    if isinstance(unpicklable.error, RecursionError):
         reason = "it is nested too deeply for pickle; raise sys.setrecursionlimit or flatten it"
     else:
-        reason = str(offence.error) or type(offence.error).__name__
-    kind = f"{type(offence.value).__module__}.{type(offence.value).__qualname__}"
-    return UnpicklableStateError(f"cannot save {offence.where} ({kind}): {reason}", where=offence.where)
+        reason = str(unpicklable.error) or type(unpicklable.error).__name__
+    kind = f"{type(unpicklable.value).__module__}.{type(unpicklable.value).__qualname__}"
+    return UnpicklableStateError(
+        f"cannot save {unpicklable.where} ({kind}): {reason}", where=unpicklable.where
+    )

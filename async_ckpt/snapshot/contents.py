@@ -1,6 +1,6 @@
-"""What a snapshot holds beside bulk data, by what it was taken for.
+"""The content of a snapshot beside its bulk data, by its purpose.
 
-All of it was made, by pickle or by torch, at the time of the save; nothing here refers to the state.
+Pickle or torch made all of it at the time of the save; nothing here refers to the state.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from async_ckpt.snapshot.conventions import Convention, Record
 from async_ckpt.snapshot.entries import Entry
 from async_ckpt.snapshot.filling import Skeleton
+from async_ckpt.snapshot.torch_format import Record, TorchFormat
 
 __all__ = ["Content", "Nothing", "Objects", "Records", "Unfilled", "Whole"]
 
 
 class Unfilled(NamedTuple):
-    """A file by the convention of a torch that is known: its pickle is yet to be filled."""
+    """A file in the known format of this torch; its pickle is yet to be filled."""
 
     skeleton: Skeleton
-    convention: Convention
+    torch_format: TorchFormat
 
 
 class Records(NamedTuple):
-    """A file whose records torch itself has given, storages by their number."""
+    """A file whose records torch itself has made; storages are given by their numbers."""
 
     records: Sequence[Record]
     alignment: int
 
 
 class Whole(NamedTuple):
-    """A file that torch itself has written to memory."""
+    """A file that torch itself has written in memory."""
 
     file: bytes
 
@@ -40,7 +40,7 @@ class Nothing(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """What the objects of the state are made from again."""
+    """The skeleton from which the state's objects are rebuilt."""
 
     skeleton: bytes
     entries: Sequence[Entry]

@@ -1,7 +1,7 @@
-"""Where in a state the object is that pickle refuses.
+"""Finds the object in a state that pickle refuses.
 
-Runs only after a failure, so it may be slow: it pickles child after child, always into the smallest
-one that still fails. It follows what pickle would follow, not what an object happens to hold.
+Runs only after a failure, so it may be slow: it pickles child after child, and descends into those that fail. It
+follows the references that pickle follows, not all attributes of an object.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any, TypeAlias
 
 from async_ckpt.snapshot.pickler import PROTOCOL
 
-__all__ = ["Offence", "find_offences"]
+__all__ = ["Unpicklable", "find_unpicklable"]
 
 _Children: TypeAlias = Iterator[tuple[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offence:
-    """One smallest thing that cannot be pickled.
+class Unpicklable:
+    """An innermost object that cannot be pickled.
 
     Attributes:
-        where: the way to it, such as ``state['callbacks'][0].lock``.
-        value: the thing.
-        error: what pickle said.
+        where: the path to it, such as ``state['callbacks'][0].lock``.
+        value: the object.
+        error: pickle's error.
     """
 
     where: str
@@ -33,34 +33,34 @@ class Offence:
     error: Exception
 
 
-def find_offences(
+def find_unpicklable(
     state: Any, error: Exception, probe: Callable[[Any], Exception | None], *, into_objects: bool = True
-) -> list[Offence]:
-    """Find what made pickling *state* fail.
+) -> list[Unpicklable]:
+    """Find the objects that made pickling *state* fail.
 
     Args:
-        state: what was pickled.
-        error: how it failed.
-        probe: pickles a thing and returns the error, ``None`` where it works.
-        into_objects: look into objects too, not only into builtin containers.
+        state: the state that was pickled.
+        error: the error.
+        probe: pickles an object, and returns the error or ``None``.
+        into_objects: whether to descend into objects, not only into builtin containers.
 
     Returns:
-        The smallest failing things, in the order of the state; at least one.
+        The innermost failing objects, in the order of the state; at least one.
     """
     if isinstance(error, RecursionError):
-        return [Offence(where="state", value=state, error=error)]
-    found: list[Offence] = []
+        return [Unpicklable(where="state", value=state, error=error)]
+    found: list[Unpicklable] = []
     seen = {id(state): state}  # and alive: what a __reduce__ has made leaves its id to the next
-    open_ = [Offence(where="state", value=state, error=error)]
+    open_ = [Unpicklable(where="state", value=state, error=error)]
     while open_:
         parent = open_.pop()
-        failing: list[Offence] = []
+        failing: list[Unpicklable] = []
         for where, child in _children(parent, into_objects):
             if id(child) not in seen:
                 reason = probe(child)
                 if reason is not None:
                     seen[id(child)] = child
-                    failing.append(Offence(where=where, value=child, error=reason))
+                    failing.append(Unpicklable(where=where, value=child, error=reason))
         if failing:
             open_.extend(reversed(failing))
         else:
@@ -68,14 +68,14 @@ def find_offences(
     return found
 
 
-def _children(parent: Offence, into_objects: bool) -> _Children:
+def _children(parent: Unpicklable, into_objects: bool) -> _Children:
     try:
         yield from _parts(parent, into_objects)
     except Exception:  # maybe the very reason, and the probe has it already; we look no further
         return
 
 
-def _parts(parent: Offence, into_objects: bool) -> _Children:
+def _parts(parent: Unpicklable, into_objects: bool) -> _Children:
     where, value = parent.where, parent.value
     kind = type(value)
     if kind is dict:

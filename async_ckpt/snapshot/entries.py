@@ -1,7 +1,7 @@
-"""What a skeleton refers to by number: the things that were lifted out of the state while it was pickled.
+"""The entries that a skeleton refers to by number: what was extracted from the state while it was pickled.
 
-Each entry is a plain value that holds nothing of the live state, but for `SharedEntry`, whose value is immutable or
-knowingly shared.
+Each entry is a plain value without references to the live state, except `SharedEntry`, whose value is immutable or
+shared on purpose.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TensorEntry(NamedTuple):
 
 
 class StorageEntry(NamedTuple):
-    """A storage on its own: *dtype* is that of a TypedStorage, *kind* and *length* are what torch writes of it."""
+    """A storage without a tensor: *dtype* is a TypedStorage's; *kind* and *length* are what torch writes."""
 
     storage: int
     dtype: torch.dtype | None
@@ -42,7 +42,7 @@ class ArrayEntry(NamedTuple):
 
 
 class SharedEntry(NamedTuple):
-    """An object that is passed on as it is."""
+    """An object that is passed by reference."""
 
     value: Any
 

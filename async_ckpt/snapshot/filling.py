@@ -1,12 +1,11 @@
-"""The pickle in a checkpoint: a skeleton whose holes are filled with what torch's own pickler writes there.
+"""The pickle in a checkpoint: fills the holes of a skeleton with the bytes that torch's pickler would write.
 
-Guarantees: no object of the state is looked at, nothing is looked up by its name and nothing is nested, so it may run
-in any thread and at any time. Whether torch pickles tensors and storages as it is done here is not for this module to
-say (`conventions`).
+Guarantees: it looks at no object of the state, looks up nothing by name and does not recurse, so it may run on any
+thread at any time. Whether torch pickles tensors and storages in this format is checked elsewhere (`torch_format`).
 
-What is pickled once is referred to by its number afterwards, and numbers are given in the order of the file. So what
-follows a hole is renumbered: the skeleton is read opcode by opcode, in runs of those that neither give nor use a
-number.
+Pickle refers to an object that occurs again by its memo number, and memo numbers are assigned in the order of the file.
+So everything after a hole is renumbered: the skeleton is read opcode by opcode, in runs of opcodes that neither set nor
+use a memo number.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from async_ckpt.snapshot.entries import Entry, SharedEntry, StorageEntry, Tensor
 
 __all__ = ["Reduction", "Skeleton", "fill"]
 
-# As text, which `re` compiles once, when the first file is made.
+# As text: `re` compiles it when the first file is made.
 # Every opcode of protocol 2 that pickle writes in binary. A number followed by BINPERSID is a hole.
 _NEXT = (
     rb"(?s)(?:[()\].01NRabetsu}\x81\x85-\x89]|G.{8}|c[^\n]*\n[^\n]*\n"
@@ -39,7 +38,7 @@ _SHORT = 256  # numbers below it take one byte
 
 
 def _reference(number: int) -> bytes:
-    """Refer to what was given a number."""
+    """Return the opcode that gets a memo entry."""
     return b"h%c" % number if number < _SHORT else b"j" + _UINT32.pack(number)
 
 
@@ -47,11 +46,11 @@ class Reduction(NamedTuple):
     """How torch pickles the tensors of a dtype.
 
     Attributes:
-        rebuild: the function that makes them again.
-        storage_type: what their storages are called.
-        itemsize: the bytes that the length of those is counted in.
-        dtypes: what follows the usual arguments.
-        rebuild_parameter: the function that makes parameters of them.
+        rebuild: the function that rebuilds them.
+        storage_type: the class that stands for their storages.
+        itemsize: the unit of the storages' length, in bytes.
+        dtypes: further arguments after the usual ones.
+        rebuild_parameter: the function that rebuilds parameters from them.
     """
 
     rebuild: Any
@@ -65,12 +64,12 @@ class Skeleton(NamedTuple):
     """A pickle with holes.
 
     Attributes:
-        pickle: what a ``FilePickler`` wrote.
-        entries: what the holes are to be filled with, by number.
-        sizes: of storages, in bytes.
-        locations: of storages.
-        reductions: of the dtypes of tensors among the entries.
-        words: how what is no string is pickled, by its identity.
+        pickle: the output of a ``FilePickler``.
+        entries: the content of the holes, by number.
+        sizes: the storages' sizes in bytes.
+        locations: the storages' locations.
+        reductions: for the dtypes of the tensors among the entries.
+        global_names: the pickled names of objects that are pickled by name, by their identity.
     """
 
     pickle: bytes
@@ -78,7 +77,7 @@ class Skeleton(NamedTuple):
     sizes: Sequence[int]
     locations: Sequence[str]
     reductions: Mapping[torch.dtype, Reduction | None]
-    words: Mapping[int, bytes]
+    global_names: Mapping[int, bytes]
 
 
 def fill(skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> tuple[bytes, dict[int, str]]:
@@ -86,10 +85,10 @@ def fill(skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> tupl
 
     Args:
         skeleton: made at the time of the save.
-        bytes_at: gives the bytes of arrays, by their region and length.
+        bytes_at: returns the bytes of an array, given its region and length.
 
     Returns:
-        The pickle, and the names that storages have in the file, by number, in the order in which they were met.
+        The pickle, and the storages' names in the file, by number, in the order of their occurrence.
     """
     filler = _Filler(skeleton, bytes_at)
     return filler.fill(), filler.keys
@@ -101,7 +100,7 @@ class _Filler:
         self._skeleton = skeleton
         self._bytes_at = bytes_at
         self._count = 0  # of numbers given
-        self._words: dict[int, int] = {}  # the number of what was pickled, by its identity
+        self._memo: dict[int, int] = {}  # the number of what was pickled, by its identity
         self._tensors: dict[int, int] = {}  # the same, by the number of their entry
         self._forms: dict[Any, _Form] = {}
         self._out: list[bytes | memoryview] = []
@@ -163,7 +162,7 @@ class _Filler:
         return b"".join(out)
 
     def _put(self) -> bytes:
-        """Give the next number, to what was just pickled."""
+        """Assign the next memo number to the object just pickled."""
         number = self._count
         self._count = number + 1
         return b"q%c" % number if number < _SHORT else b"r" + _UINT32.pack(number)
@@ -185,12 +184,12 @@ class _Filler:
             self._out.append(self._binary(self._bytes_at(entry.region, entry.nbytes)))
 
     def _write(self, pieces: Iterable[bytes | None]) -> None:
-        """Write pieces of a pickle; after each that is followed by ``None`` comes its number."""
+        """Write pieces of a pickle; each ``None`` stands for the memo number of the piece before it."""
         self._out += [self._put() if piece is None else piece for piece in pieces]
 
     def _shared(self, value: Any) -> bytes:
-        """Pickle what may occur again, or refer to it."""
-        known = self._words.get(id(value))
+        """Pickle an object that may occur again, or refer to it."""
+        known = self._memo.get(id(value))
         if known is not None:
             return _reference(known)
         if isinstance(value, bytes):
@@ -198,12 +197,12 @@ class _Filler:
         elif isinstance(value, str):
             written = _text(value) + self._put()
         else:
-            written = self._skeleton.words[id(value)] + self._put()
-        self._words[id(value)] = self._count - 1
+            written = self._skeleton.global_names[id(value)] + self._put()
+        self._memo[id(value)] = self._count - 1
         return written
 
     def _binary(self, value: bytes | memoryview) -> bytes:
-        """Pickle bytes as protocol 2 does, which has none: as text that is to be encoded."""
+        """Pickle bytes as protocol 2 does, which has no bytes: as text to be encoded."""
         return b"".join(
             (
                 self._shared(codecs.encode),
@@ -247,7 +246,7 @@ class _Filler:
         yield b"Q"
 
     def _tensor(self, entry: TensorEntry) -> None:
-        """Pickle a tensor; after the first of a form, the others only differ in their numbers."""
+        """Pickle a tensor; after the first of a form, further ones differ only in their numbers."""
         index = entry.storage
         key = str(len(self.keys))
         if index in self.keys or len(key) < 2 or self._count < _SHORT:
@@ -268,11 +267,11 @@ class _Filler:
         values[3::2] = range(number, number + count)
         self._out.append(writer.pack(*values))
         self.keys[index] = key
-        self._words[id(key)] = number + key_number
+        self._memo[id(key)] = number + key_number
         self._count = number + count
 
     def _pieces(self, entry: TensorEntry, key: bytes | None = None) -> Iterator[bytes | None]:
-        """Pickle what ``Tensor.__reduce_ex__`` and ``Parameter.__reduce_ex__`` return; *key* is not yet numbered."""
+        """Pickle the reductions of a Tensor or a Parameter; *key* has no memo number yet."""
         index, dtype, offset, size, stride, requires_grad, is_parameter = entry
         reduction = self._skeleton.reductions[dtype]
         assert reduction is not None
@@ -304,13 +303,13 @@ class _Filler:
 
 
 class _Form(NamedTuple):
-    """What tensors have in common that only differ in numbers above 255 and the name of their storage.
+    """The common form of tensors that differ only in numbers above 255 and in the name of their storage.
 
     Attributes:
-        writer: puts a tensor together from what stands between, the name second, and numbers.
-        constants: those, with places for the name and the numbers.
-        numbers: how many there are.
-        key_number: which of them is the name's.
+        writer: joins the constants, with the name in second place and the numbers.
+        constants: the bytes in between, with gaps for the name and the numbers.
+        numbers: how many numbers there are.
+        key_number: which of them is the name's memo number.
     """
 
     writer: Struct

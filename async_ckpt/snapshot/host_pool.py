@@ -1,13 +1,13 @@
-"""Host memory that is kept from save to save, and the copies into it.
+"""Host buffers that are reused from save to save, and the copies into them.
 
-Guarantees: two leases never share memory, not even with what an earlier holder left behind, but for those who
-ask to `HostPool.share` one, which is counted once and ends with the last of them; idle
-buffers count against the budget (B1); a source is only ever read through const access, so that a
-copy-on-write source keeps sharing; when a copy returns, its source may be changed. A forked child, such as a data
-loader's, keeps no copy of the memory, which is zero there from Linux 4.14 on, unless a base CheckpointIO has it (L1).
+Guarantees: two leases never share memory, nor views that an earlier holder has kept, except by `HostPool.share`: a
+shared buffer counts once, and its lease ends with the last holder. Idle buffers count against the budget (B1). Sources
+are only read through const access, so copy-on-write sources stay shared. When a copy returns, its source may be
+changed. A forked child, such as a data loader's, keeps no copy of the memory, which reads as zeros there from Linux
+4.14 on, unless a base CheckpointIO uses it (L1).
 
-What does not belong here: what is copied and why (`capture`), waiting for room. The pool is for one
-thread, the loop's.
+What does not belong here: what is copied and why (`capture`), waiting for room. The pool is not thread-safe: the loop's
+thread owns it.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _PADDING = tuple(
 
 
 def aligned(nbytes: int) -> int:
-    """Round *nbytes* up to the alignment of regions in a buffer."""
+    """Round *nbytes* up to the alignment of a buffer's regions."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class HostBuffer:
-    """Page-aligned anonymous memory; no page of it exists before it is written.
+    """Page-aligned anonymous memory; a page is allocated when it is first written.
 
     Args:
-        nbytes: how much of it, at least.
+        nbytes: its least size in bytes.
 
     Attributes:
-        nbytes: how much of it there is.
-        is_fresh: nothing has been copied into it yet.
-        written: what a writer knows of a file that has these bytes; nothing here.
+        nbytes: its size in bytes.
+        is_fresh: whether nothing has been copied into it yet.
+        written: what a writer remembers of a file with these bytes; not used here.
     """
 
     __slots__ = ("_map", "_pid", "_pinned", "_shown", "is_fresh", "nbytes", "written")
@@ -81,18 +81,18 @@ class HostBuffer:
 
     @property
     def is_aliased(self) -> bool:
-        """Whether anything outside still refers to the memory: a view, a tensor, an array."""
+        """Whether a view, a tensor or an array still refers to the memory."""
         return self._map is not None and sys.getrefcount(self._map) > 2  # ours and the call's
 
     def as_tensor(self) -> torch.Tensor:
-        """Return the whole memory as one tensor of bytes."""
+        """Return the whole memory as a tensor of bytes."""
         return torch.frombuffer(self.memory, dtype=torch.uint8)
 
     def pin(self) -> bool:
         """Page-lock the memory for CUDA, once.
 
         Returns:
-            Whether it is page-locked; where CUDA refuses, the reason is logged and copies still work.
+            Whether it is page-locked; if CUDA refuses, the reason is logged, and copies still work.
         """
         if self._pinned is None:
             status = int(torch.cuda.cudart().cudaHostRegister(self.as_tensor().data_ptr(), self.nbytes, 0))
@@ -108,11 +108,11 @@ class HostBuffer:
         return self._pinned
 
     def show_to_children(self, shown: bool) -> None:
-        """Say whether processes that are forked from now on find in the memory what is in it, or zeros.
+        """Set whether processes that are forked from now on see the content of the memory, or zeros.
 
-        Where they do, the next save leaves each of them a copy of the last. MADV_DONTFORK would leave them nothing at
-        all, in whose place something else may come to lie, to be unmapped with the object that they inherit; where CUDA
-        has set that, it is undone.
+        If they see it, the next save leaves each of them with a copy of the last snapshot. MADV_DONTFORK would leave a
+        gap in the child's address space: another mapping may be put there, and be unmapped with the object that the
+        child inherits. If CUDA has set that, it is undone.
         """
         self._shown = shown
         if sys.platform == "linux":
@@ -121,23 +121,23 @@ class HostBuffer:
                 self.memory.madvise(mmap.MADV_DOFORK)
 
     def close(self) -> None:
-        """Let go of the memory; it is unmapped once nothing refers to it any more. Idempotent."""
+        """Release the memory; it is unmapped once nothing refers to it any more. Idempotent."""
         if self._map is not None and self._pinned and self._pid == os.getpid():
             torch.cuda.cudart().cudaHostUnregister(self.as_tensor().data_ptr())
         self._map = None
 
 
 def capacity_for(nbytes: int) -> int:
-    """Return the size of the buffer that a request of *nbytes* gets.
+    """Return the size of the buffer for a request of *nbytes*.
 
-    Up to a 64th is left for growth: a state whose list of losses grows would need another buffer at every save.
+    Up to a 64th is reserved for growth: a state with a growing list would otherwise need another buffer at every save.
     """
     step = max(_PAGE, (1 << nbytes.bit_length()) // 128)
     return max(1, -(-nbytes // step)) * step
 
 
 class HostPool:
-    """Buffers kept from save to save, within a budget.
+    """Buffers that are reused from save to save, within a budget.
 
     Args:
         budget: counts every buffer, leased or idle.
@@ -150,21 +150,21 @@ class HostPool:
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the buffers that are kept for reuse."""
+        """The bytes of the buffers that are kept for reuse."""
         return sum(buffer.nbytes for buffer in self._idle)
 
     def lease(self, nbytes: int, *, force: bool = False) -> HostBuffer | None:
-        """Hand out a buffer of at least *nbytes*.
+        """Lease a buffer of at least *nbytes*.
 
-        The smallest idle buffer that fits without wasting more than a quarter is reused; else a new one takes
-        the place of an idle one that was too small, and of more, the longest idle first, until it fits the budget.
+        The smallest idle buffer that fits without wasting more than a quarter is reused. Otherwise a new one replaces
+        an idle one that is too small, and more of them, longest idle first, until it fits the budget.
 
         Args:
             nbytes: what the snapshot needs.
-            force: go past the limit rather than refuse.
+            force: whether to exceed the limit rather than refuse.
 
         Returns:
-            The buffer, to be given to `release` once; ``None`` where it does not fit now.
+            The buffer, to be released once; ``None`` if it does not fit now.
         """
         capacity = capacity_for(nbytes)
         most = capacity + max(capacity // 4, _WASTE_FLOOR_BYTES)
@@ -192,15 +192,15 @@ class HostPool:
         return buffer
 
     def share(self, buffer: HostBuffer) -> None:
-        """Let one more hold *buffer*, which is on lease; each of them gives it to `release` once."""
+        """Add a holder to *buffer*, which is on lease; each holder releases it once."""
         self._leased[buffer] += 1
 
     def would_fit(self, nbytes: int, *, without: HostBuffer | None = None) -> bool:
-        """Return whether a buffer could be had once all idle ones were dropped.
+        """Return whether a buffer would fit if all idle ones were dropped.
 
         Args:
             nbytes: what the snapshot needs.
-            without: a buffer on lease, counted as if one who holds it had given it back.
+            without: a buffer on lease, counted as if one holder had released it.
         """
         others = self._budget.held_bytes - self.idle_bytes
         if without is not None and self._leased[without] == 1:
@@ -208,12 +208,12 @@ class HostPool:
         return self._budget.fits(capacity_for(nbytes), beside=others)
 
     def release(self, buffer: HostBuffer) -> None:
-        """Take back a leased buffer from one who holds it.
+        """Take back a leased buffer from one holder.
 
-        From the last of them it is kept for the next save, if that is within the limit.
+        After the last holder, it is kept for the next save, if that is within the limit.
 
         Args:
-            buffer: what `lease` returned.
+            buffer: the result of `lease`.
 
         Raises:
             ValueError: it is not on lease from this pool.
@@ -226,7 +226,7 @@ class HostPool:
         del self._leased[buffer]
         buffer.written = None
         if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
-            logger.debug("a holder kept views of a %d byte buffer: not reused", buffer.nbytes)
+            logger.debug("a buffer of %d bytes is not reused, as its holder kept views of it", buffer.nbytes)
             self._drop(buffer)
         elif self._budget.held_bytes > self._budget.limit_bytes:  # it was let in alone; it may not stay
             self._drop(buffer)
@@ -234,7 +234,7 @@ class HostPool:
             self._idle.append(buffer)
 
     def close(self) -> None:
-        """Free every idle buffer; those on lease are freed by whoever holds them. Idempotent."""
+        """Free every idle buffer; leased ones are freed when their holders release them. Idempotent."""
         while self._idle:
             self._drop(self._idle.pop())
 
@@ -244,10 +244,10 @@ class HostPool:
 
 
 def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: HostBuffer) -> None:
-    """Copy storages one after the other, each at the next aligned place, into *buffer*.
+    """Copy storages into *buffer*, one after the other, each at the next aligned offset.
 
     Args:
-        views: the bytes of each, on any device; one on the meta device has a place, which is left as it is.
+        views: the bytes of each, on any device; for one on the meta device, a region is left out.
         sizes: their sizes in bytes.
         buffer: large enough for the sum of the aligned sizes.
     """
@@ -285,7 +285,7 @@ def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: H
 
 @contextmanager
 def without_modes() -> Iterator[None]:
-    """Have torch do what it is told, whatever modes the program is in: they may replace what any function returns."""
+    """Disable torch's modes, in which the program may have replaced what any function returns."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 
@@ -305,7 +305,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _runs(views: Sequence[torch.Tensor], sizes: Sequence[int]) -> Iterator[range]:
-    """Group neighbours that are small and on the CPU: together they cost a tenth of one copy each."""
+    """Group small neighbours on the CPU: one copy for a group costs a tenth of one copy each."""
     first = 0
     for index, (view, nbytes) in enumerate(zip(views, sizes, strict=True)):
         if nbytes > _SMALL_BYTES or not view.is_cpu:
@@ -322,7 +322,7 @@ def _padded(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.Stream]) -> torch.cuda.Stream:
-    """Return a stream of our own that waits for what the current stream has been given so far."""
+    """Return a stream of our own that waits for the work queued on the current stream so far."""
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)
         streams[device].wait_stream(torch.cuda.current_stream(device))

@@ -1,8 +1,7 @@
-"""Which device a storage in host memory stands for.
+"""Marks a storage in host memory with the device that it stands for.
 
-Guarantees: ``torch.save`` of a storage that was `mark`-ed writes the location of the original
-(``"cuda:0"``); every other storage is treated as if this module were not there. Nothing is
-registered with torch before the first storage that needs it.
+Guarantees: ``torch.save`` writes the original's location, such as ``"cuda:0"``, for a storage that was passed to
+`mark`; all other storages are unaffected. Nothing is registered with torch before it is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def location_of(storage: torch.UntypedStorage) -> str:
 
 
 def mark(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-    """Make ``torch.save`` say *location* for *storage*, and return it."""
+    """Make ``torch.save`` write *location* for *storage*, and return the storage."""
     if location != "cpu":
         _register()
         setattr(storage, _ATTRIBUTE, location)

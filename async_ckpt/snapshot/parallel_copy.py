@@ -1,11 +1,10 @@
-"""One large copy in host memory, or another pass over it, made by a few threads that take pieces from one list.
+"""Copies or compares large host memory on a few threads, which take pieces from one list.
 
-Guarantees: when `work_together` returns or raises, no thread of its touches the memory any more; sources are
-read through const access only, where torch has that.
+Guarantees: when `work_together` returns or raises, none of its threads touches the memory any more; sources are read
+through const access only, if torch has it.
 
-torch's own threads would do, but they wait for each other at the end of every tensor: beside busy processes,
-such as data loaders, many copies in a row then take several times as long. Here a thread that is held up
-holds up one piece, once.
+torch's own threads wait for each other at the end of every tensor: beside busy processes, such as data loaders, a
+series of copies takes several times as long. Here, a thread that is delayed delays one piece, once.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ def copy_together(
 
     Args:
         targets: contiguous host tensors of bytes.
-        sources: the same, pairwise of one length.
-        fresh: the targets' pages do not exist yet; they are made piece by piece, in one call each, which is
-            faster than one fault for each page.
+        sources: tensors of the same lengths.
+        fresh: whether the targets' pages are not allocated yet; then each piece is populated by one call, which is
+            faster than a fault for each page.
     """
     pieces = iter([piece for pair in zip(targets, sources, strict=True) for piece in _pieces(*pair)])
 
@@ -56,13 +55,13 @@ def copy_together(
 
 
 def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: int, held: Any) -> None:
-    """Do *work* on every piece, on as many threads as it is worth.
+    """Call *work* for every piece, on as many threads as are worthwhile.
 
     Args:
-        pieces: a list's iterator: several threads may take from it.
-        work: lets other threads run while it is busy.
-        nbytes: what the pieces amount to.
-        held: the owners of the memory.
+        pieces: an iterator of a list: several threads may take from it.
+        work: processes one piece; releases the GIL.
+        nbytes: the total size of the pieces.
+        held: the owners of the memory, which are kept alive.
     """
     errors: list[BaseException] = []
 
@@ -74,8 +73,8 @@ def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: i
             errors.append(error)
 
     count = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1
-    # Holding the memory: should an interruption come even between here and the join, it is neither freed nor the
-    # buffer reused before the thread has ended.
+    # The threads hold the memory: even if an interruption comes between here and the join, it is not freed, nor the
+    # buffer reused, before they have ended.
     helpers = [
         threading.Thread(target=take, args=(held,), name="async_ckpt-copy", daemon=True) for _ in range(count)
     ]
@@ -100,12 +99,12 @@ def _pieces(target: torch.Tensor, source: torch.Tensor) -> Iterator[_Piece]:
 
 
 def const_address(tensor: torch.Tensor) -> int:
-    """Return where the data is, for reading: ``data_ptr()`` would make a copy-on-write tensor own its memory."""
+    """Return the address of the data, for reading: ``data_ptr()`` would make a copy-on-write tensor copy its memory."""
     return int(getattr(tensor, "const_data_ptr", tensor.data_ptr)())
 
 
 def _end(pieces: Iterator[Any], helpers: Sequence[threading.Thread], errors: list[BaseException]) -> None:
-    """Leave the threads nothing to do, not even one that has yet to start; join them, however often interrupted."""
+    """Take the remaining work from the threads, even from one yet to start; join them despite interruptions."""
     while True:
         try:
             for _ in pieces:
@@ -119,13 +118,13 @@ def _end(pieces: Iterator[Any], helpers: Sequence[threading.Thread], errors: lis
 
 
 def populate(address: int, nbytes: int) -> None:
-    """Have the pages of fresh memory made before they are written to, while other threads run."""
+    """Allocate the pages of fresh memory before they are written to, without the GIL."""
     if _madvise is not None:
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(start, address + nbytes - start, _POPULATE_WRITE)
 
 
-# By ctypes, which lets other threads run meanwhile; mmap's own method does not.
+# By ctypes, which releases the GIL; mmap's own method does not.
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 if _madvise is not None:
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -1,10 +1,10 @@
-"""The picklers that lift bulk data out of a state.
+"""The picklers that extract bulk data from a state.
 
-`FilePickler` writes what ``torch.save`` would have pickle write, with holes where things were lifted: whatever
-pickle asks of an object, or looks up for it, it asks and looks up now. `ObjectPickler` writes what the objects
-themselves are made from again, for a writer that wants those.
+`FilePickler` writes the pickle of ``torch.save``, with holes for what was extracted: everything that pickle calls or
+looks up for an object, it calls and looks up now. `ObjectPickler` writes a skeleton from which the objects themselves
+are rebuilt, for a writer that needs them.
 
-What does not belong here: what they have in common (`lifting`), what fills the holes (`filling`).
+What does not belong here: the extraction (`extraction`), filling the holes (`filling`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 
 from async_ckpt.snapshot import arrays
 from async_ckpt.snapshot.entries import SharedEntry
-from async_ckpt.snapshot.lifting import (
+from async_ckpt.snapshot.extraction import (
     DTYPES,
     LONG_TEXT,
     STORED,
-    TORCH_WORDS,
+    TORCH_STRINGS,
+    ExtractingPickler,
     Handler,
-    LiftingPickler,
     share,
 )
 from async_ckpt.snapshot.rebuild import INSTEAD, itself, make_array
@@ -35,54 +35,54 @@ __all__ = ["PROTOCOL", "FilePickler", "ObjectPickler"]
 
 PROTOCOL = 2  # what torch.save writes, and asks objects for
 
-# Beyond these, pickle's protocol may have no room for them; it is left to say so itself.
+# Longer ones may not fit pickle's protocol; pickle itself raises then.
 _LONGEST_TEXT = 1 << 30
 _LONGEST_BYTES = 2 << 30
 
 
-class FilePickler(LiftingPickler):
-    """Writes the skeleton of a file: the pickle in it, with holes.
+class FilePickler(ExtractingPickler):
+    """Writes the skeleton of a file: its pickle, with holes.
 
-    What a hole is filled with may refer to a few objects that the rest refers to as well, such as ``OrderedDict``, and
-    is to be referred to by it: those are holes too, wherever they occur.
+    The content of a hole may share objects with the rest of the pickle, such as ``OrderedDict``: wherever these occur,
+    they are holes, too.
 
     Args:
         file: where to.
-        words: by their identity, the objects beside strings that a hole is filled with.
-        dtypes: tensors of those for which this is true are lifted.
+        global_names: by identity, the objects, other than strings, that the content of a hole refers to.
+        dtypes: maps the dtypes of tensors to extract to a true value.
     """
 
     def __init__(
-        self, file: BinaryIO, words: Mapping[int, bytes], dtypes: Mapping[torch.dtype, object]
+        self, file: BinaryIO, global_names: Mapping[int, bytes], dtypes: Mapping[torch.dtype, object]
     ) -> None:
         super().__init__(file, PROTOCOL, dtypes)
-        self._words = words
+        self._global_names = global_names
         for kind in (torch.Tensor, torch.nn.Parameter):
-            # Whoever says how tensors are pickled is asked, for each; a parameter is pickled with a tensor.
+            # Registered reducers of tensors are called for each; the pickle of a parameter contains a tensor.
             if kind in copyreg.dispatch_table or torch.Tensor in copyreg.dispatch_table:
                 self._handlers[kind] = None
 
     def reducer_override(self, obj: Any, /) -> Any:
-        """Have pickle ask every object itself, but lift the bytes of large arrays out of what numpy would say."""
-        if arrays.is_liftable(obj):
+        """Let pickle reduce every object, but extract the bytes of large arrays from numpy's reduction."""
+        if arrays.is_extractable(obj):
             return arrays.reduction(arrays.ArrayBytes(obj))
         return NotImplemented
 
     def _choose(self, kind: type) -> Handler | None:
-        return _word if issubclass(kind, type) else super()._choose(kind)
+        return _global_name if issubclass(kind, type) else super()._choose(kind)
 
 
-def _word(pickler: FilePickler, value: Any) -> int | None:
-    return share(pickler, value) if id(value) in pickler._words else None
+def _global_name(pickler: FilePickler, value: Any) -> int | None:
+    return share(pickler, value) if id(value) in pickler._global_names else None
 
 
-def _text(pickler: LiftingPickler, value: str) -> int | None:
-    if LONG_TEXT <= len(value) <= _LONGEST_TEXT or value in TORCH_WORDS:
+def _text(pickler: ExtractingPickler, value: str) -> int | None:
+    if LONG_TEXT <= len(value) <= _LONGEST_TEXT or value in TORCH_STRINGS:
         return share(pickler, value)
     return None
 
 
-def _bytes(pickler: LiftingPickler, value: bytes) -> int | None:
+def _bytes(pickler: ExtractingPickler, value: bytes) -> int | None:
     return share(pickler, value) if LONG_TEXT <= len(value) < _LONGEST_BYTES else None
 
 
@@ -90,14 +90,14 @@ FilePickler.handlers = {
     **STORED,
     str: _text,
     bytes: _bytes,
-    FunctionType: _word,
-    BuiltinFunctionType: _word,
-    torch.dtype: _word,
+    FunctionType: _global_name,
+    BuiltinFunctionType: _global_name,
+    torch.dtype: _global_name,
 }
 
 
-class ObjectPickler(LiftingPickler):
-    """Writes what the objects of a state are made from again. Classes and functions are passed by reference.
+class ObjectPickler(ExtractingPickler):
+    """Writes the skeleton from which a state's objects are rebuilt. Classes and functions are passed by reference.
 
     Args:
         file: where to.
@@ -108,8 +108,8 @@ class ObjectPickler(LiftingPickler):
         super().__init__(file, pickle.HIGHEST_PROTOCOL, _All(DTYPES), shared)
 
     def reducer_override(self, obj: Any, /) -> Any:
-        """Ask what ``torch.save`` would, and refer to constants themselves, not to their names."""
-        if arrays.is_liftable(obj):
+        """Reduce objects as ``torch.save`` would, but refer to constants themselves, not to their names."""
+        if arrays.is_extractable(obj):
             data = arrays.ArrayBytes(obj)
             return make_array, (data, data.dtype, data.shape, "F" if data.is_fortran else "C")
         reducer = copyreg.dispatch_table.get(type(obj))
@@ -144,31 +144,31 @@ class _Held:
         self.value = value
 
 
-def _held(pickler: LiftingPickler, held: _Held) -> int:
-    return pickler._lift(held, SharedEntry(held.value))
+def _held(pickler: ExtractingPickler, held: _Held) -> int:
+    return pickler._extract(held, SharedEntry(held.value))
 
 
-def _by_reference(pickler: LiftingPickler, value: Any) -> int:
+def _by_reference(pickler: ExtractingPickler, value: Any) -> int:
     number = pickler._seen.get(id(value))
     if number is None:
         pickle.dumps(value, PROTOCOL)  # refuses what is not there by its name
-        number = pickler._lift(value, SharedEntry(value))
+        number = pickler._extract(value, SharedEntry(value))
     return number
 
 
-def _function(pickler: LiftingPickler, function: Any) -> int:
+def _function(pickler: ExtractingPickler, function: Any) -> int:
     return _by_reference(pickler, INSTEAD.get(function, function))
 
 
-def _data_type(pickler: LiftingPickler, dtype: Any) -> int | None:
-    """Share what cannot change: numpy has one object for it, and what is written depends on that."""
+def _data_type(pickler: ExtractingPickler, dtype: Any) -> int | None:
+    """Share an immutable dtype: numpy has one object for it, and the file depends on that identity."""
     is_constant = dtype.names is None and dtype.subdtype is None and dtype.metadata is None
     return share(pickler, dtype) if is_constant else None
 
 
-def _identical(pickler: LiftingPickler, value: str | bytes) -> int | None:
-    """Share what is long, and those of which there is one object, which another writer may refer to."""
-    if len(value) >= LONG_TEXT or len(value) < 2 or value in TORCH_WORDS:
+def _identical(pickler: ExtractingPickler, value: str | bytes) -> int | None:
+    """Share long strings, and strings that exist once, which another writer may refer to."""
+    if len(value) >= LONG_TEXT or len(value) < 2 or value in TORCH_STRINGS:
         return share(pickler, value)
     return None
 

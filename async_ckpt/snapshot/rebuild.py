@@ -1,7 +1,7 @@
-"""From the skeleton of objects and its entries back to objects.
+"""Rebuilds the objects of a state from a skeleton and its entries.
 
-Guarantees: each entry becomes one object, so ties and views stay tied; it runs what unpickling runs, looks nothing of
-the state up by its name, and leaves nothing behind in torch's globals.
+Guarantees: each entry becomes one object, so ties and views stay tied; it runs what unpickling runs, looks up nothing
+of the state by name, and leaves nothing in torch's globals.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Rebuilder(pickle.Unpickler):
     """Reads one skeleton.
 
     Args:
-        skeleton: what an ``ObjectPickler`` wrote.
-        entries: what it refers to by number.
-        storage_for: gives the storage with a number.
+        skeleton: the output of an ``ObjectPickler``.
+        entries: the entries that it refers to, by number.
+        storage_for: returns the storage with a number.
         memory: holds the bytes of arrays.
     """
 
@@ -81,12 +81,12 @@ def _empty(dtype: torch.dtype) -> torch.Tensor:
 
 
 def itself(value: Any) -> Any:
-    """Stand in a skeleton for a constant."""
+    """Return *value*; stands for a constant in a skeleton."""
     return value
 
 
 def make_array(place: tuple[Any, int], dtype: Any, shape: tuple[int, ...], order: Any) -> Any:
-    """Return the array whose bytes are in host memory at *place*."""
+    """Return an array over the host memory at *place*."""
     import numpy
 
     memory, start = place
@@ -98,13 +98,13 @@ def _typed(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStor
 
 
 def _rebuild_tensor_v3(storage: Any, *arguments: Any) -> Any:
-    """Do what torch does, given the storage as pickled and not as torch.load would wrap it."""
+    """Like torch's function, but given the pickled storage, not the wrapper of torch.load."""
     typed = _typed(storage, torch.uint8) if isinstance(storage, torch.UntypedStorage) else storage
     return torch._utils._rebuild_tensor_v3(typed, *arguments)
 
 
 def _rebuild_sparse_tensor(layout: torch.layout, data: tuple[Any, ...]) -> torch.Tensor:
-    """Do what torch does, without queueing the tensor for the next torch.load to validate."""
+    """Like torch's function, but without queueing the tensor for validation by the next torch.load."""
     if layout == torch.sparse_coo:
         indices, values, size, *coalesced = data
         extra = {"is_coalesced": coalesced[0]} if coalesced else {}
@@ -116,11 +116,11 @@ def _rebuild_sparse_tensor(layout: torch.layout, data: tuple[Any, ...]) -> torch
 
 
 def _on_cpu(data: torch.Tensor, dtype: torch.dtype, device: str, requires_grad: bool) -> torch.Tensor:
-    """Keep the host copy of a tensor that lives on a device without storages, such as XLA's."""
+    """Keep the host copy of a tensor of a device without storages, such as XLA's."""
     return data.to(dtype).requires_grad_(requires_grad)
 
 
-#: By functions of torch, those that are called in their place.
+#: Functions of torch, and the functions that are called instead.
 INSTEAD: dict[Any, Any] = {
     getattr(torch._utils, name): function
     for name, function in {

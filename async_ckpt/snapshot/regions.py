@@ -16,8 +16,8 @@ import torch
 
 from async_ckpt.snapshot.capture import Capture
 from async_ckpt.snapshot.contents import Nothing
+from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.host_pool import bytes_of
-from async_ckpt.snapshot.lifting import Lifted
 
 __all__ = ["Region", "as_dense", "capture_regions"]
 
@@ -60,17 +60,17 @@ def capture_regions(tensors: Sequence[torch.Tensor], *, overhead: int) -> tuple[
         owners.setdefault(identity, storage)
         start = int(tensor.storage_offset()) * tensor.itemsize
         ranges.append((identity, start, start + tensor.nbytes, number))
-    return _lift(ranges, owners, overhead)
+    return _extract(ranges, owners, overhead)
 
 
-def _lift(
+def _extract(
     ranges: list[tuple[int, int, int, int]], owners: dict[int, torch.UntypedStorage], overhead: int
 ) -> tuple[Capture, list[Region]]:
     order = {
         identity: place for place, identity in enumerate(owners)
     }  # as the state has them, not as memory does
     ranges.sort(key=lambda each: (order[each[0]], each[1]))
-    lifted = Lifted()
+    extracted = Extracted()
     regions: list[Region | None] = [None] * len(ranges)
     at = 0
     while at < len(ranges):
@@ -80,16 +80,16 @@ def _lift(
             stop = max(stop, ranges[last][2])
             last += 1
         for _, begin, end, number in ranges[at:last]:
-            regions[number] = Region(len(lifted.sizes), begin - start, end - begin)
+            regions[number] = Region(len(extracted.sizes), begin - start, end - begin)
         owner = owners[identity]
-        lifted.owners.append(owner)
-        lifted.owner_sizes.append(owner.nbytes())
-        lifted.storages.append(bytes_of(owner)[start:stop])
-        lifted.sizes.append(stop - start)
-        lifted.locations.append("cpu")
+        extracted.owners.append(owner)
+        extracted.owner_sizes.append(owner.nbytes())
+        extracted.storages.append(bytes_of(owner)[start:stop])
+        extracted.sizes.append(stop - start)
+        extracted.locations.append("cpu")
         at = last
     found = [region for region in regions if region is not None]
-    return Capture(Nothing(), lifted, overhead), found
+    return Capture(Nothing(), extracted, overhead), found
 
 
 def _is_permuted(tensor: torch.Tensor) -> bool:

@@ -1,10 +1,10 @@
-"""Whether the memory of a snapshot that is held anyway can serve another save: where every byte is the same.
+"""Decides whether another save can share the memory of a snapshot that is held anyway: if every byte is the same.
 
-Guarantees: only the bytes themselves prove that (S1), for version counters know nothing of a write through ``.data``
-or a numpy alias; what cannot be compared where it lies, on a device or scattered, counts as different. Sources are
-read through const access only.
+Guarantees: all bytes are compared (S1), as version counters miss writes through ``.data`` or a numpy alias; data that
+cannot be compared in place, on a device or not contiguous, counts as different. Sources are read through const access
+only.
 
-What does not belong here: who holds the memory and for how long (`host_pool`, the dispatcher).
+What does not belong here: holding the memory (`host_pool`, the dispatcher).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.host_pool import HostBuffer, aligned
-from async_ckpt.snapshot.lifting import Lifted
 from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, const_address, work_together
 
 __all__ = ["NOTHING", "Outline", "are_same", "outline", "resembles", "sizes_of"]
@@ -28,11 +28,11 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Outline(NamedTuple):
-    """What of a snapshot tells at once that another one's bytes differ, in the ordinary case.
+    """A few values of a snapshot by which most differences are found at once.
 
     Attributes:
-        sizes: of all that is in the buffer, storages and then arrays, in its order.
-        samples: a few bytes from the middle of some of them.
+        sizes: the sizes of all regions of the buffer: storages, then arrays.
+        samples: a few bytes from the middle of some regions.
     """
 
     sizes: tuple[int, ...]
@@ -42,9 +42,9 @@ class Outline(NamedTuple):
 NOTHING = Outline((), ())
 
 
-def sizes_of(lifted: Lifted) -> tuple[int, ...]:
-    """Return the sizes of what goes into the buffer, in its order."""
-    return (*lifted.sizes, *(data.nbytes for _, data in lifted.arrays))
+def sizes_of(extracted: Extracted) -> tuple[int, ...]:
+    """Return the sizes of the buffer's regions, in order."""
+    return (*extracted.sizes, *(data.nbytes for _, data in extracted.arrays))
 
 
 def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -> Outline:
@@ -56,27 +56,27 @@ def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -
     return Outline(sizes, tuple(samples))
 
 
-def resembles(lifted: Lifted, sizes: tuple[int, ...], other: Outline) -> bool:
-    """Tell, in microseconds, whether it is worth while to compare all bytes."""
-    if sizes != other.sizes or lifted.remotes or not set(lifted.locations) <= {"cpu"}:
+def resembles(extracted: Extracted, sizes: tuple[int, ...], other: Outline) -> bool:
+    """Return, within microseconds, whether comparing all bytes is worthwhile."""
+    if sizes != other.sizes or extracted.remotes or not set(extracted.locations) <= {"cpu"}:
         return False
     for index, sample in zip(_sampled(sizes), other.samples, strict=True):
         if not sample:
             continue
-        address = _address_of(lifted, index, sizes[index])
+        address = _address_of(extracted, index, sizes[index])
         if address is None or ctypes.string_at(address + sizes[index] // 2, len(sample)) != sample:
             return False
     return True
 
 
-def are_same(lifted: Lifted, sizes: tuple[int, ...], buffer: HostBuffer) -> bool:
-    """Return whether *buffer* holds exactly the bytes of what was lifted; of what `resembles` it."""
+def are_same(extracted: Extracted, sizes: tuple[int, ...], buffer: HostBuffer) -> bool:
+    """Return whether *buffer* holds exactly the extracted bytes; called if it `resembles` them."""
     begin = buffer.as_tensor().data_ptr()
     large: list[tuple[int, int, int]] = []
     start = 0
     for index, nbytes in enumerate(sizes):
         if nbytes:
-            address = _address_of(lifted, index, nbytes)
+            address = _address_of(extracted, index, nbytes)
             if address is None:
                 return False
             if nbytes > _SMALL_BYTES:
@@ -84,7 +84,7 @@ def are_same(lifted: Lifted, sizes: tuple[int, ...], buffer: HostBuffer) -> bool
             elif _memcmp(address, begin + start, nbytes):  # at once: it may save us the large ones
                 return False
         start += aligned(nbytes)
-    return _all_same(large, held=(lifted, buffer))
+    return _all_same(large, held=(extracted, buffer))
 
 
 def _all_same(regions: Sequence[tuple[int, int, int]], held: Any) -> bool:
@@ -110,12 +110,12 @@ def _sampled(sizes: Sequence[int]) -> range:
     return range(0, len(sizes), max(1, len(sizes) // _SAMPLES))
 
 
-def _address_of(lifted: Lifted, index: int, nbytes: int) -> int | None:
-    """Return where the bytes of a storage or an array lie, ``None`` where that is no longer, or not in one piece."""
-    if index < len(lifted.storages):
-        view = lifted.storages[index]
-        return const_address(view) if view.numel() == nbytes == lifted.owners[index].nbytes() else None
-    _, data = lifted.arrays[index - len(lifted.storages)]
+def _address_of(extracted: Extracted, index: int, nbytes: int) -> int | None:
+    """Return the address of a storage or an array; ``None`` if it is freed, resized or not contiguous."""
+    if index < len(extracted.storages):
+        view = extracted.storages[index]
+        return const_address(view) if view.numel() == nbytes == extracted.owners[index].nbytes() else None
+    _, data = extracted.arrays[index - len(extracted.storages)]
     array, flags = data.array, data.array.flags
     is_whole = data.is_still(array) and (flags.c_contiguous or flags.f_contiguous)
     return int(array.ctypes.data) if is_whole else None

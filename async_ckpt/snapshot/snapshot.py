@@ -1,9 +1,9 @@
-"""A state as it was at one instant, in host memory that nothing else writes to (S1).
+"""The snapshot: a state as it was at one instant, in host memory that nothing else writes to (S1).
 
-Guarantees: a snapshot holds no reference to the live state; storages are given up one by one, and the
-memory is given back once, with the last of them. ``records`` runs no code of the state.
+Guarantees: a snapshot holds no reference to the live state; storages are released one by one, and the memory is
+returned once, with the last of them. ``records`` runs no code of the state.
 
-What does not belong here: how the bytes came here (`capture`, `host_pool`), what is done with them.
+What does not belong here: filling the memory (`capture`, `host_pool`), writing it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 import torch
 
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
-from async_ckpt.snapshot.conventions import Record
 from async_ckpt.snapshot.host_pool import HostBuffer
 from async_ckpt.snapshot.locations import mark
 from async_ckpt.snapshot.rebuild import Rebuilder
 from async_ckpt.snapshot.sharing import NOTHING, Outline
+from async_ckpt.snapshot.torch_format import Record
 
 __all__ = ["Snapshot", "SnapshotStorage", "Storages"]
 
 
 class SnapshotStorage(NamedTuple):
-    """One storage of the state; its number is its place among the snapshot's storages.
+    """One storage of the state; its number is its index among the snapshot's storages.
 
     Attributes:
-        nbytes: its size.
-        location: where the original is, as ``torch.save`` writes it: ``"cpu"``, ``"cuda:0"``, …
-        start: where its bytes begin in the host buffer.
+        nbytes: its size in bytes.
+        location: the original's device, as ``torch.save`` writes it: ``"cpu"``, ``"cuda:0"``, …
+        start: the offset of its bytes in the host buffer.
     """
 
     nbytes: int
@@ -39,12 +39,12 @@ class SnapshotStorage(NamedTuple):
 
 
 class Storages:
-    """All storages of a state, as columns: thousands of objects, kept, would have Python's collector run more often.
+    """All storages of a state, as columns: thousands of objects would make Python's garbage collector run more often.
 
     Args:
-        sizes: in bytes.
-        locations: where the originals are.
-        starts: where each one's bytes begin in the host buffer.
+        sizes: their sizes in bytes.
+        locations: the originals' devices.
+        starts: their offsets in the host buffer.
     """
 
     def __init__(self, sizes: Sequence[int], locations: Sequence[str], starts: Sequence[int]) -> None:
@@ -63,14 +63,14 @@ class Storages:
 
 
 class Snapshot:
-    """The picture of a state; made by ``Capture.stage`` and ``Capture.share``.
+    """A copy of a state; made by ``Capture.stage`` and ``Capture.share``.
 
     Args:
-        content: what else there is.
-        storages: where each storage's bytes are.
+        content: everything but the bulk data.
+        storages: the storages' regions.
         buffer: the leased memory.
-        nbytes: what the snapshot needs of host memory.
-        outline: by which one of other bytes is told from it; stays when the snapshot is closed.
+        nbytes: the host bytes that the snapshot needs.
+        outline: finds most differences from another state at once; stays when the snapshot is closed.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Snapshot:
 
     @property
     def written(self) -> object:
-        """What a writer left here, about a file with these bytes, for the next save that shares the memory."""
+        """A writer's notes about a file with these bytes, for the next save that shares the memory."""
         return None if self._buffer is None else self._buffer.written
 
     @written.setter
@@ -108,7 +108,7 @@ class Snapshot:
             index: the storage's number.
 
         Returns:
-            A view that must be let go of before the snapshot is closed, for its buffer to be reused.
+            A view, to be dropped before the snapshot is closed; otherwise the buffer is not reused.
 
         Raises:
             ValueError: the storage has been released.
@@ -120,7 +120,7 @@ class Snapshot:
         return view[storage.start : storage.start + storage.nbytes]
 
     def release(self, index: int) -> None:
-        """Give up one storage's bytes. Idempotent; the last one closes the snapshot."""
+        """Release one storage's bytes. Idempotent; the last one closes the snapshot."""
         with self._lock:
             self._held.discard(index)
             last = not self._held
@@ -128,7 +128,7 @@ class Snapshot:
             self.close()
 
     def close(self) -> None:
-        """Give up everything. Idempotent."""
+        """Release everything. Idempotent."""
         with self._lock:
             self._buffer = None
             self._view = None
@@ -137,40 +137,40 @@ class Snapshot:
 
     @property
     def file(self) -> bytes | None:
-        """The whole file, where torch had to write it itself; what there is else is in `records`."""
+        """The whole file, if torch had to write it itself; otherwise, see `records`."""
         content = self._open_content()
         return content.file if isinstance(content, Whole) else None
 
     @property
     def alignment(self) -> int:
-        """What torch was told to align storages in files to."""
+        """The alignment of storages in files."""
         content = self._open_content()
         if isinstance(content, Unfilled):
-            return content.convention.alignment
+            return content.torch_format.alignment
         assert isinstance(content, Records), "a snapshot for a file"
         return content.alignment
 
     def records(self) -> Sequence[Record]:
-        """Return what the archive that ``torch.save`` would have written holds, storages by their number.
+        """Return the records that ``torch.save`` would have written; storages are given by their numbers.
 
         Returns:
-            The records, but for those that torch's writer adds itself.
+            The records, without those that torch's writer adds itself.
 
         Raises:
             ValueError: the snapshot has been closed.
         """
         content = self._open_content()
         if isinstance(content, Unfilled):
-            return content.convention.records(content.skeleton, self._bytes_at)
+            return content.torch_format.records(content.skeleton, self._bytes_at)
         assert isinstance(content, Records), "a snapshot for a file"
         return content.records
 
     def state(self) -> Any:
-        """Return the state itself, rebuilt over the snapshot's memory.
+        """Return the state, rebuilt over the snapshot's memory.
 
-        Its tensors lie on the CPU, but ``torch.save`` of it writes the locations of the originals; of HPUs' the
-        CPU's, where Lightning's CheckpointIO for HPUs would have moved them first. A buffer to which anything
-        refers when the snapshot is closed is not reused.
+        Its tensors are on the CPU, but ``torch.save`` of it writes the originals' locations; for HPUs it writes the
+        CPU, as Lightning's CheckpointIO for HPUs moves tensors there first. A buffer that anything refers to when the
+        snapshot is closed is not reused.
 
         Returns:
             A state equal to the captured one.

@@ -1,12 +1,12 @@
-"""Tensors of torch_xla: they have no memory that can be looked into, so they are brought to the host by value.
+"""Tensors of torch_xla: their memory is not accessible, so their values are fetched to the host.
 
-Guarantees: what they are yet to compute is computed in one execution for all of them, and is left as it was for
-the program's own next step; they come in few transfers, and no more than a batch (256 MiB, or one tensor) of host
-memory is used beside the snapshot's. Two tensors of one value, as tied weights are in a ``state_dict``, stay tied;
-views do not, as with ``torch_xla.core.xla_model.save``, whose files ours equal: the tensors lie on the CPU.
+Guarantees: pending computations of all these tensors run in one execution, and the program's own graph is left as it
+was; the values come in few transfers, with at most one batch (256 MiB, or one tensor) of host memory beside the
+snapshot's. Two tensors of one value, such as tied weights in a ``state_dict``, stay tied; views do not. Our files equal
+those of ``torch_xla.core.xla_model.save``: the tensors are on the CPU.
 
-What does not belong here: collective operations. All ranks must have come to the end of their step, which is what
-Lightning's strategies see to. torch_xla is not imported before a state holds a tensor of it.
+What does not belong here: collective operations. All ranks must be at the end of their step; Lightning's strategies
+ensure that. torch_xla is not imported before a state contains one of its tensors.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ import torch
 
 from async_ckpt.snapshot.parallel_copy import copy_together
 
-__all__ = ["Remote", "bring", "value_id"]
+__all__ = ["Remote", "fetch_values", "value_id"]
 
 Remote: TypeAlias = tuple[int, torch.Tensor]
-"""Where in the buffer a tensor's bytes go, and the tensor."""
+"""The offset of a tensor's bytes in the buffer, and the tensor."""
 
 _BATCH_BYTES = 256 << 20
 
 
 def value_id(tensor: torch.Tensor) -> int:
-    """Return the number of the value that *tensor* has now; no other value of the process ever has it."""
+    """Return the id of the present value of *tensor*; no other value of the process ever has it."""
     return int(_torch_xla()._xla_get_tensor_id(tensor))
 
 
-def bring(
+def fetch_values(
     remotes: Sequence[Remote], buffer: torch.Tensor, *, fresh: bool, batch_bytes: int = _BATCH_BYTES
 ) -> None:
-    """Compute the tensors and copy them to their places.
+    """Compute the tensors, and copy their values into the buffer.
 
     Args:
-        remotes: the tensors, each with the place of its first byte.
-        buffer: all of the snapshot's memory.
-        fresh: nothing has been written to it yet.
-        batch_bytes: what may come at a time.
+        remotes: the tensors, each with the offset of its first byte.
+        buffer: the snapshot's memory.
+        fresh: whether nothing has been written to it yet.
+        batch_bytes: the size of one transfer.
 
     Raises:
-        RuntimeError: a tensor came back as something else than it said it was.
+        RuntimeError: a value does not match its tensor's dtype or shape.
     """
-    # Not with sync_xla_data: what the program has pending beside these tensors would lose what it is computed from.
+    # Not with sync_xla_data: other pending computations of the program would lose their inputs.
     _torch_xla()._xla_sync_multi(
         [tensor for _, tensor in remotes], devices=[], wait=True, sync_xla_data=False
     )

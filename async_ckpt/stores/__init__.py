@@ -1,8 +1,8 @@
-"""Where checkpoints are kept: the choice of a store by URL, and one package for each kind of store.
+"""Stores: the choice of a store by URL, and a package for each kind of storage.
 
-``locate`` names a place, ``open_store`` makes the store that serves it, by the protocol in ``base``.
+``locate`` returns a location, and ``open_store`` makes the store for it, by the protocol in ``base``.
 
-What does not belong here: when anything is written, and what is written.
+What does not belong here: when to write, and what.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a caller writes for a place: text, a path, or a ``UPath``; and what cannot be what was meant.
+"""Reads a location as the caller gives it: text, a path, or a ``UPath``; refuses what was surely not meant.
 
-Guarantees: no file system is imported for it, and no network touched. What ``pathlib`` has made of a URL is refused,
-with the text that would work, and is never taken for a directory called ``s3:``.
+Guarantees: no file system is imported, and no network is used. A URL that went through ``pathlib`` is refused, with the
+text that works, and is never taken for a directory called ``s3:``.
 
-What does not belong here: what a place is called, and which store serves it.
+What does not belong here: the key of a location, and the choice of its store.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 
 _NAME = r"[A-Za-z][A-Za-z0-9+.\-_]*"
-# What pathlib makes of "s3://bucket/…", and os.path.abspath of that: Lightning has it of ModelCheckpoint's dirpath.
+# What pathlib makes of "s3://bucket/…", and os.path.abspath of that, as Lightning does with ModelCheckpoint's dirpath.
 _EATEN_SLASH = rf"(?:^|(?<=/))((?:{_NAME}::)*)({_NAME}):/+"
 _BACKSLASHED = re.compile(rf"(?:^|[/\\:]){_NAME}:\\")  # what pathlib.PureWindowsPath makes of one
 _URL = rf"{_NAME}://"
@@ -39,7 +39,7 @@ _FROM_THE_ROOT = frozenset({"dbfs"})  # no host comes first in their URLs
 
 @runtime_checkable
 class UniversalPath(Protocol):
-    """A ``UPath`` of universal_pathlib, by what it has; one that is not local is no ``os.PathLike``."""
+    """A ``UPath`` of universal_pathlib, recognized by its attributes; one that is not local is no ``os.PathLike``."""
 
     @property
     def protocol(self) -> str:
@@ -47,15 +47,15 @@ class UniversalPath(Protocol):
 
     @property
     def path(self) -> str:
-        """What that file system knows it as."""
+        """The path within its file system."""
 
     @property
     def storage_options(self) -> Mapping[str, Any]:
-        """What that file system is made with."""
+        """The options of its file system."""
 
 
 Given: TypeAlias = "str | os.PathLike[str] | UniversalPath"
-"""What a place may be given as."""
+"""The types in which a location may be given."""
 
 
 class Address(NamedTuple):
@@ -63,7 +63,7 @@ class Address(NamedTuple):
 
     Attributes:
         text: a local path, or a URL.
-        options: what the file system is made with, as far as a ``UPath`` says it; there may be secrets in it.
+        options: a ``UPath``'s options for its file system, which may contain secrets.
     """
 
     text: str
@@ -71,22 +71,22 @@ class Address(NamedTuple):
 
 
 def is_given(value: object) -> bool:
-    """Return whether *value* is of a kind that a place is given as."""
+    """Return whether *value* has a type in which a location may be given."""
     return isinstance(value, (str, os.PathLike, UniversalPath))
 
 
 def read_address(given: Given) -> Address:
-    """Return what *given* says.
+    """Read a location as it was given.
 
     Raises:
-        TypeError: it is of no such kind.
-        OptionError: it is empty, chained, or a URL that went through ``pathlib``.
+        TypeError: it has another type.
+        OptionError: it is empty, chained, or a URL that lost a slash in ``pathlib``.
     """
     text, options = _taken_apart(given)
     if not isinstance(text, str):
-        raise TypeError(f"a checkpoint's place must be a str or a path, not {type(given).__name__}")
+        raise TypeError(f"the location of a checkpoint must be a str or a path, not {type(given).__name__}")
     if not text.strip():
-        raise OptionError("a checkpoint's place must not be empty")
+        raise OptionError("the location of a checkpoint must not be empty")
     if "\0" in text:
         raise OptionError(f"{redacted_text(text)!r} contains a null character")
     _refuse_chained(text)
@@ -122,16 +122,16 @@ def _refuse_chained(text: str) -> None:
         works = redacted_text(_mended(own, rest) if own else rest)
         raise OptionError(
             f"{redacted_text(text)!r} is chained, and what is written through a chain cannot be committed safely; "
-            f"give the storage's own place: {works!r}"
+            f"give the storage's own URL: {works!r}"
         )
 
 
 def refuse_mangled(text: str) -> None:
     """Refuse a path that was a URL before it went through ``pathlib`` or ``os.path``.
 
-    Where a relative path begins with the name of one of fsspec's protocols and a colon, that is what has happened,
-    and in the working directory ``os.path.abspath`` has followed. Elsewhere, a directory of such a name is believed.
-    What begins with ``./``, or as ``file://``, is meant as it is.
+    That is the case if a relative path begins with the name of one of fsspec's protocols and a colon, or an absolute
+    path does so below the working directory, after ``os.path.abspath``. Elsewhere, a directory may have such a name. A
+    path that begins with ``./`` or ``file://`` is taken literally.
 
     Raises:
         OptionError: it is such a path.
@@ -159,16 +159,16 @@ def _is_believed(text: str, eaten: re.Match[str]) -> bool:
 
 
 def _mended(eaten: re.Match[str], text: str) -> str:
-    """Return the URL that *text* was from where *eaten* begins."""
+    """Return the original URL in *text*, which begins at the match *eaten*."""
     protocol, path = eaten[2].lower(), text[eaten.end() :]
     if protocol in LOCAL_PROTOCOLS:
-        # While it can be told what in it is secret.
+        # As long as the secrets in it can be recognized.
         return "/" + redacted_url(f"{protocol}://{path}").partition("://")[2]
     return f"{protocol}://{'/' if protocol in _FROM_THE_ROOT else ''}{path}"
 
 
 def is_protocol(name: str) -> bool:
-    """Return whether fsspec knows a protocol of that name, in whatever letters."""
+    """Return whether fsspec knows a protocol of that name, in upper or lower case."""
     from fsspec.registry import known_implementations, registry
 
     return name.lower() in known_implementations or name.lower() in registry

@@ -1,14 +1,14 @@
-"""What a store is: the one protocol between the stream and wherever the bytes go.
+"""The protocol of stores, between the writers and the storage.
 
 Guarantees that every store gives:
 
-* Nothing is visible under the final name before ``commit`` has begun, and afterwards the whole
-  checkpoint is (D2). An earlier file of that name stays whole until then.
+* Nothing is visible under the final name before ``commit`` begins, and the whole checkpoint is visible after it (D2).
+  An earlier file of that name stays whole until then.
 * ``commit`` returns only once the checkpoint would survive the loss of this process (D1).
-* ``abort`` leaves neither file nor open upload behind. It may be called at any moment, more than
-  once, and after a failed ``commit``.
-* Parts may be put in any order and at the same time, as far as ``max_concurrent_parts`` allows.
-* ``commit`` refuses a file of which not every byte was put.
+* ``abort`` leaves neither a file nor an open upload. It may be called at any moment, more than once, and after a failed
+  ``commit``.
+* Parts may be put in any order, and ``max_concurrent_parts`` of them at the same time.
+* ``commit`` refuses an incomplete file.
 
 What does not belong here: ordering, retries of whole saves, memory accounting, events.
 """
@@ -26,7 +26,7 @@ import anyio
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.stores.redaction import presentable, redacted_text
-from async_ckpt.system.trust import Look
+from async_ckpt.system.trusted_paths import Look
 
 __all__ = [
     "Child",
@@ -50,23 +50,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """Where a checkpoint lives.
+    """The location of a checkpoint.
 
     Attributes:
-        url: as the user wrote it, but with its passwords and signatures hidden: for messages, events and reports.
-        path: what the store itself works with.
-        key: equal for two locations if they name the same file; one in a directory begins with that one's, and a slash.
-            For ordering (O1).
-        group: names the file system; base CheckpointIOs run one at a time in a group.
-        address: as the user wrote it; to connect with, never to be shown. ``url`` where none is given.
-        foreign_link: a symlink on the way that another user has put where anybody may; nothing is written through it.
-        links: on a local disk, the keys of the symlinks that the address leads through.
-        follows: on a local disk, whether the last name of the address stands for what it leads to.
-        secrets: what may not be shown of the address, and of the options that go with it.
-        in_directory: on a local disk, whether the directory was there when it was named.
-        look: on a local disk, at what was there when it was named; ``None`` where nobody has looked.
-        seen_seconds: on a local disk, when its directory was seen to be there, as a save was asked for; monotonic time.
-        options: what the file system is made with beside the storage options, where the location itself says it.
+        url: as the user wrote it, with passwords and signatures hidden; for messages, events and reports.
+        path: the path within the store.
+        key: equal for two locations that name the same file; the key of a file begins with its directory's key and a
+            slash. For ordering (O1).
+        group: identifies the file system; base CheckpointIOs run one at a time in a group.
+        address: as the user wrote it, with secrets; never shown. ``url`` by default.
+        foreign_link: a symlink on the path that another user put into a directory that anyone may write to; nothing is
+            written through it.
+        links: on a local disk, the keys of the symlinks on the path.
+        follows: on a local disk, whether a symlink at the location stands for its target.
+        secrets: the parts of the address and of the storage options that must not be shown.
+        in_directory: on a local disk, whether the directory existed when the location was made.
+        look: on a local disk, the file's status when the location was made; ``None`` if it was not looked up.
+        seen_seconds: on a local disk, the monotonic time at which a save saw that the directory exists.
+        options: options for the file system that are part of the location itself.
     """
 
     url: str
@@ -94,11 +95,11 @@ class Location:
         return replace(self, **longer, in_directory=False, look=None, seen_seconds=None)
 
     def redacted(self, text: str) -> str:
-        """Return *text*, such as another library's, with the secrets in it hidden."""
+        """Return *text*, such as another library's message, with the secrets in it hidden."""
         return redacted_text(text, self.secrets)
 
     def presentable(self, error: Exception) -> Exception:
-        """Return *error*, another library's, or where it tells secrets, one just like it that does not."""
+        """Return *error*, or, if its text contains secrets, a copy without them."""
         shown = presentable(error, self.secrets)
         assert isinstance(shown, Exception)
         return shown
@@ -132,13 +133,13 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Length of the part in bytes."""
+        """The part's length in bytes."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What storage returned for one part; ``token`` is the store's own."""
+    """The storage's answer for one part; only the store knows the meaning of ``token``."""
 
     index: int
     token: str = ""
@@ -152,51 +153,51 @@ class Content(Protocol):
         """Length of the file in bytes."""
 
     def read(self, start: int, stop: int) -> Sequence[memoryview]:
-        """Return the bytes *start* to *stop* as a scatter list. Blocks for checksums: call it in a worker."""
+        """Return the bytes *start* to *stop* as a scatter list. Computes checksums: call it in a worker."""
 
     def crc32(self, start: int, stop: int) -> int:
-        """Return the CRC-32 of these bytes. Blocks: call it in a worker, and before ``read``, which it helps."""
+        """Return the CRC-32 of these bytes. Call it in a worker, and before ``read``, which then is faster."""
 
 
 class Workers(Protocol):
-    """A bounded set of threads for what blocks."""
+    """A bounded pool of threads for blocking calls."""
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a worker. Cancellation waits until the call has returned."""
+        """Call *function* in a worker. A cancellation waits until the call has returned."""
 
 
 class Upload(Protocol):
-    """One file on its way."""
+    """The upload of one file."""
 
     @property
     def part_size(self) -> int | None:
-        """Bytes a part should have here, the last one excepted; ``None`` leaves it to the options."""
+        """The size of every part but the last; ``None`` leaves it to the options."""
 
     @property
     def max_concurrent_parts(self) -> int | None:
-        """Parts that may be put at a time beside the options' bound; 1 means in the order of the file."""
+        """A bound on concurrent parts, in addition to the option's; 1 means in the order of the file."""
 
     @property
     def is_paced(self) -> bool:
-        """Whether ``put`` itself keeps to the store's bound on requests: then one more may be got ready meanwhile."""
+        """Whether ``put`` itself limits the store's requests; then one more part may be prepared meanwhile."""
 
     @property
     def swept(self) -> tuple[str, ...]:
-        """Names of the leftovers of dead processes that ``begin`` removed; mostly empty."""
+        """The names of leftovers of dead processes that ``begin`` removed."""
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Send one part. Where the store ``repeats_parts``, safe to call again for it after an error (E3)."""
+        """Send one part. If the store ``repeats_parts``, this may be called again for it after an error (E3)."""
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Make the file visible under its final name, whole and durable. Call once, after every put."""
+        """Make the file visible under its final name, whole and durable. Call it once, after every put."""
 
     async def abort(self) -> None:
-        """Undo everything; errors of the cleaning itself are logged, not raised."""
+        """Undo everything; errors of the clean-up are logged, not raised."""
 
 
 @asynccontextmanager
 async def aborted_on_error(upload: Upload) -> AsyncIterator[None]:
-    """Abort *upload* if the body ends in any error, cancellation included (D2)."""
+    """Abort *upload* if the body raises any error, cancellation included (D2)."""
     try:
         yield
     except BaseException:
@@ -206,35 +207,35 @@ async def aborted_on_error(upload: Upload) -> AsyncIterator[None]:
 
 
 class Copying(Upload, Protocol):
-    """An upload to a store that can copy inside itself, which few can."""
+    """An upload to a store that can copy from stored files."""
 
     @property
     def least_part_bytes(self) -> int:
-        """Bytes that every part but the last must have."""
+        """The minimum size of every part but the last."""
 
     @property
     def max_parts(self) -> int:
-        """How many parts there may be."""
+        """The maximum number of parts."""
 
     @property
     def stored(self) -> object | None:
-        """By what another upload of the store knows the committed file; ``None`` where it cannot be copied from."""
+        """The committed file, for ``copy`` of another upload of the store; ``None`` if it cannot be copied from."""
 
     async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
-        """Like ``put``, with the bytes that the file *stored* has from *start* on; fails if that file has changed."""
+        """Like ``put``, with the bytes of the file *stored* from *start* on; fails if that file has changed."""
 
 
 class Continuing(Upload, Protocol):
-    """An upload whose repeated ``put`` goes on where the one before broke off, however much is left to send."""
+    """An upload whose repeated ``put`` resumes where the previous one broke off."""
 
     def progress(self) -> int:
-        """Return a number that changes when something has got on; then attempts and time count anew (E3)."""
+        """Return a number that changes with progress; after a change, attempts and time are counted anew (E3)."""
 
 
 class Source(Protocol):
-    """One file as it was when it was opened; what replaces it later is not seen.
+    """One file as it was when it was opened; a later replacement is not seen.
 
-    Where storage cannot hold on to the old bytes, reading on after a replacement raises a ``StoreError``.
+    If the storage does not keep the old bytes, reading after a replacement raises a ``StoreError``.
     """
 
     @property
@@ -243,35 +244,35 @@ class Source(Protocol):
 
     @property
     def max_concurrent_reads(self) -> int | None:
-        """Reads that may be under way beside the caller's own bound; 1 means one by one."""
+        """A bound on concurrent reads, in addition to the caller's; 1 means one by one."""
 
     async def read_into(self, start: int, *targets: memoryview) -> None:
-        """Fill *targets*, writable bytes, one after the other with what the file holds from *start* on.
+        """Fill *targets*, writable bytes, one after the other with the file's bytes from *start* on.
 
-        All of it lies within the file.
+        The range lies within the file.
 
         Repeats transient failures itself (E3).
         """
 
     async def aclose(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
 
 class Store(Protocol):
-    """One kind of storage with one set of storage options."""
+    """A kind of storage, with one set of storage options."""
 
     @property
     def repeats_parts(self) -> bool:
-        """Whether a part that failed may be put again; else the whole file has to be begun again (E3)."""
+        """Whether a failed part may be put again; otherwise the whole file is begun again (E3)."""
 
     async def begin(self, location: Location, nbytes: int) -> Upload:
-        """Start a file of *nbytes* bytes. Sweeps, once a place, what processes that have died left there."""
+        """Begin a file of *nbytes* bytes. Sweeps leftovers of dead processes, once per directory."""
 
     async def delete(self, location: Location) -> None:
-        """Delete the file, or the directory tree, at *location*; nothing there is not an error."""
+        """Delete the file or directory tree at *location*, if there is one."""
 
     async def exists(self, location: Location) -> bool:
-        """Return whether anything is at *location*."""
+        """Return whether a file or directory is at *location*."""
 
     def list(self, location: Location, *, starting_with: str = "") -> AsyncGenerator[Sequence[Child], None]:
         """Yield what is right below the directory at *location*, by the page, in no order; nothing where none is.
@@ -285,14 +286,14 @@ class Store(Protocol):
         """
 
     async def source(self, location: Location) -> Source:
-        """Open the file for reading. Raises FileNotFoundError where there is none."""
+        """Open the file for reading. Raises FileNotFoundError if it does not exist."""
 
     async def aclose(self) -> None:
-        """Free connections and the like."""
+        """Free connections and other resources."""
 
 
 def exists_already(stage: str, location: Location) -> StoreError:
-    """Return the error of a save that would replace a file with ``overwrite=False``."""
+    """Return the error for a save that would replace a file with ``overwrite=False``."""
     cause = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     advice = "overwrite=False: remove it first, or save to another name."
     return CheckpointExistsError.during(stage, location.url, cause, advice)

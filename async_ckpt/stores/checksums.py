@@ -1,8 +1,8 @@
-"""The CRC-32C of pieces, and checksums as headers have them.
+"""Computes the CRC-32C of pieces, and formats checksums for headers.
 
-Guarantees: no more than a small block is copied at a time, and other threads run after each. Call it in a worker.
+Guarantees: at most a small block is copied at a time, and the GIL is released after each. Call it in a worker.
 
-Where a store verifies CRC-32 as well, ``Content.crc32`` costs a third, or nothing.
+For stores that verify CRC-32, prefer ``Content.crc32``: it costs a third, or nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 256 * 1024  # google-crc32c holds the interpreter's lock and take
 
 
 def crc32c(pieces: Iterable[memoryview], value: int = 0) -> int:
-    """Return the CRC-32C of *pieces*, continuing from *value*, that of the bytes before them."""
+    """Return the CRC-32C of *pieces*, continuing from *value*, the checksum of the bytes before them."""
     import google_crc32c
 
     for piece in pieces:
@@ -28,7 +28,7 @@ def crc32c(pieces: Iterable[memoryview], value: int = 0) -> int:
 
 
 def crc32(pieces: Iterable[memoryview]) -> int:
-    """Return the CRC-32 of *pieces*, to be compared with one that ``Content`` has told."""
+    """Return the CRC-32 of *pieces*, to be compared with that of ``Content``."""
     value = 0
     for piece in pieces:
         value = zlib.crc32(piece, value)
@@ -36,5 +36,5 @@ def crc32(pieces: Iterable[memoryview]) -> int:
 
 
 def as_text(value: int) -> str:
-    """Return a checksum as headers have it: base64 of its four bytes, the highest first."""
+    """Return a checksum in the form of headers: base64 of its four bytes, most significant first."""
     return base64.b64encode(value.to_bytes(4, "big")).decode("ascii")

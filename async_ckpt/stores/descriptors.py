@@ -1,9 +1,9 @@
-"""Descriptors that no forked child keeps: it would keep a dead parent's file locked, and the room of a deleted one.
+"""File descriptors that are closed in forked children, which would otherwise keep locks and deleted files alive.
 
-Guarantees: what was opened here is closed in a child by the time that it runs, also where the fork came between the
-opening and the noting of it, as long as the system shows what is open. What a child runs by ``exec`` has none of them.
+Guarantees: the descriptors are closed when a forked child begins to run, even if the fork came between opening and
+registering one, as long as the system lists open descriptors. ``exec`` closes them, too.
 
-What does not belong here: which files those are.
+What does not belong here: the files themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _opening: set[object] = set()
 
 
 def opened(function: Callable[P, int], /, *args: P.args, **kwargs: P.kwargs) -> int:
-    """Return the descriptor, with O_CLOEXEC, that *function* opens, for `close`."""
+    """Return the descriptor, with O_CLOEXEC, that *function* opens; close it with `close`."""
     opening = object()
     _opening.add(opening)
     try:

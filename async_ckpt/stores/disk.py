@@ -1,8 +1,7 @@
-"""The system calls that the local store makes, as one object, so that tests can let any of them fail.
+"""The system calls of the local store, as one object, so that tests can make any of them fail.
 
-Guarantees: each method is one step that either happened or raised ``OSError``; ``write`` and
-``read`` alone go on after a part of the bytes. No policy: who calls what, and in which order, is the local
-store's matter.
+Guarantees: each method is one step, which either succeeds or raises ``OSError``; only ``write`` and ``read`` continue
+after a part of the bytes. No policy: the local store decides on the calls and their order.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ __all__ = ["Disk"]
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-# How a file system says that no file can be read and written at once.
+# Errors of file systems on which no file can be open for reading and writing at once.
 _NOT_BOTH = frozenset({errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 _STATX_INO, _STATX_MNT_ID_UNIQUE = 0x100, 0x4000
 _STATX_ATTR_MOUNT_ROOT = 0x2000
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
 _A_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
-# What these mean, preallocation can tell before the first byte is written; any other number only says
-# that this file system or sandbox cannot preallocate.
+# Errors of preallocation that foretell a failure of the save; any other one only means that this file system or sandbox
+# cannot preallocate.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
@@ -44,7 +43,7 @@ class Disk:
     """The real disk."""
 
     def create(self, path: str) -> int:
-        """Create a file that is not there yet, for its owner alone; to be written, and read where that can be."""
+        """Create a new file, for its owner only; opened for writing and, if possible, for reading."""
         try:
             return descriptors.opened(permissions.create_private, path)
         except OSError as error:
@@ -53,7 +52,7 @@ class Disk:
             return descriptors.opened(permissions.create_private, path, to_read=False)
 
     def open_in_place(self, path: str, *, fresh: bool) -> int:
-        """Open the file at *path* for writing: an empty one that was not there, or emptied."""
+        """Open the file at *path* for writing: a new one, or an existing one, truncated."""
         how = os.O_CREAT | os.O_EXCL if fresh else os.O_TRUNC
         flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how
         return descriptors.opened(os.open, path, flags, 0o666)
@@ -64,7 +63,7 @@ class Disk:
         return descriptors.opened(os.open, path, flags)
 
     def open_to_read(self, path: str) -> int:
-        """Open what *path* leads to for reading, without waiting for the other end of a pipe."""
+        """Open the file that *path* leads to for reading, without waiting for the other end of a pipe."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def duplicate(self, fd: int) -> int:
@@ -80,7 +79,7 @@ class Disk:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def is_of_one_host(self, fd: int) -> bool:
-        """Return whether no other host can have the file's file system mounted; False where unknown."""
+        """Return whether no other host can have mounted the file's file system; False if unknown."""
         device = os.fstat(fd).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         try:
@@ -94,19 +93,19 @@ class Disk:
         return False
 
     def fstat(self, fd: int) -> os.stat_result:
-        """Describe an open file."""
+        """Return the status of an open file."""
         return os.fstat(fd)
 
     def stat(self, path: str) -> os.stat_result:
-        """Describe what *path* leads to."""
+        """Return the status of the file that *path* leads to."""
         return os.stat(path)
 
     def lstat(self, path: str) -> os.stat_result:
-        """Describe *path* itself."""
+        """Return the status of *path* itself."""
         return os.lstat(path)
 
     def identity(self, path: str) -> tuple[int, int, int]:
-        """Return what no other file, or directory, has, nor the same one once it is mounted anew."""
+        """Return a unique identity of the file or directory, which changes when it is mounted again."""
         about = _statx(path, _STATX_INO | _STATX_MNT_ID_UNIQUE, follow=True)
         if about is not None:
             return about.device, about.inode, about.mount
@@ -114,12 +113,12 @@ class Disk:
         return found.st_dev, found.st_ino, 0
 
     def is_mount(self, path: str) -> bool:
-        """Return whether *path* itself, be it a file, is where something is mounted; False where unknown."""
+        """Return whether *path*, even if a file, is a mount point; False if unknown."""
         about = _statx(path, 0, follow=False)
         return about is not None and bool(about.attributes & about.known & _STATX_ATTR_MOUNT_ROOT)
 
     def writable(self, path: str) -> bool:
-        """Return whether ``open(path, "r+b")``, or for a directory making a file in it, is permitted."""
+        """Return whether the file may be written, or files may be created in the directory."""
         return self._may(path, os.W_OK | os.X_OK if os.path.isdir(path) else os.W_OK)
 
     @staticmethod
@@ -127,23 +126,23 @@ class Disk:
         return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
     def takes_names(self, directory: str) -> bool:
-        """Return whether *directory* is one, and making a file in it is permitted."""
+        """Return whether *directory* is a directory in which files may be created."""
         return self._may(f"{directory}/.", os.W_OK | os.X_OK)
 
-    def mode_of_new(self, path: str) -> int:
-        """Return the mode that ``open`` would give to a new file, as one that is made at *path* and removed shows."""
-        return permissions.mode_of_new(path)
+    def default_mode(self, path: str) -> int:
+        """Return the mode that ``open`` gives to new files, found out by creating and removing a file at *path*."""
+        return permissions.default_mode(path)
 
-    def take_mode(self, fd: int, mode: int) -> None:
-        """Give the file this mode."""
-        permissions.take_mode(fd, mode)
+    def set_mode(self, fd: int, mode: int) -> None:
+        """Set the file's mode."""
+        permissions.set_mode(fd, mode)
 
-    def take_after(self, fd: int, path: str, model: os.stat_result) -> None:
-        """Give the file what the one at *path* has: mode, access list; owner, group, attributes where possible."""
-        permissions.take_after(fd, path, model)
+    def copy_metadata(self, fd: int, path: str, model: os.stat_result) -> None:
+        """Copy mode and access list of the file at *path*, and, if possible, its owner, group and attributes."""
+        permissions.copy_metadata(fd, path, model)
 
     def preallocate(self, fd: int, nbytes: int) -> None:
-        """Reserve room, where the kernel can; raise only if there surely is none."""
+        """Reserve disk space, if the kernel can; raise only if there is certainly none."""
         fallocate = _libc_function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         # fallocate(2) itself: posix_fallocate would write zeros where the file system cannot.
         if fallocate is None or nbytes == 0:
@@ -173,7 +172,7 @@ class Disk:
         return position - offset
 
     def read(self, fd: int, target: memoryview, offset: int) -> int:
-        """Fill *target* from *offset* on; return how many bytes there were."""
+        """Fill *target* from *offset* on; return the number of bytes read."""
         done = 0
         while done < target.nbytes:
             count = os.preadv(fd, [target[done:]], offset + done)
@@ -183,17 +182,17 @@ class Disk:
         return done
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
-        """Let the kernel begin to write these pages out, so that fsync finds less to do."""
+        """Let the kernel begin to write these pages to disk, so that fsync has less to do."""
         sync = _libc_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
         if sync is not None and sync(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE) == errno.EIO:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def fsync(self, fd: int) -> bool:
-        """Wait until the file is on the medium; False where the file system has no such thing."""
+        """Sync the file to disk; return False if the file system does not support it."""
         return _is_synced(fd)
 
     def sync_directory(self, path: str) -> None:
-        """Wait until the directory's entries are on the medium; not every file system has that."""
+        """Sync the directory's entries to disk, if the file system supports it."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _is_synced(fd)
@@ -201,7 +200,7 @@ class Disk:
             os.close(fd)
 
     def sync_file_system(self, path: str) -> None:
-        """Wait until all of the file system that the file at *path* is on is on the medium, names included."""
+        """Sync the whole file system of the file at *path* to disk, names included."""
         sync = _libc_function("syncfs", ctypes.c_int)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -217,7 +216,7 @@ class Disk:
             os.close(fd)
 
     def truncate(self, path: str) -> None:
-        """Take away all that is in a file."""
+        """Truncate a file to nothing."""
         os.truncate(path, 0)
 
     def replace(self, source: str, target: str) -> None:
@@ -225,7 +224,7 @@ class Disk:
         os.replace(source, target)
 
     def link(self, source: str, target: str) -> None:
-        """Give *source* the name *target* as well, or raise FileExistsError if there is something."""
+        """Link *source* to the name *target*, or raise FileExistsError if the name exists."""
         os.link(source, target)
 
     def unlink(self, path: str) -> None:
@@ -241,9 +240,9 @@ class Disk:
         os.rmdir(path)
 
     def rmtree(self, path: str) -> None:
-        """Remove a directory and all that is in it, also when somebody else does the same.
+        """Remove a directory tree, even if another process does the same.
 
-        What takes its name meanwhile stays, and is not waited for, as one would for the other end of a pipe.
+        A file that takes its name meanwhile stays, and a pipe there is not waited for.
         """
         with suppress(FileNotFoundError):
             fd = os.open(path, _A_DIRECTORY)
@@ -273,7 +272,7 @@ def _is_synced(fd: int) -> bool:
 
 
 class _About(NamedTuple):
-    """What statx(2) says that stat(2) does not."""
+    """The results of statx(2) that stat(2) does not have."""
 
     attributes: int
     known: int
@@ -283,7 +282,7 @@ class _About(NamedTuple):
 
 
 def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
-    """Ask the kernel; None where it does not answer."""
+    """Call statx; return None if it is not supported."""
     statx = _libc_function(
         "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p
     )
@@ -297,7 +296,7 @@ def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
 
 
 def _empty(directory: int) -> None:
-    """Remove all that is in an open directory; links lead nowhere here."""
+    """Remove everything in an open directory, without following links."""
     with os.scandir(directory) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
@@ -315,7 +314,7 @@ def _empty(directory: int) -> None:
 
 @functools.cache
 def _libc_function(name: str, *argument_types: type) -> Callable[..., int] | None:
-    """Return the C library's *name* as a function that returns an errno, or 0; None where there is none."""
+    """Return the C library's function *name*, which returns an errno or 0; None if it does not exist."""
     if sys.platform != "linux":
         return None
     function = getattr(ctypes.CDLL(None, use_errno=True), name, None)

@@ -1,10 +1,10 @@
-"""Calls on a file system of which only fsspec's interface is known, where fsspec's own helpers would hide an error.
+"""Calls on any file system through fsspec's interface, where fsspec's own helpers would hide errors.
 
-Guarantees: what cannot be told is an error, never "there is nothing"; names are taken literally; what is not
-empty is not removed as a directory; within ``translating``, errors are ``StoreError``. What is known of single file
-systems is here: where FTP's and SFTP's keep their connection, and how it ends.
+Guarantees: a failed look-up is an error, and never means that nothing is there; names are taken literally; only empty
+directories are removed; within ``translating``, errors become ``StoreError``. Knowledge of single file systems is here:
+where those of FTP and SFTP keep their connection, and how it ends.
 
-What does not belong here: which calls, and in which order.
+What does not belong here: the order of calls.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
     "version_in",
 ]
 
-# What file systems call the things that change with a file's content.
+# The keys under which file systems report attributes that change with a file's content.
 _VERSION = (
     "size",
     "ETag",
@@ -78,9 +78,9 @@ _MODIFIED = (
     "created",
 )
 
-# Beyond what Python itself takes for a ConnectionError or a TimeoutError.
+# Besides Python's own ConnectionError and TimeoutError.
 _LOST = frozenset({errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN})
-# By name, for nothing is imported for it. An answer that fits no question was meant for another.
+# By name, so that nothing is imported. An answer that fits no request belongs to another one.
 _LOST_BY_NAME = frozenset(
     {
         "ftplib.error_proto",
@@ -91,14 +91,14 @@ _LOST_BY_NAME = frozenset(
         "ssl.SSLZeroReturnError",
     }
 )
-# The server hangs up; a connection for data cannot be made. Not 426, it broke: a full disk is answered so, too.
+# The server closes the connection; a data connection cannot be opened. Not 426, which also means a full disk.
 _LOST_BY_FTP = ("421", "425")
-# There is no such directory; the server has no such command, and fsspec has done without.
+# No such directory; or the server lacks the command, and fsspec got by without it.
 _NOTHING_BY_FTP = ("550", "500", "501", "502", "504")
 
 
 def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
-    """Return what the file system tells about *path* now; None if nothing is there."""
+    """Return the file system's info about *path*, uncached; None if nothing is there."""
     try:
         return info_of_file(file_system, path)
     except FileNotFoundError:
@@ -106,12 +106,12 @@ def info_of(file_system: Any, path: str) -> dict[str, Any] | None:
 
 
 def info_of_file(file_system: Any, path: str) -> dict[str, Any]:
-    """Return the same; raise FileNotFoundError if nothing is there."""
+    """Like ``info_of``, but raise FileNotFoundError if nothing is there."""
     file_system.invalidate_cache()
     try:
         return dict(file_system.info(path))
     except FileNotFoundError:
-        # FTP's takes the root for empty when the server hangs up instead of listing it.
+        # FTP's file system reports an empty root when the server closes the connection instead of listing it.
         if has_ended(file_system):
             raise ConnectionResetError(errno.ECONNRESET, "the connection has ended") from None
         _confirm_nothing_by_ftp(file_system, path)
@@ -119,7 +119,7 @@ def info_of_file(file_system: Any, path: str) -> dict[str, Any]:
 
 
 def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
-    """Raise if FTP's server does not say that nothing is there: fsspec takes a listing that fails for an empty one."""
+    """Raise unless the FTP server confirms that nothing is there: fsspec takes a failed listing for an empty one."""
     mlsd = getattr(getattr(file_system, "ftp", None), "mlsd", None)
     if mlsd is None:
         return
@@ -133,7 +133,9 @@ def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
             raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
         raise
     if name in names:
-        raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+        raise ConnectionAbortedError(
+            errno.ECONNABORTED, "the server listed nothing at first, but lists it now"
+        )
 
 
 def children_of(file_system: Any, path: str) -> list[dict[str, Any]]:
@@ -158,7 +160,9 @@ def _confirm_empty_by_ftp(file_system: Any, path: str) -> None:
     """Raise if FTP's server lists something: fsspec takes a listing that broke off for an empty one."""
     mlsd = getattr(getattr(file_system, "ftp", None), "mlsd", None)
     if mlsd is not None and any(facts.get("type") not in ("cdir", "pdir") for _, facts in mlsd(path)):
-        raise ConnectionAbortedError(errno.ECONNABORTED, "the server listed nothing, and now lists it")
+        raise ConnectionAbortedError(
+            errno.ECONNABORTED, "the server listed nothing at first, but lists it now"
+        )
 
 
 def modified_in(info: dict[str, Any]) -> float | None:
@@ -187,7 +191,7 @@ def _as_datetime(text: str) -> datetime:
 
 
 def mode_of(file_system: Any, path: str) -> int | None:
-    """Return the permission bits of a file; None if it is not there, or the file system does not tell of any."""
+    """Return the permission bits of a file; None if it does not exist, or the file system has none."""
     look = getattr(getattr(file_system, "ftp", None), "stat", None)  # of SFTP, whose info leaves the mode out
     try:
         mode = look(path).st_mode if look else info_of_file(file_system, path).get("mode")
@@ -197,7 +201,7 @@ def mode_of(file_system: Any, path: str) -> int | None:
 
 
 def set_mode(file_system: Any, path: str, mode: int) -> None:
-    """Give a file these permission bits, where the file system lets that be done; only a lost connection fails."""
+    """Set a file's permission bits, if the file system supports it; only a lost connection is an error."""
     change = getattr(file_system, "chmod", None) or getattr(getattr(file_system, "ftp", None), "chmod", None)
     try:
         if change is not None:
@@ -208,7 +212,7 @@ def set_mode(file_system: Any, path: str, mode: int) -> None:
 
 
 def version_in(info: dict[str, Any]) -> list[Any]:
-    """Return what of *info* changes with a file's content: not, as over SFTP, when it was read last."""
+    """Return the values in *info* that change with a file's content, unlike the time of the last access."""
     return [info.get(key) for key in _VERSION]
 
 
@@ -223,16 +227,16 @@ def remove_file(file_system: Any, path: str) -> None:
 
 
 def remove_empty_directory(file_system: Any, path: str) -> None:
-    """Remove a directory, unless there is something in it: not every ``rmdir`` looks, Arrow's for one."""
+    """Remove a directory if it is empty: some ``rmdir``s do not check that, such as Arrow's."""
     file_system.invalidate_cache()
     if all(name.strip("/") == path.strip("/") for name in file_system.ls(path, detail=False)):
         file_system.rmdir(path)
 
 
 def end_connection(file_system: Any) -> None:
-    """Close the client inside *file_system*: fsspec has no call for it, and paramiko's keeps a thread (B2).
+    """Close the client inside *file_system*: fsspec has no method for that, and paramiko's client keeps a thread (B2).
 
-    FTP's would be closed as the file system is lost, but a traceback in a cycle can put that off for long.
+    FTP's is closed when the file system is freed, but a traceback in a reference cycle can delay that for long.
     """
     with suppress(Exception):
         client = getattr(file_system, "client", None)  # of SFTP; of WebDAV it has one itself
@@ -243,7 +247,7 @@ def end_connection(file_system: Any) -> None:
 
 
 def end_half_made(error: BaseException) -> None:
-    """Do the same where *error* ended the making of a file system: only its traceback still leads to it."""
+    """Like ``end_connection``, for a file system whose creation raised *error*: only the traceback refers to it."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         made = frame.f_locals.get("self")
         if isinstance(made, fsspec.spec.AbstractFileSystem):
@@ -251,14 +255,14 @@ def end_half_made(error: BaseException) -> None:
 
 
 def bound_waiting(file_system: Any, seconds: float) -> None:
-    """Let a call fail in which nothing moves for *seconds*, where it would wait for ever, as over SFTP (B2)."""
+    """Make calls fail in which nothing moves for *seconds*; over SFTP, they would otherwise never end (B2)."""
     line: Any = getattr(getattr(file_system, "ftp", None), "sock", None)
     if hasattr(line, "gettimeout") and line.gettimeout() is None:
         line.settimeout(seconds)
 
 
 def has_ended(file_system: Any) -> bool:
-    """Return whether the connection inside *file_system*, on which no call is under way, is seen to have ended."""
+    """Return whether the idle connection inside *file_system* is known to have ended."""
     nothing = object()
     line = getattr(getattr(file_system, "ftp", None), "sock", nothing)
     if isinstance(line, socket.socket):
@@ -267,22 +271,22 @@ def has_ended(file_system: Any) -> bool:
 
 
 def _is_readable(line: socket.socket) -> bool:
-    """Return whether the server has said anything unasked: a goodbye or the end. What it was is lost."""
+    """Return whether the server has sent anything unasked: a goodbye, or the end. The data itself is lost."""
     try:
-        patience = line.gettimeout()
+        stall_timeout = line.gettimeout()
         line.settimeout(0)
         try:
             line.recv(1)
         finally:
-            line.settimeout(patience)
+            line.settimeout(stall_timeout)
     except OSError as error:
-        # Of TLS, no peeking tells: what can be read there need not be for us.
+        # Not for TLS: readable bytes may belong to the protocol itself.
         return not isinstance(error, BlockingIOError) and type(error).__name__ != "SSLWantReadError"
     return True
 
 
 def marks_lost(error: BaseException | None) -> bool:
-    """Return whether *error*, or what led to it, says that a connection is gone, or that it has lost step."""
+    """Return whether *error*, or one of its causes, means that the connection is lost or out of step."""
     seen = set()
     while error is not None and id(error) not in seen:
         if _is_of_lost(error):
@@ -293,7 +297,7 @@ def marks_lost(error: BaseException | None) -> bool:
 
 
 def _what_led_to(error: BaseException) -> BaseException | None:
-    # httpcore raises again, "from None", what it has raised from the system's own error.
+    # httpcore re-raises, "from None", its error that was raised from the system's error.
     if error.__cause__ is None and error.__suppress_context__ and not _name(error).startswith("httpcore."):
         return None
     return error.__cause__ or error.__context__
@@ -316,7 +320,7 @@ def _name(error: BaseException) -> str:
 
 @contextmanager
 def translating(stage: str, location: Location) -> Iterator[None]:
-    """Raise what goes wrong as a StoreError; FileNotFoundError of a read is raised as it is."""
+    """Translate errors into StoreError, except the FileNotFoundError of a read."""
     try:
         yield
     except StoreError:
@@ -324,7 +328,9 @@ def translating(stage: str, location: Location) -> Iterator[None]:
     except Exception as raised:
         error = location.presentable(raised)
         if isinstance(error, NotImplementedError):
-            advice = f"{type(error).__name__}: this file system cannot do that; save to another."
+            advice = (
+                f"{type(error).__name__}: this file system does not support the operation; save to another."
+            )
             raise StoreError.during(stage, location.url, error, advice) from error
         if stage == "read" and isinstance(error, FileNotFoundError):
             if error is raised:

@@ -1,9 +1,9 @@
-"""When two URLs name one place: what of a file system's options, and of a path, tells places apart.
+"""Decides when two URLs name one location, by the paths and the file systems' options.
 
-Guarantees: no network is touched, and no secret comes out. Where it cannot be known, two spellings count as two
-places; where it can, a port that is the usual one, the case of a host, credentials and time-outs make no difference.
+Guarantees: no network is used, and the result contains no secret. In doubt, two spellings count as two locations;
+otherwise a default port, the case of a host name, credentials and time-outs make no difference.
 
-What does not belong here: local paths (trust), the choice of a store.
+What does not belong here: local paths (trusted_paths), the choice of a store.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 
 __all__ = ["path_of_place", "place_of_options"]
 
-# First names of file systems whose servers have directories, as a disk does.
+# Protocols of file systems whose servers have directories, like a disk.
 _WITH_DIRECTORIES = frozenset(
     {"arrow_hdfs", "dbfs", "ftp", "hdfs", "jupyter", "sftp", "smb", "webdav", "webhdfs"}
 )
 _PORTS = {"ftp": 21, "sftp": 22, "smb": 445, "http": 80, "https": 443}
-# Of any file system: how it is spoken to, and what proves who speaks, not where it is.
+# Options of any file system that concern transport and credentials, not the server.
 _NO_PLACE = frozenset(
     {
         "asynchronous", "batch_size", "block_size", "encoding", "listings_expiry_time", "loop", "max_paths",
@@ -35,15 +35,15 @@ _ACCOUNT = r"(?i)(?:^|;)\s*(AccountName|BlobEndpoint|EndpointSuffix)\s*=\s*([^;]
 
 
 def path_of_place(protocol: str, path: str) -> str:
-    """Return what is the same for every spelling of *path*.
+    """Return a form of *path* that is the same for all its spellings.
 
     Args:
-        protocol: the first name of the file system.
-        path: as the file system has it, its protocol stripped.
+        protocol: the main protocol of the file system.
+        path: the path without the protocol.
 
     Returns:
-        The path without ``//``, ``/./`` and ``/../`` where the server has directories; elsewhere, as in an object
-        store, the path itself, for there a name is any text.
+        The path without ``//``, ``/./`` and ``/../`` if the server has directories; otherwise, as for an object store,
+        the path itself, as any text is a name there.
     """
     if protocol not in _WITH_DIRECTORIES:
         return path
@@ -52,12 +52,12 @@ def path_of_place(protocol: str, path: str) -> str:
 
 
 def place_of_options(file_system: Any, protocol: str, options: Mapping[str, Any]) -> str:
-    """Return a token that differs for file systems in which one path is two places.
+    """Return a token that differs if the same path names different locations in two file systems.
 
     Args:
         file_system: the class.
-        protocol: the first name of the file system.
-        options: what one is made with.
+        protocol: the main protocol of the file system.
+        options: the options of the file system.
     """
     package = file_system.__module__.partition(".")[0]
     chosen = _NATIVE[package](options) if package in _NATIVE else _of_any(file_system, protocol, options)
@@ -113,7 +113,7 @@ def _defaults(file_system: Any) -> dict[str, Any]:
 
 
 def _endpoint(url: Any) -> str | None:
-    """Return a server's address without the usual port, and without what makes no difference."""
+    """Return a server's address without a default port and other insignificant parts."""
     if not url:
         return None
     parts = urlsplit(str(url) if "//" in str(url) else f"//{url}")

@@ -1,10 +1,10 @@
-"""The names of temporary files, and of files put aside, and whose they are: pure but for asking the system who it is.
+"""The names of temporary files and of files put aside, and the processes that own them.
 
-Guarantees: a name tells its process, and where the id of that means anything: the running system and, within it, the
-container. ``owner_is_dead`` answers True only for a process of this very one that no longer runs; where it cannot be
-known which one this is, what is made here is nobody's but its own process's (D2).
+Guarantees: a name contains its process's id and where that id is valid: the boot and the container. ``owner_is_dead``
+returns True only for a process of the same boot and container that no longer runs; if these cannot be found out, no
+other process sweeps the file (D2).
 
-What does not belong here: listing, locking and deleting, which each store does its own way.
+What does not belong here: listing, locking and deleting, which differ between stores.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ _PROC = Path("/proc")
 
 
 def temporary_name() -> str:
-    """Return a fresh name; short, so that it fits wherever the final name does."""
+    """Return a fresh name, short enough for every directory."""
     return f".async_ckpt.{_host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
 
 
 def name_aside(name: str) -> str:
-    """Return a fresh name for what *name* is the name of, while another file takes its place."""
+    """Return a fresh name for the file *name*, while another file replaces it."""
     return f"{name}.previous-{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def aside_of(name: str) -> str | None:
-    """Return the name that *name* was made from by ``name_aside``; None if it was not."""
+    """Return the name from which ``name_aside`` made *name*; None if it did not."""
     match = _ASIDE.fullmatch(name)
     return None if match is None else match["name"]
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether *name* is one that ``temporary_name`` gives."""
+    """Return whether ``temporary_name`` makes such a name."""
     return _PATTERN.fullmatch(name) is not None
 
 
 def owner_is_dead(name: str) -> bool:
-    """Return whether the process that made *name* surely runs no more."""
+    """Return whether the process that made *name* has certainly ended."""
     match = _PATTERN.fullmatch(name) or _ASIDE.fullmatch(name)
     return match is not None and _is_dead(match["host"], match["pid"])
 
@@ -86,7 +86,7 @@ def _is_dead(host: str, pid: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a name for where process ids mean what they mean here, as ``host_name`` has it."""
+    """Return the ``host_name`` of this process."""
     return host_name(_PROC)
 
 
@@ -94,16 +94,16 @@ os.register_at_fork(after_in_child=_host.cache_clear)  # a child may be the firs
 
 
 def host_name(proc: Path) -> str:
-    """Return a name for where process ids mean what they mean here.
+    """Return a name for the set of processes that share their process ids with this one.
 
-    Names of hosts are given to several, as are the numbers of containers, which moreover are given out again after a
-    boot: the boot tells those apart.
+    Host names are not unique, nor are the numbers of containers, which are reused after a boot; the boot id tells them
+    apart.
 
     Args:
-        proc: where the system shows processes.
+        proc: the root of the proc file system.
 
     Returns:
-        The name; one that no other process has, where the system does not show enough to know.
+        The name; unique to this process if the system does not show enough.
     """
     identity = [socket.gethostname(), _read(Path("/etc/machine-id"))]
     if sys.platform == "linux":  # no other system that torch runs on gives a process several ids

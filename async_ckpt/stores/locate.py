@@ -1,7 +1,7 @@
-"""The choice of a store by URL, made at the call: everything that is wrong with a URL is told at once.
+"""Makes locations, and chooses the store for a URL: an unusable URL is an error at the call.
 
-Guarantees: ``locate`` and ``check_target`` touch no network; two spellings of one place have one key
-(O1). What does not belong here: anything that a store does once it is chosen.
+Guarantees: ``locate`` and ``check_target`` use no network; two spellings of one location have the same key (O1). What
+does not belong here: anything that a store does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from async_ckpt.stores.addresses import (
     refuse_mangled,
 )
 from async_ckpt.stores.base import Location, Store, Workers
-from async_ckpt.stores.courtesies import OPTION, check_choices
 from async_ckpt.stores.identity import path_of_place, place_of_options
+from async_ckpt.stores.optional_features import OPTION, check_choices
 from async_ckpt.stores.redaction import redacted_url, secrets_in
-from async_ckpt.system.trust import resolve
+from async_ckpt.system.trusted_paths import resolve
 
 if TYPE_CHECKING:
     from async_ckpt.options import Durability, InPlace
@@ -61,7 +61,7 @@ _NATIVE = {  # by the package that brings the file system
     "gcsfs": ("async_ckpt.stores.gcs", "GCSStore"),
     "adlfs": ("async_ckpt.stores.azure", "AzureStore"),
 }
-# File systems that fsspec brings and nothing can be saved to: read-only ones, and archives, which nothing moves in.
+# File systems of fsspec's that cannot be saved to: read-only ones, and archives, which cannot rename.
 _UNWRITABLE = frozenset({"data", "gist", "git", "github", "http", "libarchive", "reference", "tar", "zip"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-_]*)://")
 
@@ -72,23 +72,23 @@ def locate(
     storage_options: Mapping[str, Any] | None = None,
     follow: bool = True,
 ) -> Location:
-    """Name the place that *url* means; cheap enough for a training thread.
+    """Return the location for *url*; cheap enough for a training thread.
 
     Args:
         url: a local path, a URL that fsspec knows, or a ``UPath``.
-        storage_options: what the file system is made with; what a ``UPath`` says of that itself comes before.
-        follow: whether a symlink on a local disk stands for the file that it leads to now, as for ``open``, or for
-            the name that it is: to be deleted, or replaced by a file.
+        storage_options: options for the file system; a ``UPath``'s own options take precedence.
+        follow: whether a symlink on a local disk stands for its present target, as for ``open``, or for itself, to be
+            deleted or replaced by a file.
 
     Returns:
-        The location; its ``key`` is the same for every spelling of the same file.
+        The location; its ``key`` is the same for every spelling of a file.
 
     Raises:
         TypeError: *url* is neither text nor a path.
         OptionError: *url* is empty, chained, or a URL that went through ``pathlib``.
         UnknownProtocolError: fsspec knows no file system for the URL's protocol.
         MissingDependencyError: the package of that file system is not installed.
-        StoreError: a symlink that is to be followed leads back to itself.
+        StoreError: a symlink to follow leads back to itself.
     """
     text, own_options = read_address(url)
     scheme = _SCHEME.match(text)
@@ -101,7 +101,7 @@ def locate(
         path = str(file_system._strip_protocol(text))
     except ValueError:  # its words may be pieces of a password
         raise OptionError(
-            f"{shown!r} is no URL of {scheme[1]}; what is special in a user or password must be percent-encoded"
+            f"{shown!r} is no URL of {scheme[1]}; special characters in a user name or password must be percent-encoded"
         ) from None
     if OPTION in options:
         check_choices(options)
@@ -129,17 +129,17 @@ def locate(
 def locate_local(
     path: str, *, follow: bool = True, url: str = "", changes: Mapping[str, str | None] | None = None
 ) -> Location:
-    """Like ``locate``, for what is known to be a path on a local disk, whatever it looks like.
+    """Like ``locate``, for a path on a local disk, even if it looks like a URL.
 
     Args:
         path: relative to the working directory, or absolute.
         follow: as for ``locate``.
-        url: what was written for it, if that is not the path.
-        changes: by path, what a name will lead to; ``None`` where it will be no link.
+        url: the location as the user wrote it, if different from *path*.
+        changes: pending changes of links: by path, the future target, or ``None`` if it will be no link.
 
     Raises:
         OptionError: *path* names no file.
-        StoreError: links lead in a circle.
+        StoreError: there is a cycle of links.
     """
     url = url or path
     if path.startswith("~"):
@@ -166,14 +166,14 @@ def locate_local(
 
 
 def relocate(location: Location, changes: Mapping[str, str | None]) -> Location:
-    """Return where a local *location* leads once links on its way have changed.
+    """Return a local *location* as it will be after pending changes of links on its path.
 
     Args:
-        location: from ``locate``, which has just been called.
-        changes: by key, the key of what a name will lead to; ``None`` where it will be no link.
+        location: a location just made by ``locate``.
+        changes: by key, the key of the future target, or ``None`` if it will be no link.
 
     Raises:
-        StoreError: links lead in a circle.
+        StoreError: there is a cycle of links.
     """
     paths = {
         _local_path(name): None if target is None else _local_path(target) for name, target in changes.items()
@@ -185,19 +185,19 @@ def relocate(location: Location, changes: Mapping[str, str | None]) -> Location:
 
 
 def is_local(location: Location) -> bool:
-    """Return whether *location* is a path of the local store."""
+    """Return whether *location* belongs to the local store."""
     return location.group == LOCAL_GROUP
 
 
 def check_target(location: Location, *, in_place: bool = False) -> None:
-    """Refuse at once a place that no save could end in: one system call or two, no change, no network.
+    """Refuse a location that cannot be saved to, with a few system calls, without changes and without network.
 
     Args:
-        location: where a save is to go, just named; of a remote one, only the kind of file system is looked at.
-        in_place: whether a local file may be written to where none can be made beside it.
+        location: a location just made; for a remote one, only the kind of file system is checked.
+        in_place: whether a local file may be written in place if no other can be created beside it.
 
     Raises:
-        StoreError: a directory is there, or no regular file, or this user may not write there, or nobody may.
+        StoreError: it is a directory or another special file, or it may not be written.
     """
     if is_local(location):
         from async_ckpt.stores.disk import Disk
@@ -207,7 +207,7 @@ def check_target(location: Location, *, in_place: bool = False) -> None:
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:
-        number, advice = errno.EROFS, "Such a place can be loaded from, at most; save to another."
+        number, advice = errno.EROFS, "Checkpoints there can be loaded from, at most; save to another."
     elif package.partition(".")[0] in _NATIVE and "/" not in location.path.strip("/"):
         number, advice = errno.EISDIR, "That is a whole bucket; give the name of an object in it."
     else:
@@ -228,18 +228,18 @@ def open_store(
     part_size: int = 128 << 20,
     max_concurrent_parts: int = 4,
 ) -> Store:
-    """Make the store for *location* and all others of its group.
+    """Make the store for *location* and all other locations of its group.
 
     Args:
-        location: what ``locate`` returned for the same *storage_options*.
-        workers: where blocking calls run.
+        location: from ``locate`` with the same *storage_options*.
+        workers: run blocking calls.
         storage_options: what the file system is made with.
-        durability: of local files.
-        retry: how often a request to a remote file system is tried again.
-        overwrite: whether a commit may replace what is there.
-        in_place: of local files.
-        part_size: bytes a part should have, where the store does not demand otherwise.
-        max_concurrent_parts: requests for data that may be under way at a time.
+        durability: the durability of local files.
+        retry: how often a request to a remote file system is repeated.
+        overwrite: whether a commit may replace an existing file.
+        in_place: whether local files may be written in place.
+        part_size: the preferred size of a part, within the store's limits.
+        max_concurrent_parts: how many requests that carry data run at a time.
 
     Returns:
         A store; close it with ``aclose``.
@@ -305,7 +305,7 @@ def _file_system_class(protocol: str, url: str) -> Any:
         return fsspec.get_filesystem_class(protocol)
     except ValueError as error:
         usual = protocol.lower()
-        advice = "install the package that brings it to fsspec, or give a local path"
+        advice = "install the package that adds it to fsspec, or give a local path"
         if usual != protocol and is_protocol(usual):
             advice = f"write {usual}://, for capitals count"
         raise UnknownProtocolError(
@@ -324,12 +324,12 @@ def _file_system_class(protocol: str, url: str) -> Any:
 def _file_system_options(
     file_system: Any, url: str, storage_options: Mapping[str, Any] | None, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the file system is made with: parts of the URL (a host, a user), then the options, the own last."""
+    """Return the file system's options: from the URL, from *storage_options*, and from the location itself."""
     return {**file_system._get_kwargs_from_urls(url), **(storage_options or {}), **own}
 
 
 def _configured(protocol: str) -> Mapping[str, Any]:
-    """Return what the user's own configuration of fsspec adds to the options of every file system of a kind."""
+    """Return the options that the user's fsspec configuration adds for a protocol."""
     from fsspec.config import conf  # not by way of fsspec: an import that Ctrl-C broke off leaves it without
 
     found = conf.get(protocol)

@@ -1,9 +1,9 @@
-"""The lock by which a file's owner shows that it lives, and what having it proves to somebody else.
+"""The lock of a temporary file, by which its owner shows that it lives.
 
-Guarantees: a fresh file is locked, or made again, before it is used; a file counts as abandoned only if no living
-process can be its owner, wherever that runs, and whether it could lock the file or not (D2).
+Guarantees: a new file is locked, or made again, before it is used; a file counts as abandoned only if no living process
+can be its owner, on any host, whether it could lock the file or not (D2).
 
-What does not belong here: what becomes of an abandoned file.
+What does not belong here: removing abandoned files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINV
 
 
 def hold_fresh(disk: Disk, fd: int) -> bool:
-    """Lock a file of ours that has just been made; False if a sweeper was faster and it has to be made again.
+    """Lock a new file of ours; return False if a sweeper took it first, so that it has to be made again.
 
     Raises:
-        OSError: it cannot be locked, though its file system has locks.
+        OSError: it cannot be locked, though its file system supports locks.
     """
     try:
         disk.lock(fd)
@@ -35,13 +35,12 @@ def hold_fresh(disk: Disk, fd: int) -> bool:
 
 
 def is_abandoned(disk: Disk, fd: int, name: str) -> bool:
-    """Return whether the owner of the open file *fd* of that *name* surely lives no more; its lock is held then."""
+    """Return whether the owner of the open file *fd*, called *name*, has certainly ended; its lock is held then."""
     try:
         disk.lock(fd)
     except BlockingIOError:
         return False
     except OSError:
         return owner_is_dead(name)  # no locks here: the process id must tell
-    # Some shared file systems keep each host's locks apart, or have them only now and then: there, having it proves
-    # nothing.
+    # On some shared file systems, locks are per host, or unreliable: there, getting the lock proves nothing.
     return owner_is_dead(name) or disk.is_of_one_host(fd)

@@ -1,10 +1,10 @@
-"""The body of an upload request: a part of the snapshot, by reference, that can be sent again.
+"""The body of an upload request: a part of the snapshot, by reference, which can be sent again.
 
-Guarantees: the bytes go out in slices, each only when the connection takes more, so that neither a copy of
-the part is made nor the event loop held up; sending starts at the first byte every time (E3).
+Guarantees: the bytes are sent in slices as the connection accepts them, so that the part is not copied and the event
+loop is not blocked; sending starts at the first byte every time (E3).
 
-aiohttp gives a body of bytes to its transport whole, which copies what the socket does not take at once; a
-generator it can send only once. Hence a payload of our own (aiohttp.payload.Payload).
+aiohttp passes a body of bytes to its transport whole, which copies what the socket does not accept at once; a generator
+can be sent only once. Hence a payload of our own (aiohttp.payload.Payload).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def _ignore() -> None:
 
 
 class PartPayload(Payload):
-    """Bytes that lie in several places, as a request's body.
+    """A scatter list as a request's body.
 
-    It is a seekable binary file as well, which is what botocore asks of a body.
+    It is also a seekable binary file, as botocore demands of a body.
 
     Args:
-        pieces: the bytes, as a scatter list; they must not change until the request is answered.
-        moved: called after each slice that the connection has taken.
+        pieces: the scatter list; it must not change until the request is answered.
+        moved: called after each slice that the connection has accepted.
     """
 
     def __init__(self, pieces: Sequence[memoryview], *, moved: Callable[[], None] = _ignore) -> None:
@@ -48,15 +48,15 @@ class PartPayload(Payload):
         return True  # an empty body is a body
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Refuse: these are not text."""
+        """Raise, as these bytes are not text."""
         raise TypeError("a checkpoint's bytes are not text")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        """Send everything, from the first byte on."""
+        """Send all bytes."""
         await self.write_with_length(writer, None)
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Send the first *content_length* bytes, or all."""
+        """Send the first *content_length* bytes, or all bytes."""
         left = len(self) if content_length is None else content_length
         for piece in self._slices(0):
             if left <= 0:
@@ -91,7 +91,7 @@ class PartPayload(Payload):
         return self._position
 
     def _slices(self, start: int) -> Iterator[bytes | memoryview]:
-        """Cut what lies from *start* on into slices; small neighbours are joined, as each write has its cost."""
+        """Yield slices from *start* on; small neighbours are joined, as every write has a cost."""
         small: list[memoryview] = []
         waiting = 0
         for piece in self._pieces:

@@ -1,9 +1,9 @@
-"""What may be shown of a URL, of options and of an error of another library: all but the secrets in them.
+"""Hides the secrets in URLs, options and errors of other libraries.
 
-Guarantees: pure; a URL without a secret is shown as it is written. A secret that is known, from a URL or from
-``storage_options``, is found in any text; of one that is not, what looks like a URL's password or signature is.
+Guarantees: pure; a URL without secrets is not changed. A known secret, from a URL or from ``storage_options``, is
+hidden in any text; of unknown ones, everything that looks like a password or a signature in a URL is.
 
-What does not belong here: where something is shown. Whoever names a place shows ``Location.url``, which is safe.
+What does not belong here: showing messages. To name a location, use ``Location.url``, which is safe.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ __all__ = ["HIDDEN", "presentable", "redacted_text", "redacted_url", "secrets_in
 
 HIDDEN = "***"
 
-# Patterns as text: `re` compiles, and keeps, what is asked for, and most programs never do.
-# Words in the names of parameters, options and fields of connection strings whose values are secret.
+# Patterns as text: `re` compiles and caches them at their first use, which most programs never make.
+# Words in names of parameters, options and connection-string fields whose values are secret.
 _SECRET_NAME = (
     r"(?i)(?:^|[^a-z])(?:auth|sig|pass|pwd|key|sas|code|jwt)(?:$|[^a-z])"
     r"|signature|secret|token(?!s)|passw|passphrase|(?:access|account|api|customer|p)key|credential"
     r"|connection.?string|oauth|authori[sz]|authent|cookie|session.?id|upload.?id"
 )
-# Endings of such names whose values are none: where something is, or of what kind.
+# Endings of such names whose values are not secret: where something is, or of what kind.
 _NO_SECRET_NAME = r"(?i)[_-](?:ur[il]|file(?:name)?|type|path|version)$"
 _NO_SECRETS = frozenset({"anon", "browser", "cache", "cloud", "google_default", "none", "true", "false"})
 _NO_SECRET_PARAMETERS = frozenset({"generation", "versionid"})
-# Where what follows a "?" is mostly a part of the name.
+# Protocols in which text after a "?" is usually a part of the name.
 _NAMES_WITH_QUERY = frozenset({"gcs", "gs", "memory", "s3", "s3a"})
-# Where a user without a password is a name, or a container, and no token.
+# Protocols in which a user without a password is a name or a container, not a token.
 _PLAIN_USERS = frozenset({"abfs", "abfss", "az", "ftp", "hdfs", "scp", "sftp", "smb", "ssh", "wasb", "wasbs"})
 
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.\-_]*):/+"
 _URL_IN_TEXT = r"[A-Za-z][A-Za-z0-9+.\-_]*:/+[^\s'\"<>`|\\^{}]+"
 _PARAMETER = r"([?&;,]?)([\w.\-%]+)=([^&;\s'\"<>,]+)"
 _CREDENTIAL = r"(?i)\b(Bearer|Basic|SharedKey|AWS4-HMAC-SHA256)(:? +)[^\s'\"<>]{8,}"
-# Not every "::" is a chain's: a password, or an IPv6 address, may have one.
+# Not every "::" chains URLs: a password or an IPv6 address may contain one.
 _CHAIN = r"::(?=[A-Za-z][A-Za-z0-9+.\-_]*:[:/])"
 _LEAST_LENGTH = 3  # of a secret that is looked for in texts: those that are shorter are words
 
 
 def redacted_url(url: str) -> str:
-    """Return *url*, or several that are chained, with its passwords and signatures hidden; a path as it is."""
+    """Return *url*, which may be chained, with passwords and signatures hidden; a path is returned unchanged."""
     return "::".join(map(_redacted, re.split(_CHAIN, url)))
 
 
@@ -60,14 +60,14 @@ def _redacted(url: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Return the part of a URL before the host, its "@" included, and the others."""
+    """Split a URL: the part before the host, with its "@", and the other parts."""
     authority, slash, path = text.partition("/")
     userinfo, at, host = authority.rpartition("@")
     if at:
         return userinfo + at, host + slash + path
     _, colon, port = authority.rpartition(":")
     if colon and "@" in path and not port.isdigit() and not authority.endswith("]"):
-        # A password with a slash in it, which ought to have been quoted. Too much hidden is better than too little.
+        # A password with an unquoted slash. Hiding too much is better than too little.
         userinfo, at, rest = text.rpartition("@")
         return userinfo + at, rest
     return "", text
@@ -95,12 +95,12 @@ def _redacted_parameter(parameter: str, *, always: bool) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Return whether the value of a parameter or an option of this *name* is a secret."""
+    """Return whether the value of a parameter or an option called *name* is a secret."""
     return re.search(_SECRET_NAME, name) is not None and re.search(_NO_SECRET_NAME, name) is None
 
 
 def secrets_in(url: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """Return the secrets in *url* and in *options*, in every spelling in which they may come up, longest first."""
+    """Return the secrets in *url* and in *options*, in all spellings that may occur, longest first."""
     found: set[str] = set()
     for secret in (*_in_url(url), *_in_options(options or {})):
         stripped = secret.strip()
@@ -164,14 +164,14 @@ def _in_value(value: Any, *, secret: bool) -> Iterator[str]:
 
 
 def redacted_text(text: str, secrets: Iterable[str] = ()) -> str:
-    """Return *text*, of whatever origin, without *secrets*, and without those of URLs and parameters in it.
+    """Return *text* without *secrets*, and without the secrets of any URLs and parameters in it.
 
     Args:
-        text: such as the message of an error.
-        secrets: what ``secrets_in`` has returned.
+        text: any text, such as an error message.
+        secrets: from ``secrets_in``.
     """
     for secret in secrets:
-        # As a word: a password may be a syllable of another.
+        # Whole words only: a password may be a part of another word.
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", HIDDEN, text)
     text = re.sub(_URL_IN_TEXT, lambda match: redacted_url(match[0]), text)
     text = re.sub(_CREDENTIAL, rf"\1\2{HIDDEN}", text)
@@ -184,10 +184,9 @@ def _redacted_match(match: re.Match[str]) -> str:
 
 
 def presentable(error: BaseException, secrets: Iterable[str] = ()) -> BaseException:
-    """Return *error*, or where its text, or that of what led to it, has a secret in it, one just like it without.
+    """Return *error*, or, if its text or a cause's text contains a secret, a copy without it.
 
-    That one is of the same kind, with the same attributes and traceback, so that what is decided by an error is
-    decided by it as well.
+    The copy has the same type, attributes and traceback, so that code that handles the error handles the copy as well.
     """
     return _presentable(error, tuple(secrets), {})
 
@@ -216,7 +215,7 @@ def _presentable(
 
 
 def _twin(error: BaseException, text: str, shape: str) -> BaseException:
-    """Return an exception of the kind of *error* that is told as *text*."""
+    """Return an exception of the type of *error* whose message is *text*."""
     kind = type(error)
     own = {
         "__module__": kind.__module__,

@@ -1,10 +1,10 @@
-"""How any remote store makes its requests: translated, timed, paced and, where that is safe, repeated.
+"""Makes the requests of remote stores: translates errors, sets time limits, limits their rate and repeats them.
 
-Guarantees: an error that leaves here is a ``StoreError`` that names location and stage, or the
-FileNotFoundError of a read; a request of which nothing moves any more fails (aiohttp's own limits do not
-cover the sending); after the store has asked for fewer requests, fewer run at a time (E3, B2).
+Guarantees: errors are ``StoreError``s that name the location and the stage, or the FileNotFoundError of a read; a
+request without progress fails (aiohttp's own limits do not cover sending); after the store has asked for fewer
+requests, fewer run at a time (E3, B2).
 
-What does not belong here: what a request is, and what a store's errors mean: each store explains its own.
+What does not belong here: the requests themselves, and explaining errors, which each store does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from async_ckpt.stores.base import Location
 from async_ckpt.stores.scatter import Scatter
 from async_ckpt.telemetry.patience import moved
 
-__all__ = ["Explain", "Pace", "Requests", "Verdict", "patience"]
+__all__ = ["Explain", "Pace", "Requests", "Verdict", "stall_timeout"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,10 +36,10 @@ class Verdict:
     """What a store's error means.
 
     Attributes:
-        kind: the error to raise.
-        missing: there is nothing at the location.
-        advice: what to do about it; empty where nothing can be said.
-        reason: says what happened, where the error's own text does not.
+        kind: the class of the error to raise.
+        missing: whether the location does not exist.
+        advice: what to do; may be empty.
+        reason: what happened, if the error's own text does not say it.
     """
 
     kind: type[StoreError] = StoreError
@@ -52,13 +52,13 @@ Explain = Callable[[Exception], Verdict]
 
 
 class Pace:
-    """How many requests run at a time: half as many once the store throttles, one more after each round of success.
+    """Limits concurrent requests: half as many when the store throttles, one more after each round of success.
 
-    That is the additive increase and multiplicative decrease of TCP's congestion avoidance (RFC 5681). For one
-    thread, the loop's.
+    That is the additive increase and multiplicative decrease of TCP's congestion avoidance (RFC 5681). Not thread-safe:
+    the loop's thread owns it.
 
     Args:
-        most: requests at a time while the store does not complain.
+        most: the limit while the store does not throttle.
     """
 
     def __init__(self, most: int) -> None:
@@ -70,12 +70,12 @@ class Pace:
 
     @property
     def allowed(self) -> int:
-        """Requests that may run at a time now."""
+        """The present limit."""
         return int(self._allowed)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Hold a place for one request, which succeeds or raises inside."""
+        """Wait for a free slot, and hold it during the body, which makes one request."""
         async with self._changed:
             while self._running >= self.allowed:
                 await self._changed.wait()
@@ -97,8 +97,8 @@ class Pace:
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[Callable[[], None]]:
-    """Raise TimeoutError in the body once it has neither ended nor called what this yields for *seconds*."""
+def stall_timeout(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raise TimeoutError in the body if the yielded function is not called for *seconds*."""
     with anyio.CancelScope() as scope:
         put_off_at = 0.0
 
@@ -122,8 +122,8 @@ class Requests:
     """The requests of one store.
 
     Args:
-        explain: tells what an error of the store's client library means.
-        retry: when a request is repeated, and how long it may stall.
+        explain: explains an error of the store's client library.
+        retry: how often a request is repeated, and how long it may stall.
     """
 
     def __init__(self, explain: Explain, retry: RetryPolicy) -> None:
@@ -133,7 +133,7 @@ class Requests:
 
     @contextmanager
     def translating(self, stage: str, location: Location) -> Iterator[None]:
-        """Raise what goes wrong as a StoreError; that there is nothing to read, as FileNotFoundError."""
+        """Translate errors into StoreError; a missing file to read raises FileNotFoundError."""
         try:
             yield
         except StoreError:
@@ -156,8 +156,8 @@ class Requests:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Make a small request: it may not take longer than the time in which something must move."""
-        with self.translating(stage, location), patience(self.stall_seconds):
+        """Make a small request, which must end within ``stall_seconds``."""
+        with self.translating(stage, location), stall_timeout(self.stall_seconds):
             return await function(*args, **kwargs)
 
     async def step(
@@ -169,11 +169,11 @@ class Requests:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Make a small request that may be repeated; again after transient errors."""
+        """Make a small request, and repeat it after transient errors."""
         return await self._retrying.call(self.once, stage, location, function, *args, **kwargs)
 
     async def again(self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await *function*, which translates and times itself, again after transient errors."""
+        """Await *function*, which has its own translation and time limits, and repeat it after transient errors."""
         return await self._retrying.call(function, *args, **kwargs)
 
     async def advance(
@@ -184,28 +184,30 @@ class Requests:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Do the same for a *function* that goes on where it broke off: once *position* has changed, count anew."""
+        """Like ``again``, for a *function* that resumes; after *position* has changed, attempts and time count anew."""
         return await self._retrying.advance(position, function, *args, **kwargs)
 
-    async def last_look(self, location: Location, doubt: StoreError, look: Callable[[], Awaitable[T]]) -> T:
-        """Await *look* at what became of a commit that ended in *doubt*; raise a StoreError that tells of both (E3).
+    async def look_up_outcome(
+        self, location: Location, doubt: StoreError, look: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Await *look*, which checks the outcome of a commit that raised *doubt*; report both errors if it fails (E3).
 
-        Only this look is repeated: those between the attempts at a commit are repeated with it.
+        Only this look-up is repeated: those between the attempts at a commit are repeated with the attempts.
         """
         try:
             return await self.again(look)
         except StoreError as error:
-            advice = f"Whether it took effect is not known, for it could not be looked at: {_reason(error)}"
+            advice = f"Whether it took effect is not known, as the look-up failed: {_reason(error)}"
             raise StoreError.during("commit", location.url, OSError(_reason(doubt)), advice) from doubt
 
     async def fill(
         self, scatter: Scatter, function: Callable[P, Awaitable[None]], /, *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Do the same for a *function* that fills *scatter* from where it stands."""
+        """Like ``advance``, for a *function* that fills *scatter* from its position on."""
         if scatter.left:
             await self.advance(lambda: scatter.done, function, *args, **kwargs)
 
 
 def _reason(error: StoreError) -> str:
-    """Return what *error* says, without what it happened to."""
+    """Return the error's message, without the file name."""
     return str(error).removeprefix(f"cannot {error.stage} {error.location!r}: ").removesuffix(".")

@@ -1,4 +1,4 @@
-"""Memory in several places that one range of a file is read into.
+"""A scatter list of memory that one range of a file is read into.
 
 What does not belong here: reading.
 """
@@ -11,14 +11,14 @@ __all__ = ["Scatter"]
 
 
 class Scatter:
-    """The places, filled one after the other.
+    """The targets, which are filled one after the other.
 
     Args:
-        targets: writable bytes; empty ones are passed over.
+        targets: writable bytes; empty ones are skipped.
 
     Attributes:
-        done: how many bytes have been taken.
-        left: how many there is still room for.
+        done: the number of bytes filled.
+        left: the number of bytes still to fill.
     """
 
     __slots__ = ("_targets", "done", "left")
@@ -29,7 +29,7 @@ class Scatter:
         self.left = sum(target.nbytes for target in self._targets)
 
     def take(self, data: bytes | memoryview) -> None:
-        """Copy *data*; what there is no room for is left out."""
+        """Copy *data*; bytes beyond the end are dropped."""
         source = memoryview(data)[: self.left]
         self.done += source.nbytes
         self.left -= source.nbytes

@@ -1,6 +1,6 @@
-"""How large the parts of an upload are, within what a store allows. Pure.
+"""Chooses the size of an upload's parts, within the limits of a store. Pure.
 
-What does not belong here: the limits themselves, which each store knows, and the cutting (`format.parts`).
+What does not belong here: the limits, which each store knows, and cutting the file (`format.parts`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ _WORTH_BYTES = 16 << 20  # below, another request costs more than another connec
 
 
 def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
-    """Return *wanted*, or what lets all connections end at about the same time: they get as many parts each.
+    """Return *wanted*, or a size by which all connections get the same number of parts, and end at about the same time.
 
     Args:
         nbytes: length of the file.
-        wanted: bytes a part should have.
-        at_a_time: parts under way at the same time.
+        wanted: the preferred size of a part.
+        at_a_time: how many parts are sent at a time.
 
     Returns:
-        Bytes; up to two mebibytes more than *wanted*, for what a file has on top of a round size.
+        The size in bytes; up to two mebibytes more than *wanted*, for files slightly above a round size.
     """
     unit = max(1, min(_MIB, wanted // 64))
     turns = max(1, -(-nbytes // (at_a_time * (wanted + unit))))
@@ -31,21 +31,21 @@ def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
 def fitting_part_size(
     nbytes: int, wanted: int, *, least: int, most: int, max_parts: int, multiple_of: int = 1
 ) -> int:
-    """Return a part size for a file of *nbytes* bytes: *wanted*, or what comes nearest.
+    """Return the part size nearest to *wanted* that suits a file of *nbytes* bytes.
 
     Args:
         nbytes: length of the file.
-        wanted: bytes a part should have.
-        least: bytes every part but the last must have.
-        most: bytes no part may exceed.
-        max_parts: how many parts there may be.
-        multiple_of: what the size of every part but the last is a multiple of.
+        wanted: the preferred size of a part.
+        least: the minimum size of every part but the last.
+        most: the maximum size of a part.
+        max_parts: the maximum number of parts.
+        multiple_of: the size of every part but the last is a multiple of this.
 
     Returns:
-        Bytes of every part but the last.
+        The size in bytes of every part but the last.
 
     Raises:
-        ValueError: the file is larger than the store takes.
+        ValueError: the file is too large for the store.
     """
     size = max(wanted, least, -(-nbytes // max_parts))
     size = -(-size // multiple_of) * multiple_of

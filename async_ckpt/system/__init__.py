@@ -1,1 +1,1 @@
-"""What is asked of the operating system and the interpreter; nothing here knows of checkpoints."""
+"""Helpers around the operating system and the interpreter, which know nothing about checkpoints."""

@@ -1,9 +1,9 @@
-"""How much memory this process may use, and what says so.
+"""Finds out how much memory this process may use, and which limit applies.
 
-Guarantees: every control group that it is in counts, up to the root, of both versions, however a container or a batch
-system has mounted them; a group that cannot be read sets no bound, and nothing in those files is an error.
+Guarantees: all control groups of the process count, up to the root, of both versions, however a container or a batch
+system has mounted them; a group that cannot be read sets no limit, and no content of those files is an error.
 
-What does not belong here: what share of it snapshots may hold (options).
+What does not belong here: the share of it for snapshots (options).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _OF_VERSION_1, _OF_VERSION_2 = ("memory.limit_in_bytes",), ("memory.max", "memor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A bound on the memory of this process.
+    """A limit on the memory of this process.
 
     Attributes:
-        nbytes: how much it may use.
-        source: what says so: a file, or what a limit is called.
+        nbytes: the limit in bytes.
+        source: where the limit comes from: a file, or its name.
     """
 
     nbytes: int
@@ -36,7 +36,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mount:
-    """A hierarchy of control groups as a file system: what of it is there, and where."""
+    """A mounted hierarchy of control groups: its visible root, and the mount point."""
 
     root: PurePosixPath
     place: PurePosixPath
@@ -44,10 +44,10 @@ class _Mount:
 
 
 def smallest_bound(root: Path = Path("/")) -> Bound:
-    """Return the smallest bound on the memory of this process.
+    """Return the smallest limit on the memory of this process.
 
     Args:
-        root: where ``/proc`` and the control groups are looked for.
+        root: the directory with ``/proc`` and the control groups.
     """
     nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     bounds = [Bound(nbytes=nbytes, source="the machine's memory")]
@@ -62,7 +62,7 @@ def _of_groups(root: Path) -> Iterator[Bound]:
     mounts = _mounts(_read(root / "proc/self/mountinfo"))
     for is_version_2, group in groups.items():
         of_version = [mount for mount in mounts if mount.is_version_2 is is_version_2]
-        # Where none has the group in it, as in some containers, the topmost that can be seen is the one around it.
+        # If the process's own group is not visible, as in some containers, the topmost visible group contains it.
         for mount in [each for each in of_version if _is_below(group, each.root)] or of_version:
             place = mount.place
             if _is_below(group, mount.root):
@@ -88,7 +88,7 @@ def _of_group(root: Path, place: PurePosixPath, is_version_2: bool) -> Iterator[
 
 
 def _own_groups(text: str) -> dict[bool, PurePosixPath]:
-    """Return the groups that count memory in ``/proc/self/cgroup``; the key tells whether it is of version 2."""
+    """Return the memory groups in ``/proc/self/cgroup``, by whether they are of version 2."""
     groups = {}
     for line in text.splitlines():
         number, _, rest = line.partition(":")
@@ -101,7 +101,7 @@ def _own_groups(text: str) -> dict[bool, PurePosixPath]:
 
 
 def _mounts(text: str) -> list[_Mount]:
-    """Return the hierarchies that count memory, from ``/proc/self/mountinfo``."""
+    """Return the mounted memory hierarchies, from ``/proc/self/mountinfo``."""
     mounts = []
     for line in text.splitlines():
         here, _, kind = line.partition(" - ")
@@ -126,7 +126,7 @@ def _under(root: Path, path: PurePosixPath) -> Path:
 
 
 def _read(path: Path) -> str:
-    """Return what is in a small file; nothing where it cannot be read."""
+    """Return the content of a small file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_MOST_BYTES).decode(errors="surrogateescape")

@@ -1,9 +1,9 @@
-"""Which process this is, for what has to notice that it is in a forked child.
+"""Identifies this process, for objects that have to notice that they are in a forked child.
 
-Guarantees: a child has another id than each of its ancestors, unlike those of the system: one that has ended leaves
-its id to others, and in a container of its own a child may have its parent's.
+Guarantees: a child's id differs from the ids of all its ancestors. The system's ids do not guarantee that: the id of an
+ended process is reused, and a child in a container of its own may have its parent's id.
 
-What does not belong here: what a child does then.
+What does not belong here: reacting to a fork.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _forks = 0
 
 
 def process_id() -> int:
-    """Return the system's id of this process, and above it how many forks led here."""
+    """Return the process id, combined with the number of forks that led to this process."""
     return os.getpid() + (_forks << _BITS)
 
 

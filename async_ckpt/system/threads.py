@@ -1,10 +1,10 @@
-"""Starting threads where a signal handler may raise at any line, as Ctrl-C's does.
+"""Starts threads safely although a signal handler, such as Ctrl-C's, may raise at any line.
 
-Guarantees: whatever interrupts it, a thread that was to start runs, or was never made; none is left half started, which
-would hold up the end of the interpreter (bpo-29988: ``Thread.start`` waits with a lock that an interruption can leave
-taken, and then the new thread waits for that lock for ever).
+Guarantees: despite interruptions, a thread either runs or was never made; none is left half started, which would block
+the interpreter's exit (bpo-29988: ``Thread.start`` waits with a lock that an interruption can leave locked, and the new
+thread then waits for that lock forever).
 
-What does not belong here: what the threads do.
+What does not belong here: the work of the threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["start"]
 def start(*threads: threading.Thread) -> None:
     """Start *threads*, one after the other.
 
-    Interrupted on the main thread, they are started all the same, maybe a moment later.
+    If the main thread is interrupted, they are started all the same, perhaps a moment later.
 
     Raises:
         RuntimeError: the system allows no more threads; those after the first that failed are not started.

@@ -1,1 +1,1 @@
-"""What is told of the work while it goes on: what events add up to, and how long nothing has moved."""
+"""Derived from events and progress: meters, traces, and time limits without progress."""

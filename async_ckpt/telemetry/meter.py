@@ -1,9 +1,9 @@
-"""What is under way and what has ended, added up from events for progress bars, metrics and hooks.
+"""The progress of pending and ended saves, summed up from events, for progress bars, metrics and hooks.
 
-Guarantees: it is asked from any thread while the loop thread tells it of events, without a lock; it keeps
-a bounded number of ended saves (B2).
+Guarantees: any thread may read it while the loop thread passes events to it, without a lock; the number of ended saves
+is bounded (B2).
 
-What does not belong here: showing it.
+What does not belong here: displaying it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class SaveProgress:
     """How far one save is.
 
     Attributes:
-        request_id: the number that its events carry.
-        url: the location, as events have it.
-        nbytes: length of the file; until that is known, and where a base CheckpointIO writes it, of the snapshot.
-        written_bytes: how many of them the store has.
+        request_id: the request's id in events.
+        url: the location, as in events.
+        nbytes: length of the file; of the snapshot until that is known, or if a base CheckpointIO writes the file.
+        written_bytes: how many bytes the store has.
         accepted_seconds: when it was accepted, in seconds since the epoch.
-        stall_seconds: how long ``save`` held its caller.
-        staged_seconds: the part of it for the snapshot's copy; the rest was waiting for room.
-        durable_seconds: from the call until it was durable.
-        end: the kind of event it ended with; ``None`` while it is pending.
+        stall_seconds: how long ``save`` blocked its caller.
+        staged_seconds: the part of it that the snapshot's copy took; the rest was waiting for room.
+        durable_seconds: the time from the call until it was durable.
+        end: the class of its last event; ``None`` while it is pending.
     """
 
     request_id: int
@@ -58,14 +58,14 @@ class SaveProgress:
 
 
 class Meter:
-    """An observer that knows how far every save is."""
+    """An observer that keeps the progress of every save."""
 
     def __init__(self) -> None:
         self._pending: dict[int, SaveProgress] = {}
         self._ended: deque[SaveProgress] = deque(maxlen=_KEPT)
 
     def __call__(self, event: Event) -> None:
-        """Take in one event."""
+        """Process one event."""
         if isinstance(event, Accepted):
             self._pending[event.request_id] = SaveProgress(
                 request_id=event.request_id,
@@ -95,11 +95,11 @@ class Meter:
 
     @property
     def pending(self) -> list[SaveProgress]:
-        """The accepted saves that have not ended, oldest first; their figures go on changing."""
+        """The pending saves, oldest first; their values go on changing."""
         return list(self._pending.values())
 
     def take_ended(self) -> list[SaveProgress]:
-        """Return the saves that have ended since this was last asked, in that order."""
+        """Return the saves that have ended since the last call, in that order."""
         ended = []
         while True:
             try:

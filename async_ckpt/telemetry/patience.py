@@ -1,11 +1,11 @@
-"""How long anybody waits for what is under way: for as long as it gets on, unless a limit is set.
+"""Time limits of waits: a wait goes on as long as there is progress, unless a hard limit is set.
 
-Guarantees: every wait ends (B2). With no limit of its caller's it ends once nothing has got on for ``flush_timeout``,
-or ``flush_deadline`` has passed, whichever is first; a caller's own ``timeout`` is a limit whatever gets on.
+Guarantees: every wait ends (B2). By default, it ends after ``flush_timeout`` without progress, or after
+``flush_deadline``, whichever comes first; a caller's own ``timeout`` is a hard limit.
 
-Code that moves bytes calls `moved`, on any thread; if they belong to a save, its service's `Progress` is told.
+Code that transfers bytes calls `moved`, on any thread; if they belong to a save, its service's `Progress` is updated.
 
-What does not belong here: what is waited for.
+What does not belong here: the awaited events.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["Limit", "Patience", "Progress", "moved", "moving"]
 
 
 class Progress:
-    """When something last got on.
+    """The time of the last progress.
 
     Attributes:
-        seconds: then, on the clock of ``time.monotonic``.
+        seconds: that time, as ``time.monotonic`` counts.
     """
 
     __slots__ = ("seconds",)
@@ -36,7 +36,7 @@ class Progress:
         self.seconds = -math.inf
 
     def note(self) -> None:
-        """Something gets on."""
+        """Note progress now."""
         self.seconds = monotonic()
 
 
@@ -45,7 +45,7 @@ _progress: ContextVar[Progress | None] = ContextVar("async_ckpt_progress", defau
 
 @contextmanager
 def moving(progress: Progress) -> Iterator[None]:
-    """Note in *progress* what moves in the body, in the tasks that it begins, and in the workers that they call."""
+    """Update *progress* from the body, from tasks that it starts, and from workers that these call."""
     before = _progress.set(progress)
     try:
         yield
@@ -54,7 +54,7 @@ def moving(progress: Progress) -> Iterator[None]:
 
 
 def moved() -> None:
-    """Tell that some bytes have moved: seldom enough that it costs nothing, often enough for a slow line."""
+    """Note that bytes were transferred: called rarely enough to be cheap, and often enough for a slow connection."""
     progress = _progress.get()
     if progress is not None:
         progress.note()
@@ -65,8 +65,8 @@ class Limit:
     """How long to wait at the most.
 
     Attributes:
-        idle_seconds: since something last got on.
-        total_seconds: in any case.
+        idle_seconds: the longest time without progress.
+        total_seconds: the longest time in any case.
     """
 
     idle_seconds: float
@@ -74,16 +74,16 @@ class Limit:
 
     @classmethod
     def hard(cls, seconds: float) -> Limit:
-        """Return a limit of so many seconds, whatever gets on."""
+        """Return a hard limit of *seconds*."""
         return cls(idle_seconds=math.inf, total_seconds=seconds)
 
 
 class Patience:
-    """One wait, from now on.
+    """One wait, which begins now.
 
     Args:
-        limit: of the wait.
-        moved_seconds: tells when something last got on; asked only where that decides.
+        limit: the limit of the wait.
+        moved_seconds: returns the time of the last progress; called only when it matters.
         clock: returns a monotonic time in seconds.
     """
 
@@ -97,7 +97,7 @@ class Patience:
         self._is_over = False
 
     def left(self) -> float:
-        """Return how many seconds there are to wait until this is to be asked again; none or fewer once it is over."""
+        """Return how many seconds to wait before calling this again; zero or less once the limit is reached."""
         now = self._clock()
         total = self._began + self._limit.total_seconds - now
         self._is_over = total <= 0
@@ -106,10 +106,10 @@ class Patience:
         return min(total, self._moved + self._limit.idle_seconds - now)
 
     def wait(self, outcome: Outcome[Any]) -> None:
-        """Wait until *outcome* is set, without taking it.
+        """Wait until *outcome* is set, without taking its result.
 
         Raises:
-            TimeoutError: it is over.
+            TimeoutError: the limit is reached.
         """
         while not outcome.done():
             left = self.left()
@@ -122,7 +122,7 @@ class Patience:
 
     @property
     def told(self) -> str:
-        """How long it was, to be put behind a word; nothing where there was no time at all."""
+        """The duration for messages, such as " after 5 s"; empty if the limit was zero."""
         if self._is_over:
             return f" after {self._limit.total_seconds:g} s" if self._limit.total_seconds > 0 else ""
         return f" after {self._limit.idle_seconds:g} s without progress"

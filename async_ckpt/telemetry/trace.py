@@ -1,10 +1,10 @@
-"""Events → a picture of the run, as values: the JSON Object Format of Chrome's "Trace Event Format".
+"""Makes a trace of events, as values: the JSON Object Format of Chrome's "Trace Event Format".
 
-Guarantees: pure, and every slice lies within its row: what overlaps gets rows of its own, as the format demands of
-complete events. Times are whole microseconds since the epoch, so traces of several processes can be laid together.
+Guarantees: pure; slices within a row do not overlap, as the format demands of complete events: overlapping slices get
+rows of their own. Times are whole microseconds since the epoch, so traces of several processes can be merged.
 
-The format is described in the Chromium project's document of that name; ui.perfetto.dev and chrome://tracing open
-it. What does not belong here: keeping events, files (timeline).
+The format is described in the Chromium project's document of that name; ui.perfetto.dev and chrome://tracing open it.
+What does not belong here: recording events, writing files (timeline).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PHASES = {Accepted: "staging", Staged: "queued", Writing: "writing", Committing
 
 
 class Span(NamedTuple):
-    """A named piece of time on a track, in seconds since the epoch."""
+    """A named interval on a track, in seconds since the epoch."""
 
     track: str
     name: str
@@ -60,9 +60,9 @@ def trace_of(events: Iterable[Event], spans: Iterable[Span] = (), *, now_seconds
     """Return the trace, ready for ``json``.
 
     Args:
-        events: of any number of services, in the order in which they came.
-        spans: what else is to be shown.
-        now_seconds: where saves that have not ended are cut off.
+        events: the events of any number of services, in order.
+        spans: further slices.
+        now_seconds: the end of the slices of pending saves.
     """
     events = list(events)
     lives: dict[int, list[Event]] = defaultdict(list)
@@ -78,7 +78,7 @@ def trace_of(events: Iterable[Event], spans: Iterable[Span] = (), *, now_seconds
 
 @dataclass(slots=True, eq=False)
 class _Box:
-    """What has a place of its own on a track: a slice with all that is drawn in it, or an instant."""
+    """A slice with everything drawn in it, or an instant; occupies a row of a track."""
 
     track: str
     began: int
@@ -90,25 +90,25 @@ class _Box:
         self.ended = max(self.began, self.ended)  # the clock was set back meanwhile
 
     def add(self, name: str, began: int, ended: int, **args: Any) -> None:
-        """Draw a slice, within the box."""
+        """Draw a slice within the box."""
         began = min(max(began, self.began), self.ended)
         ended = min(max(began, ended), self.ended)
         self.records.append({"ph": "X", "name": name, "ts": began, "dur": ended - began, "args": args})
 
     def mark(self, name: str, **args: Any) -> None:
-        """Draw an instant, at the end."""
+        """Draw an instant at the end."""
         self.records.append({"ph": "i", "s": "t", "name": name, "ts": self.ended, "args": args})
 
 
 def _drawn(life: list[Event], now: int) -> Iterator[_Box]:
-    """Draw one request; nothing of a save whose beginning is forgotten."""
+    """Draw one request; nothing for a save whose first events were dropped."""
     first = life[0]
     if isinstance(first, Accepted):
         yield _drawn_save(life, now)
         yield from (_drawn_stall(event, first) for event in life if isinstance(event, Staged))
     elif type(first) in _DONE:
         box = _Box(FILES, _time_of(first), _time_of(first))
-        box.mark(f"{_name(first.url)} {_DONE[type(first)]}", url=first.url, **_told_by(life))
+        box.mark(f"{_name(first.url)} {_DONE[type(first)]}", url=first.url, **_arguments_of(life))
         yield box
 
 
@@ -117,7 +117,7 @@ def _drawn_save(life: list[Event], now: int) -> _Box:
     end = next((event for event in life if isinstance(event, _ENDS)), None)
     box = _Box(SAVES, _time_of(life[0]), now if end is None else _time_of(end))
     outcome = "pending" if end is None else type(end).__name__.lower()
-    told = {"url": url, "outcome": outcome, **_told_by(life)}
+    told = {"url": url, "outcome": outcome, **_arguments_of(life)}
     title = _name(url) if outcome == "durable" else f"{_name(url)} ({outcome})"
     box.add(title, box.began, box.ended, **told)
     phases = [(_PHASES[type(event)], _time_of(event)) for event in life if type(event) in _PHASES]
@@ -129,17 +129,17 @@ def _drawn_save(life: list[Event], now: int) -> _Box:
 
 
 def _drawn_stall(staged: Staged, accepted: Accepted) -> _Box:
-    """Draw how long ``save`` held its caller; until it was accepted, it walked the state and waited for room."""
+    """Draw how long ``save`` blocked its caller; until it was accepted, it captured the state and waited for room."""
     called = _microseconds(staged.time_seconds - staged.stall_seconds)
     box = _Box(TRAINING, called, _time_of(staged))
-    box.add(f"save {_name(staged.url)}", called, box.ended, **_told_by([accepted, staged]))
+    box.add(f"save {_name(staged.url)}", called, box.ended, **_arguments_of([accepted, staged]))
     box.add("admission", called, _time_of(accepted))
     box.add("copying", _time_of(accepted), box.ended)
     return box
 
 
-def _told_by(life: Iterable[Event]) -> dict[str, Any]:
-    """Return what the events of one request tell beside their time."""
+def _arguments_of(life: Iterable[Event]) -> dict[str, Any]:
+    """Return the attributes of one request's events, besides their times."""
     told: dict[str, Any] = {}
     for event in life:
         match event:
@@ -159,7 +159,7 @@ def _told_by(life: Iterable[Event]) -> dict[str, Any]:
 
 
 def _placed(boxes: list[_Box]) -> Iterator[dict[str, Any]]:
-    """Give every box the first row of its track on which nothing else is at its time."""
+    """Give every box the first row of its track that is free at its time."""
     boxes.sort(key=lambda box: box.began)
     ends: dict[str, list[int]] = defaultdict(list)
     for box in boxes:
@@ -180,7 +180,7 @@ def _placed(boxes: list[_Box]) -> Iterator[dict[str, Any]]:
 
 
 def _counters(events: list[Event]) -> Iterator[dict[str, Any]]:
-    """Draw how many saves are pending, and the bytes of those that are being written."""
+    """Draw the number of pending saves, and the bytes that are being written."""
     lengths: dict[int, int] = {}  # of pending saves; 0 where it is not known yet, or never
     written: dict[int, int] = {}
     before: dict[str, dict[str, int]] = {}

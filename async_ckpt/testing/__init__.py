@@ -1,14 +1,16 @@
-"""Doubles and suites for testing what is built on async_ckpt, shipped with it.
+"""Test doubles, and the conformance suite for stores, for testing code that is built on async_ckpt.
 
-Nothing outside of tests imports this.
+``StoreRig`` is the former name of ``StoreHarness``. Only tests import this package.
 """
 
 from __future__ import annotations
 
-from async_ckpt.testing.conformance import StoreConformance, StoreRig
+from async_ckpt.testing.conformance import StoreConformance, StoreHarness
 from async_ckpt.testing.doubles import BytesContent, ManualClock, ThreadWorkers
 from async_ckpt.testing.faults import Fault, FaultyDisk, FaultyStore, Gate, crash, slowed
-from async_ckpt.testing.rig import UnderTest
+from async_ckpt.testing.harness import UnderTest
+
+StoreRig = StoreHarness
 
 __all__ = [
     "BytesContent",
@@ -18,6 +20,7 @@ __all__ = [
     "Gate",
     "ManualClock",
     "StoreConformance",
+    "StoreHarness",
     "StoreRig",
     "ThreadWorkers",
     "UnderTest",

@@ -1,7 +1,7 @@
-"""What every store must do, as tests: subclass ``StoreConformance`` and run pytest.
+"""The conformance suite for stores: subclass ``StoreConformance`` and run pytest.
 
-Guarantees: a class that passes keeps what ``stores.base`` promises, as far as one process can see. That
-bytes outlive the process and the power is not shown here.
+Guarantees: a store that passes keeps the promises of ``stores.base``, as far as one process can check. That files
+survive the process or a loss of power is not tested.
 
 ::
 
@@ -10,19 +10,19 @@ bytes outlive the process and the power is not shown here.
         def locate(self, name): return my_location(name)
         def leftovers(self): return [...]
 
-The facts are in ``suites.saving``, ``suites.ending`` and ``suites.reading``; ``UnderTest`` says what else a subclass
-may tell: a store that replaces nothing, what a dead process leaves.
+The tests are in ``suites.saving``, ``suites.ending`` and ``suites.reading``; see ``UnderTest`` for what else a subclass
+may define: a store with ``overwrite=False``, leftovers of a dead process.
 """
 
 from __future__ import annotations
 
-from async_ckpt.testing.rig import StoreRig, cut
+from async_ckpt.testing.harness import StoreHarness, cut
 from async_ckpt.testing.suites.ending import Ending
 from async_ckpt.testing.suites.reading import Reading
 from async_ckpt.testing.suites.saving import Saving
 
-__all__ = ["StoreConformance", "StoreRig", "cut"]
+__all__ = ["StoreConformance", "StoreHarness", "cut"]
 
 
 class StoreConformance(Saving, Ending, Reading):
-    """The tests; a subclass says what store, and where."""
+    """The tests; a subclass defines the store and its locations."""

@@ -1,4 +1,4 @@
-"""Small stand-ins for what a store is given: its workers, its content, its time."""
+"""Test doubles for what a store uses: workers, content, a clock."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class BytesContent:
-    """A file's content that is there already.
+    """Content made of given bytes.
 
     Args:
         data: the bytes of the file.
-        piece_bytes: length of the pieces that ``read`` returns, so that there are several.
+        piece_bytes: the length of the pieces that ``read`` returns.
     """
 
     def __init__(self, data: bytes, *, piece_bytes: int = 1000) -> None:
@@ -46,10 +46,10 @@ class BytesContent:
 
 
 class ManualClock:
-    """A clock that stands still but for sleeping and ``advance``; nobody waits.
+    """A clock that advances only by ``sleep`` and ``advance``; nothing really waits.
 
     Attributes:
-        naps: every sleep's seconds, in order.
+        naps: the seconds of every sleep, in order.
     """
 
     def __init__(self, start_seconds: float = 0.0) -> None:
@@ -61,28 +61,28 @@ class ManualClock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self._now += seconds
 
     async def sleep(self, seconds: float) -> None:
-        """Let time pass, and others run once."""
+        """Advance the clock, and let other tasks run once."""
         self.naps.append(seconds)
         self.advance(seconds)
         await anyio.lowlevel.checkpoint()
 
 
 class ThreadWorkers:
-    """A bounded pool of threads for the loop it is used on; see ``stores.base.Workers``.
+    """A bounded pool of threads, for use on one event loop; see ``stores.base.Workers``.
 
     Args:
-        count: how many threads.
+        count: the number of threads.
     """
 
     def __init__(self, count: int = 4) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="async_ckpt-test-worker")
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a thread; a cancellation is raised only after it has returned."""
+        """Call *function* in a thread; a cancellation waits until it has returned."""
         future = asyncio.wrap_future(self._pool.submit(functools.partial(function, *args, **kwargs)))
         cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):  # from scopes; the loop below, from task.cancel()

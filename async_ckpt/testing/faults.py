@@ -1,7 +1,7 @@
-"""Stores and disks that fail, wait or die where a test wants them to.
+"""Stores and disks that fail, wait or crash where a test wants them to.
 
-Guarantees: a fault strikes exactly the calls that its numbers name, counted per operation from 1, over
-all threads; everything else goes to the real thing unchanged.
+Guarantees: a fault affects exactly the calls with its numbers, counted per operation from 1, over all threads; all
+other calls reach the real object unchanged.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ Operation = Literal["begin", "put", "commit", "abort", "delete", "exists", "list
 
 
 def crash() -> NoReturn:
-    """Kill this process on the spot, as power loss or the kernel would; give it as a fault's ``error``."""
+    """Kill this process at once, as a power loss or the kernel would; use it as a fault's ``error``."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still alive")
 
 
 class Gate:
-    """Holds whoever comes to it until a test, on any thread, opens it.
+    """Blocks callers until a test, on any thread, opens it.
 
     Attributes:
-        reached: set once someone waits, or has passed.
+        reached: set once a caller has reached the gate.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Gate:
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def open(self) -> None:
-        """Let everyone pass, now and later."""
+        """Let all callers pass, now and later."""
         with self._lock:
             self._is_open = True
             waiting, self._waiting = self._waiting, []
@@ -84,15 +84,15 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What befalls some calls of one operation of a store, in this order: gate, delay, error.
+    """A fault of some calls of one operation of a store; applied in this order: gate, delay, error.
 
     Attributes:
-        operation: which.
-        calls: the numbers of the calls it befalls, counted from 1; ``None`` is every call.
-        error: makes the exception that is raised; an exception class will do.
-        delay_seconds: how long the call waits.
-        gate: holds the call until a test opens it.
-        after: it befalls the call when the real one is done: the answer is lost, not the deed.
+        operation: the operation.
+        calls: the numbers of the affected calls, counted from 1; ``None`` affects every call.
+        error: makes the exception to raise, such as an exception class.
+        delay_seconds: how long to delay the call.
+        gate: blocks the call until a test opens it.
+        after: whether to apply the fault after the real call, so that only the answer is lost.
     """
 
     operation: Operation
@@ -104,15 +104,15 @@ class Fault:
 
 
 class FaultyStore:
-    """A store around another, with faults.
+    """A store with faults, around another store.
 
     Args:
         inner: the real store.
-        faults: what befalls which calls; ``add`` adds more.
-        sleep: awaits a fault's delay.
+        faults: the faults; ``add`` adds more.
+        sleep: awaits the delays of faults.
 
     Attributes:
-        calls: how often each operation was called.
+        calls: the number of calls of each operation.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class FaultyStore:
 
     @property
     def repeats_parts(self) -> bool:
-        """What the real store says."""
+        """The real store's value."""
         return self._inner.repeats_parts
 
     async def begin(self, location: Location, nbytes: int) -> Upload:
-        """Start a file."""
+        """Begin a file."""
         struck = self._strike("begin")
         await self._suffer(struck, after=False)
         upload = await self._inner.begin(location, nbytes)
@@ -148,11 +148,11 @@ class FaultyStore:
         return _FaultyUpload(upload, self)
 
     async def delete(self, location: Location) -> None:
-        """Delete what is there."""
+        """Delete the file or directory."""
         await self.through("delete", self._inner.delete, location)
 
     async def exists(self, location: Location) -> bool:
-        """Return whether anything is there."""
+        """Return whether the location exists."""
         return await self.through("exists", self._inner.exists, location)
 
     async def list(
@@ -216,16 +216,16 @@ class FaultyStore:
 
 
 def slowed(seconds: float, **options: Any) -> Callable[[Location, Workers], Store]:
-    """Make every save take longer, as slow storage would: ``AsyncCheckpointIO(store_factory=slowed(0.15))``.
+    """Slow every save down, like slow storage: ``AsyncCheckpointIO(store_factory=slowed(0.15))``.
 
-    A test that passes with synchronous checkpoints and not with this one reads a file before it is durable.
+    A test that passes with synchronous checkpoints, but not with this, reads a file before it is durable.
 
     Args:
-        seconds: what each save takes longer, all of it before the file is visible.
-        **options: as for ``async_ckpt.stores.open_store``; the service's own options do not reach its stores here.
+        seconds: how much longer each save takes, before the file becomes visible.
+        **options: as for ``async_ckpt.stores.open_store``; the service's options do not apply to its stores here.
 
     Returns:
-        A ``store_factory`` that can be pickled, so that plugins with it can.
+        A ``store_factory``, which can be pickled.
     """
     return functools.partial(_open_slowed, seconds, options)
 
@@ -236,7 +236,7 @@ def _open_slowed(seconds: float, options: dict[str, Any], location: Location, wo
 
 
 class _FaultyUpload:
-    """An upload around another; the faults and the counting are the store's."""
+    """An upload around another; the store has the faults and the counters."""
 
     def __init__(self, inner: Upload, store: FaultyStore) -> None:
         self._inner = inner
@@ -269,7 +269,7 @@ class _FaultyUpload:
 
 
 class _FaultySource:
-    """A source around another; the faults and the counting are the store's."""
+    """A source around another; the store has the faults and the counters."""
 
     def __init__(self, inner: Source, store: FaultyStore) -> None:
         self._inner = inner
@@ -297,13 +297,13 @@ class FaultyDisk(Disk):
     """A disk on which chosen system calls fail.
 
     Args:
-        faults: per method of ``Disk``, the numbers of the calls that fail and the errno; the number 0
-            stands for every call.
-        after: the call does its deed before it fails, as when only the answer is lost.
+        faults: by method of ``Disk``, the numbers of the failing calls and the errno; the number 0 stands for every
+            call.
+        after: whether to fail after the real call, so that only the answer is lost.
 
     Attributes:
-        calls: the methods called, in order.
-        open_descriptors: how many of the descriptors it gave out are still open.
+        calls: the called methods, in order.
+        open_descriptors: how many of its descriptors are open.
     """
 
     def __init__(self, faults: dict[str, tuple[int, int]] | None = None, *, after: bool = False) -> None:

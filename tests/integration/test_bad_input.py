@@ -22,7 +22,7 @@ from async_ckpt import (
     UnknownProtocolError,
     UnpicklableStateError,
 )
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, state
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_of, state
 
 
 class Refusing:
@@ -53,14 +53,14 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def goes_on(rig: Rig, directory: Path, before: set[str]) -> None:
+def goes_on(harness: Harness, directory: Path, before: set[str]) -> None:
     """Check that nothing was accepted or left, and that the service works."""
-    assert rig.events == []
-    assert rig.service.pending == ()
+    assert harness.events == []
+    assert harness.service.pending == ()
     assert set(os.listdir(directory)) == before
-    rig.service.wait()
-    rig.service.save(state(1), directory / "good.ckpt").wait(PATIENCE_SECONDS)
-    assert number_of(rig.service.load(directory / "good.ckpt")) == 1
+    harness.service.wait()
+    harness.service.save(state(1), directory / "good.ckpt").wait(PATIENCE_SECONDS)
+    assert number_of(harness.service.load(directory / "good.ckpt")) == 1
 
 
 STATES: dict[str, tuple[Any, str]] = {
@@ -76,19 +76,19 @@ def test_states_that_cannot_be_saved(what: str, directory: Path) -> None:
     """A state that pickle refuses is refused by save, which says where in the state; nothing was accepted (D4)."""
     bad, message = STATES[what]
     before = set(os.listdir(directory))
-    with Rig() as rig:
+    with Harness() as harness:
         with pytest.raises(UnpicklableStateError, match=message):
-            rig.service.save(bad, directory / "a.ckpt")
-        goes_on(rig, directory, before)
+            harness.service.save(bad, directory / "a.ckpt")
+        goes_on(harness, directory, before)
 
 
 def test_a_state_that_ends_the_program(directory: Path) -> None:
     """What is no mere error, as Ctrl-C while the state is pickled, is raised as it is; nothing was accepted (D4)."""
     before = set(os.listdir(directory))
-    with Rig() as rig:
+    with Harness() as harness:
         with pytest.raises(KeyboardInterrupt):
-            rig.service.save({"a": Refusing(KeyboardInterrupt())}, directory / "a.ckpt")
-        goes_on(rig, directory, before)
+            harness.service.save({"a": Refusing(KeyboardInterrupt())}, directory / "a.ckpt")
+        goes_on(harness, directory, before)
 
 
 TARGETS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
@@ -114,11 +114,11 @@ def test_places_where_no_checkpoint_can_be(what: str, directory: Path) -> None:
     """A place that cannot be a checkpoint's is told of at the call or by the handle; nothing is left there (E1, D2)."""
     place, error, message = TARGETS[what]
     before = set(os.listdir(directory))
-    with Rig() as rig:
+    with Harness() as harness:
         with pytest.raises(error, match=message):
-            rig.service.save(state(1), place(directory)).wait(PATIENCE_SECONDS)
-        rig.events.clear()
-        goes_on(rig, directory, before)
+            harness.service.save(state(1), place(directory)).wait(PATIENCE_SECONDS)
+        harness.events.clear()
+        goes_on(harness, directory, before)
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_a_package_that_is_not_installed(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(_registry, protocol, raising=False)  # where another test has used it
     before = set(os.listdir(directory))
-    with Rig() as rig:
+    with Harness() as harness:
         arguments = [state(1)] if call == "save" else []
         with pytest.raises(MissingDependencyError, match=rf'pip install "async-ckpt\[{extra}\]"'):
-            getattr(rig.service, call)(*arguments, f"{protocol}://bucket/a.ckpt")
-        goes_on(rig, directory, before)
+            getattr(harness.service, call)(*arguments, f"{protocol}://bucket/a.ckpt")
+        goes_on(harness, directory, before)
 
 
 LOADS: dict[str, tuple[str, type[Exception]]] = {
@@ -152,37 +152,37 @@ LOADS: dict[str, tuple[str, type[Exception]]] = {
 def test_loads_of_what_is_no_checkpoint(what: str, directory: Path) -> None:
     """A load that fails is told by itself alone, and the place is free for the next save at once (E1, O1)."""
     name, error = LOADS[what]
-    with Rig() as rig:
-        rig.service.save(state(1), directory / "first.ckpt").wait(
+    with Harness() as harness:
+        harness.service.save(state(1), directory / "first.ckpt").wait(
             PATIENCE_SECONDS
         )  # so that there is a queue
-        rig.events.clear()
+        harness.events.clear()
         before = set(os.listdir(directory))
         with pytest.raises(error):
-            rig.service.load(directory / name)
-        goes_on(rig, directory, before)
+            harness.service.load(directory / name)
+        goes_on(harness, directory, before)
 
 
 def test_a_load_that_would_run_code(directory: Path) -> None:
     """A checkpoint that names code is loaded only by who asks for it with weights_only=False (S2)."""
-    with Rig() as rig:
-        rig.service.save({"path": directory}, directory / "a.ckpt")
+    with Harness() as harness:
+        harness.service.save({"path": directory}, directory / "a.ckpt")
         with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-            rig.service.load(directory / "a.ckpt")
-        assert rig.service.load(directory / "a.ckpt", weights_only=False) == {"path": directory}
+            harness.service.load(directory / "a.ckpt")
+        assert harness.service.load(directory / "a.ckpt", weights_only=False) == {"path": directory}
         (directory / "a.ckpt").unlink()
 
 
 def test_a_handle_cannot_be_copied() -> None:
     """Copying or pickling a handle is refused, as nobody would ever end the copy; a state with one says where (B2)."""
     gate, hold = gated()
-    with Rig(hold, memory=True) as rig:
-        handle = rig.service.save(state(1), "memory://a")
+    with Harness(hold, memory=True) as harness:
+        handle = harness.service.save(state(1), "memory://a")
         for copied in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match=r"memory://a.*keep its url"):
                 copied(handle)
         with pytest.raises(UnpicklableStateError, match=r"state\['last'\].*keep its url"):
-            rig.service.save({"last": handle}, "memory://b")
+            harness.service.save({"last": handle}, "memory://b")
         gate.open()
 
 
@@ -196,12 +196,12 @@ def test_a_broken_callback_harms_nothing(
         raise error("broken")
 
     gate, hold = gated()
-    with Rig(hold, memory=True) as rig:
-        handle = rig.service.save(state(1), "memory://a")
+    with Harness(hold, memory=True) as harness:
+        handle = harness.service.save(state(1), "memory://a")
         handle.add_done_callback(callback)
         gate.open()
         handle.wait(PATIENCE_SECONDS)
-        rig.service.save(state(2), "memory://b").wait(PATIENCE_SECONDS)
+        harness.service.save(state(2), "memory://b").wait(PATIENCE_SECONDS)
     assert "broken" in caplog.text
 
 
@@ -214,10 +214,10 @@ def test_a_refused_option_starts_nothing() -> None:
 def test_what_is_there_stays_when_a_save_is_refused(directory: Path) -> None:
     """A refused save of a place leaves the checkpoint that is there as it is (D2)."""
     torch.save(state(7), directory / "a.ckpt")
-    with Rig() as rig:
+    with Harness() as harness:
         with pytest.raises(UnpicklableStateError):
-            rig.service.save({"hook": lambda: 0}, directory / "a.ckpt")
-        assert number_of(rig.service.load(directory / "a.ckpt")) == 7
+            harness.service.save({"hook": lambda: 0}, directory / "a.ckpt")
+        assert number_of(harness.service.load(directory / "a.ckpt")) == 7
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="errors carry notes from Python 3.11 on")

@@ -189,11 +189,11 @@ def test_a_living_process_is_not_swept(tmp_path: Path) -> None:
     code = """
         import sys
         from async_ckpt import CheckpointService
-        from tests.support import Rig, gated, reached, state
+        from tests.support import Harness, gated, reached, state
 
         gate, hold = gated("commit")
-        with Rig(hold) as rig:
-            rig.service.save(state(1), sys.argv[1])
+        with Harness(hold) as harness:
+            harness.service.save(state(1), sys.argv[1])
             reached(gate)
             print("begun", flush=True)
             sys.stdin.readline()

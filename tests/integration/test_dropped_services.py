@@ -38,11 +38,11 @@ def test_a_failure_of_what_was_dropped(pending: bool) -> None:
         import threading
         from async_ckpt import StoreError
         from async_ckpt.testing import Fault
-        from tests.support import Rig, gated, reached, state
+        from tests.support import Harness, gated, reached, state
 
         gate, hold = gated("begin")
         fails = Fault(operation="commit", error=lambda: StoreError("no more room"))
-        Rig(hold, fails, memory=True).service.save(state(1), "memory://a")
+        Harness(hold, fails, memory=True).service.save(state(1), "memory://a")
         reached(gate)
         import gc
         gc.collect()
@@ -65,7 +65,7 @@ def test_a_thousand_dropped_services(tmp_path: Path) -> None:
         import gc, os, resource, sys, threading
         import torch
         from async_ckpt import CheckpointService
-        from tests.support import Rig, state
+        from tests.support import Harness, state
 
         def resident():
             with open("/proc/self/statm") as file:
@@ -77,7 +77,7 @@ def test_a_thousand_dropped_services(tmp_path: Path) -> None:
                 service = CheckpointService(durability="process")
                 service.save(state, f"{sys.argv[1]}/{number % 10}.ckpt").wait()
             else:
-                Rig().service.save(state, f"{sys.argv[1]}/{number % 10}.ckpt").wait()  # refers to its service
+                Harness().service.save(state, f"{sys.argv[1]}/{number % 10}.ckpt").wait()  # refers to its service
 
         def end():
             gc.collect()
@@ -108,12 +108,12 @@ def test_a_service_that_lives_to_the_end_is_not_told_of(tmp_path: Path) -> None:
         """
         import sys
         from async_ckpt import CheckpointService
-        from tests.support import Rig, state
+        from tests.support import Harness, state
 
         service = CheckpointService()
         service.save(state(1), f"{sys.argv[1]}/a.ckpt")
-        rig = Rig()
-        rig.service.save(state(1), f"{sys.argv[1]}/b.ckpt")
+        harness = Harness()
+        harness.service.save(state(1), f"{sys.argv[1]}/b.ckpt")
         """,
         tmp_path,
         env={"PYTHONWARNINGS": "always::ResourceWarning"},
@@ -128,10 +128,10 @@ def test_dropped_in_a_forked_child(tmp_path: Path) -> None:
         """
         import gc, os, sys
         from async_ckpt import CheckpointService
-        from tests.support import Rig, gated, reached, state
+        from tests.support import Harness, gated, reached, state
 
         gate, hold = gated("commit")
-        services = [Rig(hold).service]
+        services = [Harness(hold).service]
         handle = services[0].save(state(1), f"{sys.argv[1]}/a.ckpt")
         reached(gate)
         for drops_own in (False, True):

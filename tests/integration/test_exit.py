@@ -17,10 +17,10 @@ BEGIN = """
 import signal, sys, threading
 from async_ckpt import CheckpointService, StoreError
 from async_ckpt.testing import Fault, Gate
-from tests.support import PATIENCE_SECONDS, Rig, accepted, gated, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, accepted, gated, reached, state
 
 def failing_service(**options):
-    return Rig(Fault(operation="commit", error=lambda: StoreError("no more room")), memory=True, **options).service
+    return Harness(Fault(operation="commit", error=lambda: StoreError("no more room")), memory=True, **options).service
 
 path = sys.argv[1]
 """
@@ -201,7 +201,7 @@ def test_the_deadline_bounds_the_exit(tmp_path: Path) -> None:
     done = python(
         script("""
 gate, hold = gated("commit")
-accepted(Rig(hold, flush_timeout=0.2).service, state(1), f"{path}/a.ckpt")
+accepted(Harness(hold, flush_timeout=0.2).service, state(1), f"{path}/a.ckpt")
 reached(gate)
 """),
         tmp_path,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt import AsyncCheckpointIO, CheckpointService, RetryPolicy
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, number_of, python, state
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_at, number_of, python, state
 
 
 def through_pickle(value: object) -> object:
@@ -45,9 +45,9 @@ def test_a_closed_service_comes_back_open(tmp_path: Path) -> None:
 def test_a_failure_is_not_copied() -> None:
     """A failure that nobody was told of is told once, by the original (E1)."""
     gate, hold = gated()
-    with Rig(hold, memory=True) as rig:
-        handle = rig.service.save(state(1), "memory://a")
-        twin = copy.copy(rig.service)
+    with Harness(hold, memory=True) as harness:
+        handle = harness.service.save(state(1), "memory://a")
+        twin = copy.copy(harness.service)
         gate.open()
         twin.wait()
         handle.wait(PATIENCE_SECONDS)
@@ -74,25 +74,25 @@ def test_a_forked_child_starts_afresh(tmp_path: Path) -> None:
         import os, sys
         import torch
         from async_ckpt import load
-        from tests.support import Rig, gated, number_of, reached, state
+        from tests.support import Harness, gated, number_of, reached, state
 
         torch.set_num_threads(1)  # OpenMP does not survive a fork
         path = sys.argv[1]
         gate, hold = gated("commit")
-        with Rig(hold) as rig:
-            handle = rig.service.save(state(1), f"{path}/parent.ckpt")
+        with Harness(hold) as harness:
+            handle = harness.service.save(state(1), f"{path}/parent.ckpt")
             reached(gate)
             child = os.fork()
             if child == 0:
                 gate.open()  # in this process; the parent's stays shut
-                assert rig.service.pending == ()
+                assert harness.service.pending == ()
                 try:
                     handle.wait(1)
                 except RuntimeError as error:
                     print("refused:", "another process" in str(error), flush=True)
-                rig.service.save(state(2), f"{path}/child.ckpt").wait(20)
-                print("child:", number_of(rig.service.load(f"{path}/child.ckpt")), flush=True)
-                rig.service.close()
+                harness.service.save(state(2), f"{path}/child.ckpt").wait(20)
+                print("child:", number_of(harness.service.load(f"{path}/child.ckpt")), flush=True)
+                harness.service.close()
                 sys.exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert not handle.done()
@@ -116,7 +116,7 @@ def test_a_forked_child_with_its_parents_id(tmp_path: Path) -> None:
         import torch
         from async_ckpt import AsyncCheckpointIO
         from async_ckpt.timeline import Timeline
-        from tests.support import Rig, gated, number_at, reached, state
+        from tests.support import Harness, gated, number_at, reached, state
         from pathlib import Path
 
         torch.set_num_threads(1)
@@ -124,8 +124,8 @@ def test_a_forked_child_with_its_parents_id(tmp_path: Path) -> None:
         path = sys.argv[1]
         gate, hold = gated("commit")
         plugin = AsyncCheckpointIO(observer=Timeline(f"{path}/timeline.json"))
-        with Rig(hold) as rig, plugin:
-            handle = rig.service.save(state(1), f"{path}/parent.ckpt")
+        with Harness(hold) as harness, plugin:
+            handle = harness.service.save(state(1), f"{path}/parent.ckpt")
             plugin.save_checkpoint(state(3), f"{path}/plugin.ckpt")
             reached(gate)
             child = os.fork()
@@ -136,8 +136,8 @@ def test_a_forked_child_with_its_parents_id(tmp_path: Path) -> None:
                     handle.wait(1)
                 except RuntimeError as error:
                     print("refused:", "another process" in str(error), flush=True)
-                rig.service.save(state(2), f"{path}/child.ckpt").wait(20)
-                rig.service.close()
+                harness.service.save(state(2), f"{path}/child.ckpt").wait(20)
+                harness.service.close()
                 os._exit(0)
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
             gate.open()
@@ -155,21 +155,21 @@ def test_a_forked_child_that_saves_nothing_ends_well(tmp_path: Path) -> None:
     done = python(
         """
         import os, sys
-        from tests.support import Rig, gated, reached, state
+        from tests.support import Harness, gated, reached, state
 
         path = sys.argv[1]
         gate, hold = gated("commit")
-        with Rig(hold) as rig:
-            rig.service.save(state(1), f"{path}/a.ckpt")
+        with Harness(hold) as harness:
+            harness.service.save(state(1), f"{path}/a.ckpt")
             reached(gate)
             for closes in (True, False):
                 child = os.fork()
                 if child == 0:
                     if closes:
-                        rig.service.close()
+                        harness.service.close()
                     sys.exit(0)
                 assert os.waitpid(child, 0)[1] == 0
-            assert len(rig.service.pending) == 1
+            assert len(harness.service.pending) == 1
         """,
         tmp_path,
         env={"PYTHONWARNINGS": "ignore::DeprecationWarning"},
@@ -230,10 +230,10 @@ def test_a_failure_is_told_by_the_parent() -> None:
         import os, sys, threading
         from async_ckpt import StoreError
         from async_ckpt.testing import Fault
-        from tests.support import Rig, state
+        from tests.support import Harness, state
 
         failing = Fault(operation="commit", calls=[1], error=lambda: StoreError("no more room"))
-        service = Rig(failing, memory=True).service
+        service = Harness(failing, memory=True).service
         failed = threading.Event()
         service.save(state(1), "memory://a").add_done_callback(lambda _: failed.set())
         assert failed.wait(20)

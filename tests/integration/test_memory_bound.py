@@ -19,7 +19,7 @@ BURST = """
     import sys
     import threading
     import torch
-    from tests.support import Rig, gated, wait_until_one_waits
+    from tests.support import Harness, gated, wait_until_one_waits
 
     def status(name):
         with open("/proc/self/status") as lines:
@@ -30,20 +30,20 @@ BURST = """
     gate, hold = gated(calls=[2])
 
     def open_in_time():
-        wait_until_one_waits(rig.service)
+        wait_until_one_waits(harness.service)
         gate.open()
 
-    with Rig(hold, queue_depth=6, memory_limit=limit, flush_timeout=300) as rig:  # disks may be slow
-        rig.service.save({"warm": torch.zeros(1000)}, f"{path}/warm.ckpt").wait()
+    with Harness(hold, queue_depth=6, memory_limit=limit, flush_timeout=300) as harness:  # disks may be slow
+        harness.service.save({"warm": torch.zeros(1000)}, f"{path}/warm.ckpt").wait()
         before = status("VmRSS")
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # the high-water mark begins anew
         threading.Thread(target=open_in_time).start()
         for number in range(6):
             state["w0"].fill_(-number)  # else one snapshot would serve all
-            rig.service.save(state, f"{path}/{number % 2}.ckpt")
+            harness.service.save(state, f"{path}/{number % 2}.ckpt")
         gate.open()
-        rig.service.wait()
+        harness.service.wait()
         peak = status("VmHWM") - before
     print(peak, status("VmRSS") - before)
     assert [torch.load(f"{path}/{n}.ckpt", mmap=True)["w0"][0] for n in (0, 1)] == [-4, -5]

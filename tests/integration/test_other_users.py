@@ -275,7 +275,7 @@ def test_a_timeline_is_not_written_elsewhere(shared: Path, victim: Path) -> None
     assert not (shared / "trace.json").is_symlink()
     plant(shared / "run", victim.parent)
     timeline = record(shared / "run" / "precious")
-    with pytest.raises(PermissionError, match="another user has put this link"):
+    with pytest.raises(PermissionError, match="another user put this link"):
         timeline.write()
     plain = timeline.__getstate__()
     timeline.__setstate__(plain)  # nothing is left for the exit to write

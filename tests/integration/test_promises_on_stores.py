@@ -26,7 +26,7 @@ from async_ckpt.stores import locate, open_store
 from async_ckpt.testing import Fault, ThreadWorkers
 from stress.servers.process import Server
 from tests.servers import fresh_bucket
-from tests.support import PATIENCE_SECONDS, Rig, complaints, gated, number_of, python, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, complaints, gated, number_of, python, reached, state
 
 pytestmark = pytest.mark.integration
 
@@ -44,9 +44,9 @@ class Place:
     def url(self, name: str) -> str:
         return f"{self.server.protocol}://{self.bucket}/run/{name}"
 
-    def rig(self, *faults: Fault, **options: Any) -> Rig:
+    def harness(self, *faults: Fault, **options: Any) -> Harness:
         """Return a service on the real store, with faults."""
-        return Rig(*faults, real=True, storage_options=self.server.storage_options, **options)
+        return Harness(*faults, real=True, storage_options=self.server.storage_options, **options)
 
     def number(self, name: str) -> float | None:
         """Return the number of the checkpoint of that name; None if there is none."""
@@ -93,28 +93,28 @@ def permanent(operation: Any, *calls: int) -> Fault:
 def test_order_of_one_location(place: Place) -> None:
     """Save, remove, save and load of one location take effect in the order of the program (O1, O2)."""
     gate, hold = gated(calls=[1])
-    with place.rig(hold, queue_depth=9, max_concurrent_saves=4) as rig:
+    with place.harness(hold, queue_depth=9, max_concurrent_saves=4) as harness:
         for number in (1, 2):
-            rig.service.save(state(number), place.url("a.ckpt"))
-        rig.service.remove(place.url("a.ckpt"))
-        rig.service.save(state(3), place.url("a.ckpt"))
-        other = rig.service.save(state(9), place.url("b.ckpt"))
+            harness.service.save(state(number), place.url("a.ckpt"))
+        harness.service.remove(place.url("a.ckpt"))
+        harness.service.save(state(3), place.url("a.ckpt"))
+        other = harness.service.save(state(9), place.url("b.ckpt"))
         other.wait(PATIENCE_SECONDS)
-        assert number_of(rig.service.load(place.url("b.ckpt"))) == 9
+        assert number_of(harness.service.load(place.url("b.ckpt"))) == 9
         gate.open()
-        assert number_of(rig.service.load(place.url("a.ckpt"))) == 3
-        rig.service.remove(place.url("a.ckpt"))
+        assert number_of(harness.service.load(place.url("a.ckpt"))) == 3
+        harness.service.remove(place.url("a.ckpt"))
     assert (place.number("a.ckpt"), place.number("b.ckpt")) == (None, 9)
 
 
 def test_removal_cancels_a_queued_save(place: Place) -> None:
     """Remove of a queued save's location ends that save; the object of before is deleted (O3)."""
     gate, hold = gated(calls=[2])
-    with place.rig(hold, queue_depth=9) as rig:
-        rig.service.save(state(1), place.url("b.ckpt")).wait(PATIENCE_SECONDS)
-        rig.service.save(state(2), place.url("a.ckpt"))
-        queued = rig.service.save(state(3), place.url("b.ckpt"))
-        rig.service.remove(place.url("b.ckpt"))
+    with place.harness(hold, queue_depth=9) as harness:
+        harness.service.save(state(1), place.url("b.ckpt")).wait(PATIENCE_SECONDS)
+        harness.service.save(state(2), place.url("a.ckpt"))
+        queued = harness.service.save(state(3), place.url("b.ckpt"))
+        harness.service.remove(place.url("b.ckpt"))
         gate.open()
         with pytest.raises(CancelledSaveError):
             queued.wait(PATIENCE_SECONDS)
@@ -125,8 +125,8 @@ def test_durable_is_there(places: list[Place]) -> None:
     """Once a handle is durable, another process finds the whole checkpoint (D1)."""
     with ExitStack() as stack:
         for place in places:
-            rig = stack.enter_context(place.rig(part_size="5MiB"))
-            rig.service.save(state(5, nbytes=LARGE_BYTES), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
+            harness = stack.enter_context(place.harness(part_size="5MiB"))
+            harness.service.save(state(5, nbytes=LARGE_BYTES), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
         done = python(
             """
             import ast, sys
@@ -142,11 +142,11 @@ def test_durable_is_there(places: list[Place]) -> None:
 @pytest.mark.parametrize("operation", ["put", "commit"])
 def test_a_failed_save_changes_nothing(place: Place, operation: str) -> None:
     """A save that fails leaves the checkpoint of before, and a removal after it deletes nothing (D2, D3)."""
-    with place.rig(permanent(operation, 4), part_size="5MiB", max_concurrent_parts=1) as rig:
+    with place.harness(permanent(operation, 4), part_size="5MiB", max_concurrent_parts=1) as harness:
         for name in ("old.ckpt", "a.ckpt", "third.ckpt"):
-            rig.service.save(state(1), place.url(name)).wait(PATIENCE_SECONDS)
-        failed = rig.service.save(state(2), place.url("a.ckpt"))
-        removal = rig.service.remove(place.url("old.ckpt"))
+            harness.service.save(state(1), place.url(name)).wait(PATIENCE_SECONDS)
+        failed = harness.service.save(state(2), place.url("a.ckpt"))
+        removal = harness.service.remove(place.url("old.ckpt"))
         with pytest.raises(StoreError, match="refused"):
             failed.wait(PATIENCE_SECONDS)
         with pytest.raises(RemovalDroppedError):
@@ -173,32 +173,32 @@ def test_exit_without_close(places: list[Place]) -> None:
 def test_deadline_of_close(place: Place) -> None:
     """What is not done when close gives up is abandoned, the old checkpoint stays, and nothing is left (D4, D2)."""
     gate, hold = gated("put", calls=[2])
-    rig = place.rig(hold, abandon_grace_seconds=PATIENCE_SECONDS)
-    rig.service.save(state(1), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
-    stuck = rig.service.save(state(2, nbytes=LARGE_BYTES), place.url("a.ckpt"))
+    harness = place.harness(hold, abandon_grace_seconds=PATIENCE_SECONDS)
+    harness.service.save(state(1), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
+    stuck = harness.service.save(state(2, nbytes=LARGE_BYTES), place.url("a.ckpt"))
     reached(gate)
     with pytest.raises(AbandonedError):
-        rig.service.close(0.01)
+        harness.service.close(0.01)
     assert stuck.state is State.FAILED
     assert place.number("a.ckpt") == 1
 
 
 def test_a_failure_is_told_once_and_harms_no_other(place: Place) -> None:
     """The next call tells of a failure, once; what it was called for is accepted all the same (E1, E2)."""
-    with place.rig(permanent("begin", 1), queue_depth=9) as rig:
-        rig.service.save(state(1), place.url("a.ckpt"))
+    with place.harness(permanent("begin", 1), queue_depth=9) as harness:
+        harness.service.save(state(1), place.url("a.ckpt"))
         with pytest.raises(StoreError, match="refused"):
-            rig.service.wait(PATIENCE_SECONDS)
-        rig.service.save(state(2), place.url("a.ckpt"))
-        rig.service.wait(PATIENCE_SECONDS)
+            harness.service.wait(PATIENCE_SECONDS)
+        harness.service.save(state(2), place.url("a.ckpt"))
+        harness.service.wait(PATIENCE_SECONDS)
     assert place.number("a.ckpt") == 2
 
 
 def test_transient_trouble_is_repeated(place: Place) -> None:
     """A part that is lost on the way is sent again, and the checkpoint is whole (E3)."""
     lost = Fault(operation="put", calls=[1, 3], error=ConnectionResetError)
-    with place.rig(lost, part_size="5MiB") as rig:
-        rig.service.save(state(4, nbytes=LARGE_BYTES), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
+    with place.harness(lost, part_size="5MiB") as harness:
+        harness.service.save(state(4, nbytes=LARGE_BYTES), place.url("a.ckpt")).wait(PATIENCE_SECONDS)
     assert place.number("a.ckpt") == 4
 
 
@@ -209,8 +209,8 @@ def test_same_bytes_as_torch_save(place: Place) -> None:
     tied = {"model": model.state_dict(), "again": model[1].weight, "view": model[1].weight[5:], "step": 3}
     expected = io.BytesIO()
     torch.save(tied, expected)
-    with place.rig(hold, part_size="5MiB") as rig:
-        rig.service.save(tied, place.url("run.ckpt"))
+    with place.harness(hold, part_size="5MiB") as harness:
+        harness.service.save(tied, place.url("run.ckpt"))
         with torch.no_grad():
             model[1].weight.zero_()
         gate.open()

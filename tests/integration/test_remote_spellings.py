@@ -10,7 +10,15 @@ from async_ckpt import CheckpointService
 from async_ckpt.engine.queue import Kind
 from async_ckpt.testing import Fault, Gate
 from stress.servers.folders import FolderServer
-from tests.support import PATIENCE_SECONDS, Rig, number_at, number_of, reached, state, wait_until_one_waits
+from tests.support import (
+    PATIENCE_SECONDS,
+    Harness,
+    number_at,
+    number_of,
+    reached,
+    state,
+    wait_until_one_waits,
+)
 
 DETOURS = ("//a", "/./b", "/real/../c", "/.//real/.././d")
 
@@ -49,14 +57,14 @@ def test_a_load_waits_for_a_save_under_another_spelling(server: FolderServer) ->
     root, gate = root_of(server), Gate()
     fault = Fault(operation="commit", calls=[1], gate=gate)
     options = server.storage_options
-    with Rig(fault, real=True, storage_options=options) as rig, ThreadPoolExecutor(1) as thread:
-        rig.service.save(state(7), f"{root}//waited")
+    with Harness(fault, real=True, storage_options=options) as harness, ThreadPoolExecutor(1) as thread:
+        harness.service.save(state(7), f"{root}//waited")
         reached(gate)
-        loading = thread.submit(rig.service.load, f"{root}/./real/../waited")
-        wait_until_one_waits(rig.service, Kind.LOAD)
+        loading = thread.submit(harness.service.load, f"{root}/./real/../waited")
+        wait_until_one_waits(harness.service, Kind.LOAD)
         gate.open()
         assert number_of(loading.result(PATIENCE_SECONDS)) == 7
-        rig.service.remove(f"{root}/waited").wait(PATIENCE_SECONDS)
+        harness.service.remove(f"{root}/waited").wait(PATIENCE_SECONDS)
 
 
 @pytest.mark.integration

@@ -21,7 +21,7 @@ from async_ckpt.events import Accepted
 from async_ckpt.stores import locate
 from async_ckpt.testing import Fault
 from tests.integration.test_signals import OURS, at_line, handling, walk
-from tests.support import PATIENCE_SECONDS, Rig, gated, one_waits, reached, wait_until_one_waits
+from tests.support import PATIENCE_SECONDS, Harness, gated, one_waits, reached, wait_until_one_waits
 
 pytestmark = pytest.mark.integration
 
@@ -53,9 +53,9 @@ def written(state: Any) -> bytes:
     return file.getvalue()
 
 
-def needs(rig: Rig, url: str) -> list[int]:
+def needs(harness: Harness, url: str) -> list[int]:
     """Return the memory that the saves of *url* were given for themselves."""
-    return [e.nbytes for e in list(rig.events) if isinstance(e, Accepted) and e.url == url]
+    return [e.nbytes for e in list(harness.events) if isinstance(e, Accepted) and e.url == url]
 
 
 def test_the_second_save_needs_no_memory() -> None:
@@ -65,23 +65,23 @@ def test_the_second_save_needs_no_memory() -> None:
     """
     gate, hold = gated(calls=[1])
     bulk = weights()
-    with Rig(hold, memory=True, queue_depth=5, memory_limit=ROOM, overflow="raise") as rig:
-        assert rig.memory is not None
+    with Harness(hold, memory=True, queue_depth=5, memory_limit=ROOM, overflow="raise") as harness:
+        assert harness.memory is not None
         states = [dumped(bulk, ""), dumped(bulk, "memory://top"), dumped(bulk, "memory://other")]
         expected = [written(state) for state in states]
         urls = ["memory://top", "memory://last", "memory://third"]
-        rig.service.save(states[0], urls[0])
+        harness.service.save(states[0], urls[0])
         reached(gate)
-        rig.service.save(states[1], urls[1])
-        rig.service.save(states[2], urls[2])
+        harness.service.save(states[1], urls[1])
+        harness.service.save(states[2], urls[2])
         bulk["a"].zero_()
         with pytest.raises(MemoryLimitError):
-            rig.service.save(dumped(bulk, ""), "memory://changed")
+            harness.service.save(dumped(bulk, ""), "memory://changed")
         gate.open()
-        rig.service.wait()
-        assert [rig.memory.files[locate(url).path] for url in urls] == expected
-        assert [needs(rig, url)[0] > 0 for url in urls] == [True, False, False]
-        rig.service.save(dumped(bulk, ""), "memory://changed").wait()
+        harness.service.wait()
+        assert [harness.memory.files[locate(url).path] for url in urls] == expected
+        assert [needs(harness, url)[0] > 0 for url in urls] == [True, False, False]
+        harness.service.save(dumped(bulk, ""), "memory://changed").wait()
 
 
 @pytest.mark.parametrize(
@@ -97,21 +97,21 @@ def test_a_change_between_the_two_is_written(change: Callable[[Any], object]) ->
     """Whatever a hook writes between the two saves, by ways that torch does not count, is in the second file (S1)."""
     gate, hold = gated(calls=[1])
     bulk = weights()
-    with Rig(hold, memory=True, queue_depth=5) as rig:
-        assert rig.memory is not None
+    with Harness(hold, memory=True, queue_depth=5) as harness:
+        assert harness.memory is not None
         first = dumped(bulk, "")
         expected = [written(first)]
-        rig.service.save(first, "memory://top")
+        harness.service.save(first, "memory://top")
         reached(gate)
         change(bulk)
         second = dumped(bulk, "memory://top")
         expected.append(written(second))
-        rig.service.save(second, "memory://last")
+        harness.service.save(second, "memory://last")
         gate.open()
-        rig.service.wait()
-        files = rig.memory.files
+        harness.service.wait()
+        files = harness.memory.files
         assert [files[locate(url).path] for url in ("memory://top", "memory://last")] == expected
-        assert needs(rig, "memory://last")[0] > 2 * MIB
+        assert needs(harness, "memory://last")[0] > 2 * MIB
 
 
 @pytest.mark.parametrize("end", ["failed", "superseded", "cancelled"])
@@ -121,29 +121,31 @@ def test_the_second_outlives_the_first(end: str) -> None:
     fails = Fault(operation="commit", calls=(2,), error=lambda: StoreError("no more room"))
     bulk = weights()
     faults = [hold, fails] if end == "failed" else [hold]
-    with Rig(*faults, memory=True, queue_depth=4, memory_limit=ROOM + MIB // 2, overflow="supersede") as rig:
-        assert rig.memory is not None
-        rig.service.save({"small": torch.ones(10)}, "memory://before")
+    with Harness(
+        *faults, memory=True, queue_depth=4, memory_limit=ROOM + MIB // 2, overflow="supersede"
+    ) as harness:
+        assert harness.memory is not None
+        harness.service.save({"small": torch.ones(10)}, "memory://before")
         reached(gate)
-        first = rig.service.save(dumped(bulk, ""), "memory://top")
+        first = harness.service.save(dumped(bulk, ""), "memory://top")
         state = dumped(bulk, "memory://top")
         expected = written(state)
-        second = rig.service.save(state, "memory://last")
+        second = harness.service.save(state, "memory://last")
         bulk["a"].zero_()
         if end == "superseded":
-            rig.service.save({"small": torch.ones(10)}, "memory://another")
-            rig.service.save({"small": torch.ones(20)}, "memory://top")
+            harness.service.save({"small": torch.ones(10)}, "memory://another")
+            harness.service.save({"small": torch.ones(20)}, "memory://top")
         elif end == "cancelled":
-            rig.service.remove("memory://top")
+            harness.service.remove("memory://top")
         gate.open()
         second.wait(PATIENCE_SECONDS)
         kinds = {"failed": StoreError, "superseded": SupersededError, "cancelled": CancelledSaveError}
         with pytest.raises(kinds[end]):
             first.wait(PATIENCE_SECONDS)
-        rig.service.wait()
-        assert rig.memory.files[locate("memory://last").path] == expected
-        assert needs(rig, "memory://last") == [0]
-        rig.service.save(dumped(bulk, ""), "memory://next").wait(PATIENCE_SECONDS)
+        harness.service.wait()
+        assert harness.memory.files[locate("memory://last").path] == expected
+        assert needs(harness, "memory://last") == [0]
+        harness.service.save(dumped(bulk, ""), "memory://next").wait(PATIENCE_SECONDS)
 
 
 def test_superseding_one_of_two_makes_no_room() -> None:
@@ -152,33 +154,33 @@ def test_superseding_one_of_two_makes_no_room() -> None:
     bulk = weights()
     with (
         ThreadPoolExecutor(1) as another_thread,
-        Rig(hold, memory=True, queue_depth=5, memory_limit=ROOM, overflow="supersede") as rig,
+        Harness(hold, memory=True, queue_depth=5, memory_limit=ROOM, overflow="supersede") as harness,
     ):
-        rig.service.save({"small": torch.ones(10)}, "memory://before")
+        harness.service.save({"small": torch.ones(10)}, "memory://before")
         reached(gate)
-        rig.service.save(dumped(bulk, ""), "memory://top")
-        rig.service.save(dumped(bulk, "memory://top"), "memory://last")
-        new = another_thread.submit(rig.service.save, dumped(weights(2.0), ""), "memory://top")
-        while not one_waits(rig.service, Kind.SAVE):
+        harness.service.save(dumped(bulk, ""), "memory://top")
+        harness.service.save(dumped(bulk, "memory://top"), "memory://last")
+        new = another_thread.submit(harness.service.save, dumped(weights(2.0), ""), "memory://top")
+        while not one_waits(harness.service, Kind.SAVE):
             assert not new.done()
         gate.open()
         new.result(PATIENCE_SECONDS).wait(PATIENCE_SECONDS)
-        assert rig.names("memory://top").count("Durable") == 2
-        assert "Superseded" not in rig.names()
+        assert harness.names("memory://top").count("Durable") == 2
+        assert "Superseded" not in harness.names()
 
 
 def test_closing_gives_up_both() -> None:
     """A service that is closed at its deadline while two saves share memory ends each of them once (D4)."""
     gate, hold = gated(calls=[1])
     bulk = weights()
-    with Rig(hold, memory=True, queue_depth=5, abandon_grace_seconds=0.1) as rig:
-        handles = [rig.service.save(dumped(bulk, name), f"memory://{name}") for name in ("top", "last")]
+    with Harness(hold, memory=True, queue_depth=5, abandon_grace_seconds=0.1) as harness:
+        handles = [harness.service.save(dumped(bulk, name), f"memory://{name}") for name in ("top", "last")]
         reached(gate)
         with pytest.raises(async_ckpt.FlushError) as caught:
-            rig.service.close(timeout=0)
+            harness.service.close(timeout=0)
     assert [type(error) for error in caught.value.exceptions] == [AbandonedError, AbandonedError]
     assert all(handle.done() for handle in handles)
-    assert needs(rig, "memory://last") == [0]
+    assert needs(harness, "memory://last") == [0]
 
 
 def test_a_base_shares_with_nobody() -> None:
@@ -186,7 +188,7 @@ def test_a_base_shares_with_nobody() -> None:
     bulk = weights()
     gate, hold = gated(calls=[1])
     given: list[Any] = []
-    with Rig(hold, memory=True, queue_depth=5) as rig:
+    with Harness(hold, memory=True, queue_depth=5) as harness:
         entered, leave = threading.Event(), threading.Event()
 
         def save(state: Any) -> None:
@@ -195,18 +197,22 @@ def test_a_base_shares_with_nobody() -> None:
             assert leave.wait(PATIENCE_SECONDS)
 
         writer = DelegatingWriter(
-            save=save, delete=lambda: None, group="base", workers=rig.service.workers(), durability="process"
+            save=save,
+            delete=lambda: None,
+            group="base",
+            workers=harness.service.workers(),
+            durability="process",
         )
-        rig.service.submit(dumped(bulk, ""), locate("memory://top"), writer)
+        harness.service.submit(dumped(bulk, ""), locate("memory://top"), writer)
         assert entered.wait(PATIENCE_SECONDS)
-        rig.service.save(dumped(bulk, ""), "memory://last")
-        rig.service.submit(dumped(bulk, ""), locate("memory://base"), writer)
+        harness.service.save(dumped(bulk, ""), "memory://last")
+        harness.service.submit(dumped(bulk, ""), locate("memory://base"), writer)
         given[0]["state_dict"]["a"].zero_()
         leave.set()
         gate.open()
-        rig.service.wait()
-        assert min(needs(rig, f"memory://{name}")[0] for name in ("top", "last", "base")) > 2 * MIB
-        assert torch.equal(rig.service.load("memory://last")["state_dict"]["a"], bulk["a"])
+        harness.service.wait()
+        assert min(needs(harness, f"memory://{name}")[0] for name in ("top", "last", "base")) > 2 * MIB
+        assert torch.equal(harness.service.load("memory://last")["state_dict"]["a"], bulk["a"])
         given.clear()
 
 
@@ -229,33 +235,35 @@ def test_who_waits_for_the_memory_gets_it_first() -> None:
 
     def step(line: int) -> list[str]:
         gate, hold = gated(calls=[1])
-        with Rig(hold, memory=True, queue_depth=5, memory_limit=ROOM) as rig:
-            rig.service.save(dumped(bulk, ""), "memory://top")
+        with Harness(hold, memory=True, queue_depth=5, memory_limit=ROOM) as harness:
+            harness.service.save(dumped(bulk, ""), "memory://top")
             reached(gate)
             returned = threading.Event()
 
             def open_in_time() -> None:
-                two_wait(rig.service, returned)
+                two_wait(harness.service, returned)
                 gate.open()
 
-            other = threading.Thread(target=rig.service.save, args=(dumped(changed, ""), "memory://other"))
+            other = threading.Thread(
+                target=harness.service.save, args=(dumped(changed, ""), "memory://other")
+            )
             opener = threading.Thread(target=open_in_time)
 
             def come() -> None:
                 other.start()
-                wait_until_one_waits(rig.service)
+                wait_until_one_waits(harness.service)
                 opener.start()
 
             with at_line(line, come, {str(SNAPSHOT / "sharing.py")}) as where:
-                handle = rig.service.save(dumped(bulk, "memory://top"), "memory://last")
+                handle = harness.service.save(dumped(bulk, "memory://top"), "memory://last")
             returned.set()
             gate.open()
             handle.wait(PATIENCE_SECONDS)
             if where:
                 opener.join(PATIENCE_SECONDS)
                 other.join(PATIENCE_SECONDS)
-                rig.service.wait(PATIENCE_SECONDS)
-                assert rig.names("memory://other").count("Durable") == 1
+                harness.service.wait(PATIENCE_SECONDS)
+                assert harness.names("memory://other").count("Durable") == 1
             return where
 
     assert walk(step) > 30
@@ -267,19 +275,19 @@ def test_a_handler_may_save_at_every_line_of_a_save_that_shares() -> None:
 
     def step(line: int) -> list[str]:
         gate, hold = gated(calls=[1])
-        with Rig(hold, memory=True, queue_depth=4, memory_limit=ROOM) as rig:
-            rig.service.save(dumped(bulk, ""), "memory://top")
+        with Harness(hold, memory=True, queue_depth=4, memory_limit=ROOM) as harness:
+            harness.service.save(dumped(bulk, ""), "memory://top")
             reached(gate)
 
             def handler() -> None:
                 gate.open()
-                rig.service.save(dumped(weights(3.0), ""), "memory://handler").wait(PATIENCE_SECONDS)
+                harness.service.save(dumped(weights(3.0), ""), "memory://handler").wait(PATIENCE_SECONDS)
 
             with (
                 handling(signal.SIGUSR1, handler),
                 at_line(line, lambda: signal.raise_signal(signal.SIGUSR1), WALKED) as where,
             ):
-                handle = rig.service.save(dumped(bulk, "memory://top"), "memory://last")
+                handle = harness.service.save(dumped(bulk, "memory://top"), "memory://last")
             gate.open()
             handle.wait(PATIENCE_SECONDS)
             return where
@@ -296,20 +304,20 @@ def test_an_interrupted_sharer_holds_nothing() -> None:
 
     def step(line: int) -> list[str]:
         gate, hold = gated(calls=[1])
-        with Rig(hold, memory=True, queue_depth=4, memory_limit=ROOM) as rig:
-            first = rig.service.save(dumped(bulk, ""), "memory://top")
+        with Harness(hold, memory=True, queue_depth=4, memory_limit=ROOM) as harness:
+            first = harness.service.save(dumped(bulk, ""), "memory://top")
             reached(gate)
             where: list[str] = []
             try:
                 with at_line(line, interrupt, WALKED) as where:
-                    rig.service.save(dumped(bulk, "memory://top"), "memory://last")
+                    harness.service.save(dumped(bulk, "memory://top"), "memory://last")
             except KeyboardInterrupt:
                 pass
             gate.open()
             first.wait(PATIENCE_SECONDS)
-            rig.service.wait(PATIENCE_SECONDS)
+            harness.service.wait(PATIENCE_SECONDS)
             with ThreadPoolExecutor(1) as another_thread:
-                another_thread.submit(rig.service.save, dumped(changed, ""), "memory://next").result()
+                another_thread.submit(harness.service.save, dumped(changed, ""), "memory://next").result()
             return where
 
     assert walk(step) > 60

@@ -27,7 +27,7 @@ from async_ckpt.handle import Handle
 from async_ckpt.snapshot import HostBuffer
 from async_ckpt.snapshot.parallel_copy import copy_together
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_of, one_waits, state, wait_until_one_waits
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_of, one_waits, state, wait_until_one_waits
 
 PACKAGE = Path(async_ckpt.__file__).parent
 #: Where a caller spends its time, apart from the snapshot.
@@ -141,23 +141,23 @@ def test_a_handler_may_use_the_service_at_every_line_of_save() -> None:
     """
 
     def step(line: int) -> list[str]:
-        with Rig(memory=True, queue_depth=1, memory_limit=8192) as rig:
-            use(rig.service, "memory://a", 1)
+        with Harness(memory=True, queue_depth=1, memory_limit=8192) as harness:
+            use(harness.service, "memory://a", 1)
             path = "memory://a" if line % 2 else "memory://b"
             handled: list[int] = []
 
             def handler() -> None:
-                use(rig.service, path, 3)
+                use(harness.service, path, 3)
                 handled.append(line)
 
             with (
                 handling(signal.SIGUSR1, handler),
                 at_line(line, lambda: signal.raise_signal(signal.SIGUSR1)) as where,
             ):
-                handle = rig.service.save(state(2), "memory://a")
+                handle = harness.service.save(state(2), "memory://a")
             handle.wait(PATIENCE_SECONDS)
             assert len(handled) == len(where)
-            assert number_of(rig.service.load("memory://a")) in (2, 3)
+            assert number_of(harness.service.load("memory://a")) in (2, 3)
             return where
 
     assert walk(step) > 40
@@ -167,29 +167,29 @@ def test_a_handler_may_use_the_service_while_its_thread_waits_for_room() -> None
     """A handler that interrupts a save which waits for a place gets its own save through, past the bounds (L1)."""
     gate, hold = gated(calls=[1])
     here = threading.get_ident()
-    with Rig(hold, memory=True, queue_depth=1) as rig:
+    with Harness(hold, memory=True, queue_depth=1) as harness:
         handled = threading.Event()
 
         def handler() -> None:
-            nested = rig.service.save(state(3), "memory://c")
+            nested = harness.service.save(state(3), "memory://c")
             assert not nested.done()
             gate.open()
             nested.wait(PATIENCE_SECONDS)
-            assert number_of(rig.service.load("memory://c")) == 3
+            assert number_of(harness.service.load("memory://c")) == 3
             handled.set()
 
         def watch() -> None:
-            wait_until_one_waits(rig.service)
+            wait_until_one_waits(harness.service)
             signal.pthread_kill(here, signal.SIGUSR1)
 
         with handling(signal.SIGUSR1, handler):
-            rig.service.save(state(1), "memory://a")
+            harness.service.save(state(1), "memory://a")
             watcher = threading.Thread(target=watch)
             watcher.start()
-            rig.service.save(state(2), "memory://b")
+            harness.service.save(state(2), "memory://b")
             watcher.join()
         assert handled.is_set()
-        use(rig.service, "memory://b", 2)
+        use(harness.service, "memory://b", 2)
 
 
 def test_a_handler_may_use_the_service_while_its_thread_takes_the_snapshot() -> None:
@@ -204,14 +204,14 @@ def test_a_handler_may_use_the_service_while_its_thread_takes_the_snapshot() -> 
             signal.pthread_kill(here, signal.SIGUSR1)
 
     def handler() -> None:
-        use(rig.service, "memory://a", 3)
+        use(harness.service, "memory://a", 3)
         handled.set()
 
-    with Rig(memory=True, queue_depth=1, memory_limit=8192, observer=observer) as rig:
+    with Harness(memory=True, queue_depth=1, memory_limit=8192, observer=observer) as harness:
         with handling(signal.SIGUSR1, handler):
-            rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+            harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
             assert handled.wait(PATIENCE_SECONDS)
-        assert number_of(rig.service.load("memory://a")) in (1, 3)
+        assert number_of(harness.service.load("memory://a")) in (1, 3)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -221,25 +221,25 @@ def test_a_handler_may_close_the_service_at_every_line_of_save(alone: bool) -> N
     So it is where another service keeps the loop running.
     """
     ends: set[str] = set()
-    other = Rig(memory=True)
+    other = Harness(memory=True)
     if not alone:
         use(other.service, "memory://b", 0)
 
     def step(line: int) -> list[str]:
-        rig = Rig(memory=True)
-        use(rig.service, "memory://a", 1)
+        harness = Harness(memory=True)
+        use(harness.service, "memory://a", 1)
         with (
-            handling(signal.SIGTERM, lambda: rig.service.close(PATIENCE_SECONDS)),
+            handling(signal.SIGTERM, lambda: harness.service.close(PATIENCE_SECONDS)),
             at_line(line, lambda: signal.raise_signal(signal.SIGTERM)) as where,
         ):
             try:
-                handle = rig.service.save(state(2), "memory://a")
+                handle = harness.service.save(state(2), "memory://a")
             except ServiceClosedError:
                 ends.add("refused")
             else:
                 handle.wait(PATIENCE_SECONDS)
                 ends.add("durable")
-        rig.service.close()
+        harness.service.close()
         return where
 
     with other:
@@ -254,17 +254,17 @@ def test_ctrl_c_at_every_line_of_save_leaves_a_working_service() -> None:
         raise KeyboardInterrupt
 
     def step(line: int) -> list[str]:
-        with Rig(memory=True, queue_depth=1, memory_limit=8192) as rig:
-            use(rig.service, "memory://a", 1)
+        with Harness(memory=True, queue_depth=1, memory_limit=8192) as harness:
+            use(harness.service, "memory://a", 1)
             where: list[str] = []
             try:
                 with at_line(line, interrupt) as where:
-                    rig.service.save(state(2), "memory://a")
+                    harness.service.save(state(2), "memory://a")
             except KeyboardInterrupt:
                 pass
-            use(rig.service, "memory://b", 3)
-            assert number_of(rig.service.load("memory://a")) in (1, 2)
-            assert rig.service.pending == ()
+            use(harness.service, "memory://b", 3)
+            assert number_of(harness.service.load("memory://a")) in (1, 2)
+            assert harness.service.pending == ()
             return where
 
     assert walk(step) > 40
@@ -277,14 +277,14 @@ def test_ctrl_c_at_every_line_of_a_first_save_leaves_no_thread() -> None:
         raise KeyboardInterrupt
 
     def step(line: int) -> list[str]:
-        rig = Rig(memory=True)
+        harness = Harness(memory=True)
         where: list[str] = []
         try:
             with at_line(line, interrupt, PACKAGE_FILES) as where:
-                rig.service.save(state(1), "memory://a")
+                harness.service.save(state(1), "memory://a")
         except KeyboardInterrupt:
             pass
-        rig.service.close()
+        harness.service.close()
         for thread in threading.enumerate():
             if thread.name.startswith("async_ckpt"):
                 until = time.monotonic() + PATIENCE_SECONDS
@@ -305,15 +305,15 @@ def test_ctrl_c_at_every_line_of_other_calls_leaves_a_working_service(call: str)
         raise KeyboardInterrupt
 
     def step(line: int) -> list[str]:
-        with Rig(memory=True, queue_depth=1) as rig:
-            use(rig.service, "memory://a", 1)
+        with Harness(memory=True, queue_depth=1) as harness:
+            use(harness.service, "memory://a", 1)
             where: list[str] = []
             try:
                 with at_line(line, interrupt) as where:
-                    getattr(rig.service, call)(*([] if call == "wait" else ["memory://a"]))
+                    getattr(harness.service, call)(*([] if call == "wait" else ["memory://a"]))
             except KeyboardInterrupt:
                 pass
-            use(rig.service, "memory://a", 3)
+            use(harness.service, "memory://a", 3)
             return where
 
     assert walk(step) > 10
@@ -331,12 +331,12 @@ def test_ctrl_c_at_every_line_of_telling_loses_no_failure(call: str, count: int)
         told: list[BaseException] = []
         gate, hold = gated("commit")
         failing = Fault(operation="commit", error=lambda: StoreError("no more room"))
-        with Rig(hold, failing, memory=True, max_concurrent_saves=2) as rig:
-            handles = [rig.service.save(state(1), f"memory://{number}") for number in range(count)]
+        with Harness(hold, failing, memory=True, max_concurrent_saves=2) as harness:
+            handles = [harness.service.save(state(1), f"memory://{number}") for number in range(count)]
             over = threading.Event()
 
             def let_fail() -> None:
-                while call.endswith("while it fails") and not one_waits(rig.service, Kind.LOAD):
+                while call.endswith("while it fails") and not one_waits(harness.service, Kind.LOAD):
                     if over.is_set():  # Ctrl-C came first
                         break
                 gate.open()
@@ -350,15 +350,15 @@ def test_ctrl_c_at_every_line_of_telling_loses_no_failure(call: str, count: int)
                     failing_now.result(PATIENCE_SECONDS)
                 try:
                     with at_line(line, interrupt, OURS) as where:
-                        FAILING_CALLS[call](rig.service, handles)
+                        FAILING_CALLS[call](harness.service, handles)
                 finally:
                     over.set()
             with hearing(told):
-                rig.service.wait(PATIENCE_SECONDS)
+                harness.service.wait(PATIENCE_SECONDS)
             assert {id(error) for error in told} >= {id(handle._outcome.exception()) for handle in handles}, (
                 where
             )
-            rig.service.wait(PATIENCE_SECONDS)
+            harness.service.wait(PATIENCE_SECONDS)
         return where
 
     assert walk(step) > 10
@@ -370,24 +370,24 @@ def test_rest_may_be_interrupted_at_every_line(nested: bool) -> None:
     handled: list[int] = []
 
     def step(line: int) -> list[str]:
-        rig = Rig(memory=True)
-        use(rig.service, "memory://a", 1)
+        harness = Harness(memory=True)
+        use(harness.service, "memory://a", 1)
 
         def act() -> None:
             if not nested:
                 raise KeyboardInterrupt
-            use(rig.service, "memory://b", 2)
+            use(harness.service, "memory://b", 2)
             handled.append(line)
 
         where: list[str] = []
         try:
             with at_line(line, act, PACKAGE_FILES) as where:
-                rig.service.rest()
+                harness.service.rest()
         except KeyboardInterrupt:
             pass
-        use(rig.service, "memory://c", 3)
-        rig.service.close()
-        assert not rig.service.is_running
+        use(harness.service, "memory://c", 3)
+        harness.service.close()
+        assert not harness.service.is_running
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("async_ckpt")], where
         return where
 
@@ -403,14 +403,14 @@ def test_ctrl_c_at_every_line_of_close_leaves_no_thread() -> None:
         raise KeyboardInterrupt
 
     def step(line: int) -> list[str]:
-        rig = Rig(memory=True)
-        rig.service.save(state(1), "memory://a")
+        harness = Harness(memory=True)
+        harness.service.save(state(1), "memory://a")
         where: list[str] = []
         try:
             with at_line(line, interrupt, OURS) as where:
-                rig.service.close()
+                harness.service.close()
         except KeyboardInterrupt:
-            rig.service.close()
+            harness.service.close()
         for thread in threading.enumerate():
             if thread.name.startswith(("async_ckpt", "ThreadPoolExecutor")):
                 thread.join(PATIENCE_SECONDS)

@@ -70,7 +70,7 @@ class Gone:
     def flush(self):
         pass
 
-accepted(Rig(hold).service, state(1), f"{path}/a.ckpt")
+accepted(Harness(hold).service, state(1), f"{path}/a.ckpt")
 sys.stderr = Gone()
 """),
         tmp_path,

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from async_ckpt import Handle, State
 from async_ckpt.events import Cancelled, Durable, Event, Removed, Superseded
 from async_ckpt.testing import Fault, Gate
-from tests.support import PATIENCE_SECONDS, Rig, number_of, state
+from tests.support import PATIENCE_SECONDS, Harness, number_of, state
 
 PATHS = [f"memory://{name}" for name in "abcde"]
 THREADS = 3
@@ -33,7 +33,7 @@ class Threads(RuleBasedStateMachine):
         overflow=st.sampled_from(["block", "supersede"]),
     )
     def begin(self, depth: int, concurrent: int, overflow: str) -> None:
-        self.rig = Rig(
+        self.harness = Harness(
             memory=True,
             queue_depth=depth,
             max_concurrent_saves=concurrent,
@@ -52,13 +52,13 @@ class Threads(RuleBasedStateMachine):
         self.number += 1
         self.expected[path] = self.number
         self.handles.append(
-            self._on(path).submit(self.rig.service.save, state(self.number, nbytes=nbytes), path)
+            self._on(path).submit(self.harness.service.save, state(self.number, nbytes=nbytes), path)
         )
 
     @rule(path=st.sampled_from(PATHS))
     def remove(self, path: str) -> None:
         self.expected[path] = None
-        self.handles.append(self._on(path).submit(self.rig.service.remove, path))
+        self.handles.append(self._on(path).submit(self.harness.service.remove, path))
 
     @rule(path=st.sampled_from(PATHS))
     def load(self, path: str) -> None:
@@ -68,7 +68,7 @@ class Threads(RuleBasedStateMachine):
     def stop_storage(self, operation: str) -> None:
         gate = Gate()
         self.gates.append(gate)
-        self.rig.store.add(Fault(operation=operation, gate=gate))  # type: ignore[arg-type]
+        self.harness.store.add(Fault(operation=operation, gate=gate))  # type: ignore[arg-type]
 
     @rule()
     def let_storage_go_on(self) -> None:
@@ -78,27 +78,27 @@ class Threads(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Compare with the model once everything has ended."""
-        if not hasattr(self, "rig"):
+        if not hasattr(self, "harness"):
             return
         self.let_storage_go_on()
         try:
             loads = [(load.result(PATIENCE_SECONDS), expected) for load, expected in self.loads]
             handles = [handle.result(PATIENCE_SECONDS) for handle in self.handles]
-            self.rig.service.wait()
+            self.harness.service.wait()
             assert all(load == expected for load, expected in loads), loads
             assert {path: self._load(path) for path in PATHS} == self.expected
             self._check_ends(handles)
         finally:
             for thread in self.threads:
                 thread.shutdown()
-            self.rig.service.close()
+            self.harness.service.close()
 
     def _check_ends(self, handles: list[Handle]) -> None:
         """Every handle has ended, in the one way that its last event tells (D4)."""
         final = {State.DURABLE, State.REMOVED, State.CANCELLED, State.SUPERSEDED}
         assert {handle.state for handle in handles} <= final
         ends: dict[int, list[Event]] = defaultdict(list)
-        for event in self.rig.events:
+        for event in self.harness.events:
             if isinstance(event, ENDS):
                 ends[event.request_id].append(event)
         assert sorted(len(events) for events in ends.values()) == [1] * len(handles)
@@ -108,7 +108,7 @@ class Threads(RuleBasedStateMachine):
 
     def _load(self, path: str) -> float | None:
         try:
-            return number_of(self.rig.service.load(path))
+            return number_of(self.harness.service.load(path))
         except FileNotFoundError:
             return None
 
@@ -123,7 +123,7 @@ def test_threads_on_the_same_paths() -> None:
     Whatever takes effect on a path does so in the order of acceptance (O1); every load gives one whole checkpoint
     of its path, or none (D2); every request ends exactly once (D4).
     """
-    with Rig(memory=True, queue_depth=4, max_concurrent_saves=3) as rig:
+    with Harness(memory=True, queue_depth=4, max_concurrent_saves=3) as harness:
         saved: dict[str, set[float]] = {path: set() for path in PATHS}
         handles: list[Handle] = []
         saving = [True] * 3
@@ -133,7 +133,7 @@ def test_threads_on_the_same_paths() -> None:
                 for number in range(thread, 200, 3):
                     path = PATHS[number % 5]
                     saved[path].add(number)
-                    handles.append(rig.service.save(state(number), path))
+                    handles.append(harness.service.save(state(number), path))
             finally:
                 saving[thread] = False
 
@@ -141,9 +141,9 @@ def test_threads_on_the_same_paths() -> None:
             loaded = 0
             while any(saving):
                 for path in PATHS:
-                    handles.append(rig.service.remove(path))
+                    handles.append(harness.service.remove(path))
                     try:
-                        assert number_of(rig.service.load(path)) in saved[path]
+                        assert number_of(harness.service.load(path)) in saved[path]
                         loaded += 1
                     except FileNotFoundError:
                         continue
@@ -153,12 +153,12 @@ def test_threads_on_the_same_paths() -> None:
             work = [pool.submit(remove_and_load), *[pool.submit(save, thread) for thread in range(3)]]
             for each in work:
                 each.result(60)
-        rig.service.wait()
+        harness.service.wait()
 
-        assert rig.memory is not None
+        assert harness.memory is not None
         effects: dict[str, list[int]] = defaultdict(list)
         ended: dict[int, int] = defaultdict(int)
-        for event in rig.events:
+        for event in harness.events:
             if isinstance(event, ENDS):
                 ended[event.request_id] += 1
             if isinstance(event, Durable | Removed):

@@ -18,7 +18,7 @@ import torch
 from async_ckpt import RetryPolicy, StoreError, load
 from async_ckpt.errors import TransientStoreError
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, number_of, state
+from tests.support import PATIENCE_SECONDS, Harness, number_of, state
 
 
 def state_of_the_program() -> dict[str, Any]:
@@ -50,16 +50,16 @@ def test_nothing_of_the_programs_is_changed(tmp_path: Path, memory: bool) -> Non
     full = Fault(operation="commit", calls=(2,), error=lambda: StoreError("no more room"))
     place = "memory://" if memory else f"{tmp_path}/"
     before = state_of_the_program()
-    with Rig(broken, full, memory=memory, retry=retry) as rig:
-        rig.service.save(state(1), f"{place}a").wait(PATIENCE_SECONDS)
+    with Harness(broken, full, memory=memory, retry=retry) as harness:
+        harness.service.save(state(1), f"{place}a").wait(PATIENCE_SECONDS)
         with pytest.raises(StoreError):
-            rig.service.save(state(2), f"{place}b").wait(PATIENCE_SECONDS)
-        assert number_of(rig.service.load(f"{place}a")) == 1
+            harness.service.save(state(2), f"{place}b").wait(PATIENCE_SECONDS)
+        assert number_of(harness.service.load(f"{place}a")) == 1
         if not memory:
             assert number_of(load(f"{place}a")) == 1
-        rig.service.save(state(3), f"{place}b").wait(PATIENCE_SECONDS)
-        rig.service.remove(f"{place}a").wait(PATIENCE_SECONDS)
-        rig.service.wait(PATIENCE_SECONDS)
+        harness.service.save(state(3), f"{place}b").wait(PATIENCE_SECONDS)
+        harness.service.remove(f"{place}a").wait(PATIENCE_SECONDS)
+        harness.service.wait(PATIENCE_SECONDS)
     assert state_of_the_program() == before
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from async_ckpt.events import Accepted, Durable, Failed, PartWritten
 from async_ckpt.timeline import Timeline
-from tests.support import Rig, complaints, gated, python, reached, state
+from tests.support import Harness, complaints, gated, python, reached, state
 
 
 def _trace(path: Path) -> dict[str, Any]:
@@ -31,14 +31,14 @@ def test_a_run_of_a_service_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "trace.json"
     gate, held = gated("commit", calls=(1,))
     timeline = Timeline(path)
-    with Rig(held, memory=True, observer=timeline, on_error="warn") as rig:
-        rig.service.save(state(1), "memory/a.ckpt")
+    with Harness(held, memory=True, observer=timeline, on_error="warn") as harness:
+        harness.service.save(state(1), "memory/a.ckpt")
         reached(gate)
         timeline.write()
         assert "a.ckpt (pending)" in _names(path)
         gate.open()
-        rig.service.wait()
-        rig.service.remove("memory/a.ckpt").wait()
+        harness.service.wait()
+        harness.service.remove("memory/a.ckpt").wait()
     timeline.write()
     assert _names(path) == [
         "save a.ckpt",

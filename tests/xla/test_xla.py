@@ -18,7 +18,7 @@ import torch
 
 from async_ckpt import AsyncCheckpointIO, CheckpointService
 from async_ckpt.snapshot import HostBuffer, capture
-from async_ckpt.snapshot.xla import bring
+from async_ckpt.snapshot.xla import fetch_values
 from tests.support import PATIENCE_SECONDS, python
 
 if os.environ.get("PJRT_DEVICE") != "CPU":
@@ -211,7 +211,7 @@ def test_transfers_are_bounded() -> None:
     starts = [0, 64, 128, 192, 320]
     buffer = HostBuffer(1024)
     before = _executed()
-    bring(list(zip(starts, tensors, strict=True)), buffer.as_tensor(), fresh=True, batch_bytes=32)
+    fetch_values(list(zip(starts, tensors, strict=True)), buffer.as_tensor(), fresh=True, batch_bytes=32)
     assert (_executed() - before)["TransferFromDeviceTime"] == 4
     for start, tensor in zip(starts, tensors, strict=True):
         found = torch.frombuffer(buffer.memory, dtype=torch.float32, count=len(tensor), offset=start)

@@ -1,1 +1,1 @@
-"""From the bytes of a file to a state: as much of them as is asked for."""
+"""Reading a checkpoint: from the bytes of a file to a state, or a part of it."""

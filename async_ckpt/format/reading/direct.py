@@ -1,7 +1,7 @@
-"""How storages are read into the memory that torch made for them: by large ranges that go over many records. Pure.
+"""Plans reads straight into the memory of torch's storages, in large ranges over many records. Pure.
 
-Guarantees: a range covers the records that it is said to and what stands between them, which goes aside; there
-the local headers are, by which it is checked that the records begin where torch was expected to put them.
+Guarantees: a range covers its records and the bytes between them, which are read into separate memory. They contain the
+local headers, by which the expected offsets of the records are verified.
 
 What does not belong here: making the requests (`readahead`), waiting for them (`file`).
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from async_ckpt.format.central_directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 from async_ckpt.format.checksum import crc32, crc32_combine
-from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 
 __all__ = ["Range", "Wanted", "cut_ranges", "expected_start", "overlap", "plan_ranges"]
 
@@ -22,13 +22,13 @@ _WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
 
 @dataclass(slots=True, kw_only=True)
 class Wanted:
-    """A record, and the memory for its bytes.
+    """A record and the memory to read it into.
 
     Attributes:
-        entry: of the record.
+        entry: the record's entry.
         target: the memory.
-        start: where the bytes are expected to begin.
-        sums: length and CRC-32 of the pieces that have come, in order.
+        start: the expected offset of its bytes.
+        sums: length and CRC-32 of the pieces that have arrived, in order.
     """
 
     entry: Entry
@@ -37,12 +37,12 @@ class Wanted:
     sums: list[tuple[int, int]] = field(default_factory=list)
 
     def fits(self, nbytes: int) -> bool:
-        """Return whether the memory is as long as the record, all of which lies in a file of *nbytes* bytes."""
+        """Return whether memory and record have one length, and the record lies within a file of *nbytes* bytes."""
         return self.target.nbytes == self.entry.nbytes <= nbytes - self.start
 
     @property
     def checksum(self) -> int:
-        """The CRC-32 of what has been read; after all of its pieces were noted, in order."""
+        """The CRC-32 of the bytes read; valid once all pieces were noted, in order."""
         if crc32_combine is None:
             return crc32(self.target, 0)
         value = 0
@@ -56,8 +56,8 @@ class Range:
     """One request.
 
     Attributes:
-        start: of the range in the file.
-        targets: where its bytes go, one after the other.
+        start: the range's offset in the file.
+        targets: the memory for its bytes, in order.
         nbytes: its length.
     """
 
@@ -68,19 +68,19 @@ class Range:
     _headers: list[tuple[Wanted, memoryview]] = field(default_factory=list)
 
     def lead_to(self, record: Wanted) -> None:
-        """Go on to where the bytes of *record* begin, over its header."""
+        """Extend the range over the header of *record*, up to its bytes."""
         at = self.start + self.nbytes
         aside = memoryview(bytearray(record.start - at))
         self._headers.append((record, aside[record.entry.header - at :]))
         self._add(aside)
 
     def cover(self, record: Wanted, piece: memoryview) -> None:
-        """Go on over *piece*, the next of *record*."""
+        """Extend the range over *piece*, the next of *record*."""
         self._pieces.append((record, piece))
         self._add(piece)
 
     def note(self) -> bool:
-        """Now that the bytes are there, sum them up; return whether the records are where they were expected."""
+        """Compute the checksums of the bytes that were read; return whether the records are at the expected offsets."""
         for record, header in self._headers:
             try:
                 found = data_start(record.entry.header, header[: LOCAL_HEADER.size])
@@ -99,7 +99,7 @@ class Range:
 
 
 def expected_start(entry: Entry, alignment: int) -> int:
-    """Tell where torch lets the bytes of a record begin: ``getPadding`` of its inline_container.cc aligns them."""
+    """Return the offset at which torch aligns a record's bytes; see ``getPadding`` in its inline_container.cc."""
     start = entry.header + LOCAL_HEADER.size + len(entry.name.encode()) + 4
     if max(entry.nbytes, entry.header) >= _SATURATED:
         start += 4 + 16 * (entry.nbytes >= _SATURATED) + 8 * (entry.header >= _SATURATED)
@@ -107,7 +107,7 @@ def expected_start(entry: Entry, alignment: int) -> int:
 
 
 def overlap(records: Iterable[Wanted]) -> bool:
-    """Return whether records overlap; torch's never do, and read so a file would take more than its length."""
+    """Return whether records overlap; torch's never do, and they would take more memory than the file's length."""
     stop = 0
     for record in sorted(records, key=lambda record: record.entry.header):
         if record.entry.header < stop:
@@ -119,12 +119,12 @@ def overlap(records: Iterable[Wanted]) -> bool:
 def cut_ranges(
     start: int, targets: Iterable[memoryview], *, longest_bytes: int
 ) -> list[tuple[int, list[memoryview]]]:
-    """Return the ranges, each with where its bytes go, that fill *targets* one after the other from *start* on.
+    """Return ranges, with their memory, that fill *targets* one after the other from offset *start* on.
 
     Args:
-        start: where they begin in the file.
-        targets: where the bytes go.
-        longest_bytes: the most that one request should ask for.
+        start: the offset in the file.
+        targets: the memory for the bytes.
+        longest_bytes: the largest request.
     """
     ranges: list[tuple[int, list[memoryview]]] = []
     room = 0
@@ -144,11 +144,11 @@ def plan_ranges(records: Iterable[Wanted], *, longest_bytes: int) -> list[Range]
     """Return the ranges that read *records*, in the order of the file.
 
     Args:
-        records: what to read; none of them empty, and no two that `overlap`.
-        longest_bytes: the most that one request should ask for, headers aside.
+        records: the records; not empty, and without `overlap`.
+        longest_bytes: the largest request, headers aside.
 
     Returns:
-        The ranges, each with the pieces of one record after the other.
+        The ranges, each with the pieces of its records.
     """
     ranges: list[Range] = []
     for record in sorted(records, key=lambda record: record.start):

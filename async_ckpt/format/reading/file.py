@@ -1,11 +1,11 @@
-"""A checkpoint that is being fetched, as the file that ``torch.load`` reads on the caller's thread.
+"""A checkpoint as a file object, which ``torch.load`` reads on the caller's thread while it is being fetched.
 
-Guarantees: every byte is that of the file, and every record that is read whole has the checksum which the file
-gives for it. Torch's memory is written to only while a read of torch's lasts, or else it is kept alive until what still
-writes to it has ended, so that nobody has to wait for storage that hangs (B2). Where the records are is learned from
-the end of the file; a file that is no such archive is read all the same.
+Guarantees: the bytes are those of the file, and the checksum of every record that is read whole is verified. Torch's
+memory is written to only during a read of torch's; otherwise it is kept alive until the last write to it has ended, so
+that nobody has to wait for storage that hangs (B2). The offsets of the records come from the end of the file; a file
+that is no zip archive can be read, too.
 
-What does not belong here: what is fetched when (`readahead`), what is made of the bytes (`reader`).
+What does not belong here: the order of fetching (`readahead`), interpreting the bytes (`reader`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from time import monotonic
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
+from async_ckpt.format.central_directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 from async_ckpt.format.checksum import crc32
-from async_ckpt.format.directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 from async_ckpt.format.reading.direct import Wanted, cut_ranges, expected_start, overlap, plan_ranges
 from async_ckpt.format.reading.index import Index, read_index
 from async_ckpt.format.reading.readahead import CHUNK_BYTES, Piece, ReadAhead
@@ -39,41 +39,41 @@ _MANY_BYTES = 256 << 10
 _ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
 _POPULATED_BYTES = 128 << 10  # less lies in pages that are there, as a rule
 
-# What is kept in memory beside the state is bounded, whatever a file says of itself. What is longer, torch reads alone.
+# Memory beside the state is bounded, whatever the file says. Longer records are left to torch.
 _LONGEST_BEGINNING_BYTES = 16 << 20
 _LONGEST_NUMBER_BYTES = 20
 
 END_SECONDS = 1.0
-"""How long what is under way may take to end before it is left behind, to end when it can."""
+"""How long a running read may take to end before it is left behind."""
 
 LONGEST_BYTES = 32 << 20
-"""Length of the reads that go straight into the memory of storages, where there is much to read."""
+"""The length of reads that go straight into the memory of storages, if there is much to read."""
 
 
 class Loop(Protocol):
-    """The thread on which everything awaits; see ``runtime.Runtime``."""
+    """The thread of the event loop; see ``runtime.Runtime``."""
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Have *function* called there and wait for what it returns or raises; calls keep their order."""
+        """Call *function* on that thread, and return its result; calls keep their order."""
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run the coroutine *function* there, after what was called before; return at once."""
+        """Run the coroutine *function* on that thread, after earlier calls; return at once."""
 
 
 class CheckpointFile(io.RawIOBase):
-    """The file; close it on every path.
+    """The file object; close it on every path.
 
     Args:
-        ahead: what fetches it.
-        loop: where that runs.
+        ahead: fetches the file.
+        loop: runs the fetching.
         url: for messages.
-        moved: told, on the caller's thread, how many bytes have come.
+        moved: called, on the caller's thread, with the number of bytes that have arrived.
 
     Attributes:
         nbytes: length of the file.
-        error: what ended the reading; torch may hide it behind an error of its own.
-        ended_early: more was asked for than there is.
-        alignment: of the records; None before `keep_beginning`, and where it was not torch that laid out the archive.
+        error: the error that ended the reading; torch may hide it behind an error of its own.
+        ended_early: whether more bytes were requested than the file has.
+        alignment: the alignment of the records; None before `keep_beginning`, or if torch did not write the archive.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class CheckpointFile(io.RawIOBase):
     # -- for the reader
 
     def start(self) -> None:
-        """Open the file and learn what is where.
+        """Open the file, and read its directory.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
             StoreError: it cannot be read.
         """
         with self._failing():
@@ -127,16 +127,16 @@ class CheckpointFile(io.RawIOBase):
 
     @property
     def has_directory(self) -> bool:
-        """Whether it ends as an archive does."""
+        """Whether the file ends like a zip archive."""
         return self._index.has_directory
 
     @property
     def storages(self) -> dict[str, Storage] | None:
-        """The records of storages by name, in the order in which they are probably read; see `Index`."""
+        """The records of storages by name, in the probable order of reading; see `Index`."""
         return self._index.storages
 
     def fetch_all_but(self, skipped: Collection[str] = ()) -> None:
-        """Fetch from now on what will be read, and leave the memory for these storages as it is."""
+        """Fetch what will be read from now on; the memory of *skipped* storages stays unfilled."""
         with self._failing():
             self._skipped = skipped
             self._records.clear()
@@ -152,7 +152,7 @@ class CheckpointFile(io.RawIOBase):
             )
 
     def keep_beginning(self) -> None:
-        """Fetch once and keep what stands before the first storage, if it is not too long: the pickle, above all."""
+        """Fetch and keep the bytes before the first storage, mainly the pickle, if they are not too long."""
         assert self.storages is not None
         with self._failing():
             stop = min((place.start for place in self.storages.values()), default=0)
@@ -169,9 +169,9 @@ class CheckpointFile(io.RawIOBase):
             self.alignment = alignment
 
     def record(self, name: str, *, longest_bytes: int = _LONGEST_BEGINNING_BYTES) -> bytes | None:
-        """Return what is in the record of that name, less the archive's own name before it.
+        """Return the content of the record *name*, which is given without the archive's name.
 
-        None where there is no such record, or a longer one.
+        None if there is no such record, or it is longer.
         """
         entry = self._index.entry(name)
         start = None if entry is None or entry.nbytes > longest_bytes else self._start_of(entry)
@@ -181,18 +181,18 @@ class CheckpointFile(io.RawIOBase):
         return self.read(entry.nbytes)
 
     def read_storages(self, targets: Mapping[str, memoryview]) -> bool:
-        """Read storages straight into memory, in large ranges, several at a time.
+        """Read storages straight into memory, in large concurrent ranges.
 
         Args:
-            targets: for each storage, the memory that it fills: a view that keeps it alive, for a read that hangs may
-                write to it after this has raised.
+            targets: the memory of each storage: a view that keeps it alive, as a read that hangs may write to it after
+                this has raised.
 
         Returns:
-            False where the archive is laid out otherwise than torch does it, or has more or fewer bytes than there
-            is memory for: then nothing is known of the memory.
+            False if the archive is not laid out as torch does it, or a record and its memory differ in length; the
+            content of the memory is undefined then.
 
         Raises:
-            CorruptCheckpointError: a storage has not the checksum that the file gives for it.
+            CorruptCheckpointError: a storage's checksum does not match.
             StoreError: it cannot be read.
         """
         with self._failing():
@@ -201,7 +201,7 @@ class CheckpointFile(io.RawIOBase):
                 Wanted(entry=entry, target=target, start=expected_start(entry, self.alignment or _ALIGNMENT))
                 for entry, target in ((entries[name], target) for name, target in targets.items())
             ]
-            # The lengths of the memory are what the pickle says, and older torch believes it.
+            # The lengths of the memory come from the pickle, which older versions of torch trust.
             if not all(each.fits(self.nbytes) for each in wanted) or overlap(wanted):
                 return False
             ranges = plan_ranges(wanted, longest_bytes=self._longest_bytes(targets.values()))
@@ -217,11 +217,11 @@ class CheckpointFile(io.RawIOBase):
             return as_expected
 
     def read_into(self, start: int, targets: Sequence[memoryview]) -> None:
-        """Read straight into memory, one place after the other, what stands from *start* on; several reads at a time.
+        """Read straight into memory, one target after the other, from offset *start* on, in concurrent reads.
 
         Args:
-            start: where it begins; all of it lies within the file.
-            targets: views that keep their memory alive, for a read that hangs may write to it after this has raised.
+            start: the offset; the whole range lies within the file.
+            targets: views that keep their memory alive, as a read that hangs may write to it after this has raised.
 
         Raises:
             StoreError: it cannot be read.
@@ -233,14 +233,14 @@ class CheckpointFile(io.RawIOBase):
                 self._moved(sum(each.nbytes for each in cut))
 
     def _longest_bytes(self, targets: Iterable[memoryview]) -> int:
-        """Return how much to ask for at a time, so that all readers have something to do."""
+        """Return the size of a request with which all readers have something to do."""
         share = sum(target.nbytes for target in targets) // (2 * self._ahead.readers)
         return min(max(share, CHUNK_BYTES), LONGEST_BYTES)
 
     def _gather(
         self, ranges: Sequence[tuple[int, Sequence[memoryview]]], memory: Iterable[memoryview]
     ) -> list[Piece]:
-        """Have ranges read into parts of *memory*."""
+        """Read ranges into parts of *memory*."""
         pieces = self._loop.call(self._ahead.gather, ranges)
         for target in memory:  # else the loop thread would, page by page, as the bytes come
             if target.nbytes >= _POPULATED_BYTES:
@@ -248,33 +248,33 @@ class CheckpointFile(io.RawIOBase):
         return pieces
 
     def take_last(self) -> str | None:
-        """Return the name of the storage that was read since this was last called."""
+        """Return the name of the storage that was read since the last call."""
         last, self._last = self._last, None
         return last
 
     def stop(self, reason: BaseException) -> None:
-        """Have the fetching end, from any thread; the next read raises *reason*, and so does one that waits."""
+        """Stop fetching, from any thread; the next read raises *reason*, and so does one that waits."""
         if self._end_by is None:
             self._end_by = monotonic() + END_SECONDS
         with suppress(ServiceClosedError):  # the loop has ended
-            # Also before `start`, which another thread may be about to call; so look in its order.
+            # This may run before `start`, which another thread may be about to call: check in the order of `start`.
             if (not self._started or self._running) and not self._loop.call(self._ahead.stop, reason):
                 self._running = False  # it has not even begun
 
     def end(self, reason: BaseException) -> bool:
-        """Do that, and wait until nothing is under way, but not for long; return whether that is so."""
+        """Like ``stop``, but wait shortly until no read is running; return whether that is so."""
         self.stop(reason)
         if self._running and self._end_by is not None:
             try:
                 self._ahead.ended.exception(self._end_by - monotonic())
             except TimeoutError:
-                _log.info("a read of %s does not end, and is left behind", self._url)
+                _log.info("a read of %s does not end and is left behind", self._url)
                 return False
             self._running = False
         return True
 
     def when_ended(self, callback: Callable[[], object]) -> None:
-        """Call *callback* once nothing is under way any more: at once, or on the loop thread."""
+        """Call *callback* once no read is running any more: at once, or on the loop thread."""
         if self._running:
             self._ahead.ended.add_done_callback(callback)
         else:
@@ -291,11 +291,11 @@ class CheckpointFile(io.RawIOBase):
     # -- for torch
 
     def readable(self) -> bool:
-        """Tell that it is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Tell that it is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
@@ -312,7 +312,7 @@ class CheckpointFile(io.RawIOBase):
         return self._position
 
     def read(self, nbytes: int = -1, /) -> bytes:
-        """Return up to *nbytes* bytes; raises what ended the reading, now or before."""
+        """Return up to *nbytes* bytes; raise the error that ended the reading, if any."""
         if self.error is not None:
             raise self.error
         left = max(0, self.nbytes - self._position)
@@ -324,7 +324,7 @@ class CheckpointFile(io.RawIOBase):
         return bytes(data)
 
     def readinto(self, target: Any, /) -> int:
-        """Fill *target* as far as the file goes, or return 0 and let `read` raise what went wrong.
+        """Fill *target* as far as the file goes, or return 0 and let `read` raise the error.
 
         Torch calls `read` when this returns 0, and while an exception is pending when this raises.
         """
@@ -366,7 +366,7 @@ class CheckpointFile(io.RawIOBase):
             return
         header = self._index.headers.get(start) if view.nbytes == LOCAL_HEADER.size else None
         if header is not None and header.name in self._skipped:
-            # One that says no more than where the bytes would be, if there were neither padding nor extra fields.
+            # A stand-in, whose offset is that of a record without padding and extra fields.
             LOCAL_HEADER.pack_into(view, 0, b"PK\x03\x04", *[0] * 8, len(header.name.encode()), 0)
         else:
             for begin, end in self._arrivals(start, view, is_kept):
@@ -376,7 +376,7 @@ class CheckpointFile(io.RawIOBase):
                 self._records[data_start(start, view)] = header
 
     def _start_of(self, entry: Entry) -> int | None:
-        """Tell where the bytes of a record begin, if its local header is one."""
+        """Return the offset of a record's bytes, if its local header is valid."""
         self.seek(entry.header)
         with suppress(*NOT_UNDERSTOOD):
             return data_start(entry.header, self.read(LOCAL_HEADER.size))
@@ -392,9 +392,9 @@ class CheckpointFile(io.RawIOBase):
             )
 
     def _arrivals(self, start: int, view: memoryview, is_kept: bool) -> Iterator[tuple[int, int]]:
-        """Fill *view*, and yield what has come of it, piece by piece, in order.
+        """Fill *view*, and yield its pieces in order as they arrive.
 
-        Only a view that *is_kept*, with what it shows, as long as somebody may write to it is given away.
+        Reads write directly into *view* only if it *is_kept*, alive with its memory for as long as one may write to it.
         """
         stop = start + view.nbytes
         for begin, end, memory in (*self._near, *self._kept):
@@ -430,7 +430,7 @@ class CheckpointFile(io.RawIOBase):
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """End the fetching when the body raises."""
+        """Stop fetching if the body raises."""
         try:
             yield
         except BaseException as error:
@@ -446,7 +446,7 @@ class CheckpointFile(io.RawIOBase):
 
 
 def _copy(target: memoryview, source: memoryview) -> None:
-    """Copy bytes; many of them without holding up the loop's thread, which needs the GIL."""
+    """Copy bytes; for many bytes, release the GIL, which the loop's thread needs."""
     if target.nbytes < _MANY_BYTES:
         target[:] = source
         return

@@ -1,9 +1,9 @@
-"""What is where in the file of a checkpoint, learned from its end.
+"""The index of a checkpoint file: the offsets of its records, read from its end.
 
-Guarantees: what is kept in memory is bounded, whatever the file says of itself. A file that is no archive of records
-that are stored as they are, each with a name and a place of its own, has no storages here, and is no error.
+Guarantees: the memory is bounded, whatever the file says. A file that is not an archive of uncompressed, distinct
+records has no storages here; that is no error.
 
-What does not belong here: the format of a directory (`directory`), fetching (`file`).
+What does not belong here: the format of the directory (`central_directory`), fetching (`file`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from async_ckpt.format.directory import NOT_UNDERSTOOD, Entry, find_directory, list_entries
+from async_ckpt.format.central_directory import NOT_UNDERSTOOD, Entry, find_directory, list_entries
 from async_ckpt.format.reading.records import Storage, storages_of
 
 __all__ = ["Index", "read_index"]
@@ -27,11 +27,11 @@ class Index:
     """What is where.
 
     Attributes:
-        has_directory: the file ends as an archive does.
-        headers: the entries of its directory, by where their local headers begin.
-        storages: the records of storages by name, in the order in which they are probably read; or None.
-        kept_from: where the end of the file begins that was fetched for this.
-        tail: that end.
+        has_directory: whether the file ends like a zip archive.
+        headers: the entries of its directory, by the offsets of their local headers.
+        storages: the records of storages by name, in the probable order of reading; or None.
+        kept_from: the offset of ``tail``.
+        tail: the end of the file, which was fetched to make the index.
     """
 
     has_directory: bool = False
@@ -41,16 +41,16 @@ class Index:
     tail: memoryview = field(default_factory=lambda: memoryview(b""))
 
     def entry(self, name: str) -> Entry | None:
-        """Return the entry of that name, less the archive's own, which torch takes from the first entry."""
+        """Return the entry *name*, given without the archive's name, which torch takes from the first entry."""
         entries = {entry.name: entry for entry in self.headers.values()}
         return entries.get(f"{next(iter(entries), '').partition('/')[0]}/{name}")
 
 
 def read_index(fetch: Callable[[int, int], memoryview], nbytes: int) -> Index:
-    """Return what the end of a file says.
+    """Read the index from the end of a file.
 
     Args:
-        fetch: returns the bytes of the file from one position to another.
+        fetch: returns the bytes between two offsets.
         nbytes: length of the file.
     """
     index = Index()
@@ -60,7 +60,7 @@ def read_index(fetch: Callable[[int, int], memoryview], nbytes: int) -> Index:
         start, stop = find_directory(tail, nbytes)
         index.has_directory = True
         if stop - start > _LONGEST_DIRECTORY_BYTES:
-            raise ValueError("the directory is too long to be kept")
+            raise ValueError("the directory is too long to be kept in memory")
         missing = nbytes - tail.nbytes - start
         if missing > 0:  # and the records that stand before the directory and are read first
             begin = max(0, start - _LEAD_BYTES)

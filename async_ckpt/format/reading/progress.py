@@ -1,7 +1,7 @@
-"""How far a load has come, told on a terminal or in the log.
+"""Shows the progress of a load, on a terminal or in the log.
 
-Guarantees: a load that nobody waits long for tells nothing, unless it was asked to; telling costs next to
-nothing. Without tqdm there are lines in the log instead of a bar.
+Guarantees: a short load shows nothing, unless asked to; showing progress costs next to nothing. Without tqdm, lines are
+logged instead of a bar.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Progress:
     """The progress of one load.
 
     Args:
-        wanted: True tells always, False never, None on a terminal once the load takes long.
-        url: what is loaded.
+        wanted: True always shows it, False never, None on a terminal once the load takes long.
+        url: the location that is loaded.
         clock: returns a monotonic time in seconds.
-        stream: where a bar is drawn; standard error.
+        stream: the stream for the bar; standard error by default.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Progress:
         self._bar: Any = None
 
     def expect(self, nbytes: int) -> None:
-        """Be told how many bytes there will be."""
+        """Set the expected number of bytes."""
         self._total = nbytes
 
     def moved(self, nbytes: int) -> None:
-        """Be told that so many more have come."""
+        """Add *nbytes* bytes that have arrived."""
         self._done += nbytes
         if self._tells and self._clock() - self._told >= _BETWEEN_TELLINGS_SECONDS:
             self._quietly(self._tell)
@@ -124,12 +124,12 @@ class Progress:
 
 
 def is_first_rank() -> bool:
-    """Return whether this is the one process of several that tells."""
+    """Return whether this is the process that shows progress, if there are several."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def is_watched(stream: TextIO | None) -> bool:
-    """Return whether somebody sees *stream*."""
+    """Return whether *stream* is a terminal or a notebook."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # it is closed
@@ -139,15 +139,15 @@ def is_watched(stream: TextIO | None) -> bool:
 def open_bar(
     what: str, *, total: int, before: int, seconds: float, leave: bool, stream: TextIO | None
 ) -> Any:
-    """Return tqdm's bar of bytes, which leaves no thread; ``False`` where there is no tqdm.
+    """Return a tqdm bar of bytes, which leaves no thread; ``False`` without tqdm.
 
     Args:
-        what: stands before it.
-        total: how many there will be.
-        before: how many there were when it began.
-        seconds: how long ago that was.
-        leave: whether the bar stays when it is closed.
-        stream: where it is drawn.
+        what: the text before the bar.
+        total: the expected number of bytes.
+        before: the number of bytes when it began.
+        seconds: how long ago it began.
+        leave: whether the bar stays on screen when it is closed.
+        stream: the stream for the bar.
     """
     try:
         tqdm = import_module("tqdm").tqdm

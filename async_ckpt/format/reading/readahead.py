@@ -1,16 +1,15 @@
-"""Fetches a file ahead of who reads it: many ranges at a time, straight into the reader's memory where it can.
+"""Fetches a file ahead of its reader: many ranges at a time, straight into the reader's memory if possible.
 
 Guarantees:
 
-* Large ranges go straight into the reader's memory, several at a time, where that lives for as long as it is written
-  to. Meanwhile and between them, what will be asked for next comes into a window of reused buffers, so that the
-  connections do not fall idle.
-* The window, the reads under way and the reach of a wrong guess are bounded (B2).
-* After `stop` nobody waits, though a read hangs and cannot be ended (B2). Only memory that is kept alive for it may
-  still be written to. Once `ended` is set, nothing is under way any more, and the source is closed.
+* Large ranges are read straight into the reader's memory, several at a time, if that memory is kept alive. Meanwhile
+  and in between, the next ranges are read into a window of reused buffers, so that connections do not fall idle.
+* The window, the running reads and the cost of a wrong guess are bounded (B2).
+* After `stop`, no reader waits, even if a read hangs and cannot be cancelled (B2). Such a read may still write to
+  memory, which is kept alive for it. Once `ended` is set, no read is running, and the source is closed.
 
 Everything here runs on the loop thread; the reader's side, on the caller's thread, is `file`.
-What does not belong here: what the bytes mean, and in which order they will be read (`CheckpointFile` says).
+What does not belong here: the meaning of the bytes, and the order in which they will be read (`CheckpointFile`).
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ __all__ = ["CHUNK_BYTES", "Piece", "ReadAhead"]
 _log = logging.getLogger("async_ckpt.format")
 
 CHUNK_BYTES = 4 << 20
-"""Length of the reads into the window."""
+"""The length of reads into the window."""
 
 _WINDOW_BYTES = 48 << 20
 
 
 class Piece:
-    """One read: the bytes *start* to *stop* of the file.
+    """One read of the bytes *start* to *stop* of the file.
 
     Attributes:
-        targets: where they go, one after the other; views that keep what they show alive.
-        arrived: set once they are there.
-        is_ours: whether they go to a buffer of ours, not the reader's own memory.
+        targets: the memory for the bytes, in order; views that keep the memory alive.
+        arrived: set once the bytes are there.
+        is_ours: whether the memory is a buffer of ours, not the reader's.
     """
 
     __slots__ = ("arrived", "is_ours", "start", "stop", "targets")
@@ -58,7 +57,7 @@ class Piece:
 
     @property
     def memory(self) -> memoryview:
-        """The first, and mostly only, of the targets."""
+        """The first target, and usually the only one."""
         return self.targets[0]
 
 
@@ -67,15 +66,15 @@ class ReadAhead:
 
     Args:
         open_source: opens the file.
-        max_concurrent_reads: reads at a time, if the source has no lower bound.
-        longest_read_bytes: where an answer takes its time, a few long reads are better than many short ones.
-        chunk_bytes: length of the reads into the window.
+        max_concurrent_reads: how many reads run at a time, if the source allows it.
+        longest_read_bytes: the longest read; if latency is high, a few long reads are better than many short ones.
+        chunk_bytes: the length of reads into the window.
 
     Attributes:
         chunk_bytes: as given.
-        opened: the length of the file, once it is open.
-        readers: how many reads are under way at a time.
-        ended: set when nothing is under way any more, and nothing will be.
+        opened: has the length of the file as its result, once it is open.
+        readers: how many reads run at a time.
+        ended: set when no read is running, and none will start.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class ReadAhead:
         self._read_to = 0  # where the last read ended that was not in the window
 
     async def run(self) -> None:
-        """Open the file and fetch, until `stop` is called."""
+        """Open the file, and fetch until `stop` is called."""
         self._begun = True
         source: Source | None = None
         try:
@@ -127,22 +126,22 @@ class ReadAhead:
             self._reason = error
         finally:
             self._reason = self._reason or ServiceClosedError("the loop ended while a checkpoint was read")
-            self._turn_away(self._reason)
+            self._fail_waiting(self._reason)
             if source is not None:
                 await _close(source)
             self._spare.clear()
             self.ended.set_result(None)
 
     def stop(self, reason: BaseException) -> bool:
-        """End everything soon; whoever waits gets *reason* at once. Tell whether `ended` will be set."""
+        """Stop soon; waiting readers get *reason* at once. Return whether `ended` will be set."""
         self._reason = self._reason or reason
         if self._scope is not None:
             self._scope.cancel()
-        self._turn_away(self._reason)
+        self._fail_waiting(self._reason)
         return self._begun
 
-    def _turn_away(self, reason: BaseException) -> None:
-        """Let nobody wait for what may never come."""
+    def _fail_waiting(self, reason: BaseException) -> None:
+        """Let all waiting readers fail with *reason*."""
         for piece in (*self._under_way, *self._urgent, *self._patient, *self._window):
             _fail(piece.arrived, reason)
         _fail(self.opened, reason)
@@ -150,7 +149,7 @@ class ReadAhead:
         self._patient.clear()
 
     def follow(self, script: Sequence[tuple[int, int]]) -> None:
-        """Fetch, from now on, these ranges in this order, as far ahead as the window allows."""
+        """Fetch these ranges in this order from now on, as far ahead as the window allows."""
         self._script = [part for part in script if part[0] < part[1]]
         self._by_start = sorted((start, index) for index, (start, _) in enumerate(self._script))
         self._cursor = (0, self._script[0][0] if self._script else 0)
@@ -159,18 +158,18 @@ class ReadAhead:
         self._notify()
 
     def want(self, start: int, nbytes: int, target: memoryview | None) -> list[Piece]:
-        """Ask for the *nbytes* bytes from *start* on.
+        """Request the *nbytes* bytes from *start* on.
 
-        What was returned before must not be used any more: its buffers may be filled anew.
+        Pieces that were returned before must not be used any more, as their buffers may be reused.
 
         Args:
             start: where they begin in the file.
-            nbytes: how many; without *target*, no more than ``chunk_bytes``.
-            target: where they will be, unless they are in buffers of ours; it keeps what it shows alive. None where
+            nbytes: how many; without *target*, at most ``chunk_bytes``.
+            target: memory for the bytes, unless they are in buffers of ours already; it keeps the memory alive. None if
                 there is no such memory.
 
         Returns:
-            Pieces that cover the range, in order. The first may begin before it, and the last end behind it.
+            Pieces that cover the range, in order. The first may begin before it, and the last may end after it.
         """
         if self._reason is not None:
             raise self._reason
@@ -183,13 +182,13 @@ class ReadAhead:
         return pieces
 
     def gather(self, ranges: Sequence[tuple[int, Sequence[memoryview]]]) -> list[Piece]:
-        """Have ranges read straight into the reader's memory, one place after the other, once nothing else is wanted.
+        """Read ranges straight into the reader's memory, in order, after all earlier requests.
 
         Args:
-            ranges: where each begins, and where its bytes go; the views keep what they show alive.
+            ranges: the offset of each range and the memory for its bytes; the views keep the memory alive.
 
         Returns:
-            A piece for each.
+            A piece for each range.
         """
         if self._reason is not None:
             raise self._reason
@@ -205,7 +204,7 @@ class ReadAhead:
         return min(_WINDOW_BYTES // self.chunk_bytes, 2 * self.readers)
 
     def _on_its_way(self, start: int, stop: int) -> tuple[list[Piece], int]:
-        """Return the pieces of the window from *start* on, and where they end; those before them are done with."""
+        """Return the window's pieces from *start* on, and their end; drop the pieces before them."""
         first = next((n for n, piece in enumerate(self._window) if piece.start <= start < piece.stop), None)
         if first is None:
             return [], start
@@ -221,7 +220,7 @@ class ReadAhead:
         return found, start
 
     def _fetch(self, start: int, stop: int, target: memoryview | None, *, jumped: bool) -> list[Piece]:
-        """Have a range fetched that is not on its way: into the window if it may be, and comes next in the script."""
+        """Fetch a range that is not being fetched yet: into the window, if possible and next in the script."""
         place = self._place_in_script(start)
         follows = 0 <= start - self._read_to < self.chunk_bytes // 64
         self._read_to = stop
@@ -244,7 +243,7 @@ class ReadAhead:
         return pieces
 
     def _directly(self, start: int, stop: int, target: memoryview | None) -> list[Piece]:
-        """Have a range fetched past the window: to *target*, or to a buffer of its own."""
+        """Fetch a range past the window: into *target*, or into a buffer of its own."""
         if target is None:
             pieces = [Piece(start, memoryview(bytearray(stop - start)), is_ours=True)]
         else:
@@ -256,7 +255,7 @@ class ReadAhead:
         return pieces
 
     def _place_in_script(self, at: int) -> int | None:
-        """Return the number of the script's range in which *at* is."""
+        """Return the index of the script's range that contains *at*."""
         index = bisect_right(self._by_start, (at, len(self._script))) - 1
         if index < 0:
             return None
@@ -264,7 +263,7 @@ class ReadAhead:
         return place if at < self._script[place][1] else None
 
     def _is_near(self, place: int, at: int) -> bool:
-        """Return whether the reader only leaves out a little, such as what stands between two records."""
+        """Return whether the reader skips only a little, such as the bytes between two records."""
         now, here = self._cursor
         if now >= len(self._script):
             return False
@@ -279,7 +278,7 @@ class ReadAhead:
         self._cursor = (place, at)
 
     def _next_of_script(self, *, at_once: bool = False) -> Piece | None:
-        """Return the next piece for the window, if there is room for one."""
+        """Return the next piece for the window, if there is room."""
         place, start = self._cursor
         if place >= len(self._script) or (len(self._window) >= self._limit and not at_once):
             return None
@@ -297,7 +296,7 @@ class ReadAhead:
         return piece
 
     def _drop(self, count: int) -> None:
-        """Take pieces out of the window; their buffers are used again once nothing is written to them."""
+        """Remove pieces from the window; their buffers are reused once nothing writes to them."""
         for _ in range(count):
             piece = self._window.popleft()
             buffer = piece.memory.obj

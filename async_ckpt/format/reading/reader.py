@@ -1,9 +1,9 @@
-"""From a file back to a state, by ``torch.load`` itself, over a file that is fetched ahead of it.
+"""Loads a state from a file, by ``torch.load`` itself, on a file object that is fetched ahead of it.
 
-Guarantees: what comes back is what ``torch.load`` would have returned, or, with *keys*, that part of it; of the
-rest, no more is fetched than the pickle. A damaged file is a ``CorruptCheckpointError``.
+Guarantees: the result is that of ``torch.load``, or the part of it that *keys* selects, for which only that part and
+the pickle are fetched. A damaged file raises a ``CorruptCheckpointError``.
 
-What does not belong here: where the file is, who may read it now.
+What does not belong here: storage, and the order of operations on a location.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from async_ckpt.errors import AsyncCheckpointError, CorruptCheckpointError, StoreError
 from async_ckpt.format.reading.file import CheckpointFile
-from async_ckpt.format.reading.old import is_tar, opened_old
-from async_ckpt.format.reading.plain import is_plain
+from async_ckpt.format.reading.legacy import is_tar, open_legacy
+from async_ckpt.format.reading.plain_pickle import is_plain
 from async_ckpt.format.reading.progress import Progress
 from async_ckpt.format.reading.safetensors import (
     LENGTH_BYTES,
@@ -61,12 +61,12 @@ def read_checkpoint(
     """Load a checkpoint.
 
     Args:
-        open_file: makes a file, not started yet, that tells what it is given how many bytes have come.
+        open_file: makes a file that is not started yet, given a callback for the number of bytes that have arrived.
         url: for messages.
         map_location: as for ``torch.load``.
-        unpickling: what else ``torch.load`` is told.
-        keys: patterns of the paths to load; ``None`` loads everything.
-        progress: whether to tell how far it is; ``None`` tells on a terminal, when it takes long.
+        unpickling: the other arguments of ``torch.load``.
+        keys: patterns of the values to load; ``None`` loads everything.
+        progress: whether to show progress; ``None`` shows it on a terminal if the load takes long.
 
     Returns:
         The state.
@@ -76,7 +76,7 @@ def read_checkpoint(
         CorruptCheckpointError: the file is damaged.
         StoreError: it cannot be read.
         KeyError: a pattern of *keys* matches nothing.
-        Exception: what ``torch.load`` raises for what it refuses.
+        Exception: ``torch.load`` refuses the file.
     """
     again = False
     while True:
@@ -88,19 +88,19 @@ def read_checkpoint(
                     return reading.safetensors(keys)
                 return reading.everything() if keys is None else reading.part(keys)
             except StoreError as error:
-                # It may have been replaced while we read it; what is there now is what was asked for.
+                # The file may have been replaced while we read it; the new one is the one to load.
                 if again or isinstance(error, CorruptCheckpointError) or is_transient(error):
                     raise
-                _log.info("reading %s from its beginning again: %s", url, error)
+                _log.info("reading %s again from its beginning: %s", url, error)
         again = True
 
 
 class _Elsewhere(Exception):
-    """A storage does not stay in the memory that torch made for it, or is not the only one of its record."""
+    """A storage does not stay in the memory that torch allocated, or shares its record with another one."""
 
 
 class _Reading:
-    """One attempt."""
+    """One attempt to read a checkpoint."""
 
     def __init__(
         self, file: CheckpointFile, shown: Progress, url: str, map_location: Any, unpickling: Unpickling
@@ -117,14 +117,14 @@ class _Reading:
         if self._may_gather():
             for state in self._gathered():
                 return state
-            _log.info("%s is no archive as torch lays it out: reading it record by record", self._url)
+            _log.info("%s is not laid out as torch does it: reading it record by record", self._url)
         self._file.fetch_all_but()
         return self._load(self._map_location)
 
     # -- without a pickle
 
     def safetensors(self, keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
-        """Load what safetensors has written, of which it is read, and made, what *keys* names."""
+        """Load a safetensors file; only the tensors that *keys* selects are read and made."""
         self._unpickling.check()
         device = device_of(self._map_location)
         tensors = self._tensors()
@@ -138,7 +138,7 @@ class _Reading:
         try:
             placed = {each.name: each.over(storage) for each, storage in zip(tensors, storages, strict=True)}
         except RuntimeError as error:
-            raise self._corrupt(f"a tensor has a shape that none can have ({error})") from error
+            raise self._corrupt(f"a tensor has an impossible shape ({error})") from error
         return placed if device == "cpu" else {name: each.to(device) for name, each in placed.items()}
 
     def _tensors(self) -> list[SafeTensor]:
@@ -153,7 +153,7 @@ class _Reading:
     # -- the state first, and then what is in its tensors
 
     def _may_gather(self) -> bool:
-        """Return whether it makes no difference to ``torch.load`` if storages are filled only afterwards."""
+        """Return whether storages may be filled after ``torch.load``."""
         storages = self._file.storages or {}
         if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
             return False
@@ -166,7 +166,7 @@ class _Reading:
         return pickled is not None and is_plain(pickled)
 
     def _gathered(self) -> Iterator[Any]:
-        """Yield the state; nothing if it cannot be loaded in this way."""
+        """Yield the state; yield nothing if it cannot be loaded in this way."""
         found: dict[str, torch.UntypedStorage] = {}
 
         def keep(storage: torch.UntypedStorage, location: str) -> Any:
@@ -187,7 +187,7 @@ class _Reading:
             yield state
 
     def _targets(self, found: dict[str, torch.UntypedStorage]) -> Iterator[dict[str, memoryview]]:
-        """Yield the memory of storages, of some at a time: a record being read takes 2 KiB beside its bytes."""
+        """Yield the memory of some storages at a time, as each record being read takes another 2 KiB."""
         storages = self._file.storages or {}
         names = sorted(found, key=lambda name: storages[name].start)
         for start in range(0, len(names), _AT_A_TIME):
@@ -201,8 +201,8 @@ class _Reading:
     # -- a part
 
     def part(self, keys: Sequence[str]) -> Any:
-        """Load what *keys* names: first the pickle, with nothing in its tensors, then the storages of those chosen."""
-        # What another unpickler makes of a tensor with nothing in it tells nothing of what it makes of the others.
+        """Load what *keys* selects: first the pickle, with empty tensors, then the storages that are needed."""
+        # Another unpickler may treat empty tensors differently, so its result here would prove nothing.
         storages = None if self._unpickling.pickle_module is not None else self._file.storages
         needed = None if storages is None else self._needed(keys)
         if storages is None or needed is None:
@@ -213,7 +213,7 @@ class _Reading:
         return part_of(self._load(self._placing(skipped)), keys)
 
     def _needed(self, keys: Sequence[str]) -> set[str] | None:
-        """Return the names of the storages that *keys* needs; None if that cannot be told."""
+        """Return the names of the storages that *keys* needs; None if that cannot be found out."""
         self._leave_storages_out()
         stand_ins: dict[int, tuple[torch.UntypedStorage, str]] = {}
 
@@ -231,12 +231,14 @@ class _Reading:
         except (AsyncCheckpointError, KeyError, pickle.UnpicklingError):
             raise
         except Exception as error:
-            _log.info("reading all of %s, as a part of it is not simple: %s", self._url, error)
+            _log.info(
+                "reading all of %s, as the storages of its parts cannot be told apart: %s", self._url, error
+            )
             return None
         return {stand_ins[storage][1] for storage in found if storage in stand_ins}
 
     def _placing(self, skipped: Any) -> Callable[[Any, str], Any]:
-        """Return a map_location that does what ours does, and lets go of the memory of what is skipped."""
+        """Return a map_location that also frees the memory of skipped storages."""
 
         def place(storage: Any, location: str) -> Any:
             if self._file.take_last() in skipped:
@@ -248,7 +250,7 @@ class _Reading:
     # -- torch
 
     def _placed(self, storage: Any, location: str) -> Any:
-        """Do what ``torch.load`` does for our map_location."""
+        """Map a storage as ``torch.load`` does for our map_location."""
         wanted = self._map_location
         if callable(wanted):
             placed = wanted(storage, location)
@@ -262,14 +264,14 @@ class _Reading:
         return torch.serialization.default_restore_location(storage, location)
 
     def _load(self, map_location: Any) -> Any:
-        """Call torch.load, and say what it does not: that the file is damaged."""
+        """Call torch.load, and report a damaged file as such."""
         file = self._file
         is_zip = self.is_zip()
         try:
             if is_zip:
                 file.seek(0)
                 return self._unpickling.load(file, map_location)
-            return self._load_old(map_location)
+            return self._load_legacy(map_location)
         except Exception as error:
             if file.error is not None and file.error is not error:
                 raise file.error from error
@@ -281,30 +283,30 @@ class _Reading:
                 raise self._corrupt(f"its archive is damaged ({error})") from error
             raise
 
-    def _load_old(self, map_location: Any) -> Any:
+    def _load_legacy(self, map_location: Any) -> Any:
         self._file.seek(0)
         tar = is_tar(self._file.read(tarfile.BLOCKSIZE))
         if tar:
             self._unpickling.refuse_tar()
         self._file.ended_early = False  # it may have less than a block
-        with opened_old(self._file, tar=tar) as old:
+        with open_legacy(self._file, tar=tar) as old:
             return self._unpickling.load(old, map_location)
 
     def is_zip(self) -> bool:
-        """Return whether it begins as an archive does, which to torch is one."""
+        """Return whether the file begins like a zip archive, by which torch recognizes one."""
         self._file.seek(0)
         return self._file.read(len(_ZIP)) == _ZIP
 
     def _corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(
-            f"{self._url!r} is no whole checkpoint: {reason}. Load an earlier one.",
+            f"{self._url!r} is not a complete checkpoint: {reason}. Load an earlier one.",
             location=self._url,
             stage="read",
         )
 
 
 def _is_native(order: bytes | None) -> bool:
-    """Return whether torch.load takes the bytes of numbers as they are, given the archive's own word on that."""
+    """Return whether torch.load uses the stored byte order, given the archive's byteorder record."""
     if order is None:  # from torch before 2.1
         default = torch.serialization.get_default_load_endianness()
         if default is torch.serialization.LoadEndianness.NATIVE:
@@ -314,7 +316,7 @@ def _is_native(order: bytes | None) -> bool:
 
 
 def _memory_of(storage: torch.UntypedStorage) -> memoryview:
-    """Return a view that keeps the storage alive, as do all that are cut from it."""
+    """Return a view that keeps the storage alive, as do all slices of it."""
     memory: Any = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     memory.owner = storage
     return memoryview(memory).cast("B")

@@ -1,6 +1,6 @@
-"""Which records of an archive hold storages, and in which order a file is probably read. Pure.
+"""Which records of an archive are storages, and the probable order of reading. Pure.
 
-What does not belong here: the directory's format (`directory`), fetching (`readahead`).
+What does not belong here: the format of the directory (`central_directory`), fetching (`readahead`).
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from async_ckpt.format.directory import Entry
+from async_ckpt.format.central_directory import Entry
 
 __all__ = ["Storage", "reading_order", "storages_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """A record that holds a tensor's storage.
+    """The record of a storage.
 
     Attributes:
         name: as in the archive.
-        start: where its local header begins.
-        stop: where what comes after it in the file begins.
+        start: the offset of its local header.
+        stop: the offset of what follows it in the file.
     """
 
     name: str
@@ -29,18 +29,18 @@ class Storage:
 
 
 def storages_of(entries: Sequence[Entry], stop: int) -> dict[str, Storage]:
-    """Return the records of storages by name, in the order in which they are probably read.
+    """Return the records of storages by name, in the probable order of reading.
 
     Args:
-        entries: of all records.
-        stop: where the last of them ends.
+        entries: the entries of all records.
+        stop: the end of the last one.
     """
     ends = {}
     for entry in sorted(entries, key=lambda entry: entry.header, reverse=True):
         ends[entry.name] = stop
         stop = entry.header
     found = [entry for entry in entries if _number(entry.name) is not None]
-    # Older torch writes storages in the order of their numbers as text, and reads them in that of the numbers.
+    # Older versions of torch write storages sorted by their names as text, and read them in numerical order.
     found.sort(key=lambda entry: _number(entry.name) or 0)
     return {
         entry.name: Storage(name=entry.name, start=entry.header, stop=ends[entry.name]) for entry in found
@@ -50,15 +50,15 @@ def storages_of(entries: Sequence[Entry], stop: int) -> dict[str, Storage]:
 def reading_order(
     nbytes: int, storages: Mapping[str, Storage] | None, *, skipped: Collection[str]
 ) -> list[tuple[int, int]]:
-    """Return what will be read, in order: what is no storage, and then storages by their numbers.
+    """Return the ranges to read, in order: everything that is no storage, then storages by number.
 
     Args:
         nbytes: length of the file.
-        storages: from `storages_of`; None where the file is no archive.
-        skipped: the names of storages that will not be read.
+        storages: from `storages_of`; None if the file is no archive.
+        skipped: the names of storages not to read.
 
     Returns:
-        Where each range begins and ends.
+        The beginning and end of each range.
     """
     if storages is None:
         return [(0, nbytes)]
@@ -73,13 +73,13 @@ def reading_order(
 
 
 def _number(name: str) -> int | None:
-    """Return the number of the storage that a record is of, if it is one."""
+    """Return the storage number of a record; None if it is not a storage."""
     way = name.split("/")
     return int(way[2]) if len(way) == 3 and way[1] == "data" and way[2].isdecimal() else None
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges that follow each other, or nearly so: a small gap costs less than a request."""
+    """Join ranges that are adjacent or nearly so: a small gap costs less than a request."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
         if start >= stop:

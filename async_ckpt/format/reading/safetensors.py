@@ -1,9 +1,9 @@
-"""A file of the safetensors format, as ``torch.load`` reads one that is named so. Nothing in it can run code.
+"""Reads the safetensors format, as ``torch.load`` does for files of that name. Such a file cannot run code.
 
-Guarantees: no memory is taken that the file is not long enough for. The tensors lie side by side and fill what follows
-the header, as the format has it; a file in which they do not is refused.
+Guarantees: no memory is allocated for more bytes than the file has. The tensors are contiguous and fill the file after
+the header, as the format demands; other files are refused.
 
-What does not belong here: fetching (`file`), which tensors are wanted (`selection`).
+What does not belong here: fetching (`file`), selecting tensors (`selection`).
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class SafeTensor:
 
     Attributes:
         name: its key.
-        dtype: of its numbers.
-        shape: of itself.
-        start: where its bytes begin in the file.
-        nbytes: how many there are.
+        dtype: its dtype.
+        shape: its shape.
+        start: the offset of its bytes in the file.
+        nbytes: its size in bytes.
     """
 
     name: str
@@ -76,32 +76,34 @@ class SafeTensor:
     nbytes: int
 
     def over(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """Return the tensor whose numbers are in *storage*."""
+        """Return the tensor over *storage*."""
         return torch.empty(0, dtype=self.dtype).set_(storage).view(self.shape)
 
 
 def is_named_so(url: str) -> bool:
-    """Return whether torch.load takes a file of that name for safetensors; what a URL asks for does not count."""
+    """Return whether torch.load takes a file of that name for safetensors; the query of a URL does not count."""
     return url.endswith(_ENDING) or url.partition("?")[0].endswith(_ENDING)
 
 
 def header_length(data: bytes, nbytes: int) -> int:
-    """Return how long the header is, given the first bytes of a file that is *nbytes* long.
+    """Return the length of the header, given the first bytes of a file of *nbytes* bytes.
 
     Raises:
-        ValueError: no file of this format begins so.
+        ValueError: the file is not of this format.
     """
     _expect(len(data) == LENGTH_BYTES, "it is too short")
     (length,) = struct.unpack("<Q", data)
-    _expect(0 < length <= min(nbytes - LENGTH_BYTES, _LONGEST_HEADER_BYTES), "its header has no such length")
+    _expect(
+        0 < length <= min(nbytes - LENGTH_BYTES, _LONGEST_HEADER_BYTES), "its header has an impossible length"
+    )
     return int(length)
 
 
 def parse_header(header: bytes, nbytes: int) -> list[SafeTensor]:
-    """Return the tensors of a file that is *nbytes* long, in the order in which they lie there.
+    """Return the tensors of a file of *nbytes* bytes, in the order of the file.
 
     Raises:
-        ValueError: it is no such header, or not that of such a file.
+        ValueError: the header is not valid, or does not match the file.
     """
     try:
         found = json.loads(header.decode())
@@ -126,7 +128,7 @@ def device_of(map_location: Any) -> str:
     """Return the device that *map_location* names.
 
     Raises:
-        RuntimeError: it names none; in the words of torch.load.
+        RuntimeError: it names no device; with torch.load's message.
     """
     if isinstance(map_location, dict) or callable(map_location):
         kind = "dict" if isinstance(map_location, dict) else "callable"
@@ -140,7 +142,7 @@ def device_of(map_location: Any) -> str:
 def runs_of(
     tensors: Iterable[SafeTensor], memory: Iterable[memoryview]
 ) -> list[tuple[int, list[memoryview]]]:
-    """Return where each run of *tensors* that follow each other begins, and the *memory* of what it is made of."""
+    """Return the offset and the *memory* of each run of adjacent *tensors*."""
     runs: list[tuple[int, list[memoryview]]] = []
     at = -1
     for each, place in zip(tensors, memory, strict=True):
@@ -155,11 +157,11 @@ def _tensor(name: str, said: Any, first: int) -> SafeTensor:
     _expect(isinstance(said, dict), f"{name!r} is not described")
     dtype = getattr(torch, _NAMES.get(str(said.get("dtype")), ""), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} has numbers of a kind that this torch has not: {said.get('dtype')!r}")
+        raise ValueError(f"{name!r} has a dtype that this torch does not support: {said.get('dtype')!r}")
     shape, offsets = (_numbers(said.get(key), name) for key in ("shape", "data_offsets"))
-    _expect(len(offsets) == 2, f"{name!r} does not say where it is")  # a start and a stop
+    _expect(len(offsets) == 2, f"{name!r} has no data_offsets")  # a start and a stop
     nbytes = offsets[1] - offsets[0]
-    _expect(math.prod(shape) * dtype.itemsize == nbytes, f"{name!r} has not as many bytes as its shape has")
+    _expect(math.prod(shape) * dtype.itemsize == nbytes, f"{name!r} has a size that does not match its shape")
     return SafeTensor(name=name, dtype=dtype, shape=shape, start=first + offsets[0], nbytes=nbytes)
 
 

@@ -1,13 +1,13 @@
-"""Parts of a state by name. Pure.
+"""Selects parts of a state by name. Pure.
 
-A path is made of the keys of nested mappings and the positions in nested lists, joined by dots:
-``state_dict.layer1.weight``, ``optimizer_states.0.state.3.exp_avg``. A pattern is a path as it is, or what
-``fnmatch`` takes, where ``*`` stands for dots as well; one that matches a path takes everything below it.
+A path consists of the keys of nested mappings and the positions in nested lists, joined by dots:
+``state_dict.layer1.weight``, ``optimizer_states.0.state.3.exp_avg``. A pattern is a literal path or an ``fnmatch``
+pattern, whose ``*`` matches dots, too; a match includes everything below the path.
 
-Guarantees: a state whose values hold each other many times over, as only one made for that does, is refused before its
-paths fill the memory.
+Guarantees: a malicious state, whose values contain each other many times over, is refused before its paths fill the
+memory.
 
-What does not belong here: what the values are.
+What does not belong here: the meaning of the values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def as_patterns(keys: str | Sequence[str]) -> tuple[str, ...]:
     """Return the patterns in *keys*.
 
     Raises:
-        OptionError: there are none, or one is no text.
+        OptionError: there are none, or one is not a str.
     """
     patterns = (keys,) if isinstance(keys, str) else tuple(keys)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
@@ -43,14 +43,14 @@ def as_patterns(keys: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def part_of(state: Any, patterns: Sequence[str]) -> Any:
-    """Return *state* with nothing but the values whose paths match, nested as they were.
+    """Return *state* with only the values whose paths match, nested as they were.
 
     Mappings keep their type, their attributes and the order of their keys. Lists and tuples become shorter.
     *state* itself does not change.
 
     Raises:
         KeyError: a pattern matches nothing.
-        ValueError: the values hold each other so often that there are far more paths than values.
+        ValueError: the values contain each other so often that there are far more paths than values.
     """
     exact = frozenset(patterns)
     wild = {pattern: re.compile(translate(pattern)) for pattern in exact if not _WILD.isdisjoint(pattern)}
@@ -78,14 +78,14 @@ def part_of(state: Any, patterns: Sequence[str]) -> Any:
 
 
 class _Walk:
-    """Goes through a state, path by path."""
+    """A walk over a state, path by path."""
 
     def __init__(self) -> None:
         self._left = _MOST_MORE
         self._seen: set[int] = set()
 
     def _look_into(self, value: Any, around: tuple[int, ...]) -> Iterable[tuple[Any, Any]]:
-        """Return the items of a container; of one that leads back to what is *around* it, none."""
+        """Return the items of a container; none for one that contains something *around* it."""
         if id(value) in around or not isinstance(value, (dict, list, tuple)):
             return ()
         if id(value) not in self._seen:
@@ -93,9 +93,7 @@ class _Walk:
             self._left += _MOST_TIMES * len(value)
         self._left -= len(value)
         if self._left < 0:
-            raise ValueError(
-                "the checkpoint's values hold each other too many times over to be looked through"
-            )
+            raise ValueError("the checkpoint's values contain each other too many times over to be searched")
         return value.items() if isinstance(value, dict) else enumerate(value)
 
     def paths(self, value: Any, path: str, around: tuple[int, ...]) -> Iterator[str]:
@@ -108,7 +106,7 @@ class _Walk:
     def pruned(
         self, value: Any, path: str, around: tuple[int, ...], matches: Callable[[str], bool]
     ) -> tuple[Any, ...]:
-        """Return what is left of *value*, or nothing."""
+        """Return the selected part of *value*, or nothing."""
         if path and matches(path):
             return (value,)
         kept = {}

@@ -1,6 +1,6 @@
-"""Which storages a part of a state needs.
+"""Finds the storages that a part of a state needs.
 
-Guarantees: none is missed. What cannot be looked through, such as a tensor of several storages, is an error.
+Guarantees: none is missed. An object that cannot be searched, such as a tensor of several storages, is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def storages_in(value: Any) -> set[int]:
     """Return the storages of all tensors in *value*, by their ``_cdata``.
 
     Raises:
-        Exception: something in *value* cannot be looked through.
+        Exception: something in *value* cannot be searched.
     """
     finder = _Finder(_Nowhere(), protocol=pickle.HIGHEST_PROTOCOL)
     finder.dump(value)
@@ -31,14 +31,14 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Finder(pickle.Pickler):
-    """Goes wherever pickle goes."""
+    """A pickler that follows all references."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.found: set[int] = set()
 
     def persistent_id(self, value: Any) -> Any:
-        """Note a tensor's or a storage's memory, and do not go in."""
+        """Note a tensor's or a storage's memory, and do not descend."""
         if isinstance(value, torch.Tensor):
             simple = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
             if not simple or value.is_quantized or value.is_nested or vars(value):

@@ -1,8 +1,8 @@
-"""How ``torch.load`` is to read what is pickled: the caller's own arguments for it, and what torch makes of them.
+"""The caller's arguments for unpickling by ``torch.load``.
 
-Guarantees: whether they go together, torch itself decides, in its own words.
+Guarantees: torch itself checks their combination, with its own messages.
 
-What does not belong here: where tensors go (`reader`), what the file is.
+What does not belong here: mapping tensors to devices (`reader`), the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _TAR_BLOCK_BYTES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpickling:
-    """Arguments of ``torch.load``.
+    """Arguments of ``torch.load`` for unpickling.
 
     Attributes:
-        weights_only: whether nothing is made but tensors and what is known to be safe; ``None`` leaves it to torch.
-        pickle_module: what unpickles in place of Python's own.
-        arguments: for its unpickler, such as ``encoding``.
+        weights_only: whether to allow only tensors and types that are known to be safe; ``None`` leaves it to torch.
+        pickle_module: replaces Python's pickle module.
+        arguments: further arguments for its unpickler, such as ``encoding``.
     """
 
     weights_only: bool | None = True
@@ -37,7 +37,7 @@ class Unpickling:
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is known what will be made of a pickle."""
+        """Whether Python's own unpickler is used, with default arguments."""
         return self.pickle_module is None and not self.arguments
 
     def load(self, file: Any, map_location: Any) -> Any:
@@ -52,11 +52,11 @@ class Unpickling:
         )
 
     def check(self) -> None:
-        """Raise what torch.load does where the arguments do not go together, for a file that it does not unpickle."""
+        """Raise torch.load's error for invalid combinations, for a file that is not unpickled."""
         self.load(io.BytesIO(_nothing()), "cpu")
 
     def refuse_tar(self) -> None:
-        """Raise what torch.load does of a file of torch 0.1 that it may not read; no more of such a file is read."""
+        """Raise torch.load's error for a tar file of torch 0.1 that it may not read, without reading more of it."""
         with tempfile.TemporaryFile() as empty:
             empty.write(bytes(2 * _TAR_BLOCK_BYTES))
             empty.seek(0)

@@ -1,1 +1,1 @@
-"""From a snapshot to the bytes of its file, by reference."""
+"""Writing a checkpoint: from a snapshot to the bytes of its file, by reference."""

@@ -1,8 +1,7 @@
-"""The zip archive that torch's writer made: where its records are, and where their checksums go.
+"""The zip archive of torch's writer: the offsets of its records and of their checksums.
 
-Guarantees: nothing is assumed of the archive but the zip format (with zip64) and that records are
-stored, not compressed; anything else is refused with the version of torch in the message. Pure: it
-reads headers through a function it is given.
+Guarantees: nothing is assumed but the zip format, with zip64, and uncompressed records; anything else is refused with
+torch's version in the message. Pure: it reads headers through a function.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from async_ckpt.errors import AsyncCheckpointError
-from async_ckpt.format.directory import (
+from async_ckpt.format.central_directory import (
     LOCAL_HEADER,
     NOT_UNDERSTOOD,
     data_start,
@@ -30,26 +29,26 @@ _Read = Callable[[int, int], bytes]
 
 @dataclass(slots=True, kw_only=True)
 class Records:
-    """The files in an archive, in the order in which they were written; one list for each of their attributes.
+    """The records of an archive, in the order of writing, as one list for each attribute.
 
-    A list of objects would be one object a tensor more for Python's garbage collector to look at, in every save.
+    A list of objects would add one object per tensor to every pass of Python's garbage collector.
 
     Attributes:
         names: as in the archive.
-        starts: where their bytes begin.
-        stops: where they end.
-        checksums: what torch gave as their CRC-32.
-        nears: where the checksum stands beside the record: in the data descriptor behind it, or in the
-            local header of an archive without descriptors.
-        centrals: where it stands in the central directory.
+        starts: the offsets of their bytes.
+        stops: the ends of their bytes.
+        checksums: the CRC-32 that torch wrote.
+        checksum_offsets: the offset of the checksum in the data descriptor after the record, or in the local header of
+            an archive without descriptors.
+        central_offsets: the offset of the checksum in the central directory.
     """
 
     names: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
-    nears: list[int] = field(default_factory=list)
-    centrals: list[int] = field(default_factory=list)
+    checksum_offsets: list[int] = field(default_factory=list)
+    central_offsets: list[int] = field(default_factory=list)
 
 
 def find_records(nbytes: int, read: _Read) -> tuple[Records, int]:
@@ -57,20 +56,20 @@ def find_records(nbytes: int, read: _Read) -> tuple[Records, int]:
 
     Args:
         nbytes: length of the archive.
-        read: returns a number of bytes from a place on; only asked for headers.
+        read: returns a number of bytes from an offset; called only for headers.
 
     Returns:
-        The records, and where the central directory begins.
+        The records, and the offset of the central directory.
 
     Raises:
-        AsyncCheckpointError: the archive is not of the kind that torch is known to write.
+        AsyncCheckpointError: the archive differs from those that torch is known to write.
     """
     try:
         start, stop = _central_directory(nbytes, read)
         return _records(start, stop, read), start
     except NOT_UNDERSTOOD as error:
         raise AsyncCheckpointError(
-            f"torch {torch.__version__} writes checkpoints in a way that is not known here ({error}); "
+            f"torch {torch.__version__} writes checkpoints in an unknown format ({error}); "
             "use a tested version of torch, or wrap a CheckpointIO that calls torch.save"
         ) from error
 
@@ -84,7 +83,7 @@ def _records(start: int, stop: int, read: _Read) -> Records:
     records = Records()
     for entry in list_entries(read(start, stop - start)):
         _expect(entry.method == 0, "a record is compressed")
-        _expect(entry.nbytes == entry.packed_nbytes, "a stored record has two lengths")
+        _expect(entry.nbytes == entry.packed_nbytes, "an uncompressed record has two lengths")
         begin = data_start(entry.header, read(entry.header, LOCAL_HEADER.size))
         end = begin + entry.nbytes
         descriptor = bool(entry.flags & _HAS_DESCRIPTOR)
@@ -94,8 +93,8 @@ def _records(start: int, stop: int, read: _Read) -> Records:
         records.starts.append(begin)
         records.stops.append(end)
         records.checksums.append(entry.checksum)
-        records.nears.append(end + 4 if descriptor else entry.header + 14)
-        records.centrals.append(start + entry.at + 16)
+        records.checksum_offsets.append(end + 4 if descriptor else entry.header + 14)
+        records.central_offsets.append(start + entry.at + 16)
     return records
 
 

@@ -1,13 +1,12 @@
-"""The exact bytes of a checkpoint, as a scatter list, before a byte has moved.
+"""The layout: the exact bytes of a checkpoint file, as a scatter list, before anything is written.
 
-Guarantees: what is read equals what ``torch.save`` would have written, checksums included, in
-whatever pieces and order and by however many threads it is read. Storages are read through the
-snapshot only when they are asked for, and nothing here keeps a view of them.
+Guarantees: the bytes equal those of ``torch.save``, checksums included, in whatever pieces, order and threads they are
+read. Storages are read from the snapshot only when needed, and no view of them is kept.
 
-torch's own writer decides the bytes; only the checksums are ours. They are computed when the part
-that holds them is read, off the training thread.
+torch's own writer makes the bytes; only the checksums are ours. They are computed off the training thread, when a part
+that contains them is read.
 
-What does not belong here: how zip archives are built (`archive`), what is done with the bytes.
+What does not belong here: the structure of zip archives (`archive`), writing the bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ __all__ = ["Layout", "lay_out"]
 
 
 def lay_out(snapshot: Snapshot) -> Layout:
-    """Lay out the file of *snapshot*. Blocks for about 15 µs a tensor: call it in a worker.
+    """Lay out the file of *snapshot*. Blocks for about 15 µs per tensor: call it in a worker.
 
     Args:
-        snapshot: must stay open as long as the layout is read.
+        snapshot: must stay open while the layout is read.
 
     Returns:
         The file.
 
     Raises:
-        AsyncCheckpointError: torch writes archives in a way that is not known here.
+        AsyncCheckpointError: torch writes archives in an unknown format.
     """
     return Layout(snapshot, write(snapshot))
 
@@ -45,8 +44,8 @@ class Layout:
     """A file by reference; satisfies ``stores.base.Content``. Made by `lay_out`.
 
     Args:
-        snapshot: where the bytes of storages are.
-        segments: what torch wrote.
+        snapshot: holds the bytes of the storages.
+        segments: the output of torch's writer.
     """
 
     def __init__(self, snapshot: Snapshot, segments: Sequence[Segment]) -> None:
@@ -70,17 +69,17 @@ class Layout:
         return self._nbytes
 
     def read(self, start: int, stop: int) -> list[memoryview]:
-        """Return the bytes *start* to *stop*. Computes the checksums among them: call it in a worker.
+        """Return the bytes *start* to *stop*; computes the checksums among them, so call it in a worker.
 
         Args:
             start: the first byte.
-            stop: behind the last byte.
+            stop: the end, exclusive.
 
         Returns:
-            Read-only views, to be let go of before the snapshot is closed.
+            Read-only views, to be dropped before the snapshot is closed.
 
         Raises:
-            ValueError: the range is not within the file, or the snapshot has been closed.
+            ValueError: the range is not within the file, or the snapshot is closed.
         """
         if not 0 <= start <= stop <= self._nbytes:
             raise ValueError(f"no bytes {start} to {stop} in a file of {self._nbytes}")
@@ -88,9 +87,9 @@ class Layout:
         return self._views(start, stop)
 
     def crc32(self, start: int, stop: int) -> int:
-        """Return the CRC-32 of the bytes *start* to *stop*, as `read` gives them.
+        """Return the CRC-32 of the bytes *start* to *stop*, as `read` returns them.
 
-        What is summed up here is not summed up again for the checksum of the record that it belongs to.
+        The result is reused for the checksum of the record.
         """
         pieces = list(self._pieces(start, stop)) if crc32_combine is not None else []
         for begin, end in pieces:
@@ -104,9 +103,9 @@ class Layout:
         return self._crc32(at, stop, value)
 
     def pieces(self) -> list[Piece]:
-        """Return what the file consists of, checksums in place: call it in a worker.
+        """Return the pieces of the file, checksums in place: call it in a worker.
 
-        Works after the snapshot has been closed, if every byte was read before.
+        This works even after the snapshot was closed, if every byte was read before.
         """
         self._seal(0, self._nbytes)
         return [self._piece(segment) for segment in self._segments]
@@ -117,7 +116,7 @@ class Layout:
         return self._snapshot.storages[segment.storage].start + segment.start, len(segment)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield what lies within the range of each record whose bytes are known before checksums are."""
+        """Yield the parts of the range that lie in records with bytes that do not depend on checksums."""
         records = self._records
         for record in range(max(0, bisect_right(records.starts, start) - 1), len(records.starts)):
             if records.starts[record] >= stop:
@@ -163,14 +162,14 @@ class Layout:
         return b"".join(self._views(start, start + nbytes)) if start >= 0 else b""
 
     def _seal(self, start: int, stop: int) -> None:
-        """Put in place the checksums that lie at least partly in a range.
+        """Write the checksums that lie, at least partly, in a range.
 
-        Several threads may do so at once: all write the same values.
+        Several threads may do this at once: they write the same values.
         """
-        nears = self._records.nears
-        for record in range(bisect_left(nears, start - 3), bisect_left(nears, stop)):
+        checksum_offsets = self._records.checksum_offsets
+        for record in range(bisect_left(checksum_offsets, start - 3), bisect_left(checksum_offsets, stop)):
             if record != self._fingerprint:
-                self._patch(nears[record], self._checksum(record))
+                self._patch(checksum_offsets[record], self._checksum(record))
         if stop > self._tail:
             self._seal_tail()
 
@@ -178,8 +177,8 @@ class Layout:
         if self._fingerprint is not None:
             half = digits(self._records, self._fingerprint, self._checksum)
             self._overwrite(self._records.starts[self._fingerprint] + DIGITS, half)
-            self._patch(self._records.nears[self._fingerprint], self._checksum(self._fingerprint))
-        for record, central in enumerate(self._records.centrals):
+            self._patch(self._records.checksum_offsets[self._fingerprint], self._checksum(self._fingerprint))
+        for record, central in enumerate(self._records.central_offsets):
             self._patch(central, self._checksum(record))
 
     def _checksum(self, record: int) -> int:
@@ -198,6 +197,6 @@ class Layout:
     def _overwrite(self, where: int, value: bytes) -> None:
         index = bisect_right(self._starts, where) - 1
         gap = self._segments[index]
-        assert isinstance(gap, bytearray), "checksums stand in headers"
+        assert isinstance(gap, bytearray), "checksums are in local headers"
         at = where - self._starts[index]
         gap[at : at + len(value)] = value

@@ -1,9 +1,9 @@
-"""What a file has in common with another over the same memory, and how it is cut so that a store can copy that. Pure.
+"""Finds the overlap of two files over the same memory, and cuts a file so that a store can copy the overlap. Pure.
 
-Guarantees: the bytes of an overlap are equal in both files; the parts lie side by side and cover the file, and none
-but the last is shorter than the store allows.
+Guarantees: the bytes of an overlap are equal in both files; the parts are contiguous and cover the file, and all but
+the last have the store's minimum size.
 
-What does not belong here: making the copies (stores), what is done where one fails (writers).
+What does not belong here: making the copies (stores), handling failures (writers).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from async_ckpt.stores.base import Part
 __all__ = ["Overlap", "Piece", "find_overlap", "plan_copies"]
 
 Piece: TypeAlias = "bytes | bytearray | tuple[int, int]"
-"""Bytes as they are, or where in a memory that both files share they begin, and how many."""
+"""Literal bytes, or an offset and a length in memory that both files share."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Overlap:
-    """The bytes *start* to *stop* of a file, which another has from *other_start* on."""
+    """The bytes *start* to *stop* of a file, which the other file has from *other_start* on."""
 
     start: int
     stop: int
@@ -34,8 +34,8 @@ def find_overlap(pieces: Iterable[Piece], others: Sequence[Piece]) -> Overlap | 
     """Return the longest overlap that begins and ends with shared memory.
 
     Args:
-        pieces: the file.
-        others: the other one.
+        pieces: the pieces of the file.
+        others: the pieces of the other file.
     """
     places: dict[Piece, tuple[int, int]] = {}
     at = 0
@@ -66,17 +66,17 @@ def find_overlap(pieces: Iterable[Piece], others: Sequence[Piece]) -> Overlap | 
 def plan_copies(
     nbytes: int, overlap: Overlap, *, part_size: int, least: int
 ) -> tuple[tuple[Part, ...], dict[int, int]]:
-    """Cut a file so that what it has in common with another makes parts of its own.
+    """Cut a file so that the overlap consists of whole parts.
 
     Args:
         nbytes: length of the file.
-        overlap: what is in common.
-        part_size: bytes that a part should have, no fewer than *least*.
-        least: bytes that every part but the last must have.
+        overlap: the overlap with the other file.
+        part_size: the preferred size of a part, at least *least*.
+        least: the minimum size of every part but the last.
 
     Returns:
-        The parts in order; by the number of each that may be copied, where it begins in the other file. No parts
-        where nothing is worth it.
+        The parts in order; and, by the index of each part that can be copied, its offset in the other file. No parts if
+        copying is not worthwhile.
     """
     head = max(overlap.start, least)
     if overlap.stop - head < least:
@@ -94,7 +94,7 @@ def plan_copies(
 
 
 def _cuts(start: int, stop: int, part_size: int) -> list[int]:
-    """Return the ends of equal parts, none shorter than *part_size* if there are several."""
+    """Return the ends of equal parts; if there are several, none is shorter than *part_size*."""
     count = max(1, (stop - start) // part_size)
     return [start + (stop - start) * number // count for number in range(1, count + 1)]
 

@@ -1,6 +1,6 @@
-"""How a file is cut into storage requests. Pure.
+"""Cuts a file into parts, one per storage request. Pure.
 
-Guarantees: the parts are numbered from 0, lie side by side and cover the file; there is at least one.
+Guarantees: the parts are numbered from 0, contiguous, and cover the file; there is at least one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def plan_parts(nbytes: int, part_size: int) -> tuple[Part, ...]:
 
     Args:
         nbytes: length of the file.
-        part_size: length of every part but the last, which may be shorter.
+        part_size: the length of every part but the last, which may be shorter.
 
     Returns:
         The parts in order; one empty part for an empty file.

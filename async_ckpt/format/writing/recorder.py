@@ -1,10 +1,10 @@
-"""What torch's writer emits, noted instead of written: the way for a torch that cannot skip the bytes of storages.
+"""Records the output of torch's writer, for versions of torch that cannot skip the bytes of storages.
 
-Guarantees: bytes that belong to a storage are never touched, only recognised by their address; every
-other byte is copied when it is emitted, for torch's memory is its own.
+Guarantees: bytes of a storage are never read, only recognized by their address; all other bytes are copied when they
+are emitted, as they are in torch's own memory.
 
-The stand-ins are storages of the right sizes over a private anonymous mapping. Nothing writes to it
-or reads from it, so none of its pages ever exists.
+The stand-ins are storages of the right sizes over a private anonymous mapping. Nothing reads or writes it, so none of
+its pages is ever allocated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Protocol, TypeAlias
 import torch
 
 from async_ckpt.snapshot import Storages
-from async_ckpt.snapshot.conventions import Record, open_writer
 from async_ckpt.snapshot.host_pool import aligned
+from async_ckpt.snapshot.torch_format import Record, open_writer
 
 __all__ = ["INLINE_BYTES", "Pictured", "Reference", "Segment", "record_writing"]
 
@@ -62,11 +62,11 @@ class Pictured(Protocol):
 
 
 def record_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segment]:
-    """Return the file of *snapshot*, checksums missing, as torch writes it over stand-ins for the storages.
+    """Return the segments of the file of *snapshot*, without checksums, as torch writes it over stand-ins for storages.
 
     Args:
-        snapshot: its small storages are copied, the others referred to.
-        records: what the archive is to hold.
+        snapshot: small storages are copied, others are referred to.
+        records: the records of the archive.
     """
     stand_ins = _StandIns(snapshot.storages)
     recorder = _Recorder(stand_ins, snapshot.view)
@@ -81,7 +81,7 @@ def record_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segmen
 
 
 class _StandIns:
-    """Storages that have the sizes of real ones and no memory.
+    """Storages with the sizes of the real ones, but without memory.
 
     Args:
         storages: the real ones.
@@ -106,7 +106,7 @@ class _StandIns:
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
 
     def find(self, address: int, nbytes: int) -> Reference | None:
-        """Tell which storage the memory at *address* stands for, if any."""
+        """Return the storage that the memory at *address* stands for, if any."""
         offset = address - self._address
         if not 0 <= offset < len(self._memory):
             return None
@@ -119,9 +119,9 @@ class _Recorder:
     """A file to torch's writer.
 
     Args:
-        stand_ins: by which storages are recognised.
-        bytes_of: gives the real bytes of a storage; small ones are copied, so that thousands of them do
-            not become thousands of segments.
+        stand_ins: recognize storages by their addresses.
+        bytes_of: returns the real bytes of a storage; small ones are copied, so that thousands of them do not become
+            thousands of segments.
     """
 
     def __init__(self, stand_ins: _StandIns, bytes_of: Callable[[int], memoryview]) -> None:
@@ -147,7 +147,7 @@ class _Recorder:
         return nbytes
 
     def flush(self) -> None:
-        """Exist, since torch calls it."""
+        """Do nothing; torch calls it."""
 
 
 class _Buffer(ctypes.Structure):
@@ -169,7 +169,7 @@ class _Buffer(ctypes.Structure):
 
 
 def _address_of(piece: memoryview | bytes) -> int:
-    """Return where read-only bytes lie, which ctypes itself tells of writable ones only."""
+    """Return the address of read-only bytes; ctypes itself returns it only for writable ones."""
     buffer = _Buffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(piece), ctypes.byref(buffer), 0)
     address = buffer.buf or 0

@@ -1,9 +1,9 @@
-"""A file by torch's own writer, which is given the pickle and told how long the storages are, not what is in them.
+"""Lays out a file by torch's own writer, which gets the pickle and the lengths of the storages, not their bytes.
 
-Guarantees: the segments are those of the file that ``torch.save`` would have written when the snapshot was taken.
-Where this torch cannot skip just the bytes of storages, `recorder` gives it stand-ins for them.
+Guarantees: the segments are those of the file that ``torch.save`` would have written at the time of the snapshot. For a
+torch that cannot skip the bytes of storages, `recorder` provides stand-ins.
 
-What does not belong here: what is in the archive, which the snapshot says; checksums (`layout`).
+What does not belong here: the records, which the snapshot provides; checksums (`layout`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 from async_ckpt.format.writing.recorder import INLINE_BYTES, Pictured, Reference, Segment, record_writing
 from async_ckpt.snapshot import Snapshot
-from async_ckpt.snapshot.conventions import Record, open_writer
+from async_ckpt.snapshot.torch_format import Record, open_writer
 
 __all__ = ["skip_writing", "write", "write_records"]
 
 
 def write(snapshot: Snapshot) -> list[Segment]:
-    """Return the file of *snapshot*, checksums missing.
+    """Return the segments of the file of *snapshot*, without checksums.
 
     Args:
-        snapshot: its small storages are copied, the others referred to.
+        snapshot: small storages are copied, others are referred to.
     """
     if snapshot.file is not None:
         return [bytearray(snapshot.file)]
@@ -35,17 +35,17 @@ def write_records(snapshot: Pictured, records: Sequence[Record]) -> list[Segment
     """Return the file that holds *records*, checksums missing.
 
     Args:
-        snapshot: its small storages are copied, the others referred to.
+        snapshot: small storages are copied, others are referred to.
         records: what the archive is to hold.
     """
     return skip_writing(snapshot, records) or record_writing(snapshot, records)
 
 
 def skip_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segment] | None:
-    """Do so by having torch skip storages; return ``None`` where it cannot.
+    """Like ``write``, by letting torch skip storages; return ``None`` if it cannot.
 
     Args:
-        snapshot: its small storages are copied, the others referred to.
+        snapshot: small storages are copied, others are referred to.
         records: what the archive is to hold.
     """
     if not hasattr(torch._C.PyTorchFileWriter, "write_record_metadata"):
@@ -68,10 +68,10 @@ def skip_writing(snapshot: Pictured, records: Sequence[Record]) -> list[Segment]
 
 
 class _Headers(io.BytesIO):
-    """A file to torch's writer, without the bytes that it skips.
+    """A file object for torch's writer, without the bytes that it skips.
 
     Attributes:
-        skips: what `seek` was called with.
+        skips: the positions and lengths that were skipped.
     """
 
     def __init__(self) -> None:
@@ -80,13 +80,13 @@ class _Headers(io.BytesIO):
         self._gaps: list[int] = []
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Note what is skipped and where, and stay there."""
+        """Note the skip, and keep the position."""
         self.skips.append((offset, whence))
         self._gaps.append(self.tell())
         return self._gaps[-1]
 
     def segments(self, skipped: list[Reference]) -> list[Segment]:
-        """Return what was written, with *skipped* where something was skipped."""
+        """Return the written segments, with *skipped* in the gaps."""
         segments: list[Segment] = []
         at, written = 0, self.getbuffer()
         for gap, reference in zip(self._gaps, skipped, strict=True):

@@ -1,4 +1,4 @@
-"""Azure Blob Storage: ``store`` is the way in, ``upload`` and ``source`` move the bytes."""
+"""Azure Blob Storage: the entry point is ``store``; ``upload`` and ``source`` transfer the bytes."""
 
 from async_ckpt.stores.azure.store import AzureStore
 

@@ -1,10 +1,10 @@
-"""The connection to one storage account: as adlfs finds it, but with one connection pool and no retries of its own.
+"""The client of one storage account: configured as adlfs would, but with one connection pool and without its retries.
 
-Guarantees: accounts and credentials come from wherever adlfs takes them (``storage_options``, fsspec's configuration,
-``AZURE_STORAGE_*``, a login); each call sends one request, for the retries are ours (E3); ``aclose`` leaves no
-connection, and neither adlfs nor this leave anything to do for the interpreter's exit.
+Guarantees: accounts and credentials come from the sources that adlfs uses (``storage_options``, fsspec's configuration,
+``AZURE_STORAGE_*``, a login); each call sends one request, as the retries are ours (E3); ``aclose`` leaves no
+connection, and nothing is left to do at the interpreter's exit.
 
-What does not belong here: what is asked of the account.
+What does not belong here: the requests.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _READ_BUFFER_BYTES = 256 * 1024
 
 
 class AzureClient:
-    """A client of the account that adlfs would use; made at the first use, on the loop of that use.
+    """The client of the account that adlfs would use; made at the first use, on the running loop.
 
     Args:
-        file_system_class: adlfs's.
-        options: what it is made with.
-        workers: where it is made: it may look for a login, which blocks.
+        file_system_class: adlfs's class.
+        options: the options of the file system.
+        workers: run its creation, which may block to look for a login.
     """
 
     def __init__(self, file_system_class: Any, options: Mapping[str, Any], *, workers: Workers) -> None:
@@ -58,7 +58,7 @@ class AzureClient:
             return self._service
 
     async def aclose(self) -> None:
-        """Close every connection, and the credentials that adlfs made; those of the user's are the user's."""
+        """Close every connection, and credentials that adlfs made; credentials from the user are left open."""
         with anyio.CancelScope(shield=True):
             async with self._lock:
                 session, self._session, self._service = self._session, None, None
@@ -70,11 +70,11 @@ class AzureClient:
                         await _close(getattr(file_system, name, None))
 
     def _find_account(self, loop: asyncio.AbstractEventLoop) -> Any:
-        # Given a loop it does not start fsspec's own; it never uses it.
+        # With a loop it does not start fsspec's own, which it never uses.
         file_system = self._class(
             **self._options | {"loop": loop, "asynchronous": False, "skip_instance_cache": True}
         )
-        # It would close its client at exit, on a loop that has ended by then; ours has no connection to close.
+        # It would close its client at exit, on a loop that has ended by then; it has no connection to close.
         for finalizer in list(getattr(weakref.finalize, "_registry", ())):
             if (alive := finalizer.peek()) is not None and alive[0] is file_system:
                 finalizer.detach()

@@ -1,6 +1,6 @@
-"""What an error from Azure means: whether it may pass, and what its reader can do about it. Pure.
+"""Explains errors of Azure: whether they are transient, and what to do about them. Pure.
 
-What does not belong here: raising, repeating and waiting (`requests`).
+What does not belong here: raising, retries, waiting (`requests`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ADVICE = {
     "PublicAccessNotPermitted": _CREDENTIALS,
     "BlobImmutableDueToPolicy": "Save to another name, or to a container without that policy.",
     "ContainerBeingDeleted": "Wait until it is deleted, and create it again.",
-    "ContainerNotFound": "Create the container, which a save does not, or correct the URL.",
+    "ContainerNotFound": "Create the container, as a save does not create it, or correct the URL.",
     "InvalidBlobOrBlock": (
         "Another program may have left uncommitted blocks under this name whose ids have another length. They expire "
         "after a week; a small blob uploaded there, and removed again, drops them at once. Or save to another name."
@@ -60,14 +60,14 @@ _ADVICE = {
 _EXISTS = frozenset({"BlobAlreadyExists", "ConditionNotMet", "PathAlreadyExists", "TargetConditionNotMet"})
 _THROTTLED_STATUSES = frozenset({429, 503})
 _TRANSIENT_STATUSES = frozenset({408, 500, 502, 504})
-# The name does not exist, or has no address; any other failure of the resolver may pass.
+# The name does not exist, or has no address; all other errors of the resolver are transient.
 _NO_SUCH_HOST = frozenset(
     getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
 )
 
 
 def explain(error: Exception) -> Verdict:
-    """Tell what *error* means; see ``requests.Verdict``."""
+    """Explain *error*; see ``requests.Verdict``."""
     if isinstance(error, HttpResponseError) and error.status_code is not None:
         return _explain_answer(error, error.status_code)
     if isinstance(error, ClientAuthenticationError):  # no answer: the credential itself found no way
@@ -92,7 +92,7 @@ def explain(error: Exception) -> Verdict:
 
 
 def code_of(error: BaseException | None) -> str:
-    """Return Azure's code for an error of its client, or for the StoreError made of one; ``""`` if it has none."""
+    """Return Azure's code of an error of its client, or of the StoreError made from one; ``""`` if it has none."""
     if isinstance(error, StoreError):
         error = error.__cause__
     if not isinstance(error, HttpResponseError):
@@ -123,7 +123,7 @@ def _explain_answer(error: HttpResponseError, status: int) -> Verdict:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Return *error* and what it was raised from; aiohttp keeps the system's own error in an attribute."""
+    """Yield *error* and its causes; aiohttp keeps the system's error in an attribute."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -132,6 +132,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what the error says, without the ids and times that Azure adds on further lines."""
+    """Return the error's message without the ids and times that Azure adds on further lines."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

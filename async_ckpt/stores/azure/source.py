@@ -1,10 +1,10 @@
-"""A blob that is open for reading: ranges of one version of it, straight to where they are wanted.
+"""Reads a blob: ranges of one version of it, straight into the reader's memory.
 
-Guarantees: every range is of the blob as it was found, by its ETag; what has arrived before a failure is not asked
-for again (E3).
+Guarantees: every range is of the version that was opened, by its ETag; bytes that arrived before a failure are not
+requested again (E3).
 
-The client's own download holds a range twice before it gives it out. This sends the same request through the same
-pipeline, and takes the answer from the connection piece by piece.
+The client's own download holds a range in memory twice. This sends the same request through the same pipeline, and
+reads the answer from the connection piece by piece.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from azure.core.exceptions import HttpResponseError
 from azure.core.pipeline.transport import HttpRequest
 
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.requests import Requests, patience
+from async_ckpt.stores.requests import Requests, stall_timeout
 from async_ckpt.stores.scatter import Scatter
 
 __all__ = ["AzureSource"]
@@ -28,12 +28,12 @@ class AzureSource:
 
     Args:
         service: the client of the account.
-        url: of the blob.
-        location: the same, for messages.
+        url: the blob's URL.
+        location: the location, for messages.
         requests: makes the requests.
-        nbytes: length of the blob.
-        etag: of the version to read.
-        version: which one, where an older one is meant.
+        nbytes: the length of the blob.
+        etag: the ETag of the version to read.
+        version: the id of an older version, if the URL names one.
     """
 
     max_concurrent_reads: int | None = None
@@ -67,7 +67,7 @@ class AzureSource:
             with self._requests.translating("read", self._location):
                 if self._closed:
                     raise OSError(errno.EBADF, "the file has been closed")
-                with patience(self._requests.stall_seconds) as moved:
+                with stall_timeout(self._requests.stall_seconds) as moved:
                     answer = await self._ask(first, first + scatter.left)
                     try:
                         while piece := await answer.content.readany():
@@ -85,7 +85,7 @@ class AzureSource:
         self._closed = True
 
     async def _ask(self, start: int, stop: int) -> Any:
-        """Ask for a range; return aiohttp's answer, of which nothing has been read."""
+        """Request a range; return aiohttp's response, still unread."""
         request = HttpRequest(
             "GET", self._url, headers={**self._headers, "x-ms-range": f"bytes={start}-{stop - 1}"}
         )

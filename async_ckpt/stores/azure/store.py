@@ -1,13 +1,13 @@
-"""Checkpoints in Azure Blob Storage, as block blobs.
+"""The store for Azure Blob Storage; checkpoints are block blobs.
 
 Guarantees, beyond those of every store:
 
-* A blob of any size is staged as blocks and made visible by one request that commits their list (`upload`).
-* A directory is what has blobs below it, or a blob that stands for it, as in an account with a hierarchical
-  namespace. No container is made or deleted.
+* A blob is uploaded as blocks, and one request that commits the list of blocks makes it visible (`upload`).
+* A directory has blobs below it, or a blob that stands for it, as in accounts with a hierarchical namespace. Containers
+  are neither created nor deleted.
 
-Azure has no upload that could be aborted, and so none that could be swept: blocks that nobody commits are invisible,
-are dropped when anything is committed under that name, and else expire a week after the last of them was sent.
+Uploads cannot be aborted in Azure, so there are none to sweep: uncommitted blocks are invisible, are dropped by any
+commit to the same name, and expire a week after the last of them was sent.
 
 What does not belong here: accounts (`client`), errors (`errors`), reading (`source`).
 """
@@ -29,7 +29,7 @@ from async_ckpt.stores.azure.errors import code_of, explain
 from async_ckpt.stores.azure.source import AzureSource
 from async_ckpt.stores.azure.upload import AzureUpload
 from async_ckpt.stores.base import Child, Location, Workers, exists_already
-from async_ckpt.stores.requests import Pace, Requests, patience
+from async_ckpt.stores.requests import Pace, Requests, stall_timeout
 from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
 
 __all__ = ["AzureStore", "block_size"]
@@ -39,9 +39,9 @@ _log = logging.getLogger("async_ckpt.stores.azure")
 _MAX_BLOCKS = 50_000
 _PAGE = 1000
 _MAX_BLOCK_BYTES = 4000 << 20
-# What a listing is answered that this identity, or a SAS token for blobs alone, is not allowed.
+# Answers to a listing that this identity, or a SAS token for blobs only, may not make.
 _NOT_ALLOWED = ("AuthorizationPermissionMismatch", "AuthorizationResourceTypeMismatch")
-# In the metadata of a blob that stands for a directory; adlfs knows both spellings too.
+# In the metadata of a blob that stands for a directory; adlfs knows both spellings, too.
 _FOLDER_MARKS = ("hdi_isfolder", "Hdi_isfolder", "is_directory")
 
 
@@ -49,13 +49,13 @@ class AzureStore:
     """The store of ``abfs://`` and ``az://``.
 
     Args:
-        file_system_class: adlfs's.
-        options: what it is made with.
-        workers: where blocking calls run.
-        retry: how often a request is tried again.
-        overwrite: whether a commit may replace a blob; the commit itself makes sure.
-        part_size: bytes a block should have.
-        max_concurrent_parts: blocks that may be under way at a time.
+        file_system_class: adlfs's class.
+        options: the options of the file system.
+        workers: run blocking calls.
+        retry: how often a request is repeated.
+        overwrite: whether a commit may replace a blob; the commit request checks it.
+        part_size: the preferred size of a block.
+        max_concurrent_parts: how many blocks are uploaded at a time.
     """
 
     repeats_parts = True
@@ -81,7 +81,7 @@ class AzureStore:
         self._with_versions = bool(options.get("version_aware"))
 
     async def begin(self, location: Location, nbytes: int) -> AzureUpload:
-        """Look whether the blob may be written; nothing is sent yet."""
+        """Check whether the blob may be written; nothing is sent yet."""
         blob = await self._blob("begin", location)
         with self._requests.translating("begin", location):
             part_size = block_size(nbytes, wanted=self._part_size, at_a_time=self._max_concurrent_parts)
@@ -164,7 +164,7 @@ class AzureStore:
         await self._client.aclose()
 
     def _address(self, location: Location) -> tuple[str, str, str | None]:
-        """Return the container, the blob's name, and the version, if one is meant."""
+        """Return the container, the blob's name, and the version, if the URL names one."""
         container, _, name = location.path.partition("/")
         version = None
         if self._with_versions:  # else it is part of the name, as adlfs has it
@@ -174,14 +174,14 @@ class AzureStore:
         return container, name.rstrip("/"), version or None
 
     async def _blob(self, stage: str, location: Location) -> Any:
-        """Return the client of the blob."""
+        """Return a client for the blob."""
         with self._requests.translating(stage, location):
             container, name, version = self._address(location)
             service = await self._client.get()
             return service.get_blob_client(container, name, version_id=version)
 
     async def _properties(self, stage: str, location: Location) -> Any:
-        """Return what Azure knows of the blob; ``None`` if there is none."""
+        """Return the blob's properties; ``None`` if there is no blob."""
         blob = await self._blob(stage, location)
 
         async def look() -> Any:
@@ -204,7 +204,7 @@ class AzureStore:
             found: list[Any] = []
             with (
                 self._requests.translating(stage, location),
-                patience(self._requests.stall_seconds) as moved,
+                stall_timeout(self._requests.stall_seconds) as moved,
             ):
                 async for blob in client.list_blobs(name_starts_with=f"{name}/", results_per_page=most):
                     moved()
@@ -221,7 +221,7 @@ class AzureStore:
         except StoreError as error:
             if code_of(error) not in _NOT_ALLOWED:
                 raise
-            _log.debug("not allowed to see whether a directory is there: %s", error)
+            _log.debug("not allowed to check whether a directory is there: %s", error)
             return
         if found:
             with self._requests.translating("begin", location):
@@ -242,7 +242,7 @@ class AzureStore:
 
 
 def block_size(nbytes: int, *, wanted: int, at_a_time: int) -> int:
-    """Return how many bytes each block but the last has; raises ValueError where a file is larger than Azure takes."""
+    """Return the size of each block but the last; raise ValueError if the file is too large for Azure."""
     shared = shared_part_size(nbytes, wanted, at_a_time=at_a_time)
     return fitting_part_size(nbytes, shared, least=1, most=_MAX_BLOCK_BYTES, max_parts=_MAX_BLOCKS)
 

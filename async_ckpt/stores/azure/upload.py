@@ -1,13 +1,13 @@
-"""One block blob on its way: blocks in any order, and then the list of them.
+"""The upload of one block blob: blocks in any order, then the list of blocks.
 
 Guarantees:
 
-* The blocks' ids are this upload's own, so that two writers of one name never mix theirs.
-* Where the answer to the commit was lost, the blob is looked at, which carries a token of the upload: a failure is
-  claimed only of what is not there, and a success only of what is (E3).
-* Whoever commits a name drops what others have staged for it. What was dropped is staged again.
+* The block ids are unique to this upload, so that two writers of one name never mix their blocks.
+* If the answer to the commit is lost, the blob is checked for this upload's token: a failure is reported only if it is
+  not there, and success only if it is (E3).
+* A commit drops the blocks that other writers have uploaded for the name. Dropped blocks are uploaded again.
 
-What does not belong here: whether the name may be written at all (`store`).
+What does not belong here: whether the name may be written (`store`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from async_ckpt.errors import CheckpointExistsError, StoreError, TransientStoreE
 from async_ckpt.stores.azure.errors import code_of
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers
 from async_ckpt.stores.payload import PartPayload
-from async_ckpt.stores.requests import Pace, Requests, patience
+from async_ckpt.stores.requests import Pace, Requests, stall_timeout
 
 __all__ = ["AzureUpload"]
 
@@ -35,7 +35,7 @@ _MAX_STAGINGS = 3
 
 
 class AzureUpload:
-    """One blob on its way; made by ``AzureStore.begin``. See ``stores.base.Upload``."""
+    """The upload of one blob; made by ``AzureStore.begin``. See ``stores.base.Upload``."""
 
     max_concurrent_parts = None
     is_paced = True
@@ -67,14 +67,14 @@ class AzureUpload:
         self._ended = False
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Stage one block, in one attempt."""
+        """Upload one block, in one attempt."""
         self._refuse_if_ended("write")
         if part.nbytes:  # Azure has no empty blocks; an empty blob is an empty list
             pieces = await self._workers.run(content.read, part.start, part.stop)
             async with self._pace.turn():
                 with (
                     self._requests.translating("write", self._location),
-                    patience(self._requests.stall_seconds) as moved,
+                    stall_timeout(self._requests.stall_seconds) as moved,
                 ):
                     body = PartPayload(pieces, moved=moved)
                     await self._blob.stage_block(self._block_id(part.index), body, length=part.nbytes)
@@ -82,7 +82,7 @@ class AzureUpload:
         return Receipt(index=part.index)
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Make the staged blocks the blob."""
+        """Commit the list of blocks."""
         self._refuse_if_ended("commit")
         indices = sorted({receipt.index for receipt in receipts} & self._staged.keys())
         if sum(self._staged[index][0].nbytes for index in indices) != self._nbytes:
@@ -99,22 +99,22 @@ class AzureUpload:
         self._end()
 
     async def abort(self) -> None:
-        """Let the staged blocks expire: Azure has no way to drop them that leaves a committed blob alone."""
+        """Let the blocks expire: Azure cannot drop them without deleting a committed blob."""
         self._end()
 
     async def _settle(self, indices: Sequence[int]) -> None:
-        """Commit; what failed in a way that leaves open what became of it is looked at (E3)."""
+        """Commit; if the outcome of a failed attempt is unknown, look it up (E3)."""
         try:
             await self._requests.again(self._try_to_commit, indices)
         except StoreError as error:
-            # aiohttp sends a PUT twice where a kept connection has broken, so the first may be what is there.
+            # aiohttp repeats a PUT if a kept connection has broken, so the first one may have succeeded.
             if not (self._in_doubt or isinstance(error, CheckpointExistsError)):
                 raise
-            if not await self._requests.last_look(self._location, error, self._is_there):
+            if not await self._requests.look_up_outcome(self._location, error, self._is_there):
                 raise
 
     async def _try_to_commit(self, indices: Sequence[int]) -> None:
-        """Commit: one attempt, which first looks whether an earlier one succeeded."""
+        """Make one attempt to commit, after checking whether an earlier one succeeded."""
         if self._in_doubt:
             with suppress(StoreError):  # who may write need not be allowed to look
                 if await self._is_there():
@@ -132,7 +132,7 @@ class AzureUpload:
         await self._blob.commit_block_list(blocks, metadata=metadata, **condition)
 
     async def _is_there(self) -> bool:
-        """Return whether the blob is the one that this upload committed; one attempt."""
+        """Return whether the blob is the one that this upload committed, in one attempt."""
 
         async def look() -> bool:
             try:

@@ -1,4 +1,4 @@
-"""Google Cloud Storage: ``store`` is the way in, ``upload`` and ``source`` move the bytes."""
+"""Google Cloud Storage: the entry point is ``store``; ``upload`` and ``source`` transfer the bytes."""
 
 from async_ckpt.stores.gcs.store import GCSStore
 

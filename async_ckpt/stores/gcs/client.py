@@ -1,13 +1,13 @@
-"""Requests to Google Cloud Storage: gcsfs's session and credentials, its JSON interface spoken by ourselves.
+"""Requests to Google Cloud Storage's JSON API, with gcsfs's session and credentials.
 
-Guarantees: one call is one request (gcsfs's own would be repeated six times, beneath our retries, E3); what
-is not a success, or not what Google would say, raises a ``Refusal``; a resumable upload's 308 is an answer.
-Nothing blocks the loop: credentials are looked for and refreshed in a worker.
+Guarantees: one call is one request (gcsfs's own calls would be repeated six times beneath our retries, E3); an answer
+that is no success, or not Google's, raises a ``Refusal``; a resumable upload's 308 is a valid answer. The loop is not
+blocked: credentials are found and refreshed in a worker.
 
-The file system is gcsfs's plain one, whatever gcsfs offers under its protocol: the extended one asks another
-interface (gRPC) about each bucket first, and keeps threads of its own.
+The file system is always gcsfs's plain one: its extended one first queries another API (gRPC) about each bucket, and
+keeps threads of its own.
 
-What does not belong here: retries, patience, and what a request is for.
+What does not belong here: retries, time limits, and the meaning of a request.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from async_ckpt.stores.gcs.errors import Refusal
 
 __all__ = ["CONTINUE", "Answer", "Client", "Target"]
 
-#: A resumable upload's answer to bytes that are not the last.
+#: The answer to bytes of a resumable upload that are not the last.
 CONTINUE = 308
 
-#: What is read ahead of a download: less costs more wake-ups, more holds the loop longer.
+#: The read buffer of a download: a smaller one costs more wake-ups, a larger one blocks the loop longer.
 _READ_BYTES = 256 * 1024
 
 
@@ -44,8 +44,8 @@ class Target:
 
     Attributes:
         bucket: the bucket.
-        key: the object in it; empty for the bucket itself.
-        generation: one version of the object, where the URL names one.
+        key: the object's key in the bucket; empty for the bucket itself.
+        generation: the object's version, if the URL names one.
     """
 
     bucket: str
@@ -54,25 +54,25 @@ class Target:
 
     @property
     def path(self) -> str:
-        """The object as the JSON interface names it."""
+        """The object's path in the JSON API."""
         return f"b/{quote(self.bucket, safe='')}/o/{quote(self.key, safe='')}"
 
     @property
     def bucket_path(self) -> str:
-        """All objects of the bucket, likewise."""
+        """The path of the bucket's objects in the JSON API."""
         return f"b/{quote(self.bucket, safe='')}/o"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the server said."""
+    """The server's answer."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return what the body describes; a Refusal if that is nothing, as where somebody else has answered."""
+        """Return the parsed body; raise a Refusal if it is no JSON, as when a proxy has answered."""
         try:
             value: Any = json.loads(self.body)
         except ValueError:
@@ -83,11 +83,11 @@ class Answer:
 
 
 class Client:
-    """One gcsfs file system, made on the loop that first uses it.
+    """A gcsfs file system, made on the loop that first uses it.
 
     Args:
-        options: what gcsfs is made with; environment and fsspec configuration it reads by itself.
-        workers: where what blocks runs.
+        options: the options of gcsfs, which also reads the environment and fsspec's configuration.
+        workers: run blocking calls.
     """
 
     def __init__(self, options: Mapping[str, Any], workers: Workers) -> None:
@@ -97,7 +97,7 @@ class Client:
         self._fs: Any = None
 
     async def target(self, path: str) -> Target:
-        """Take a location's path apart."""
+        """Parse a location's path."""
         bucket, key, generation = (await self._file_system()).split_path(path)
         return Target(bucket=bucket, key=key, generation=generation)
 
@@ -114,24 +114,24 @@ class Client:
         """Make one request.
 
         Args:
-            method: HTTP's verb.
-            path: below *root*, or a whole URL, which is taken as it is.
-            root: which of the interfaces.
-            params: of the query; None values are left out.
-            headers: beside those of the credentials.
-            body: what to send.
+            method: the HTTP method.
+            path: a path below *root*, or a whole URL.
+            root: selects the API.
+            params: the query parameters; None values are left out.
+            headers: further headers, besides the credentials.
+            body: the request's body.
 
         Returns:
-            The answer, wholly read.
+            The answer, completely read.
 
         Raises:
-            Refusal: it is neither a success nor a resumable upload's 308.
+            Refusal: the answer is neither a success nor a resumable upload's 308.
         """
         async with self.open(method, path, root=root, params=params, headers=headers, body=body) as response:
             return Answer(status=response.status, headers=response.headers, body=await response.read())
 
     async def describe(self, path: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask for what is described in JSON."""
+        """Make a GET request, and return its JSON."""
         return (await self.call("GET", path, params=params)).json()
 
     @asynccontextmanager
@@ -145,7 +145,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         body: Payload | bytes | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Make one request, and leave the body of the answer to be read; see ``call``."""
+        """Like ``call``, but leave the body of the answer unread."""
         fs = await self._file_system()
         in_session = path.startswith(("http://", "https://"))
         if in_session:

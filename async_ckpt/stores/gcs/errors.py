@@ -1,8 +1,8 @@
-"""What an error of Google Cloud Storage, of gcsfs or of the network to them means. Pure.
+"""Explains errors of Google Cloud Storage, of gcsfs and of the network. Pure.
 
-Guarantees: what may pass is told from what will not, and who can do something about it is told what (E3).
+Guarantees: transient errors are told from permanent ones, and the message says what can be done (E3).
 
-What does not belong here: requests, and what a status means in the middle of an upload (`upload`).
+What does not belong here: requests, and the status codes of a running upload (`upload`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BUSY = frozenset({429, 503})
 _PASSING = frozenset({408, 500, 502, 504})
 _TOO_MANY = frozenset({"rateLimitExceeded", "userRateLimitExceeded"})
 _HELD = frozenset({"retentionPolicyNotMet", "objectUnderActiveHold"})
-# A name that is not there, against a resolver that does not answer.
+# The name does not exist; all other errors of the resolver are transient.
 _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 _LOG_IN = (
@@ -43,20 +43,18 @@ _RIGHTS = (
     "Saving needs storage.objects.create, to replace a checkpoint also storage.objects.delete, loading "
     "storage.objects.get and removing storage.objects.delete and storage.objects.list."
 )
-_ENDPOINT = (
-    "That is no answer of Google's: check endpoint_url, STORAGE_EMULATOR_HOST and the proxies on the way."
-)
+_ENDPOINT = "This is not an answer of Google's: check endpoint_url, STORAGE_EMULATOR_HOST and proxies."
 _ANONYMOUS = f"No credentials were found, so the request was anonymous. {_LOG_IN}"
 
 
 class Refusal(Exception):
-    """An answer that says no, or nothing that is to be expected.
+    """An answer that refuses the request, or an unexpected one.
 
     Attributes:
-        status: HTTP's number.
-        reason: Google's word for it, such as ``retentionPolicyNotMet``; may be empty.
-        message: the sentence that came with it; may be empty.
-        anonymous: the request carried no credentials.
+        status: the HTTP status.
+        reason: Google's reason, such as ``retentionPolicyNotMet``; may be empty.
+        message: Google's message; may be empty.
+        anonymous: whether the request had no credentials.
     """
 
     def __init__(self, status: int, body: bytes = b"", *, anonymous: bool = False) -> None:
@@ -70,10 +68,10 @@ def explain(error: Exception) -> Verdict:
     """Say what *error* means.
 
     Args:
-        error: what a request raised.
+        error: the error of a request.
 
     Returns:
-        What to raise for it, and what to advise.
+        The kind of error to raise, and the advice.
     """
     if isinstance(error, Refusal):
         return _explain_refusal(error)
@@ -83,7 +81,7 @@ def explain(error: Exception) -> Verdict:
 
 
 def refused_with(error: BaseException, statuses: Container[int]) -> bool:
-    """Return whether *error*, already translated, came of an answer with one of *statuses*."""
+    """Return whether *error*, already translated, was caused by an answer with one of *statuses*."""
     return isinstance(error.__cause__, Refusal) and error.__cause__.status in statuses
 
 
@@ -112,12 +110,12 @@ def _explain_refusal(error: Refusal) -> Verdict:
 
 
 def _explain_credentials(error: Exception) -> Verdict:
-    """Tell a token server that could not be reached from one that says no."""
-    # gcsfs hides the cause of a failed refresh behind an HttpError of its own.
+    """Tell apart a token server that cannot be reached and one that refuses."""
+    # gcsfs hides the cause of a failed refresh behind its own HttpError.
     cause = error.__cause__ if isinstance(error.__cause__, google.auth.exceptions.GoogleAuthError) else error
     if isinstance(cause, google.auth.exceptions.TransportError) or getattr(cause, "retryable", False):
-        return Verdict(kind=TransientStoreError, reason=f"no access token could be had: {cause}")
-    return Verdict(advice=_LOG_IN, reason=f"no access token could be had: {cause}")
+        return Verdict(kind=TransientStoreError, reason=f"cannot get an access token: {cause}")
+    return Verdict(advice=_LOG_IN, reason=f"cannot get an access token: {cause}")
 
 
 def _explain_connection(error: Exception) -> Verdict:
@@ -144,7 +142,7 @@ def _explain_connection(error: Exception) -> Verdict:
 
 
 def _told(body: bytes) -> tuple[str, str]:
-    """Return the reason and the message of an answer: JSON of two kinds, XML or plain text."""
+    """Return the reason and the message of an answer, which is JSON of two kinds, XML or plain text."""
     text = body[:4096].decode("utf-8", "replace").strip()
     try:
         error: Any = json.loads(text)["error"]

@@ -1,13 +1,12 @@
-"""The resumable session behind one upload: begun, asked, fed in order, cancelled.
+"""The resumable session of one upload: it is begun, queried, fed in order, and cancelled.
 
-Guarantees: bytes for which no answer came are not sent again before the server was asked what it holds; sending
-goes on from where the server says; a session that the server has lost, or that is of no use any more, makes room for
-a new one, from the first byte; one that was begun is known to whoever has to cancel it, even if beginning it was
-cancelled.
+Guarantees: after a missing answer, the server is asked which bytes it has before any are sent again; sending resumes
+where the server says; a session that the server lost, or that is useless, is replaced by a new one from the first byte;
+a session that was begun can be cancelled, even if beginning it was cancelled.
 
-A session is invisible and costs nothing; one that nobody cancels, as after a crash, expires after a week.
+A session is invisible and costs nothing; if it is not cancelled, as after a crash, it expires after a week.
 
-What does not belong here: where the bytes come from, and whether the right ones arrived (`upload`).
+What does not belong here: the source of the bytes, and verifying them (`upload`).
 """
 
 from __future__ import annotations
@@ -24,33 +23,33 @@ from async_ckpt.stores.base import Location
 from async_ckpt.stores.gcs.client import CONTINUE, Answer, Client, Target
 from async_ckpt.stores.gcs.errors import Refusal, refused_with
 from async_ckpt.stores.payload import PartPayload
-from async_ckpt.stores.requests import Pace, Requests, patience
+from async_ckpt.stores.requests import Pace, Requests, stall_timeout
 
 __all__ = ["CHUNK_MULTIPLE", "ResumableSession"]
 
-#: Every request but the last carries a multiple of this.
+#: The body of every request but the last is a multiple of this.
 CHUNK_MULTIPLE = 256 * 1024
 
-# How the server says that it has no such session: expired or unknown; broken; cancelled.
+# The statuses of a lost session: expired or unknown; broken; cancelled.
 _LOST = frozenset({404, 410, 499})
 
 
 class ResumableSession:
-    """At most one session at a time; every method raises only StoreErrors.
+    """At most one session at a time; methods raise only StoreErrors.
 
     Args:
         location: for messages.
         target: the object.
         nbytes: length of the file.
-        metadata: what the object is to carry.
-        overwrite: whether the object may be there already.
+        metadata: the object's custom metadata.
+        overwrite: whether an existing object may be replaced.
         client: makes the requests.
-        requests: times and repeats them.
-        pace: bounds how many carry data.
+        requests: times and repeats requests.
+        pace: limits the requests that carry data.
 
     Attributes:
-        held: bytes from the first on that the server has said it holds.
-        taken: bytes that it has taken in all, those that it has lost since among them.
+        held: how many bytes, from the first, the server says it has.
+        taken: how many bytes it has taken in total, including those it lost since.
     """
 
     def __init__(
@@ -82,26 +81,26 @@ class ResumableSession:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is one."""
+        """Whether there is a session."""
         return self._url is not None
 
     async def open(self, stage: str) -> None:
-        """Begin one, if there is none; one attempt."""
+        """Begin a session if there is none, in one attempt."""
         if self._useless is not None:
             with suppress(StoreError):  # it expires by itself
                 await self._requests.once("abort", self._location, self._client.call, "DELETE", self._useless)
             self._useless = None
         if self._url is None:
-            # Whoever is cancelled still learns the session's name, to cancel it.
+            # Even if this is cancelled, the session's URL becomes known, so that it can be cancelled.
             with anyio.CancelScope(shield=True):
                 self._url = await self._requests.once(stage, self._location, self._begin)
 
     async def ask(self, stage: str) -> Answer | None:
-        """Learn what the server holds, where that is not known; return what it says of the whole object."""
+        """Query how many bytes the server has, if unknown; return the object's description if it is complete."""
         if self._url is None or not self._unsure:
             return None
         try:
-            # Not */NBYTES, by which a server may understand that this is the end.
+            # Not */NBYTES, which a server may take for the end of the upload.
             answer = await self._requests.once(stage, self._location, self._feed, "PUT", b"", "bytes */*", {})
         except StoreError as error:
             if not refused_with(error, _LOST):
@@ -116,16 +115,16 @@ class ResumableSession:
     async def send(
         self, pieces: Sequence[memoryview], start: int, stop: int, stage: str, headers: Mapping[str, str]
     ) -> Answer:
-        """Send bytes; one attempt."""
+        """Send bytes, in one attempt."""
         span = f"bytes {start}-{stop - 1}/{self._nbytes}" if start < stop else f"bytes */{self._nbytes}"
         try:
             async with self._pace.turn():
                 with (
                     self._requests.translating(stage, self._location),
-                    patience(self._requests.stall_seconds) as moved,
+                    stall_timeout(self._requests.stall_seconds) as moved,
                 ):
                     self._sent, self._unsure = max(self._sent, stop), True
-                    # Not PUT: aiohttp sends that again by itself when a kept connection breaks.
+                    # Not PUT: aiohttp itself repeats a PUT when a kept connection breaks.
                     return await self._feed("POST", PartPayload(pieces, moved=moved), span, headers)
         except StoreError as error:
             if not refused_with(error, _LOST):
@@ -135,7 +134,7 @@ class ResumableSession:
             raise TransientStoreError.during(stage, self._location.url, reason) from error
 
     def note(self, answer: Answer, stage: str) -> None:
-        """Take down how much the server says it holds; it may be less than was sent, or nothing."""
+        """Note how many bytes the server says it has; it may be fewer than were sent, or none."""
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
         held = int(match[1]) + 1 if match else 0
         if answer.status != CONTINUE or held > self._sent:
@@ -144,11 +143,11 @@ class ResumableSession:
         self.held, self._unsure = held, False
 
     def forget(self) -> None:
-        """Begin a new one next time."""
+        """Forget the session, so that the next attempt begins a new one."""
         self._url, self.held, self._sent, self._unsure = None, 0, 0, False
 
     def broken(self, stage: str, reason: str) -> StoreError:
-        """Return the error that has the next attempt cancel the session and begin a new one."""
+        """Return an error after which the next attempt cancels the session and begins a new one."""
         self._useless = self._url
         self.forget()
         return TransientStoreError.during(stage, self._location.url, OSError(reason))

@@ -1,8 +1,7 @@
-"""An object of Google Cloud Storage, open for reading.
+"""Reads an object of Google Cloud Storage.
 
-Guarantees: every byte comes from the generation that was found when it was opened; once that is gone,
-reading is a ``StoreError``. Bytes go from the connection straight to where they are wanted, and a range that
-breaks off is continued, not begun again (E3).
+Guarantees: every byte is of the generation that was opened; once that is gone, reading raises a ``StoreError``. Bytes
+go from the connection straight into the reader's memory, and an interrupted range is resumed, not begun again (E3).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import errno
 from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.gcs.client import Client, Target
-from async_ckpt.stores.requests import Pace, Requests, patience
+from async_ckpt.stores.requests import Pace, Requests, stall_timeout
 from async_ckpt.stores.scatter import Scatter
 
 __all__ = ["GCSSource"]
@@ -24,10 +23,10 @@ class GCSSource:
     Args:
         location: for messages.
         target: the object, with its generation.
-        nbytes: its length.
+        nbytes: the object's length.
         client: makes the requests.
-        requests: times and repeats them.
-        pace: bounds how many carry data.
+        requests: times and repeats requests.
+        pace: limits the requests that carry data.
     """
 
     max_concurrent_reads: int | None = None
@@ -59,7 +58,7 @@ class GCSSource:
             async with self._pace.turn():
                 with (
                     self._requests.translating("read", self._location),
-                    patience(self._requests.stall_seconds) as moved,
+                    stall_timeout(self._requests.stall_seconds) as moved,
                 ):
                     span = f"bytes={first}-{last}"
                     async with self._client.open(
@@ -67,7 +66,7 @@ class GCSSource:
                         self._target.path,
                         root="download/storage/v1",
                         params={"alt": "media", "generation": self._target.generation},
-                        # Nothing is to be decompressed on the way: the range is one of the stored bytes.
+                        # Nothing may be decompressed on the way: the range counts stored bytes.
                         headers={"Range": span, "Accept-Encoding": "identity"},
                     ) as response:
                         expected = f"bytes {first}-{last}/{self.nbytes}"
@@ -85,7 +84,7 @@ class GCSSource:
             raise self._error("it was replaced or deleted while it was read") from error
 
     async def aclose(self) -> None:
-        """Do nothing: there is no handle."""
+        """Do nothing: there is nothing to close."""
 
     def _error(self, reason: str) -> StoreError:
         return StoreError.during("read", self._location.url, OSError(errno.ESTALE, reason))

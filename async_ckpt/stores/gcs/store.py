@@ -1,11 +1,9 @@
-"""Checkpoints on Google Cloud Storage, by gcsfs's session and credentials.
+"""The store for Google Cloud Storage, with gcsfs's session and credentials.
 
-Guarantees, beyond those of every store: a save is one resumable upload, which becomes visible with its last
-request; ``overwrite=False`` is checked by the server as it does (``ifGenerationMatch=0``); reading stays with
-the generation it began with.
+Guarantees, beyond those of every store: a save is one resumable upload, which becomes visible with its last request;
+the server checks ``overwrite=False`` with that request (``ifGenerationMatch=0``); a source reads one generation only.
 
-What does not belong here: the upload (`upload`, `session`), requests (`client`), what errors mean
-(`errors`).
+What does not belong here: the upload (`upload`, `session`), requests (`client`), explaining errors (`errors`).
 """
 
 from __future__ import annotations
@@ -44,13 +42,13 @@ class GCSStore:
     """The store of ``gs://`` and ``gcs://``.
 
     Args:
-        file_system_class: gcsfs's; its plain file system is used, whichever it is.
-        options: what the file system is made with.
-        workers: where what blocks runs.
-        retry: how often a request is tried again.
-        overwrite: whether a commit may replace what is there.
-        part_size: bytes a request should carry; rounded up to a multiple of 256 KiB.
-        max_concurrent_parts: requests for data that may be under way at a time, over all files.
+        file_system_class: gcsfs's class; its plain file system is used in any case.
+        options: the options of the file system.
+        workers: run blocking calls.
+        retry: how often a request is repeated.
+        overwrite: whether a commit may replace an existing object.
+        part_size: the preferred size of a request; rounded up to a multiple of 256 KiB.
+        max_concurrent_parts: how many requests that carry data run at a time, over all files.
     """
 
     repeats_parts = True
@@ -106,7 +104,7 @@ class GCSStore:
         return upload
 
     async def delete(self, location: Location) -> None:
-        """Delete an object; where there is none, all whose names begin with this one and a slash."""
+        """Delete an object; if there is none, all objects below this name."""
         target = await self._target("delete", location)
         if await self._describe("delete", location, target) is not None:
             await self._requests.step("delete", location, self._delete, target)
@@ -119,7 +117,7 @@ class GCSStore:
                 return
 
     async def exists(self, location: Location) -> bool:
-        """Return whether there is such an object, or one below it."""
+        """Return whether there is such an object, or one below its name."""
         target = await self._target("look at", location)
         if await self._describe("look at", location, target) is not None:
             return True
@@ -167,7 +165,7 @@ class GCSStore:
         await self._client.aclose()
 
     async def _target(self, stage: str, location: Location) -> Target:
-        """Return the object that *location* names, having connected."""
+        """Connect, and return the object that *location* names."""
         target = await self._requests.again(self._connect, stage, location)
         if not target.key.strip("/"):
             raise _error(stage, location, errno.EISDIR, "it names a bucket, not a checkpoint in it")
@@ -176,12 +174,12 @@ class GCSStore:
         return replace(target, key=target.key.rstrip("/"))
 
     async def _connect(self, stage: str, location: Location) -> Target:
-        # Not timed: looking for credentials may take its time, and cannot be broken off.
+        # Not timed: finding credentials may take long, and cannot be cancelled.
         with self._requests.translating(stage, location):
             return await self._client.target(location.path)
 
     async def _look_before(self, location: Location, target: Target) -> None:
-        """Refuse, before anything is sent, what could only fail later."""
+        """Check, before anything is sent, for errors that would otherwise come only with the commit."""
         try:
             if (await self._children("begin", location, target, limit=1, missing_ok=False))[0]:
                 raise _error("begin", location, errno.EISDIR, os.strerror(errno.EISDIR))
@@ -191,10 +189,10 @@ class GCSStore:
         except StoreError as error:
             if not refused_with(error, {403}):  # who may create an object need not be allowed to look
                 raise
-            _log.debug("did not look at %s before saving: %s", location.url, error)
+            _log.debug("cannot check %s before saving: %s", location.url, error)
 
     async def _describe(self, stage: str, location: Location, target: Target) -> dict[str, Any] | None:
-        """Return the object's description; None if there is no such object."""
+        """Return the object's description; None if it does not exist."""
         params = {"generation": target.generation}
         try:
             return await self._requests.step(stage, location, self._client.describe, target.path, params)
@@ -215,7 +213,7 @@ class GCSStore:
         limit: int = 1000,
         missing_ok: bool = True,
     ) -> tuple[Sequence[str], str | None]:
-        """Return a page of the objects below *target*, and what names the next page."""
+        """Return a page of the objects below *target*, and the token of the next page."""
         params = {
             "prefix": f"{target.key}/",
             "maxResults": limit,
@@ -240,7 +238,7 @@ class GCSStore:
                 raise
 
     async def _delete_all(self, location: Location, targets: Sequence[Target]) -> None:
-        """Delete several objects, some at a time; the first error ends the others and is raised as it is."""
+        """Delete several objects, some at a time; the first error cancels the others and is raised unchanged."""
         errors: list[Exception] = []
         remaining = iter(targets)
 

@@ -1,15 +1,16 @@
-"""One file on its way to Google Cloud Storage: a resumable upload.
+"""The upload of one file to Google Cloud Storage: a resumable upload.
 
 Guarantees, beyond those of every store:
 
-* The last bytes, at most 256 KiB of them, go with ``commit``: until then the server cannot end the upload (D2).
-* The server is told the file's CRC-32C with the last bytes, and refuses other ones; what it says it has
-  stored is compared as well.
-* Where the answer to the last bytes was lost, the session is asked, or the object itself, whether they arrived: it
-  carries a token of this upload's. A failure is claimed only of what is not there (E3).
-* What the server has lost is sent again; that has no limit of time while something gets on, up to three files' worth.
+* ``commit`` sends the last bytes, at most 256 KiB: before it, the server cannot complete the upload (D2).
+* The last request carries the file's CRC-32C, which the server verifies; the checksum that it reports is compared as
+  well.
+* If the answer to the last request is lost, the session, or the object itself with this upload's token, is queried: a
+  failure is reported only if the object is not there (E3).
+* Bytes that the server lost are sent again, without a time limit as long as there is progress, up to three times the
+  file.
 
-What does not belong here: the session and what the server holds (`session`).
+What does not belong here: the session and its state on the server (`session`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = ["TOKEN_KEY", "ResumableUpload"]
 
 _log = logging.getLogger("async_ckpt.stores.gcs")
 
-#: The custom metadata by which an object tells which upload it came from.
+#: The custom metadata that identifies the upload an object came from.
 TOKEN_KEY = "async_ckpt-upload"
 
 _MAX_SENDINGS = 3  # of the whole file; after that, what gets on says no longer that it will arrive
@@ -49,12 +50,12 @@ class ResumableUpload:
         location: for messages.
         target: the object.
         nbytes: length of the file.
-        part_size: bytes a part has.
-        overwrite: whether the object may be there already.
+        part_size: the size of a part.
+        overwrite: whether an existing object may be replaced.
         client: makes the requests.
-        requests: times and repeats them.
-        pace: bounds how many carry data.
-        workers: where what blocks runs.
+        requests: times and repeats requests.
+        pace: limits the requests that carry data.
+        workers: run blocking calls.
     """
 
     is_paced = False
@@ -101,15 +102,15 @@ class ResumableUpload:
         self._ended = False
 
     async def start(self) -> None:
-        """Begin a session. Whoever calls this must abort if it raises."""
+        """Begin a session. The caller must abort if this raises."""
         await self._requests.again(self._session.open, "begin")
 
     def progress(self) -> int:
-        """Return a number that grows with what the server takes; see ``Continuing``."""
+        """Return a number that grows with the bytes that the server takes; see ``Continuing``."""
         return min(self._session.taken, _MAX_SENDINGS * self._nbytes)
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Send one part, of the last one only what need not wait for the commit."""
+        """Send one part; of the last one, only the bytes that need not wait for the commit."""
         self._check(not self._ended, "write", "the upload has ended")
         self._check(part.start == self._put, "write", "parts must be put once, and in order")
         is_last = part.stop == self._nbytes
@@ -120,7 +121,7 @@ class ResumableUpload:
         return Receipt(index=part.index)
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Send the last bytes, with which the object comes to be."""
+        """Send the last bytes, which completes the object."""
         self._check(not self._ended, "commit", "the upload has ended")
         complete = self._content is not None and self._put == self._nbytes
         self._check(complete, "commit", "not every byte was put")
@@ -129,7 +130,7 @@ class ResumableUpload:
         except StoreError as error:
             if not self._in_doubt:
                 raise
-            stored = await self._requests.last_look(self._location, error, self._stored_object)
+            stored = await self._requests.look_up_outcome(self._location, error, self._stored_object)
             if stored is None:
                 raise
             await self._verify(stored)
@@ -144,12 +145,12 @@ class ResumableUpload:
             try:
                 await self._session.cancel()
             except Exception as error:
-                _log.warning("%s; Google ends the upload in a week, and nothing shows until then", error)
+                _log.warning("%s; the upload stays invisible, and Google drops it in a week", error)
 
     # -- sending
 
     async def _send_until(self, goal: int, stage: str) -> None:
-        """Have the server hold the first *goal* bytes at least: one attempt, however many requests."""
+        """Make one attempt, of any number of requests, to get the first *goal* bytes to the server."""
         if (early := await self._session.ask(stage)) is not None:
             await self._verify(early.json())  # it raises, as bytes are missing
         await self._session.open(stage)
@@ -164,7 +165,7 @@ class ResumableUpload:
                 raise self._passing(stage, "the server took nothing of what it was sent")
 
     def _read(self, start: int, stop: int) -> Sequence[memoryview]:
-        """Return bytes, and sum them if they are new; blocks."""
+        """Return bytes, and add new ones to the checksum; blocks."""
         assert self._content is not None
         pieces = self._content.read(start, stop)
         if stop > self._summed:
@@ -173,13 +174,13 @@ class ResumableUpload:
         return pieces
 
     def _withheld_from(self) -> int:
-        """Return where the bytes begin that only the commit sends."""
+        """Return the offset of the bytes that only the commit sends."""
         return max(0, self._nbytes - 1) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
 
     # -- the end
 
     async def _finish(self) -> None:
-        """Have the object come to be: one attempt, which first looks whether an earlier one succeeded."""
+        """Make one attempt to complete the object, after checking whether an earlier one succeeded."""
         if self._in_doubt:
             answer = await self._session.ask("commit")
             if answer is not None:
@@ -205,7 +206,7 @@ class ResumableUpload:
         return await self._verify(answer.json())
 
     async def _verify(self, stored: Mapping[str, Any]) -> None:
-        """Compare what was stored; take it away again if it is not what was sent."""
+        """Compare the stored object's checksum; delete the object if it differs."""
         checksum = as_text(self._checksum)
         if stored["size"] == str(self._nbytes) and stored.get("crc32c", checksum) == checksum:
             return
@@ -215,7 +216,7 @@ class ResumableUpload:
         raise self._passing("commit", "other bytes were stored than were sent")
 
     async def _stored_object(self) -> dict[str, Any] | None:
-        """Return the object's description if it came from this upload; one attempt."""
+        """Return the object's description if it came from this upload, in one attempt."""
         try:
             stored = await self._requests.once(
                 "commit", self._location, self._client.describe, self._target.path

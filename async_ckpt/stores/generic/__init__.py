@@ -1,4 +1,4 @@
-"""Checkpoints on any other file system that fsspec knows: ``store`` is the way in."""
+"""Any other file system that fsspec knows: the entry point is ``store``."""
 
 from async_ckpt.stores.generic.store import GenericStore
 

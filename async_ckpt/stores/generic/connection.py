@@ -1,11 +1,12 @@
-"""The file system of a generic store, and the connection inside it, which servers end.
+"""The file system of a generic store, and its connection, which servers may close.
 
 Guarantees:
 
-* One call at a time runs on a file system that is not made for several: fsspec promises no more.
-* A file system that we have made is made anew, for the next call, once its connection has ended or lost step: servers
-  end what is idle for minutes, and checkpoints are further apart (E3). Handles of the one before are of no use then.
-* After ``close`` none is made, and none stays (B2).
+* Calls on a file system that is not asynchronous run one at a time: fsspec promises no more.
+* A file system that we made is replaced for the next call once its connection is closed or out of step: servers close
+  connections that are idle for minutes, and checkpoints are further apart (E3). Handles of the old one are useless
+  then.
+* After ``close``, none is made, and none stays (B2).
 
 What does not belong here: which calls may be repeated.
 """
@@ -31,7 +32,7 @@ class Connection:
 
     Args:
         file_system: an fsspec file system, or None.
-        connect: makes the file system, where none was given, when a call needs one.
+        connect: makes the file system, if none was given, when a call needs it.
     """
 
     def __init__(self, file_system: Any | None, connect: Callable[[], Any] | None) -> None:
@@ -42,26 +43,26 @@ class Connection:
 
     @property
     def file_system(self) -> Any:
-        """The file system of now; ask for it inside of a call, as the next may have another."""
+        """The present file system; use it within a call, as the next call may have another one."""
         assert self._file_system is not None
         return self._file_system
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in its turn, connected.
+        """Connect if necessary, and call *function*.
 
         Raises:
-            TransientStoreError: the connection was lost meanwhile.
+            TransientStoreError: the connection was lost during the call.
         """
         with self._turn:
             self._be_connected()
-            # An asynchronous file system brings every call to its own loop; any other may share one
-            # connection, or none of its state safely, between threads.
+            # An asynchronous file system runs every call on its own loop; any other may not be thread-safe, or share
+            # one connection.
             if not self.file_system.async_impl:
                 return self._watch(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     def let_go(self, file_system: Any, function: Callable[[], object]) -> None:
-        """Call *function*, which frees a handle of *file_system*, in its turn; for that, nothing is connected anew."""
+        """Call *function*, which frees a handle of *file_system*, without connecting anew."""
         with self._turn:
             if file_system is self._file_system:
                 self._watch(function)
@@ -69,7 +70,7 @@ class Connection:
                 function()  # what it raises says nothing of the connection of now
 
     def close(self) -> Any | None:
-        """Let none be made any more; return the file system that we have made, for its connection to be ended."""
+        """Make no more file systems; return the one that we made, if any, so that its connection can be closed."""
         self._is_closed = True
         return None if self._connect is None else self._file_system
 

@@ -1,9 +1,9 @@
-"""A file takes another's place on a file system of which only fsspec's interface is known.
+"""Replaces a file by another on any file system, through fsspec's interface.
 
-Guarantees: ``Move.go`` returns once the new file, whole, has the name. It may be called again after an
-error, on another connection, and looks first whether the move took effect after all (E3). Where the file system will
-not replace a file, the earlier one is kept aside until the new one is in, and put back if it does not get in (D2),
-by ``tidy`` at the latest; a process that dies, or a server that goes, right between the two leaves it, whole, as
+Guarantees: when ``Move.go`` returns, the new file, whole, has the name. It may be called again after an error, on
+another connection, and first checks whether the move took effect after all (E3). If the file system cannot replace a
+file, the earlier one is renamed until the new one is in place, and renamed back if that fails (D2), by ``tidy`` at the
+latest; if the process or the server dies between the two steps, the earlier file remains, whole, as
 ``NAME.previous-…``.
 
 Blocks: call it in a worker.
@@ -28,12 +28,12 @@ _log = logging.getLogger("async_ckpt.stores.generic")
 
 
 class Move:
-    """The move of one complete temporary file to its final name.
+    """The move of a complete temporary file to its final name.
 
     Args:
         source: the temporary file.
         target: the final name.
-        nbytes: the length that the file must have.
+        nbytes: the expected length of the file.
     """
 
     def __init__(self, source: str, target: str, nbytes: int) -> None:
@@ -49,12 +49,12 @@ class Move:
 
     @property
     def begun(self) -> bool:
-        """Whether the file may be under its final name already."""
+        """Whether the file may have its final name already."""
         return self._tried
 
     @property
     def left_aside(self) -> str:
-        """What to tell of the earlier file where ``tidy`` has not succeeded; empty if it was never touched."""
+        """A note on the earlier file for the error message if ``tidy`` failed; empty if it was never touched."""
         if not self._moves_aside:
             return ""
         if self._landed:
@@ -62,13 +62,13 @@ class Move:
         return f"the earlier file, unless it is under its name, is whole, at {self._aside!r}"
 
     def go(self, file_system: Any) -> None:
-        """Move on *file_system*; then, whether it raised or not, and when it is not called again, call ``tidy``."""
+        """Move on *file_system*. After the last call, whether it raised or not, call ``tidy``."""
         self._fs = file_system
         self._try()
         self._landed = True
 
     def tidy(self, file_system: Any) -> None:
-        """Remove the earlier file if it is aside and the new one is in; if that is not, put it back."""
+        """Remove the earlier file if the new one is in place; otherwise rename it back."""
         self._fs = file_system
         if self._moves_aside and info_of(file_system, self._aside) is not None:
             now = info_of(file_system, self._target)
@@ -113,7 +113,7 @@ class Move:
 
     def _rename(self, source: str, target: str) -> None:
         if self._copies:
-            # The same two steps as there, but it takes "[" and "*" in names for patterns.
+            # fsspec's ``mv`` does the same two steps, but takes "[" and "*" in names for patterns.
             self._fs.cp_file(source, target)
             remove_file(self._fs, source)
         else:
@@ -125,10 +125,10 @@ class Move:
         return bool(type(self._fs).mv is fsspec.spec.AbstractFileSystem.mv)
 
     def _has_landed(self, *, told: bool = False) -> bool:
-        """Return whether the new file has the name. The earlier one is often just as long.
+        """Return whether the new file has the name; the earlier file often has the same length.
 
-        Another at the target is proof only after a copy, or if the file system has *told* that it moved the file, as
-        it may leave the source; a renamed file has left its source (D1).
+        A changed file at the target is proof only after a copy, or if the file system *told* that it moved the file, as
+        it may leave the source; after a rename, the source is gone (D1).
         """
         now = info_of(self._fs, self._target)
         if now is None or now.get("size", self._nbytes) != self._nbytes:

@@ -1,12 +1,12 @@
-"""A file on any file system that fsspec knows, open for reading.
+"""Reads a file on any file system that fsspec knows.
 
-Guarantees: where the file system is asynchronous, as HTTP is, ranges are read several at a time; elsewhere
-through one handle, one read after the other; it is opened again if its connection is lost. A server that sends the
-whole file whatever it is asked for is served from memory.
+Guarantees: on an asynchronous file system, such as HTTP, ranges are read concurrently; on others, through one handle,
+one after the other, which is reopened if its connection is lost. If a server ignores ranges and sends the whole file,
+that is kept in memory.
 
-fsspec has no notion of one version of a file. Some handles hold on to what they have opened; of a file read by
-ranges, as others do behind their handles, length, time and tag are looked at after each of them, as far as the file
-system tells them. Who loads a checkpoint compares checksums as well.
+fsspec has no versions of files. Some handles keep the file that they opened. For a file read by ranges, as some handles
+do internally, length, time and tag are checked after each range, if the file system reports them. Loading a checkpoint
+verifies checksums as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from async_ckpt.stores.base import Location
 from async_ckpt.stores.fsspec_calls import info_of_file, version_in
 from async_ckpt.stores.scatter import Scatter
 
-# At a time from a handle, which holds it twice.
+# The largest read of a handle, which holds the bytes twice.
 _READ_BYTES = 8 << 20
 _LONGEST_RANGE_BYTES = 2 << 20
 
@@ -32,16 +32,16 @@ __all__ = ["HandleSource", "RangeSource", "Step"]
 
 
 class Step(Protocol):
-    """Calls a function that may be repeated in a worker, translating errors; again after transient ones."""
+    """Calls a repeatable function in a worker, translates its errors, and repeats it after transient ones."""
 
     def __call__(
         self, function: Callable[..., Any], /, *args: Any, position: Callable[[], int] = int
     ) -> Awaitable[Any]:
-        """Call *function*; once *position* has changed, attempts and time are counted anew."""
+        """Call *function*; when *position* has changed, attempts and time are counted anew."""
 
 
 class HandleSource:
-    """A file behind one of fsspec's handles; see ``stores.base.Source``."""
+    """A file that is read through one of fsspec's handles; see ``stores.base.Source``."""
 
     max_concurrent_reads: int | None = 1
 
@@ -63,7 +63,7 @@ class HandleSource:
         self._is_closed = False
 
     def start(self) -> None:
-        """Open the file; blocks. Whoever calls this must close if it raises."""
+        """Open the file; blocks. The caller must close the source if this raises."""
         self._version, self.nbytes = self._open()
 
     async def read_into(self, start: int, *targets: memoryview) -> None:
@@ -78,21 +78,21 @@ class HandleSource:
             await self._let_go(self._fs, self._close)
 
     def _open(self) -> tuple[list[Any], int]:
-        """Open the file on the connection of now, and return its version and length."""
+        """Open the file on the present connection, and return its version and length."""
         with suppress(Exception):  # of an earlier attempt, or connection
             self._close()
         self._fs = self._connected()
         version = _version_of(self._fs, self._location.path)  # first: it must not be that of a later file
         self._handle = handle = self._fs.open(self._location.path, "rb")
         if isinstance(handle, io.BytesIO):
-            # The memory file system gives every reader the same object, and with it one position.
+            # The memory file system gives all readers the same object, with one position.
             self._handle = handle = io.BytesIO(handle.getvalue())
         handle.seek(0, io.SEEK_END)
-        # Not what seek returns, which over SFTP is nothing; and 0 may mean there that it could not be told.
+        # Not the result of seek, which is None over SFTP; and there, 0 may mean that the length is unknown.
         return version, handle.tell() or info_of_file(self._fs, self._location.path).get("size") or 0
 
     def _open_again(self) -> None:
-        """Open the file on another connection, if it is the same file still."""
+        """Open the file on another connection, if it is still the same file."""
         try:
             same = self._open() == (self._version, self.nbytes)
         except FileNotFoundError as error:
@@ -116,11 +116,11 @@ class HandleSource:
         while scatter.left:
             data = self._handle.read(min(scatter.left, _READ_BYTES))
             if not data:
-                # Fails if the line is broken: paramiko's handles take that for the file's end.
+                # Fails if the connection is lost, which paramiko's handles take for the end of the file.
                 info_of_file(self._fs, self._location.path)
                 raise OSError(errno.EIO, "it has become shorter while it was read")
             scatter.take(data)
-        # A handle that asks for ranges, by the name, has not held on to what it opened.
+        # A handle that requests ranges by name does not keep the file that it opened.
         if isinstance(self._handle, AbstractBufferedFile) and (
             _version_of(self._fs, self._location.path) != self._version
         ):
@@ -128,7 +128,7 @@ class HandleSource:
 
 
 class RangeSource:
-    """A file that is asked for by ranges; see ``stores.base.Source``."""
+    """A file that is read by ranges; see ``stores.base.Source``."""
 
     max_concurrent_reads: int | None = 4  # each holds a range in memory, maybe twice
 
@@ -141,7 +141,7 @@ class RangeSource:
         self._whole: memoryview | None = None
 
     def start(self) -> None:
-        """Learn the length of the file; blocks."""
+        """Get the length of the file; blocks."""
         info = info_of_file(self._fs, self._location.path)
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -157,7 +157,7 @@ class RangeSource:
             await self._step(self._read_into, start, scatter, position=lambda: scatter.done)
 
     async def aclose(self) -> None:
-        """Forget what was kept."""
+        """Free the file's content, if it was kept."""
         self._whole = None
 
     def _read_into(self, start: int, scatter: Scatter) -> None:

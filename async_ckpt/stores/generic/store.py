@@ -1,9 +1,10 @@
-"""Checkpoints on any file system that fsspec knows, through its synchronous interface in workers.
+"""The store for any other file system that fsspec knows, through its synchronous interface, in workers.
 
-Guarantees, beyond those of every store: what is repeated after a transient error, can be: opening, looking, moving,
-removing (E3).
+Guarantees, beyond those of every store: only repeatable steps are repeated after transient errors: opening, looking up,
+moving, removing (E3).
 
-What does not belong here: the way of one file's bytes (`upload`, `source`), turns and lost connections (`connection`).
+What does not belong here: transferring bytes (`upload`, `source`), serializing calls and lost connections
+(`connection`).
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ _log = logging.getLogger("async_ckpt.stores.generic")
 
 
 class GenericStore:
-    """The store of any other URL.
+    """The store for all other URLs.
 
     Args:
         file_system: an fsspec file system, or None.
-        workers: where its calls run.
-        retrying: how a failed step is tried again.
-        overwrite: whether a commit may replace what is there; looked at when a save begins and before it moves.
-        connect: makes the file system, where none was given, when it is first needed and when its connection is
-            lost: in a worker, as that may use the network.
-        redacted: hides the secrets in what is logged.
+        workers: run its calls.
+        retrying: repeats failed steps.
+        overwrite: whether a commit may replace an existing file; checked when a save begins, and before it moves the
+            file.
+        connect: makes the file system, if none was given, when it is first needed and after its connection is lost;
+            called in a worker, as it may use the network.
+        redacted: hides secrets in log messages.
     """
 
     repeats_parts = False
@@ -87,7 +89,7 @@ class GenericStore:
         retry: RetryPolicy | None = None,
         overwrite: bool = True,
     ) -> GenericStore:
-        """Return the store of a kind of file system; it is our own, as fsspec's cached ones are shared with anyone."""
+        """Return a store with a file system of its own, as fsspec shares its cached instances."""
         retry = retry or RetryPolicy()
 
         def make() -> Any:
@@ -113,11 +115,11 @@ class GenericStore:
 
     @property
     def file_system(self) -> Any:
-        """The file system, for functions that ``once`` calls; another after its connection was lost."""
+        """The file system, for functions that ``once`` calls; replaced after its connection is lost."""
         return self._connection.file_system
 
     async def begin(self, location: Location, nbytes: int) -> GenericUpload:
-        """Open a handle for the temporary name; see ``Store.begin``."""
+        """Open a handle with a temporary name; see ``Store.begin``."""
         upload = GenericUpload(self, location, nbytes)
         async with aborted_on_error(upload):
             await self.once(upload.start)
@@ -128,7 +130,7 @@ class GenericStore:
         await self.step(self._delete, location)
 
     async def exists(self, location: Location) -> bool:
-        """Return whether anything is at *location*."""
+        """Return whether a file or directory is at *location*."""
         return await self.step(self._exists, location)
 
     async def list(
@@ -161,7 +163,7 @@ class GenericStore:
         return source
 
     async def aclose(self) -> None:
-        """End the connection of a file system that we have made, as far as it lets us."""
+        """Close the connection of a file system that we made, if that is possible."""
         if (file_system := self._connection.close()) is not None:
             await self.run(end_connection, file_system)
 
@@ -170,18 +172,18 @@ class GenericStore:
         return await self._workers.run(function, *args, **kwargs)
 
     async def once(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a worker, when it is its turn, connected."""
+        """Connect if necessary, and call *function* in a worker."""
         return await self._workers.run(self._connection.call, function, *args, **kwargs)
 
     async def let_go(self, file_system: Any, function: Callable[[], object]) -> None:
-        """Call *function*, which frees a handle of *file_system*, in a worker; failing is no failure."""
+        """Call *function*, which frees a handle of *file_system*, in a worker; log errors."""
         try:
             await self._workers.run(self._connection.let_go, file_system, function)
         except Exception as error:
             _log.debug("cannot free a handle: %s", self._redacted(str(error)))
 
     async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function*, which may be repeated as a whole, in a worker; again after transient errors."""
+        """Call *function* in a worker, and repeat it as a whole after transient errors."""
         return await self._retrying.call(self.once, function, *args, **kwargs)
 
     def _exists(self, location: Location) -> bool:
@@ -216,7 +218,7 @@ class GenericStore:
             if found["type"] != "directory":
                 remove_file(self.file_system, location.path)
                 return
-            # Not rm(recursive=True): it takes "[" and "*" in names for patterns.
+            # Not rm(recursive=True), which takes "[" and "*" in names for patterns.
             tree = self.file_system.find(location.path, withdirs=True, detail=True)
             tree[location.path] = found
             for path in sorted(tree, reverse=True):  # what is inside comes first
@@ -231,7 +233,7 @@ class GenericStore:
                 self.file_system.rmdir(path)
 
     def sweep(self, directory: str) -> tuple[str, ...]:
-        """Remove, the first time, what dead processes left in *directory*; only a lost connection is a failure."""
+        """Remove leftovers of dead processes in *directory*, once; only a lost connection is an error."""
         if directory in self._swept:
             return ()
         self._swept.add(directory)

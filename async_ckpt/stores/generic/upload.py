@@ -1,11 +1,11 @@
-"""One file on its way to any file system that fsspec knows.
+"""The upload of one file to any file system that fsspec knows.
 
-Guarantees: the bytes go to a temporary name beside the target, which is then moved (`move`). A handle that was not
-written to its end is thrown away, never closed where closing means committing (D2).
+Guarantees: the bytes are written to a temporary file beside the target, which is then moved (`move`). An incomplete
+handle is discarded, and never closed if closing would commit it (D2).
 
-Parts are taken in order, as fsspec's handles are. No part is repeated: whether a handle that failed has taken the
-bytes, nothing tells. The writer begins the whole file again; hence the handle is closed with the last part, as that
-may send what was held back. What follows, is repeated here, on a new connection if need be (E3).
+Parts are written in order, as fsspec's handles demand. No part is repeated, as nobody knows which bytes a failed handle
+has taken; the writer begins the whole file again. So the handle is closed with the last part, which may send buffered
+bytes. Later steps are repeated here, on a new connection if necessary (E3).
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ _WRITE_BYTES = 4 << 20  # at a time: on a slow line, whoever waits sees that som
 
 
 class Calls(Protocol):
-    """What an upload needs of the store that made it.
+    """The store's methods that an upload needs.
 
     Attributes:
-        overwrite: whether a commit may replace what is there.
+        overwrite: whether a commit may replace an existing file.
     """
 
     overwrite: bool
 
     @property
     def file_system(self) -> Any:
-        """The file system; another after its connection was lost."""
+        """The file system; replaced after its connection is lost."""
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call *function*, which does not use the file system, in a worker."""
 
     async def once(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* in a worker, when it is its turn, connected."""
+        """Connect if necessary, and call *function* in a worker."""
 
     async def step(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function*, which may be repeated as a whole, in a worker; again after transient errors."""
+        """Call *function* in a worker, and repeat it as a whole after transient errors."""
 
     async def let_go(self, file_system: Any, function: Callable[[], object]) -> None:
-        """Call *function*, which frees a handle of *file_system*, in a worker; failing is no failure."""
+        """Call *function*, which frees a handle of *file_system*, in a worker; log errors."""
 
     def sweep(self, directory: str) -> tuple[str, ...]:
-        """Remove, the first time, what dead processes left in *directory*."""
+        """Remove leftovers of dead processes in *directory*, once."""
 
 
 class GenericUpload:
-    """One temporary name on its way to becoming the target; made by ``GenericStore.begin``."""
+    """The upload of one file; made by ``GenericStore.begin``."""
 
     part_size = None
     max_concurrent_parts = 1
@@ -102,13 +102,13 @@ class GenericUpload:
         return await self._store.once(self._write, part, pieces)
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Check the length, and move."""
+        """Check the length, and move the file."""
         await self._store.step(self._settle)
         self._made.clear()
         await self.abort()  # a move may leave its source
 
     async def abort(self) -> None:
-        """Throw the handle away and remove the temporary name."""
+        """Discard the handle, and remove the temporary file."""
         if self._move is None:
             return
         await self._store.let_go(self._handle_fs, self._throw_away)
@@ -143,19 +143,19 @@ class GenericUpload:
             self._make_directories()
             self._handle = self._fs.open(self._temporary, "wb")
         else:
-            # FTP and the like look for the directory only when the first block is sent. Object stores
-            # have none, and some would make a bucket.
+            # FTP and the like need the directory only when the first block is sent. Object stores have no directories,
+            # and some would create a bucket.
             if not self._fs.async_impl:
                 self._make_directories()
 
     def _keep_private(self) -> None:
-        """Let nobody else read what is written, where that can be had."""
+        """Make the file private, if the file system supports it."""
         self._mode = mode_of(self._fs, self._temporary)
         if self._mode is not None:
             set_mode(self._fs, self._temporary, 0o600)
 
     def _share(self) -> None:
-        """Give the complete file the mode of the one that it replaces, or that of a new one."""
+        """Give the complete file the mode of the file that it replaces, or of a new file."""
         if self._mode is not None:
             earlier = mode_of(self._fs, self._location.path)
             set_mode(self._fs, self._temporary, self._mode if earlier is None else earlier)
@@ -177,7 +177,7 @@ class GenericUpload:
     def _write(self, part: Part, pieces: Sequence[memoryview]) -> Receipt:
         with translating("write", self._location):
             if self._broken:
-                raise OSError(errno.EIO, "an earlier part failed, and a stream cannot go back")
+                raise OSError(errno.EIO, "an earlier part failed, and a stream cannot seek back")
             if part.start != self._position or self._handle is None:
                 raise OSError(errno.EINVAL, "parts must be put once, and in order")
             try:
@@ -211,7 +211,7 @@ class GenericUpload:
             written = written if isinstance(written, int) else some.nbytes
             moved()
             if written <= 0:
-                raise OSError(errno.EIO, "the handle takes no bytes")
+                raise OSError(errno.EIO, "the handle accepts no bytes")
             self._position += written
             piece = piece[written:]
 
@@ -254,7 +254,7 @@ class GenericUpload:
             remove_file(self._fs, self._temporary)
 
     def _throw_away(self) -> None:
-        """Free the handle; never by a close that commits."""
+        """Free the handle, but never by a close that commits."""
         self._broken = True
         handle, self._handle = self._handle, None
         if handle is None:

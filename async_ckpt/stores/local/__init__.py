@@ -1,4 +1,4 @@
-"""Checkpoints on a local disk, and on whatever is mounted as one: ``store`` is the way in."""
+"""Local disks and mounted file systems: the entry point is ``store``."""
 
 from async_ckpt.stores.local.store import LocalStore
 

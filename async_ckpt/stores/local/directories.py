@@ -1,10 +1,10 @@
-"""The directories of the local store: made, synced and swept, each no more often than needed.
+"""Makes, syncs and sweeps the directories of the local store, no more often than needed.
 
-Guarantees: ``sync`` returns once every directory entry that leads to a file there is on the medium, no
-matter who made it, or made it again. ``sweep`` removes a temporary file, and gives a file that was put aside its name
-back, only if its owner surely lives no more (D2).
+Guarantees: when ``sync`` returns, every directory entry on the path to a file there is synced to disk, whoever made it.
+``sweep`` removes a temporary file, and renames back a file that was put aside, only if its owner has certainly ended
+(D2).
 
-What does not belong here: the temporary file of the save that is under way.
+What does not belong here: the temporary file of the running save.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from contextlib import suppress
 
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import aside_of, is_leftover, owner_is_dead
-from async_ckpt.stores.local.move import settle_aside
-from async_ckpt.stores.local.places import PLACES, Place, Places
+from async_ckpt.stores.local.capabilities import CAPABILITIES, Capabilities, CapabilityCache
+from async_ckpt.stores.local.move import recover_aside
 from async_ckpt.stores.locking import is_abandoned
-from async_ckpt.stores.vanished import removing
-from async_ckpt.system.trust import is_foreign
+from async_ckpt.stores.removed_directories import removing
+from async_ckpt.system.trusted_paths import is_foreign
 
 __all__ = ["Directories"]
 
-# How a place says that no present file is opened for writing there.
+# Errors of file systems on which existing files cannot be opened for writing.
 _NO_WRITING = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
 _log = logging.getLogger("async_ckpt.stores.local")
 
 
 class Directories:
-    """What one store knows about directories; its methods block and may be called from any thread."""
+    """A store's knowledge of directories; its methods block, and are thread-safe."""
 
-    def __init__(self, disk: Disk, places: Places | None = None) -> None:
+    def __init__(self, disk: Disk, capability_cache: CapabilityCache | None = None) -> None:
         self._disk = disk
-        self._places = places or PLACES
+        self._capability_cache = capability_cache or CAPABILITIES
         self._lock = threading.Lock()
-        # A path may be another directory's by now, and so may a number: whether something in it has changed tells that.
+        # A path may lead to another directory by now, and an inode may be reused; the time of the last change shows
+        # that.
         self._synced: dict[str, tuple[int, int, int]] = {}
         self._swept: set[tuple[int, int]] = set()  # a number given out again is that of an empty directory
 
     def make(self, directory: str, check: Callable[[], object]) -> list[str]:
-        """Make *directory* and what is missing above it; return those made here, outermost first.
+        """Make *directory* and missing ones above it; return those that were made, outermost first.
 
         Args:
-            directory: which.
-            check: raises if what is on the way now leads where nothing is to be made.
+            directory: the directory.
+            check: raises if the path now leads somewhere where nothing may be made.
         """
         missing = []
         while not os.path.isdir(directory):
@@ -71,7 +72,7 @@ class Directories:
         return made
 
     def unmake(self, made: list[str]) -> None:
-        """Remove the directories that ``make`` returned, as far as they are empty."""
+        """Remove the directories that ``make`` returned, if they are empty."""
         while made:
             directory = made.pop()
             try:
@@ -80,25 +81,27 @@ class Directories:
             except OSError as error:
                 _log.debug("left the directory %s: %s", directory, error)
 
-    def place(self, directory: str, made: list[str]) -> Place:
-        """Return what *directory* refuses, which lies in the first of those that ``make`` has *made*, if any.
+    def capabilities(self, directory: str, made: list[str]) -> Capabilities:
+        """Return the capabilities of *directory*; *made* are the directories that ``make`` made for it.
 
         Raises:
-            OSError: it cannot be tried, as there is no room, or it is gone.
+            OSError: they cannot be tried, as there is no room, or the directory is gone.
         """
-        return self._places.of(directory, self._disk, parent=os.path.dirname(made[0]) if made else None)
+        return self._capability_cache.of(
+            directory, self._disk, parent=os.path.dirname(made[0]) if made else None
+        )
 
     def forget(self, directory: str) -> None:
-        """Let the next save try what *directory* refuses: it has refused what it did not before."""
+        """Let the next save try the capabilities of *directory* again: it refused what it did not refuse before."""
         with suppress(OSError):
-            self._places.forget(directory, self._disk)
+            self._capability_cache.forget(directory, self._disk)
 
     def sync(self, directory: str, path: str) -> None:
-        """Sync *directory* and those above it in which something has changed since: any of them may be fresh (D1).
+        """Sync *directory* and those above it that have changed since the last sync: any of them may be new (D1).
 
         Args:
-            directory: where an entry is fresh.
-            path: a file in it, by which the whole file system is synced where the directory is not ours to read.
+            directory: a directory with a new entry.
+            path: a file in it, used to sync the whole file system if the directory is not readable.
         """
         try:
             self._disk.sync_directory(directory)
@@ -117,7 +120,7 @@ class Directories:
             above = parent
 
     def _state(self, directory: str) -> tuple[int, int, int] | None:
-        """Return what is another once an entry of *directory* has changed; ``None`` where that cannot be told."""
+        """Return a value that changes with the entries of *directory*; ``None`` if there is none."""
         try:
             found = self._disk.stat(directory)
         except OSError:
@@ -127,9 +130,9 @@ class Directories:
         return found.st_dev, found.st_ino, found.st_ctime_ns
 
     def sweep(self, directory: str) -> tuple[str, ...]:
-        """Remove, the first time, what dead processes left in *directory*; return the names.
+        """Remove leftovers of dead processes in *directory*, once; return their names.
 
-        That something cannot be removed is no reason for a save to fail.
+        A save does not fail if something cannot be removed.
         """
         try:
             found = self._disk.stat(directory)
@@ -146,13 +149,13 @@ class Directories:
             return ()
         swept = tuple(name for name in names if self._sweep_one(os.path.join(directory, name)))
         if swept:
-            _log.info("removed from %s what dead processes left: %s", directory, ", ".join(swept))
+            _log.info("removed leftovers of dead processes from %s: %s", directory, ", ".join(swept))
         return swept
 
-    def whereabouts(self, path: str) -> str:
-        """Return where the file at *path*, which is not there, is as another process has put it aside.
+    def find_aside(self, path: str) -> str:
+        """Return the path to which another process has put aside the missing file *path*; empty if there is none.
 
-        One that is dead has it no longer: the file is back. Empty if there is none.
+        If that process has ended, the file is renamed back first.
         """
         asides = sorted(self._asides(path), key=self._age)
         settled = [self._sweep_one(each) for each in asides]
@@ -161,14 +164,14 @@ class Directories:
         return asides[0] if asides else ""
 
     def give_up(self, path: str) -> None:
-        """Remove what processes, dead or not, have put aside of *path*, that it may not come back to that name.
+        """Remove all files that processes, ended or not, have put aside for *path*, so that none gets that name again.
 
         Raises:
-            OSError: that could not be done.
+            OSError: a file cannot be removed.
         """
         if os.path.lexists(path):
             with suppress(OSError):
-                if not self._places.known(os.path.dirname(path), self._disk).replace:
+                if not self._capability_cache.known(os.path.dirname(path), self._disk).replace:
                     return  # nothing is put aside there
         for each in self._asides(path):
             with suppress(FileNotFoundError):
@@ -189,7 +192,7 @@ class Directories:
             return False
 
     def _age(self, path: str) -> int:
-        """Return what is less for a file that was written later: of several put aside, that one is the earlier file."""
+        """Return a sort key that puts the latest file first: of several put aside, that one is the earlier file."""
         try:
             return -self._disk.lstat(path).st_mtime_ns
         except OSError:
@@ -201,7 +204,7 @@ class Directories:
             if aside_of(name) is not None:  # nobody locks it
                 dead = owner_is_dead(name) and self._is_trusted(path)
                 if dead:
-                    settle_aside(self._disk, path)
+                    recover_aside(self._disk, path)
                 return dead
             if stat.S_ISLNK(self._disk.lstat(path).st_mode):  # on its way to a link's place; it has no lock
                 return self._removed_if_dead(path)

@@ -1,10 +1,10 @@
-"""The open file behind one upload to a local, or mounted, file system.
+"""The open file of an upload to a local or mounted file system.
 
-Guarantees: parts are written side by side where the place takes them in any order, else one after the other through
-the one descriptor that was opened, since a close of any other might end the file there. Once ``close`` has returned,
+Guarantees: parts are written concurrently if the file system accepts any order; otherwise one after the other, through
+the one descriptor that was opened, as closing another one might complete the file there. Once ``close`` has returned,
 nothing is written any more.
 
-What does not belong here: names, and how the file gets its own.
+What does not belong here: the file's name, and renaming it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["LocalFile"]
 
 
 class LocalFile:
-    """A file that is being written; threads may share it.
+    """A file that is being written; thread-safe.
 
     Args:
         disk: the system calls.
-        nbytes: the length that it will have.
-        fsync: whether it is to survive the loss of power.
+        nbytes: its final length.
+        fsync: whether to sync it to disk.
     """
 
     in_order = False
-    """Whether the place takes bytes in the order of the file only; to be set before the first of them."""
+    """Whether bytes must be written in the order of the file; set it before the first write."""
 
     def __init__(self, disk: Disk, nbytes: int, *, fsync: bool) -> None:
         self._disk = disk
@@ -42,29 +42,29 @@ class LocalFile:
         self._end = 0
 
     def hold(self, fd: int) -> None:
-        """Take what has been opened; from now on ``close`` closes it."""
+        """Take over an open descriptor; ``close`` closes it."""
         with self._lock:
             self._fd = fd
 
     def open_later(self, open_file: Callable[[], int]) -> None:
-        """Take how it is opened, when the first byte comes."""
+        """Set the function that opens the file before the first byte."""
         with self._lock:
             self._open = open_file
 
     def descriptor(self) -> int:
-        """Return the open file's, opened if need be.
+        """Return the descriptor; open the file if necessary.
 
         Raises:
-            OSError: it has been closed, or cannot be opened.
+            OSError: the file is closed, or cannot be opened.
         """
         with self._lock:
             return self._descriptor()
 
     def write(self, part: Part, pieces: Sequence[memoryview]) -> None:
-        """Write one part where it belongs.
+        """Write one part at its offset.
 
         Raises:
-            OSError: not all of it was written, or it is not its turn.
+            OSError: the part was not written completely, or it is out of order.
         """
         if self.in_order:
             with self._lock:
@@ -74,7 +74,7 @@ class LocalFile:
                 self._end += written
                 self._note(part, written)
             return
-        # A descriptor of its own: were the file closed meanwhile, its number could be another file's.
+        # A descriptor of its own: if the file is closed meanwhile, its number may be reused for another file.
         with self._lock:
             fd = self._disk.duplicate(self._descriptor())
         try:
@@ -87,34 +87,34 @@ class LocalFile:
             self._note(part, written)
 
     def check_complete(self) -> None:
-        """Raise OSError unless every byte was put."""
+        """Raise OSError unless every byte was written."""
         with self._lock:
             fd = self._descriptor()
             complete = sum(self._put.values()) == self._nbytes
-        # Where bytes go in order, some tell the length only once it is closed.
+        # Some file systems that need the bytes in order report the length only after the close.
         if not complete or (not self.in_order and self._disk.fstat(fd).st_size != self._nbytes):
             raise OSError(errno.EINVAL, "not every byte was put")
 
     def seal(self) -> None:
-        """Wait until what was written is on the medium, or at least with the file system.
+        """Sync the file to disk, or at least hand it to the file system.
 
         Raises:
-            OSError: it could not be stored.
+            OSError: the file could not be stored.
         """
         fd = self.descriptor()
         synced = self._fsync and self._disk.fsync(fd)
         if self.in_order:
             self.close()
         elif not synced:
-            # Some file systems (NFS) tell only at a close that the bytes could not be stored. A second descriptor's
-            # does, and the first keeps the lock.
+            # Some file systems (NFS) report only at a close that the bytes could not be stored. Closing a second
+            # descriptor reports it, and the first one keeps the lock.
             self._disk.close(self._disk.duplicate(fd))
 
     def close(self) -> None:
-        """Close it; again and again does no harm.
+        """Close the file. Idempotent.
 
         Raises:
-            OSError: the file system tells only now that it could not store everything.
+            OSError: the file system reports only now that it could not store everything.
         """
         with self._lock:
             fd, self._fd, self._open = self._fd, None, None

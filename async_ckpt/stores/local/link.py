@@ -1,11 +1,10 @@
-"""A second name for a checkpoint on a local disk: a symbolic link, replaced in one step.
+"""Makes a second name for a checkpoint on a local disk: a symbolic link, which is replaced in one step.
 
-Guarantees: whoever looks at the name of a file or link finds what it was before or what it is now, never nothing (D2);
-what the name stood for is not written to. When ``make`` returns, the link survives the loss of power (D1). Each one is
-made under a name of its own, so any number of threads and processes may link one name; what a killed process left is
-swept as its other temporary files are.
+Guarantees: at any moment, the name leads to the old file or to the new one (D2); the old target is not written to. When
+``make`` returns, the link survives the loss of power (D1). Each link is made under a temporary name, so any number of
+threads and processes may replace one link; leftovers of a killed process are swept like other temporary files.
 
-What does not belong here: when the link may be made; that is the queue's (rule 5).
+What does not belong here: when the link may be made, which the queue decides (rule 5).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from async_ckpt.options import Durability
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import temporary_name
+from async_ckpt.stores.local.capabilities import Capabilities
 from async_ckpt.stores.local.directories import Directories
 from async_ckpt.stores.local.move import move_in
-from async_ckpt.stores.local.places import Place
 from async_ckpt.stores.local.target import refuse_foreign_link, translated
 from async_ckpt.stores.locking import hold_fresh
-from async_ckpt.system.permissions import REFUSALS, take_after
+from async_ckpt.system.permissions import REFUSALS, copy_metadata
 
 __all__ = ["Links", "detach"]
 
@@ -37,10 +36,10 @@ _ATTEMPTS = 10  # a sweeper may take a fresh copy, and another process the direc
 
 
 class Links:
-    """Makes the links of one service; threads may share it.
+    """Makes the links of one service; thread-safe.
 
     Args:
-        durability: of the links.
+        durability: the durability of the links.
         disk: the system calls.
     """
 
@@ -50,32 +49,32 @@ class Links:
         self._directories = Directories(self._disk)
 
     def make(self, location: Location, target: Location, *, asked_ns: int) -> None:
-        """Let *location* lead to *target*, in place of what was there.
+        """Make *location* a link to *target*, replacing an existing file or link.
 
-        The link is relative, so that the directory may be moved as a whole. Where the file system has no links, it is
-        a copy.
+        The link is relative, so that the directory may be moved as a whole. If the file system has no links, a copy is
+        made.
 
         Args:
-            location: the second name.
+            location: the link.
             target: the checkpoint.
-            asked_ns: when that was asked for, which is the link's modification time, but just after the target's: what
-                is saved later is newer, however soon after the target that is written.
+            asked_ns: when the link was requested. It becomes the link's modification time, or, if later, a time just
+                after the target's, so that later saves are newer.
 
         Raises:
-            StoreError: it could not be made; a file or link that was there stays.
+            StoreError: the link could not be made; an existing file or link stays.
         """
         refuse_foreign_link("link", target)  # whoever follows ours would be led there
         path = location.path
         directory = os.path.dirname(path)
 
         def link(made: str) -> None:
-            place = self._directories.place(directory, [])
-            with _linked(target.path, made, directory, self._disk, place):
+            capabilities = self._directories.capabilities(directory, [])
+            with _linked(target.path, made, directory, self._disk, capabilities):
                 _date(made, max(asked_ns, _modified_ns(target.path) + 1))
-                # A checkpoint of many files, which another strategy has written.
+                # A checkpoint of many files, written by another strategy.
                 if os.path.isdir(path) and not os.path.islink(path):
                     self._disk.rmtree(path)
-                _move(self._disk, made, path, place)
+                _move(self._disk, made, path, capabilities)
 
         with _translating("link", location):
             self._directories.make(directory, lambda: refuse_foreign_link("link", location))
@@ -86,10 +85,10 @@ class Links:
 
 
 def detach(location: Location, disk: Disk | None = None) -> None:
-    """Make of a link to a file, or to nothing, a name whose file may be written to in place: a copy, or nothing.
+    """Replace a link by a copy of its target, or remove a dangling one, so that the name may be written in place.
 
     Raises:
-        StoreError: that could not be done; the link stays.
+        StoreError: the link could not be replaced; it stays.
     """
     path = location.path
     disk = disk or Disk()
@@ -100,21 +99,21 @@ def detach(location: Location, disk: Disk | None = None) -> None:
             disk.unlink(path)
             return
 
-        place = Directories(disk).place(os.path.dirname(path), [])
+        capabilities = Directories(disk).capabilities(os.path.dirname(path), [])
 
         def copy(made: str) -> None:
-            with _copied(path, made, disk, place):
-                _move(disk, made, path, place)
+            with _copied(path, made, disk, capabilities):
+                _move(disk, made, path, capabilities)
 
         _under_a_fresh_name(os.path.dirname(path), copy)
 
 
 class _SweptError(OSError):
-    """A sweeper was faster than our lock."""
+    """A sweeper took the file before we locked it."""
 
 
 def _under_a_fresh_name(directory: str, make: Callable[[str], None]) -> None:
-    """Call *make* with a name in *directory* that nobody else has, and leave nothing of that name."""
+    """Call *make* with a fresh name in *directory*, and remove a file of that name afterwards."""
     for _ in range(_ATTEMPTS):
         made = os.path.join(directory, temporary_name())
         try:
@@ -128,22 +127,22 @@ def _under_a_fresh_name(directory: str, make: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _linked(target: str, made: str, directory: str, disk: Disk, place: Place) -> Iterator[None]:
-    """Make a link, or where there are none a copy, for who gives it its place."""
+def _linked(target: str, made: str, directory: str, disk: Disk, capabilities: Capabilities) -> Iterator[None]:
+    """Make a link, or a copy if there are no links, for the body to rename."""
     try:
         os.symlink(os.path.relpath(target, directory), made)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with _copied(target, made, disk, place):
+        with _copied(target, made, disk, capabilities):
             yield
     else:
         yield
 
 
 @contextmanager
-def _copied(source: str, made: str, disk: Disk, place: Place) -> Iterator[None]:
-    """Make a copy, locked against sweepers until it has its place, and nobody else's before it is whole."""
+def _copied(source: str, made: str, disk: Disk, capabilities: Capabilities) -> Iterator[None]:
+    """Make a copy, locked against sweepers until it is renamed, and private until it is complete."""
     fd = disk.create(made)
     with ExitStack() as closing:
         closing.callback(disk.close, fd)
@@ -154,20 +153,22 @@ def _copied(source: str, made: str, disk: Disk, place: Place) -> Iterator[None]:
             copy.flush()
             _share(fd, source, os.fstat(original.fileno()))
             disk.fsync(fd)
-        if place.offset:  # where bytes go in order, a file is complete, and can be moved, once it is closed
+        if (
+            capabilities.offset
+        ):  # where bytes go in order, a file is complete, and can be moved, once it is closed
             closing.close()
         yield
 
 
 def _share(fd: int, source: str, model: os.stat_result) -> None:
     try:
-        take_after(fd, source, model)
+        copy_metadata(fd, source, model)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
 
 
-def _move(disk: Disk, made: str, path: str, place: Place) -> None:
+def _move(disk: Disk, made: str, path: str, capabilities: Capabilities) -> None:
     own = os.lstat(made)
 
     def landed() -> bool:
@@ -175,12 +176,12 @@ def _move(disk: Disk, made: str, path: str, place: Place) -> None:
             return os.path.samestat(os.lstat(path), own)
         return False
 
-    move_in(disk, made, path, landed=landed, replaces=not place.replace)
+    move_in(disk, made, path, landed=landed, replaces=not capabilities.replace)
 
 
 @contextmanager
 def _opened(path: str, disk: Disk) -> Iterator[BinaryIO]:
-    """Open what is copied: neither a pipe, which would be waited for, nor a device, which may have no end."""
+    """Open the file to copy; refuse a pipe, which would block, and a device, which may have no end."""
     with open(disk.open_to_read(path), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it leads to no regular file")

@@ -1,10 +1,10 @@
-"""A complete file takes its name on a local, or mounted, file system.
+"""Gives a complete file its final name on a local or mounted file system.
 
-Guarantees: where the file system replaces a file, that is one step. Where it does not, the earlier file is put aside,
-and back if the new one does not get in (D2); a process that dies right between the two leaves it, whole, as
-``NAME.previous-…``, until the next one calls ``settle_aside``.
+Guarantees: one step, if the file system can replace files. Otherwise the earlier file is put aside, and renamed back if
+the new one does not get its name (D2); if the process dies between the two steps, the earlier file remains, whole, as
+``NAME.previous-…``, until another process calls ``recover_aside``.
 
-What does not belong here: making the file, and syncing.
+What does not belong here: writing the file, and syncing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.leftovers import aside_of, name_aside
 
-__all__ = ["move_in", "settle_aside"]
+__all__ = ["move_in", "recover_aside"]
 
 _log = logging.getLogger("async_ckpt.stores.local")
 
 _ATTEMPTS = 10  # of two processes that replace one file again and again
-# How a file is kept from another's place, though it may go to a free one.
+# Errors of file systems that rename files only to free names.
 _KEEPS_OTHERS_OUT = frozenset(
     {errno.EACCES, errno.EEXIST, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 )
@@ -31,17 +31,17 @@ _KEEPS_OTHERS_OUT = frozenset(
 def move_in(
     disk: Disk, source: str, target: str, *, landed: Callable[[], bool], replaces: bool = True
 ) -> None:
-    """Give the file *source* the name *target*; return once it has it.
+    """Rename *source* to *target*.
 
     Args:
         disk: the system calls.
         source: a complete file.
-        target: its name; if something is there, a file or a link, that is replaced.
-        landed: tells whether the file has the name, as the answer alone may be lost (E3).
-        replaces: whether the file system is known, or believed, to replace a file.
+        target: the final name; an existing file or link is replaced.
+        landed: returns whether the file has the name, as only the answer may have been lost (E3).
+        replaces: whether the file system can replace files, as far as known.
 
     Raises:
-        OSError: it does not have the name; what was there before has, or the message says where it is.
+        OSError: the file does not have the name; the earlier file has it, or the message says where it is.
     """
     try:
         disk.replace(source, target)
@@ -96,8 +96,8 @@ def _put_back(disk: Disk, aside: str, target: str, error: OSError) -> None:
             raise OSError(error.errno, text) from error
 
 
-def settle_aside(disk: Disk, path: str) -> None:
-    """Do what a dead process has not come to: give the file at *path* its name back, or remove it if that is taken.
+def recover_aside(disk: Disk, path: str) -> None:
+    """Finish for a dead process: rename the file put aside at *path* back, or remove it if its name is taken.
 
     Raises:
         OSError: that could not be done.

@@ -1,9 +1,9 @@
-"""A local file that is open for reading: its bytes go straight to where they are wanted.
+"""Reads a local file, straight into the reader's memory.
 
-Guarantees: the open descriptor holds on to the file as it was found, whatever takes its name meanwhile. A
-file that is cut short by somebody who writes to it in place is a ``StoreError``.
+Guarantees: the open descriptor keeps the file that was opened, even if its name is replaced. If the file is truncated
+in place, reading raises a ``StoreError``.
 
-What does not belong here: writing (`upload`), and what the bytes mean.
+What does not belong here: writing (`upload`), and the meaning of the bytes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class LocalSource:
     """One open file; see ``stores.base.Source``.
 
     Args:
-        location: which file.
-        workers: where system calls run.
-        disk: the system calls themselves.
-        max_concurrent_reads: reads at a time.
+        location: the file.
+        workers: run system calls.
+        disk: the system calls.
+        max_concurrent_reads: how many reads run at a time.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LocalSource:
         self._fd: int | None = None
 
     def start(self, path: str = "") -> None:
-        """Open the file, at *path* if that is given; blocks. Whoever calls this must close if it raises."""
+        """Open the file, at *path* if given; blocks. The caller must close the source if this raises."""
         try:
             fd = self._disk.open_to_read(path or self._location.path)
             with self._lock:
@@ -52,7 +52,7 @@ class LocalSource:
             if stat.S_ISDIR(found.st_mode):
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
+                raise OSError(errno.EINVAL, "it is not a regular file")
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -76,7 +76,7 @@ class LocalSource:
 
     def _read_into(self, start: int, targets: Sequence[memoryview]) -> None:
         try:
-            # A descriptor of its own: were the file closed meanwhile, its number could be another file's.
+            # A descriptor of its own: if the file is closed meanwhile, its number may be reused for another file.
             with self._lock:
                 if self._fd is None:
                     raise OSError(errno.EBADF, "the file has been closed")

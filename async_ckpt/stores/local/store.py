@@ -1,9 +1,8 @@
-"""Checkpoints on a local, or mounted, file system: the store, and the syncing of what others wrote.
+"""The store for local and mounted file systems, and syncing files that others wrote.
 
-Guarantees: how a file gets there is said in `upload`, how one is read in `source`. A deletion takes a
-symlink, not what it leads to.
+Guarantees: see `upload` for saves and `source` for reading. Deleting a symlink removes the link, not its target.
 
-What does not belong here: the system calls (`disk`), and what is known about directories (`directories`).
+What does not belong here: the system calls (`disk`), and the knowledge of directories (`directories`).
 """
 
 from __future__ import annotations
@@ -18,35 +17,35 @@ from typing import Literal
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.local.capabilities import CapabilityCache
 from async_ckpt.stores.local.directories import Directories
 from async_ckpt.stores.local.listing import Listing
-from async_ckpt.stores.local.places import Places
 from async_ckpt.stores.local.source import LocalSource
 from async_ckpt.stores.local.target import refuse_foreign_link, translated
 from async_ckpt.stores.local.upload import HALF_OF_THE_CPUS, LocalUpload
-from async_ckpt.stores.vanished import removing
+from async_ckpt.stores.removed_directories import removing
 
 __all__ = ["LocalStore", "sync_path"]
 
 _ATTEMPTS = 10  # another process may replace a file again and again
 _MOST_PART_BYTES = 32 << 20
 _NO_DELETING = (
-    "The place refuses to remove files. A mount may have to be told to: Mountpoint for S3, by --allow-delete."
+    "The directory refuses to remove files. A mount may need an option: Mountpoint for S3, --allow-delete."
 )
 
 
 class LocalStore:
-    """The store of local paths.
+    """The store for local paths.
 
     Args:
-        workers: where system calls run.
+        workers: run system calls.
         durability: ``"fsync"`` or ``"process"``.
-        overwrite: whether a commit may replace what is there.
-        in_place: whether a file may be written under its own name where a place has no other way.
-        part_size: bytes a part should have; no more than 32 MiB, so that the kernel begins early to write them
-            out. ``None`` leaves it to the caller.
+        overwrite: whether a commit may replace an existing file.
+        in_place: whether a file may be written under its final name if the directory has no other way.
+        part_size: the preferred size of a part; at most 32 MiB is used, so that the kernel begins early to write to
+            disk. ``None`` leaves it to the caller.
         disk: the system calls themselves.
-        places: what is known of directories; what the process knows where it is not given.
+        capability_cache: the known capabilities of directories; the process's by default.
     """
 
     repeats_parts = True
@@ -60,7 +59,7 @@ class LocalStore:
         in_place: bool = False,
         part_size: int | None = None,
         disk: Disk | None = None,
-        places: Places | None = None,
+        capability_cache: CapabilityCache | None = None,
     ) -> None:
         self._workers = workers
         self._disk = disk or Disk()
@@ -68,10 +67,10 @@ class LocalStore:
         self._overwrite = overwrite
         self._in_place = in_place
         self._part_size = None if part_size is None else min(part_size, _MOST_PART_BYTES)
-        self._directories = Directories(self._disk, places)
+        self._directories = Directories(self._disk, capability_cache)
 
     async def begin(self, location: Location, nbytes: int) -> LocalUpload:
-        """Create the temporary file and reserve its room; see ``Store.begin``."""
+        """Create the temporary file, and reserve its disk space; see ``Store.begin``."""
         upload = LocalUpload(
             location,
             nbytes,
@@ -88,7 +87,7 @@ class LocalStore:
         return upload
 
     async def delete(self, location: Location) -> None:
-        """Delete a file, a symlink (not what it leads to) or a directory tree."""
+        """Delete a file, a symlink (not its target) or a directory tree."""
         await self._workers.run(self._delete, location)
 
     async def exists(self, location: Location) -> bool:
@@ -125,16 +124,16 @@ class LocalStore:
         for _ in range(_ATTEMPTS):
             with suppress(FileNotFoundError):
                 return source.start()
-            whereabouts = self._directories.whereabouts(path)
-            if not whereabouts:
+            aside = self._directories.find_aside(path)
+            if not aside:
                 break
             with suppress(FileNotFoundError):
-                return source.start(whereabouts)
+                return source.start(aside)
         source.start()  # it may have come back, or the new one to its place, since it was looked for
 
     def _delete(self, location: Location) -> None:
         refuse_foreign_link("delete", location)
-        # A file that a dead process had put aside must not take the name that is free then.
+        # A file that a dead process put aside must not get the free name back.
         self._directories.sweep(os.path.dirname(location.path))
         try:
             self._directories.give_up(location.path)
@@ -157,10 +156,10 @@ class LocalStore:
 
 
 def sync_path(path: str, disk: Disk | None = None) -> None:
-    """Make what somebody else wrote at *path*, a file or a directory tree, survive the loss of power (D1).
+    """Sync a file or a directory tree that somebody else wrote, so that it survives the loss of power (D1).
 
     Args:
-        path: where; nothing there is not an error.
+        path: the file or directory; it need not exist.
         disk: the system calls themselves.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Whether a local path can be saved to, and what to tell where it cannot.
+"""Checks whether a local path can be saved to, and explains why not.
 
-Guarantees: nothing is changed, and nothing but names and permissions is looked at.
+Guarantees: nothing is changed, and only names and permissions are looked at.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import stat
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.disk import Disk
-from async_ckpt.stores.local.ways import BY_OPTION
-from async_ckpt.system.trust import foreign_link_on, is_foreign
+from async_ckpt.stores.local.strategy import IN_PLACE_ADVICE
+from async_ckpt.system.trusted_paths import foreign_link_on, is_foreign
 
 __all__ = ["check_local_target", "refuse_foreign_file", "refuse_foreign_link", "translated"]
 
 _ADVICE = {
-    errno.ENOSPC: "Free space there, or save elsewhere. What was there before is untouched.",
-    errno.EDQUOT: "Free space within the quota, or save elsewhere. What was there before is untouched.",
+    errno.ENOSPC: "Free space there, or save elsewhere. An earlier file is untouched.",
+    errno.EDQUOT: "Free space within the quota, or save elsewhere. An earlier file is untouched.",
     errno.EACCES: "Save where this user may write.",
     errno.EROFS: "Save elsewhere.",
     errno.EISDIR: "Give the path of a file.",
@@ -29,19 +29,19 @@ _ADVICE = {
 def check_local_target(
     location: Location, disk: Disk, *, in_place: bool = False, at_call: bool = False
 ) -> os.stat_result | None:
-    """Refuse a place that a save could not end in; blocking, but a few system calls only.
+    """Refuse a location that cannot be saved to; blocks for a few system calls.
 
     Args:
-        location: where a save is to go; a symlink there is one to be replaced.
+        location: the location to save to; a symlink there would be replaced.
         disk: the system calls.
-        in_place: whether a file that is there may be written to, where none can be made beside it.
-        at_call: *location* has just been named, so that what was seen then need not be looked at again.
+        in_place: whether an existing file may be written in place if no other can be created beside it.
+        at_call: whether *location* has just been made, so that the status it carries is up to date.
 
     Returns:
-        The description of the file, or symlink, that is there now, if one is.
+        The status of the file or symlink that is there now, or ``None``.
 
     Raises:
-        StoreError: it is a directory or no regular file, or this user may not write there.
+        StoreError: it is a directory or another special file, or this user may not write there.
     """
     if location.foreign_link or not at_call:
         refuse_foreign_link("begin", location)
@@ -57,7 +57,7 @@ def check_local_target(
 
 
 def _check_file(location: Location, earlier: os.stat_result, disk: Disk, *, at_call: bool) -> None:
-    """Refuse to replace what is no file, or none of ours, or may not be written to."""
+    """Refuse to replace anything but a regular file of ours that may be written to."""
     if not stat.S_ISREG(earlier.st_mode):
         raise _refusal(location, errno.EINVAL, "Only a regular file, or a symlink, can be replaced.")
     refuse_foreign_file("begin", location, earlier)
@@ -68,7 +68,7 @@ def _check_file(location: Location, earlier: os.stat_result, disk: Disk, *, at_c
 def _check_directories(
     location: Location, earlier: os.stat_result | None, disk: Disk, *, in_place: bool
 ) -> None:
-    """Refuse what is in no directory that a file, or directories on the way to it, can be made in."""
+    """Refuse a path if neither the file nor missing directories can be created."""
     directory = os.path.dirname(location.path)
     while not os.path.lexists(directory):
         directory = os.path.dirname(directory)
@@ -79,15 +79,15 @@ def _check_directories(
         if earlier is not None and stat.S_ISREG(earlier.st_mode):
             if in_place:
                 return
-            advice = f"{advice} {BY_OPTION}"
+            advice = f"{advice} {IN_PLACE_ADVICE}"
         raise _refusal(location, _reason(directory), advice)
 
 
 def refuse_foreign_link(stage: str, location: Location) -> None:
-    """Refuse a way on which another user could lead us anywhere.
+    """Refuse a path that another user could redirect.
 
     Raises:
-        StoreError: there is such a link on the way.
+        StoreError: there is such a link on the path.
     """
     link = location.foreign_link or foreign_link_on(os.path.dirname(location.path))
     if link:
@@ -96,10 +96,10 @@ def refuse_foreign_link(stage: str, location: Location) -> None:
 
 
 def refuse_foreign_file(stage: str, location: Location, found: os.stat_result) -> None:
-    """Refuse to replace what was *found*, whose owner and mode the checkpoint would have, if it is no file of ours.
+    """Refuse to replace the file *found* if it is another user's: the checkpoint would get its owner and mode.
 
     Raises:
-        StoreError: another user has put it where anybody may.
+        StoreError: another user has put it into a directory that anyone may write to.
     """
     if is_foreign(found, os.path.dirname(location.path)):
         advice = "Another user has put a file of that name where anybody may; save to another."
@@ -116,12 +116,12 @@ def _found(location: Location, disk: Disk) -> os.stat_result | None:
 
 
 def _is_plainly_ours(found: os.stat_result) -> bool:
-    """Return whether its mode lets this user write; for the rest, the worker asks the system before the first byte."""
+    """Return whether the file is ours and writable by its mode; if not, the worker asks the system later."""
     return found.st_uid == os.geteuid() and bool(found.st_mode & stat.S_IWUSR)
 
 
 def _is_refused(path: str, disk: Disk) -> bool:
-    """Return whether *path* may not be written to; one that is gone meanwhile, by a removal of ours maybe, may."""
+    """Return whether *path* exists and may not be written; it may be gone by now, perhaps by a removal of ours."""
     return not disk.writable(path) and os.path.lexists(path)
 
 
@@ -137,5 +137,5 @@ def _refusal(location: Location, number: int, advice: str = "", stage: str = "be
 
 
 def translated(stage: str, location: Location, error: OSError, advice: str = "") -> StoreError:
-    """Return *error* as a StoreError that names the stage, the location and what can be done."""
+    """Return *error* as a StoreError that names the stage, the location and what to do."""
     return StoreError.during(stage, location.url, error, advice or _ADVICE.get(error.errno or 0, ""))

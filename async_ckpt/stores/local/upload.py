@@ -1,22 +1,22 @@
-"""One file on its way to a local, or mounted, file system.
+"""The upload of one file to a local or mounted file system.
 
 Guarantees, beyond those of every upload:
 
-* The bytes go to a temporary file beside the target, which then takes the target's place by the safest way that the
-  directory has (D2); that is known before the first byte, and a save that has none ends there. Only where there is no
-  other way, and the user allows it, they go right under the name. Where the location is that of a symlink itself, it
-  is the link that is replaced.
-* ``durability="fsync"``: ``commit`` returns once the file, its name and the directories that lead to it
-  would survive the loss of power (D1), as far as the file system can sync. ``"process"`` leaves that to the kernel.
-* ``overwrite=False``: the file takes its name by a hard link, which fails if the name is taken. Where there
-  are no hard links, it looks and then renames: of two writers in that instant, the later one wins.
+* The bytes are written to a temporary file beside the target, which then replaces the target by the safest strategy
+  that the directory supports (D2). The strategy is chosen before the first byte; without one, the save fails then. Only
+  if there is no other way, and the user allows it, the target is written in place. If the location is a symlink itself,
+  the link is replaced.
+* ``durability="fsync"``: when ``commit`` returns, the file, its name and the directories on its path survive the loss
+  of power (D1), as far as the file system can sync. ``"process"`` leaves that to the kernel.
+* ``overwrite=False``: the file gets its name by a hard link, which fails if the name is taken. Without hard links, the
+  name is checked before the rename: of two writers at that instant, the later one wins.
 
-When ``commit`` fails, the old file is in place and whole, except where the error says otherwise: if the
-rename succeeded and only the directory could not be synced, the *new* file is in place and whole, but
-might not be after a loss of power. Neither is ever torn.
+If ``commit`` fails, the old file is in place and whole, unless the error says otherwise: if the rename succeeded and
+only the directory could not be synced, the *new* file is in place and whole, but may be lost with the power. Neither is
+ever torn.
 
-What does not belong here: the system calls (`disk`), the directories on the way (`directories`), the ways (`ways`), and
-what becomes of the bytes in each (`drafts`).
+What does not belong here: the system calls (`disk`), the directories (`directories`), the choice of the strategy
+(`strategy`), and the output file (`output`).
 """
 
 from __future__ import annotations
@@ -31,31 +31,30 @@ from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers, exists_already
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local.directories import Directories
-from async_ckpt.stores.local.drafts import Draft, InPlaceDraft, TemporaryDraft
 from async_ckpt.stores.local.file import LocalFile
-from async_ckpt.stores.local.target import check_local_target, refuse_foreign_link, translated
-from async_ckpt.stores.local.ways import (
-    Found,
-    WayRefused,
-    choose,
+from async_ckpt.stores.local.output import InPlaceOutput, Output, TemporaryOutput
+from async_ckpt.stores.local.strategy import (
+    Existing,
+    NoStrategyError,
+    choose_strategy,
     is_of_another,
     is_refusal,
     late_advice,
     refusal_to_replace,
 )
-from async_ckpt.stores.vanished import refuse_vanished
+from async_ckpt.stores.local.target import check_local_target, refuse_foreign_link, translated
+from async_ckpt.stores.removed_directories import refuse_removed_directory
 
 __all__ = ["HALF_OF_THE_CPUS", "LocalUpload"]
 
-# Another process may remove a directory or a fresh file of ours in the moment before we hold it; that
-# cannot go on for long.
+# Another process may remove a directory or a new file of ours before we hold it, but not again and again.
 _BEGIN_ATTEMPTS = 10
 _CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 HALF_OF_THE_CPUS = max(1, _CPUS // 2)
 
 
 class LocalUpload:
-    """One file on its way to becoming the target; made by ``LocalStore.begin``."""
+    """The upload of one file; made by ``LocalStore.begin``."""
 
     max_concurrent_parts = HALF_OF_THE_CPUS  # the others are for training
     is_paced = False
@@ -86,18 +85,18 @@ class LocalUpload:
         self._directory = os.path.dirname(location.path)
         self._made: list[str] = []  # directories, outermost first
         self._file = LocalFile(disk, nbytes, fsync=fsync)
-        self._draft: Draft | None = None
+        self._output: Output | None = None
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Write one part where it belongs."""
+        """Write one part at its offset."""
         return await self._workers.run(self._write, part, content)
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Sync, rename, sync the directory; see the module about a failure in between."""
+        """Sync the file, rename it, and sync the directory; see the module about failures in between."""
         await self._workers.run(self._commit)
 
     async def abort(self) -> None:
-        """Remove the temporary file, and the directories that were made for it and are empty."""
+        """Remove the temporary file, and empty directories that were made for it."""
         await self._workers.run(self._clean)
 
     def start(self) -> None:
@@ -106,48 +105,53 @@ class LocalUpload:
             earlier = check_local_target(self._location, self._disk, in_place=self._in_place)
             if earlier is not None and not self._overwrite:  # sooner than after gigabytes
                 raise exists_already("begin", self._location)
-            refuse_vanished(self._location)
+            refuse_removed_directory(self._location)
             self._begin(earlier)
         self.swept = self._directories.sweep(self._directory)
 
     def _begin(self, earlier: os.stat_result | None) -> None:
-        """Make the directories on the way, and begin what the bytes go to."""
+        """Make missing directories, and begin the output file."""
         for _ in range(_BEGIN_ATTEMPTS):
             try:
                 made = self._directories.make(
                     self._directory, lambda: refuse_foreign_link("begin", self._location)
                 )
                 self._made += made
-                self._draft = self._drafted(earlier, made)
-                if self._draft.begin(self._nbytes):
+                self._output = self._choose_output(earlier, made)
+                if self._output.begin(self._nbytes):
                     return
             except FileNotFoundError:  # another upload's abort took a directory away, or somebody else
-                refuse_vanished(self._location)
-                if self._draft is not None:
-                    self._draft.drop()
+                refuse_removed_directory(self._location)
+                if self._output is not None:
+                    self._output.drop()
         raise OSError(errno.EBUSY, "what is made there vanishes at once")
 
-    def _drafted(self, earlier: os.stat_result | None, made: list[str]) -> Draft:
-        """Return what the bytes will go to, by the safest way that the place has."""
-        place = self._directories.place(self._directory, made)
-        way = choose(place, self._found(earlier), in_place=self._in_place)
-        self._file.in_order = way.in_order
-        if way.in_order:
+    def _choose_output(self, earlier: os.stat_result | None, made: list[str]) -> Output:
+        """Return the output file, by the safest strategy that the directory supports."""
+        capabilities = self._directories.capabilities(self._directory, made)
+        strategy = choose_strategy(capabilities, self._found(earlier), in_place=self._in_place)
+        self._file.in_order = strategy.in_order
+        if strategy.in_order:
             self.max_concurrent_parts = 1
-        if way.in_place:
-            return InPlaceDraft(self._location, self._file, self._disk, overwrite=self._overwrite)
-        return TemporaryDraft(
-            self._location, earlier, self._file, self._disk, place=place, overwrite=self._overwrite
+        if strategy.in_place:
+            return InPlaceOutput(self._location, self._file, self._disk, overwrite=self._overwrite)
+        return TemporaryOutput(
+            self._location,
+            earlier,
+            self._file,
+            self._disk,
+            capabilities=capabilities,
+            overwrite=self._overwrite,
         )
 
-    def _found(self, earlier: os.stat_result | None) -> Found:
+    def _found(self, earlier: os.stat_result | None) -> Existing:
         if earlier is None:
-            return Found()
+            return Existing()
         if self._disk.is_mount(self._location.path):
-            return Found(taken=True, fixed=errno.EBUSY)
+            return Existing(taken=True, fixed=errno.EBUSY)
         if not is_of_another(earlier):
-            return Found(taken=True)
-        return Found(taken=True, fixed=refusal_to_replace(earlier, self._disk.stat(self._directory)))
+            return Existing(taken=True)
+        return Existing(taken=True, fixed=refusal_to_replace(earlier, self._disk.stat(self._directory)))
 
     def _write(self, part: Part, content: Content) -> Receipt:
         pieces = content.read(part.start, part.stop)
@@ -157,14 +161,14 @@ class LocalUpload:
 
     def _commit(self) -> None:
         with self._translating("commit"):
-            if self._draft is None:
+            if self._output is None:
                 raise OSError(errno.EBADF, "the upload has ended")
             self._file.check_complete()
-            self._draft.share()
+            self._output.share()
             self._file.seal()
-            if self._file.in_order and (size := self._disk.lstat(self._draft.path).st_size) != self._nbytes:
+            if self._file.in_order and (size := self._disk.lstat(self._output.path).st_size) != self._nbytes:
                 raise OSError(errno.EIO, f"it has {size} bytes after {self._nbytes} were written")
-            self._draft.settle()
+            self._output.settle()
             self._made.clear()
         if self._fsync:
             advice = "The new file is in place and whole, but might not survive a loss of power."
@@ -173,9 +177,9 @@ class LocalUpload:
         self._clean()
 
     def _clean(self) -> None:
-        """Close and remove what there is; again and again does no harm."""
-        if self._draft is not None:
-            self._draft.drop()
+        """Close the file, and remove it unless it has its name. Idempotent."""
+        if self._output is not None:
+            self._output.drop()
         self._directories.unmake(self._made)
 
     @contextmanager
@@ -184,7 +188,7 @@ class LocalUpload:
             yield
         except StoreError:
             raise
-        except WayRefused as error:
+        except NoStrategyError as error:
             raise translated(stage, self._location, error, error.advice) from error
         except OSError as error:
             if stage != "begin" and not advice and is_refusal(error.errno):

@@ -1,4 +1,4 @@
-"""Amazon S3 and what speaks its language: ``store`` is the way in, ``upload`` and ``source`` move the bytes."""
+"""Amazon S3 and compatible servers: the entry point is ``store``; ``upload`` and ``source`` transfer the bytes."""
 
 from async_ckpt.stores.s3.store import S3Store
 

@@ -1,10 +1,10 @@
-"""The connection to S3: a file system of s3fs, made with the user's own settings, on the loop that uses it.
+"""The connection to S3: s3fs's file system with the user's settings, on the loop that uses it.
 
-Guarantees: whatever s3fs takes settings from (storage_options, fsspec's configuration, the environment, AWS
-profiles) counts here too; a request is made once, as repeating is the store's affair (E3); expired credentials
-are read afresh where they can be, and the clients that had them are closed (B2); ``aclose`` leaves none behind.
+Guarantees: all sources of s3fs's settings count (storage_options, fsspec's configuration, the environment, AWS
+profiles); a request is made once, as the store repeats it (E3); expired credentials are read again, if possible, and
+the clients that used them are closed (B2); ``aclose`` leaves no client.
 
-What does not belong here: which requests there are.
+What does not belong here: the requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = logging.getLogger("async_ckpt.stores.s3")
 
 _CONNECT_SECONDS = 10.0
 _CONNECTIONS_BESIDE_PARTS = 28  # for reading and small requests
-# What S3 tells in each answer; where it is missing, somebody in between has answered.
+# A key of every answer of S3's; if it is missing, something in between has answered.
 _TOLD = {
     "complete_multipart_upload": "ETag",
     "create_multipart_upload": "UploadId",
@@ -39,18 +39,18 @@ _TOLD = {
 
 
 def with_our_settings(config: dict[str, Any], *, stall_seconds: float, parts: int) -> dict[str, Any]:
-    """Return what botocore is configured with: *config*, the user's, and ours where the user's is silent.
+    """Return botocore's configuration: the user's *config*, completed by our settings.
 
     Args:
-        config: ``config_kwargs`` as s3fs takes them.
+        config: s3fs's ``config_kwargs``.
         stall_seconds: how long to wait for the next byte of an answer.
-        parts: how many parts may be under way.
+        parts: how many parts are sent at a time.
 
     Returns:
-        A new dictionary. The number of attempts and the least number of connections are ours in any case.
+        A new dictionary. The number of attempts and the minimum number of connections are always ours.
     """
     defaults: dict[str, Any] = {
-        # We send a checksum of our own; a hash of every body costs ten times as much.
+        # We send a checksum of our own; hashing every body costs ten times as much.
         "s3": {"payload_signing_enabled": False},
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
@@ -71,7 +71,7 @@ def with_our_settings(config: dict[str, Any], *, stall_seconds: float, parts: in
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Client:
-    """A connected file system, and how many requests it is making."""
+    """A connected file system, and the number of its running requests."""
 
     file_system: Any
     requests: int = 0
@@ -85,15 +85,15 @@ class Connection:
     """Requests to one S3 with one set of storage options.
 
     Args:
-        file_system_class: s3fs's, or one derived from it.
-        options: what it is made with.
-        workers: where it is made, as that reads files.
+        file_system_class: s3fs's class, or a subclass.
+        options: the options of the file system.
+        workers: run its creation, which reads files.
         stall_seconds: how long to wait for the next byte of an answer.
-        parts: how many parts may be under way.
-        slowed: tells whether S3 has asked for fewer requests of late.
+        parts: how many parts are sent at a time.
+        slowed: returns whether S3 has recently asked for fewer requests.
 
     Attributes:
-        expects: whether S3 may be asked if a body is welcome before it is sent.
+        expects: whether to send ``Expect: 100-continue``.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class Connection:
         self._clients: set[_Client] = set()  # those before it as well, while a request of theirs is under way
 
     async def call(self, operation: str, **arguments: Any) -> Any:
-        """Make one request; what s3fs's ``s3_additional_kwargs`` says for it is added.
+        """Make one request, with s3fs's ``s3_additional_kwargs`` for it.
 
         Args:
-            operation: botocore's name for it, such as ``"put_object"``.
+            operation: botocore's name of the operation, such as ``"put_object"``.
             **arguments: its parameters.
 
         Returns:
-            botocore's answer; it tells what S3 tells.
+            botocore's answer, which is surely from S3.
         """
         client = await self._connected()
         client.requests += 1
@@ -142,7 +142,7 @@ class Connection:
                 await client.aclose()
 
     async def file_system(self) -> Any:
-        """Return the file system; the first time, make and connect it."""
+        """Return the file system; make and connect it the first time."""
         return (await self._connected()).file_system
 
     async def aclose(self) -> None:
@@ -175,7 +175,7 @@ class Connection:
         return answer
 
     def _make(self) -> Any:
-        # Not on its loop=, which would have it close itself at any time: its own calls are not used.
+        # Without loop=, with which it would close itself at any time: its own calls are not used.
         own = {"asynchronous": True, "skip_instance_cache": True}
         file_system = self._class(**{**self._options, **own})
         file_system.config_kwargs = with_our_settings(
@@ -184,16 +184,16 @@ class Connection:
         return file_system
 
     def _forget(self, client: _Client) -> None:
-        """Have the next request connect anew, with credentials read afresh, unless they were given to us."""
+        """Let the next request connect anew and read the credentials again, unless they were given as options."""
         given = client.file_system.key or client.file_system.token
         if client is self._client and not given:
-            _log.info("the credentials have expired, reading them again")
+            _log.info("the credentials have expired; reading them again")
             self._client = None
 
     def _expect_nothing(self, request: Any, event_name: str, **_: Any) -> None:
-        """Send a part without asking first whether it is welcome, which takes the time of a round trip.
+        """Send a part without ``Expect: 100-continue``, which would cost a round trip.
 
-        Not while S3 refuses many: a refusal could then be lost when the server closes on us.
+        Not while S3 throttles: its answer could be lost when the server closes the connection.
         """
         if not self.expects or (event_name.endswith(".UploadPart") and not self._slowed()):
             request.headers.pop("Expect", None)

@@ -1,6 +1,6 @@
-"""Deleting what is at a location of S3: the object, and those below it as below a directory.
+"""Deletes an S3 location: the object, and all objects below it, as below a directory.
 
-Guarantees: what only begins with the same letters stays; what is not there is no failure.
+Guarantees: objects whose keys only begin with the same letters stay; missing objects are no error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Deletion"]
 
 _log = logging.getLogger("async_ckpt.stores.s3")
 
-# What servers say that cannot delete several objects by one request.
+# Errors of servers that cannot delete several objects by one request.
 _NOT_TOGETHER = frozenset(
     {"501", "InvalidArgument", "InvalidRequest", "MalformedXML", "MissingContentMD5", "NotImplemented"}
 )
@@ -29,7 +29,7 @@ _NOT_THERE = frozenset({"404", "NoSuchKey"})  # what some servers say, unlike S3
 
 
 class Deletion:
-    """One deletion in one bucket."""
+    """One deletion in a bucket."""
 
     def __init__(
         self, location: Location, bucket: str, *, connection: Connection, requests: Requests
@@ -40,21 +40,21 @@ class Deletion:
         self._requests = requests
 
     async def run(self, key: str, version: dict[str, str]) -> None:
-        """Delete *key*, and what is below it; or that version of it alone."""
+        """Delete *key*, and everything below it; with *version*, only that version."""
         if not version:
             async for keys in self._below(key):
                 await self._delete_all(keys)
         await self._delete_one(key, **version)
 
     async def _below(self, key: str) -> AsyncGenerator[list[str], None]:
-        """Yield the keys below *key*, by the page."""
+        """Yield the keys below *key*, page by page."""
         more: dict[str, str] = {}
         while True:
             try:
                 answer = await self._ask("list_objects_v2", Prefix=f"{key}/", **more)
             except StoreError as error:
                 if is_refusal(error):
-                    _log.debug("cannot list what is below: %s", error)
+                    _log.debug("cannot list the objects below: %s", error)
                     return
                 raise
             if contents := answer.get("Contents"):

@@ -1,7 +1,7 @@
-"""What the errors of S3 and of its client library mean, and what to do about them. Pure.
+"""Explains errors of S3 and of its client library, and what to do about them. Pure.
 
-Guarantees: what may pass is told from what will not; a request for fewer requests from any other trouble (E3).
-What does not belong here: repeating, and what a lost answer to a commit means (`upload`).
+Guarantees: transient errors are told from permanent ones, and throttling from both (E3). What does not belong here:
+retries, and lost answers to a commit (`upload`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PERMISSIONS = {
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "ListMultipartUploads": "s3:ListBucketMultipartUploads",
     "ListParts": "s3:ListMultipartUploadParts",
-    "HeadObject": "s3:GetObject, and s3:ListBucket to be told that nothing is there",
+    "HeadObject": "s3:GetObject, and s3:ListBucket, without which a missing object is reported as forbidden",
     "GetObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
@@ -42,7 +42,7 @@ _REGION = "The bucket is in another region: give it as storage_options={'client_
 _BUCKET = "Create the bucket, or correct its name; it is never made here."
 _ADDRESS = "Check the endpoint's name: the environment's AWS_ENDPOINT_URL, storage_options['endpoint_url']."
 _CLOCK = "Set this machine's clock."
-_SIGNING = "Where the server wants bodies signed: config_kwargs={'s3': {'payload_signing_enabled': True}}."
+_SIGNING = "If the server demands signed bodies: config_kwargs={'s3': {'payload_signing_enabled': True}}."
 
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchVersion", "NotFound"})
 _DENIED_CODES = frozenset({"403", "AccessDenied", "AllAccessDisabled"})
@@ -63,7 +63,7 @@ _THROTTLED = frozenset(
         "TooManyRequests",
     }
 )
-# A part that was damaged on its way is sent again; one whose bytes have changed since fails every time.
+# A part that was damaged in transit is sent again; one whose bytes have changed since fails every time.
 _TRANSIENT = frozenset(
     {
         "408",
@@ -77,10 +77,10 @@ _TRANSIENT = frozenset(
         "XAmzContentChecksumMismatch",
     }
 )
-# What servers answer to requests, or headers, that they do not know: S3's own words for it, and what proxies say.
+# Answers to requests or headers that a server does not support: S3's own, and those of proxies.
 _REFUSING = frozenset({400, 403, 404, 405, 406, 411, 415, 417, 501})
 _REFUSING_HEADERS = frozenset({400, 411, 415, 501})
-# No such answers, whatever their status: what is wrong is wrong with every request.
+# Not such answers, whatever their status: they concern every request.
 _OF_EVERY_REQUEST = frozenset(
     {
         *_EXPIRED_CODES,
@@ -96,7 +96,7 @@ _OF_EVERY_REQUEST = frozenset(
         "SignatureDoesNotMatch",
     }
 )
-# Nor these, of what is sent: a server that says so has understood the checksum, or fails on something else.
+# Nor these, which concern the bytes: the server understood the checksum, or failed on something else.
 _OF_THE_BYTES = frozenset(
     {
         "BadDigest",
@@ -149,13 +149,13 @@ _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", sock
 
 
 def error_code(error: BaseException | None) -> str:
-    """Return the S3 error code of *error*, or what took the place of one; empty for other errors."""
+    """Return the S3 error code of *error*, or what stands for it; empty for other errors."""
     answer = _answer(error)
     return "" if answer is None else str(answer.response.get("Error", {}).get("Code", ""))
 
 
 def is_expired(error: BaseException) -> bool:
-    """Return whether S3 says that the credentials have expired, or may mean it."""
+    """Return whether the error says, or may mean, that the credentials have expired."""
     answer, code = _answer(error), error_code(error)
     return code in _EXPIRED_CODES or (
         code == "400" and answer is not None and answer.operation_name in _BODILESS
@@ -163,12 +163,12 @@ def is_expired(error: BaseException) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether a server will have none of such a request: it does not know it, or not from us."""
+    """Return whether a server refuses a kind of request: it does not support it, or not for us."""
     return _status(error) in _REFUSING and error_code(error) not in _OF_EVERY_REQUEST
 
 
 def refuses_header(error: BaseException) -> bool:
-    """Return whether a server may refuse a header that it does not know; only the same request without it can tell."""
+    """Return whether a server may have refused an unknown header; only the same request without it can prove that."""
     code = error_code(error)
     return (
         _status(error) in _REFUSING_HEADERS
@@ -178,12 +178,12 @@ def refuses_header(error: BaseException) -> bool:
 
 
 def refuses_expect(error: BaseException) -> bool:
-    """Return whether a server, or a proxy, does not want to be asked whether a body is welcome."""
+    """Return whether a server or a proxy refuses ``Expect: 100-continue``."""
     return _status(error) == HTTPStatus.EXPECTATION_FAILED
 
 
 def explain(error: Exception) -> Verdict:
-    """Tell what *error*, from aiobotocore or aiohttp, means."""
+    """Explain *error*, from aiobotocore or aiohttp."""
     if isinstance(error, boto.ClientError):
         return _explain_answer(error)
     for each in _chain(error):
@@ -234,13 +234,13 @@ def _answer(error: BaseException | None) -> boto.ClientError | None:
 
 
 def _status(error: BaseException) -> int:
-    """Return the status of the answer that *error* was; 0 for other errors."""
+    """Return the HTTP status of *error*; 0 if it is no answer."""
     answer = _answer(error)
     return 0 if answer is None else int(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield *error* and what led to it, the system's own error last."""
+    """Yield *error* and its causes, the system's error last."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

@@ -1,13 +1,13 @@
-"""Which uploads this process has open, written down for the next one: a killed process cannot abort its own.
+"""The journal of this process's open uploads: if it is killed, the next process aborts them.
 
-Guarantees: a journal is locked before anything is written to it and while its owner lives, hence an upload found in an
-abandoned one is nobody's any more (D2). Whatever is the matter with a journal, or with where they are, fails no save.
+Guarantees: a journal is locked before anything is written to it, and while its owner lives; hence an upload in an
+abandoned journal has no owner any more (D2). Trouble with journals never fails a save.
 
-A journal is a file of JSON lines in the user's state directory, readable by the user alone. It holds endpoint,
-bucket, key and id of multipart uploads, no credentials; it is gone once no upload is open. A line begins with its
-line break, as the one before may have been cut off. All methods block.
+A journal is a file of JSON lines in the user's state directory, readable only by the user. It contains endpoint,
+bucket, key and id of multipart uploads, no credentials; it is removed when no upload is open. A line begins with a line
+break, as the previous line may have been cut off. All methods block.
 
-What does not belong here: aborting, and when a file is abandoned (`locking`).
+What does not belong here: aborting uploads, and recognizing abandoned files (`locking`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Entry:
 
 
 def state_directory() -> Path | None:
-    """Return where journals are, as the XDG specification has it; ``None`` where the user has no home."""
+    """Return the directory of journals, by the XDG specification; ``None`` if the user has no home."""
     base = Path(os.environ.get("XDG_STATE_HOME") or "")
     if not base.is_absolute():  # to be ignored, says the specification
         base = Path(os.path.expanduser("~"), ".local", "state")
@@ -58,7 +58,7 @@ class Journal:
     """The journal of one store.
 
     Args:
-        directory: where journals are; made when first needed. ``None`` keeps none.
+        directory: the directory of journals; created when first needed. ``None`` keeps no journal.
         disk: the system calls.
     """
 
@@ -71,7 +71,7 @@ class Journal:
         self._open: dict[Entry, None] = {}
 
     def opened(self, entry: Entry) -> None:
-        """Write down that *entry* is open."""
+        """Record that *entry* is open."""
         with self._lock, _debugging("write"):
             self._open[entry] = None
             if self._fd is not None:
@@ -80,7 +80,7 @@ class Journal:
                 self._write(self._create(self._directory), "open", self._open)
 
     def ended(self, entry: Entry) -> None:
-        """Write down that *entry* is no more; the file goes with the last one."""
+        """Record that *entry* has ended; the file is removed with the last one."""
         with self._lock, _debugging("write"):
             self._open.pop(entry, None)
             if self._fd is not None:
@@ -90,7 +90,7 @@ class Journal:
                     self._remove()
 
     def close(self) -> None:
-        """Let go of the file; it stays if an upload could not be aborted."""
+        """Close the file; it stays if an upload could not be aborted."""
         with self._lock, _debugging("close"):
             if self._fd is not None and not self._open:
                 self._remove()
@@ -100,7 +100,7 @@ class Journal:
             self._open.clear()
 
     def abandoned(self) -> list[tuple[Path, list[Entry]]]:
-        """Return what dead processes have left open, by the file that says so."""
+        """Return the open uploads of dead processes, by journal."""
         found = []
         with _debugging("read"):
             for name in sorted(filter(is_leftover, self._names())):
@@ -112,7 +112,7 @@ class Journal:
         return found
 
     def settle(self, path: Path, entries: Iterable[Entry]) -> None:
-        """Write down that *entries* of the abandoned *path* are no more; remove it if none is left."""
+        """Record that *entries* of the abandoned journal *path* have ended; remove it if none is left."""
         with _debugging("write"), self._taken(path) as fd:
             if fd is None:
                 return
@@ -130,7 +130,7 @@ class Journal:
             return []
 
     def _create(self, directory: Path) -> int:
-        """Make the file, locked before a sweeper can take it for abandoned."""
+        """Create the file, and lock it before a sweeper takes it for abandoned."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for _ in range(_CREATE_ATTEMPTS):
             path = directory / temporary_name()
@@ -144,7 +144,7 @@ class Journal:
             if held:
                 return fd
             self._remove()
-        raise OSError("what is made there is taken at once")
+        raise OSError("a new file there is removed at once")
 
     def _remove(self) -> None:
         assert self._fd is not None
@@ -162,7 +162,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _taken(self, path: Path) -> Iterator[int | None]:
-        """Hold the lock of the file at *path*; ``None`` if its owner may live, or it is no journal of this user's."""
+        """Lock the journal at *path*; ``None`` if its owner may live, or it is no journal of this user's."""
         fd = self._disk.open_existing(str(path))
         try:
             found = self._disk.fstat(fd)
@@ -174,7 +174,7 @@ class Journal:
 
 @contextlib.contextmanager
 def _debugging(what: str) -> Iterator[None]:
-    """Log failures only, of whatever kind: without a journal, the sweep by age remains."""
+    """Log all errors instead of raising them: without a journal, uploads are still swept by age."""
     try:
         yield
     except Exception as error:
@@ -186,8 +186,8 @@ class _Content:
     """What a journal says.
 
     Attributes:
-        still_open: what has no end in it.
-        is_understood: whether no line is of a kind that we do not know, as a later version of us may write.
+        still_open: the uploads without an end.
+        is_understood: whether all lines are of known kinds; a later version may write others.
     """
 
     still_open: list[Entry]
@@ -211,7 +211,7 @@ def _read(fd: int) -> _Content:
 
 
 def _parsed(line: bytes) -> tuple[str, Entry | None]:
-    """Return the event and the upload of *line*; nothing of what is no line of a journal."""
+    """Return the event and the upload in *line*; nothing if it is not valid."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):  # cut off, or none of ours

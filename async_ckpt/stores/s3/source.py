@@ -1,7 +1,7 @@
-"""A checkpoint in S3, read by ranges.
+"""Reads a checkpoint in S3, by ranges.
 
-Guarantees: every range is of the object that was there when it was opened, or reading fails. A range that breaks
-off goes on from where it was (E3). Bytes go from the connection straight into the caller's memory.
+Guarantees: every range is of the object that was opened, or reading fails. An interrupted range is resumed (E3). Bytes
+go from the connection straight into the reader's memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from botocore.exceptions import ClientError
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.courtesies import CONDITIONS, Courtesies
-from async_ckpt.stores.requests import Requests, patience
+from async_ckpt.stores.optional_features import CONDITIONS, OptionalFeatures
+from async_ckpt.stores.requests import Requests, stall_timeout
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import refuses_header
 from async_ckpt.stores.scatter import Scatter
@@ -37,7 +37,7 @@ class S3Source:
         nbytes: int,
         tag: str,
         conditional: bool,
-        courtesies: Courtesies,
+        features: OptionalFeatures,
         connection: Connection,
         requests: Requests,
     ) -> None:
@@ -46,7 +46,7 @@ class S3Source:
         self._target = target
         self._tag = tag
         self._condition = {"IfMatch": tag} if conditional and tag else {}
-        self._courtesies = courtesies
+        self._features = features
         self._connection = connection
         self._requests = requests
 
@@ -56,12 +56,12 @@ class S3Source:
         await self._requests.fill(scatter, self._go_on, start, scatter)
 
     async def aclose(self) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing: there is nothing to close."""
 
     async def _go_on(self, start: int, scatter: Scatter) -> None:
         with (
             self._requests.translating("read", self._location),
-            patience(self._requests.stall_seconds) as moved,
+            stall_timeout(self._requests.stall_seconds) as moved,
         ):
             first = start + scatter.done
             last = first + scatter.left - 1
@@ -81,22 +81,22 @@ class S3Source:
             stream.release()
 
     async def _get(self, asked: str) -> Any:
-        """Ask for a range of what has our tag; of whatever is there, where the server has no such condition.
+        """Request a range on the condition of our ETag; without the condition if the server does not support it.
 
-        What it answers with is looked at in either case.
+        The answer's ETag is checked in either case.
         """
         get = partial(self._connection.call, "get_object", **self._target, Range=asked)
         bucket = self._target["Bucket"]
-        if not self._condition or not self._courtesies.asks(bucket, CONDITIONS):
+        if not self._condition or not self._features.asks(bucket, CONDITIONS):
             return await get()
         try:
             return await get(**self._condition)
         except ClientError as error:
-            if not (self._courtesies.may_decline(CONDITIONS) and refuses_header(error)):
+            if not (self._features.is_optional(CONDITIONS) and refuses_header(error)):
                 raise
             refusal = error
         answer = await get()
-        self._courtesies.decline(bucket, CONDITIONS, self._location.presentable(refusal))
+        self._features.decline(bucket, CONDITIONS, self._location.presentable(refusal))
         return answer
 
     def _check(self, answer: dict[str, Any], first: int) -> None:

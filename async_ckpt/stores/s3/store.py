@@ -1,9 +1,9 @@
-"""Checkpoints in S3 and what speaks its language, through s3fs's settings and aiobotocore's requests.
+"""The store for S3 and compatible servers, with s3fs's settings and aiobotocore's requests.
 
-Guarantees, beyond those of every store: see `upload` for saves, `source` for reading, `sweep` for what
-killed processes left, `connection` for credentials and settings. A bucket is neither made nor deleted.
+Guarantees, beyond those of every store: see `upload` for saves, `source` for reading, `sweep` for leftovers of killed
+processes, `connection` for credentials and settings. Buckets are neither created nor deleted.
 
-What does not belong here: anything of those.
+What does not belong here: the contents of those modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
-from async_ckpt.stores.courtesies import LISTINGS, OPTION, Courtesies
+from async_ckpt.stores.optional_features import LISTINGS, OPTION, OptionalFeatures
 from async_ckpt.stores.requests import Pace, Requests
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.deletion import Deletion
@@ -37,21 +37,23 @@ _MAX_PARTS = 10_000
 _LIST = "list_objects_v2"
 _EXISTS = "a checkpoint is there, and overwrite=False"
 _ONE_VERSION = "the URL names one version; nobody can save to it"
-_NO_FILE = "Give the URL of an object: bucket, key, no slash at its end, nothing below it."
+_NO_FILE = (
+    "Give the URL of an object: a bucket and a key, without a slash at the end and without objects below it."
+)
 
 
 class S3Store:
-    """The store of ``s3://`` URLs.
+    """The store for ``s3://`` URLs.
 
     Args:
-        file_system_class: s3fs's, or one derived from it.
-        options: what it is made with.
-        workers: where checksums and files are read.
-        retry: how often a request is made, and how long it may stall.
-        overwrite: whether a commit may replace what is there.
-        part_size: bytes a part should have; S3 wants at least 5 MiB.
-        max_concurrent_parts: parts under way at a time.
-        journal: where open uploads are written down.
+        file_system_class: s3fs's class, or a subclass.
+        options: the options of the file system.
+        workers: compute checksums, and read files.
+        retry: how often a request is repeated, and how long it may stall.
+        overwrite: whether a commit may replace an existing object.
+        part_size: the preferred size of a part; S3 demands at least 5 MiB.
+        max_concurrent_parts: how many parts are sent at a time.
+        journal: records open uploads.
     """
 
     repeats_parts = True
@@ -73,7 +75,7 @@ class S3Store:
         self._part_size = part_size
         self._max_concurrent_parts = max_concurrent_parts
         self._requests = Requests(explain, retry)
-        self._courtesies = Courtesies(options)
+        self._features = OptionalFeatures(options)
         self._pace = Pace(max_concurrent_parts)
         self._connection = Connection(
             file_system_class,
@@ -87,13 +89,13 @@ class S3Store:
         self._sweeper = Sweeper(
             connection=self._connection,
             requests=self._requests,
-            courtesies=self._courtesies,
+            features=self._features,
             journal=self._journal,
             workers=workers,
         )
 
     async def begin(self, location: Location, nbytes: int) -> S3Upload:
-        """Look whether it can be written, sweep, and create the multipart upload if it takes one."""
+        """Check whether the object may be written, sweep, and create a multipart upload if it takes several parts."""
         bucket, key, version = await self._split("begin", location)
         if version:
             raise StoreError.during("begin", location.url, OSError(_ONE_VERSION))
@@ -120,7 +122,7 @@ class S3Store:
                 overwrite=self._overwrite,
                 connection=self._connection,
                 requests=self._requests,
-                courtesies=self._courtesies,
+                features=self._features,
                 workers=self._workers,
             ),
             part_size=part_size,
@@ -139,7 +141,7 @@ class S3Store:
         return upload
 
     async def delete(self, location: Location) -> None:
-        """Delete the object, and those below it as below a directory; only a version, where the URL names one."""
+        """Delete the object and all objects below it; if the URL names a version, only that version."""
         bucket, key, version = await self._split("delete", location)
         if not key:
             raise StoreError.during("delete", location.url, OSError("a bucket is never deleted"))
@@ -147,7 +149,7 @@ class S3Store:
         await deletion.run(key, version)
 
     async def exists(self, location: Location) -> bool:
-        """Return whether an object, or one below it, is at *location*."""
+        """Return whether there is an object at *location*, or below it."""
         bucket, key, version = await self._split("read", location)
         try:
             await self._ask("read", location, "head_object", Bucket=bucket, Key=key, **version)
@@ -185,7 +187,7 @@ class S3Store:
             nbytes=answer["ContentLength"],
             tag=answer.get("ETag", ""),
             conditional=not getattr(file_system, "local_expiry_check", False),
-            courtesies=self._courtesies,
+            features=self._features,
             connection=self._connection,
             requests=self._requests,
         )
@@ -198,7 +200,7 @@ class S3Store:
     # -- requests
 
     async def _ask(self, stage: str, location: Location, operation: str, **arguments: Any) -> Any:
-        """Make a small request that may be repeated."""
+        """Make a small request, which may be repeated."""
         return await self._requests.step(stage, location, self._connection.call, operation, **arguments)
 
     async def _check_target(self, location: Location, bucket: str, key: str) -> None:
@@ -207,7 +209,7 @@ class S3Store:
                 "begin", location.url, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)), _NO_FILE
             )
         if not self._overwrite:
-            # Early, to save the upload; what counts is the condition of the last request.
+            # Checked early to avoid a useless upload; the condition of the last request decides.
             try:
                 await self._ask("read", location, "head_object", Bucket=bucket, Key=key)
             except FileNotFoundError:
@@ -219,13 +221,13 @@ class S3Store:
             raise CheckpointExistsError.during("begin", location.url, OSError(_EXISTS))
 
     async def _is_directory(self, stage: str, location: Location, bucket: str, key: str) -> bool:
-        """Return whether there is an object below *key*; no, where that is not ours to see."""
-        if not self._courtesies.asks(bucket, LISTINGS, _LIST):
+        """Return whether there is an object below *key*; False if listing is not allowed."""
+        if not self._features.asks(bucket, LISTINGS, _LIST):
             return False
         try:
             answer = await self._ask(stage, location, _LIST, Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
         except StoreError as error:
-            if is_refusal(error) and self._courtesies.decline(bucket, LISTINGS, error, _LIST):
+            if is_refusal(error) and self._features.decline(bucket, LISTINGS, error, _LIST):
                 return False
             raise
         return bool(answer.get("Contents"))
@@ -233,7 +235,7 @@ class S3Store:
     # -- helpers
 
     async def _split(self, stage: str, location: Location) -> tuple[str, str, dict[str, str]]:
-        """Return bucket, key, and the version that the URL asks for, if any."""
+        """Return the bucket, the key, and the version, if the URL names one."""
         with self._requests.translating(stage, location):
             file_system = await self._connection.file_system()
             bucket, key, version = file_system.split_path(location.path)

@@ -1,8 +1,8 @@
-"""Multipart uploads that nobody will end: found, and aborted.
+"""Sweeps abandoned multipart uploads.
 
-Guarantees: three kinds are aborted, no other (D2): this store's own that could not be aborted when they failed; those
-that the journal of a dead process of this host names, in this very endpoint and bucket; and those of the very key that
-is about to be written that are more than ``ABANDONED_SECONDS`` old. Failing is no failure of a save.
+Guarantees: only three kinds of uploads are aborted (D2): this store's own uploads that could not be aborted when they
+failed; uploads in journals of dead processes of this host, with the same endpoint and bucket; and uploads to the key
+that is about to be written that are older than ``ABANDONED_SECONDS``. Errors of the sweep never fail a save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from datetime import datetime
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Location, Workers
-from async_ckpt.stores.courtesies import LISTINGS, Courtesies
+from async_ckpt.stores.optional_features import LISTINGS, OptionalFeatures
 from async_ckpt.stores.requests import Requests
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import error_code, is_refusal
@@ -29,19 +29,19 @@ ABANDONED_SECONDS = 7 * 24 * 3600.0
 
 
 class Sweeper:
-    """What one store knows of the uploads of others."""
+    """Finds and aborts abandoned uploads, for one store."""
 
     def __init__(
         self,
         *,
         connection: Connection,
         requests: Requests,
-        courtesies: Courtesies,
+        features: OptionalFeatures,
         journal: Journal,
         workers: Workers,
     ) -> None:
         self._connection = connection
-        self._courtesies = courtesies
+        self._features = features
         self._requests = requests
         self._journal = journal
         self._workers = workers
@@ -50,11 +50,11 @@ class Sweeper:
         self._old: dict[tuple[str, str], list[Entry]] = {}  # uploads to abort, by bucket and directory
 
     def leave(self, entry: Entry) -> None:
-        """Take over an upload of this store's that could not be aborted."""
+        """Remember an upload of this store's that could not be aborted."""
         self._left.add(entry)
 
     async def sweep(self, location: Location, endpoint: str, bucket: str, key: str) -> tuple[str, ...]:
-        """Abort what is nobody's; each bucket and each directory is looked at once. Return their names."""
+        """Abort abandoned uploads, once per bucket and directory; return their names."""
         swept = await self._sweep_left(location, bucket)
         if bucket not in self._buckets:
             self._buckets.add(bucket)
@@ -68,7 +68,7 @@ class Sweeper:
             if await self._abort(location, entry):
                 swept.append(entry)
         if swept:
-            _log.info("aborted uploads that nobody would end: %s", ", ".join(map(_name, swept)))
+            _log.info("aborted abandoned uploads: %s", ", ".join(map(_name, swept)))
         return tuple(map(_name, swept))
 
     async def _sweep_left(self, location: Location, bucket: str) -> list[Entry]:
@@ -91,12 +91,12 @@ class Sweeper:
         return swept
 
     async def _find_old(self, location: Location, endpoint: str, bucket: str, directory: str) -> list[Entry]:
-        if not self._courtesies.asks(bucket, LISTINGS, _LIST):
+        if not self._features.asks(bucket, LISTINGS, _LIST):
             return []
         prefix = f"{directory}/" if directory else ""
 
         async def ask() -> list[Entry]:
-            # One page: a directory with a thousand open uploads needs a rule of the bucket's.
+            # One page only: a directory with a thousand open uploads needs a lifecycle rule.
             answer = await self._connection.call(_LIST, Bucket=bucket, Prefix=prefix)
             return [
                 Entry(endpoint=endpoint, bucket=bucket, key=each["Key"], upload_id=each["UploadId"])
@@ -108,7 +108,7 @@ class Sweeper:
             return await self._requests.once("sweep", location, ask)
         except StoreError as error:
             if is_refusal(error):
-                self._courtesies.decline(bucket, LISTINGS, error, _LIST)
+                self._features.decline(bucket, LISTINGS, error, _LIST)
             _log.debug("cannot list open uploads: %s", error)
             return []
 

@@ -1,10 +1,10 @@
-"""The requests of which an upload to one key consists, each made once: with checksum, condition and token.
+"""The single requests of an upload to one key, with checksum, condition and token.
 
-Guarantees: every body travels with its CRC-32, unless the server will have none, or the user; then it is compared here
-once more, so that what has changed since is not stored. The object carries a token by which it is told from any other
-of that name; settings of the user's for a request are kept.
+Guarantees: every body is sent with its CRC-32, unless the server or the user refuses checksums; then it is compared
+here once more, so that bytes that changed since are not stored. The object carries a token that identifies the upload;
+the user's settings for requests are kept.
 
-What does not belong here: repeating, and what an answer that never came means (`upload`).
+What does not belong here: retries, and missing answers (`upload`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.stores.base import Location, Workers
 from async_ckpt.stores.checksums import as_text, crc32
-from async_ckpt.stores.courtesies import CHECKSUMS, LISTINGS, Courtesies
+from async_ckpt.stores.optional_features import CHECKSUMS, LISTINGS, OptionalFeatures
 from async_ckpt.stores.payload import PartPayload
-from async_ckpt.stores.requests import Requests, patience
+from async_ckpt.stores.requests import Requests, stall_timeout
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import error_code, is_refusal, refuses_expect, refuses_header
 
@@ -35,7 +35,7 @@ _COMPLETE_SECONDS = 600.0  # putting many parts together takes S3 minutes; it se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Object:
-    """An object as it was when it had this tag."""
+    """An object with a certain ETag."""
 
     bucket: str
     key: str
@@ -43,17 +43,17 @@ class S3Object:
 
 
 class Target:
-    """Where an upload goes.
+    """The target of an upload.
 
     Args:
         location: for messages.
         bucket: its bucket.
         key: its key.
-        overwrite: whether what is there may be replaced.
+        overwrite: whether an existing object may be replaced.
         connection: makes the requests.
-        requests: times and translates them.
-        courtesies: what the server can be asked for.
-        workers: where a checksum is compared.
+        requests: times requests, and translates their errors.
+        features: the optional features of the server.
+        workers: compare checksums.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Target:
         overwrite: bool,
         connection: Connection,
         requests: Requests,
-        courtesies: Courtesies,
+        features: OptionalFeatures,
         workers: Workers,
     ) -> None:
         self._location = location
@@ -74,10 +74,10 @@ class Target:
         self._condition = {} if overwrite else {"IfNoneMatch": "*"}
         self._connection = connection
         self._requests = requests
-        self._courtesies = courtesies
+        self._features = features
         self._workers = workers
         self._token = secrets.token_hex(16)
-        self._checks = courtesies.asks(bucket, CHECKSUMS)
+        self._checks = features.asks(bucket, CHECKSUMS)
 
     async def create(self) -> str:
         """Create a multipart upload; return its id."""
@@ -90,7 +90,7 @@ class Target:
     async def _send(self, upload_id: str, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
         with (
             self._requests.translating("write", self._location),
-            patience(self._requests.stall_seconds) as moved,
+            stall_timeout(self._requests.stall_seconds) as moved,
         ):
             answer = await self._connection.call(
                 "upload_part",
@@ -105,8 +105,8 @@ class Target:
     async def copy(
         self, upload_id: str, index: int, source: S3Object, start: int, stop: int
     ) -> tuple[str, str]:
-        """Have S3 take the bytes *start* to *stop* of another object for a part; return its tag and checksum."""
-        with self._requests.translating("write", self._location), patience(_COMPLETE_SECONDS):
+        """Copy the bytes *start* to *stop* of another object to a part; return its tag and checksum."""
+        with self._requests.translating("write", self._location), stall_timeout(_COMPLETE_SECONDS):
             answer = await self._connection.call(
                 "upload_part_copy",
                 **self._name,
@@ -120,11 +120,11 @@ class Target:
         return str(result.get("ETag", "")), str(result.get(f"Checksum{_CHECKSUM}", ""))
 
     def named(self, tag: str) -> S3Object:
-        """Return the object itself, as it is with *tag*."""
+        """Return the object with the given *tag*."""
         return S3Object(bucket=self._name["Bucket"], key=self._name["Key"], tag=tag)
 
     async def complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> str:
-        """Make an object of *parts*: index, tag and checksum of each; return its tag."""
+        """Complete the multipart upload with *parts*: index, tag and checksum of each; return the object's tag."""
         return await self._with_or_without(partial(self._complete, upload_id, parts))
 
     async def _complete(self, upload_id: str, parts: Sequence[tuple[int, str, str]]) -> str:
@@ -132,7 +132,7 @@ class Target:
         if self._checks:
             for each, (_, _, checksum) in zip(named, parts, strict=True):
                 each[f"Checksum{_CHECKSUM}"] = checksum
-        with self._requests.translating("commit", self._location), patience(_COMPLETE_SECONDS):
+        with self._requests.translating("commit", self._location), stall_timeout(_COMPLETE_SECONDS):
             answer = await self._connection.call(
                 "complete_multipart_upload",
                 **self._name,
@@ -143,7 +143,7 @@ class Target:
         return str(answer["ETag"])
 
     async def put(self, pieces: Sequence[memoryview], checksum: str) -> None:
-        """Make an object of *pieces*."""
+        """Put an object that consists of *pieces*."""
         await self._with_or_without(partial(self._put, pieces, checksum), pieces, checksum)
 
     async def abort(self, upload_id: str) -> None:
@@ -151,21 +151,21 @@ class Target:
         await self._ask("abort", "abort_multipart_upload", UploadId=upload_id)
 
     async def knows(self, upload_id: str) -> bool:
-        """Return whether S3 knows the multipart upload; no, where that is not for us to see."""
-        if not self._courtesies.asks(self._bucket, LISTINGS, "list_parts"):
+        """Return whether the multipart upload exists; False if listing its parts is not allowed."""
+        if not self._features.asks(self._bucket, LISTINGS, "list_parts"):
             return False
         try:
             await self._ask("abort", "list_parts", UploadId=upload_id, MaxParts=1)
         except StoreError as error:
             if error_code(error) == "NoSuchUpload":
                 return False
-            if is_refusal(error) and self._courtesies.decline(self._bucket, LISTINGS, error, "list_parts"):
+            if is_refusal(error) and self._features.decline(self._bucket, LISTINGS, error, "list_parts"):
                 return False
             raise
         return True
 
     async def is_there(self) -> bool:
-        """Return whether the object that is there is this upload's."""
+        """Return whether the present object is from this upload."""
         try:
             answer = await self._ask("read", "head_object")
         except FileNotFoundError:
@@ -182,7 +182,7 @@ class Target:
         metadata = await self._metadata()
         with (
             self._requests.translating("commit", self._location),
-            patience(self._requests.stall_seconds) as moved,
+            stall_timeout(self._requests.stall_seconds) as moved,
         ):
             await self._connection.call(
                 "put_object",
@@ -203,24 +203,24 @@ class Target:
         return {**(file_system.s3_additional_kwargs.get("Metadata") or {}), TOKEN: self._token}
 
     async def may_go_without(self, error: StoreError, pieces: Sequence[memoryview], checksum: str) -> bool:
-        """Return whether *error* may be about the checksum that went along, and the bytes are those that it is of."""
-        if not (self._checks and self._courtesies.may_decline(CHECKSUMS) and refuses_header(error)):
+        """Return whether *error* may concern the checksum, and the bytes still match it."""
+        if not (self._checks and self._features.is_optional(CHECKSUMS) and refuses_header(error)):
             return False
-        # It may have compared them, and said so in words of its own.
+        # The server may have compared them, and reported that in its own words.
         return not pieces or as_text(await self._workers.run(crc32, pieces)) == checksum
 
     def go_without(self) -> None:
-        """Send no checksum any more, in this upload."""
+        """Send no more checksums in this upload."""
         self._checks = False
 
     def decline(self, refusal: StoreError) -> None:
-        """Send none in any upload to the bucket: what was refused has been taken without."""
-        self._courtesies.decline(self._bucket, CHECKSUMS, refusal)
+        """Send no more checksums to the bucket: the same request succeeded without one."""
+        self._features.decline(self._bucket, CHECKSUMS, refusal)
 
     async def _with_or_without(
         self, request: Callable[[], Awaitable[T]], pieces: Sequence[memoryview] = (), checksum: str = ""
     ) -> T:
-        """Make *request*; once more, without a checksum, where the server may not want one."""
+        """Make *request*; repeat it without a checksum if the server may have refused it."""
         try:
             return await self._unexpected(request)
         except StoreError as error:
@@ -239,7 +239,7 @@ class Target:
         return answer
 
     async def _unexpected(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make *request*; again, if the server does not want to be asked whether a body is welcome."""
+        """Make *request*; repeat it without ``Expect: 100-continue`` if the server refuses that."""
         try:
             return await request()
         except StoreError as error:

@@ -1,13 +1,13 @@
-"""One checkpoint on its way to S3: a single PutObject if it fits one part, else a multipart upload.
+"""The upload of one checkpoint to S3: a single PutObject if it fits one part, otherwise a multipart upload.
 
 Guarantees, beyond those of every upload:
 
-* The object appears by one request, the last, which S3 carries out whole or not at all (D2).
+* The object appears with the last request, which S3 executes atomically (D2).
 * The checksum of a part is computed once: bytes that change between two attempts are refused, not stored.
-* A commit that failed in a way which leaves its outcome open is looked up before either is claimed (E3).
-* ``abort`` asks until S3 says that the upload does not exist, as a part on its way may come after an abort.
+* If the outcome of a failed commit is unknown, it is looked up before success or failure is reported (E3).
+* ``abort`` is repeated until S3 reports that the upload does not exist, as a part may arrive after an abort.
 
-What does not belong here: the requests themselves (`target`), and what other processes left (`sweep`).
+What does not belong here: the requests (`target`), and leftovers of other processes (`sweep`).
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Note = Callable[[str], Awaitable[None]]
 
 
 class S3Upload:
-    """A checkpoint on its way; made by ``S3Store.begin``.
+    """The upload of one checkpoint; made by ``S3Store.begin``.
 
     Args:
-        location: where it goes; for messages.
+        location: the location, for messages.
         nbytes: length of the file.
         target: makes the requests.
-        part_size: bytes of every part but the last.
-        least_part_bytes: the fewest that S3 takes for such a part.
-        max_parts: how many parts it takes.
-        requests: repeats what failed.
-        pace: how many parts at a time, over all uploads of the store.
-        workers: where checksums are computed.
-        opened: told the id of the multipart upload as soon as there is one.
-        ended: told the id once S3 knows it no more.
-        left: told the id if S3 could not be made to forget it.
+        part_size: the size of every part but the last.
+        least_part_bytes: S3's minimum for such a part.
+        max_parts: S3's maximum number of parts.
+        requests: repeats failed requests.
+        pace: limits concurrent parts, over all uploads of the store.
+        workers: compute checksums.
+        opened: called with the id of the multipart upload as soon as there is one.
+        ended: called with the id once the upload does not exist any more.
+        left: called with the id if the upload could not be aborted.
     """
 
     max_concurrent_parts = None
@@ -95,12 +95,12 @@ class S3Upload:
         self._renewing = anyio.Lock()
 
     async def start(self) -> None:
-        """Create the multipart upload, if it takes one. Whoever calls this must abort if it raises."""
+        """Create the multipart upload if there are several parts. The caller must abort if this raises."""
         if self._nbytes > self.part_size:
             await self._requests.again(self._create)
 
     async def put(self, part: Part, content: Content) -> Receipt:
-        """Send one part; where it is the only one, it goes with the commit."""
+        """Send one part; a single part is sent with the commit."""
         self._check_open("write")
         pieces, checksum = await self._workers.run(self._read, part, content)
         if self._upload_id is None:
@@ -112,7 +112,7 @@ class S3Upload:
         return Receipt(index=part.index, token=tag)
 
     async def copy(self, part: Part, content: Content, stored: object, start: int) -> Receipt:
-        """Have S3 take a part from another object; a server that does not tell the right checksum is not believed."""
+        """Copy a part from another object; fail unless the server reports the right checksum."""
         self._check_open("write")
         if self._upload_id is None or not isinstance(stored, S3Object):
             raise self._error("write", "there is nothing to copy to or from")
@@ -121,28 +121,28 @@ class S3Upload:
             stop = start + part.nbytes
             tag, found = await self._target.copy(self._upload_id, part.index, stored, start, stop)
         if found != checksum or not tag:
-            raise self._error("write", "what was copied is not known to be the same bytes")
+            raise self._error("write", "the copied bytes could not be verified")
         self._put[part.index] = part.nbytes
         return Receipt(index=part.index, token=tag)
 
     async def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Make the object appear."""
+        """Complete the object."""
         self._check_open("commit")
         if sum(self._put.values()) != self._nbytes or {each.index for each in receipts} != set(self._put):
             raise self._error("commit", "not every byte was put")
         try:
             await self._requests.again(self._commit, receipts)
         except StoreError as error:
-            # After this nothing can make it appear any more, hence what is there then tells the outcome.
+            # After this nothing can complete it any more, so the present object shows the outcome.
             await self.abort()
             if not self._in_doubt:
                 raise
-            if not await self._requests.last_look(self._location, error, self._target.is_there):
+            if not await self._requests.look_up_outcome(self._location, error, self._target.is_there):
                 raise
         await self._end()
 
     async def abort(self) -> None:
-        """Have S3 forget the multipart upload."""
+        """Abort the multipart upload."""
         self._over, self._single = True, None
         if self._upload_id is None:
             return
@@ -150,7 +150,7 @@ class S3Upload:
             self._upload_id = None
 
     async def _send(self, index: int, pieces: Sequence[memoryview], checksum: str) -> str:
-        """Send a part; where the server will have none that carries a checksum, begin anew with parts that do not."""
+        """Send a part; if the server refuses checksums, begin a new upload without them."""
         refusal: StoreError | None = None
         while True:
             upload_id = self._upload_id
@@ -161,7 +161,7 @@ class S3Upload:
             except StoreError as error:
                 async with self._renewing:
                     if upload_id == self._upload_id:
-                        # Where it has taken one with a checksum, it is something else that it refuses.
+                        # If it has accepted a part with a checksum, it refuses something else.
                         if self._put or not await self._target.may_go_without(error, pieces, checksum):
                             raise
                         refusal = error
@@ -173,7 +173,7 @@ class S3Upload:
                 return tag
 
     async def _renew(self) -> None:
-        """Put another upload in the place of the one that nothing has been put to, announced without a checksum."""
+        """Replace the upload, to which no part was put yet, by one without checksums."""
         before = self._upload_id
         assert before is not None
         self._target.go_without()
@@ -185,7 +185,7 @@ class S3Upload:
                     await self._forget(before)
 
     async def _forget(self, upload_id: str) -> bool:
-        """Have S3 forget a multipart upload; or leave it to a later save, and tell so."""
+        """Abort a multipart upload; on failure, log it and leave it to a later save."""
         why: object = "it took too long"
         with anyio.CancelScope(shield=True), anyio.move_on_after(_ABORT_SECONDS):
             try:
@@ -196,18 +196,18 @@ class S3Upload:
             else:
                 return True
         self._note_left(upload_id)
-        told = "cleaning up after a save to %s, S3 keeps parts until a later one: %s"
+        told = "the upload of %s could not be aborted, and S3 keeps its parts until a later save: %s"
         _log.warning(told, self._location.url, why)
         return False
 
     async def _create(self) -> None:
-        # Once this is sent its answer must be had, for it tells the id: hence no cancellation.
+        # Not cancellable once it is sent, as its answer contains the id.
         with anyio.CancelScope(shield=True):
             self._upload_id = await self._target.create()
             await self._note_opened(self._upload_id)
 
     async def _commit(self, receipts: Sequence[Receipt]) -> None:
-        """Make the last request; where its outcome is in doubt, look whether it was carried out (E3)."""
+        """Make the last request; if its outcome is unknown, look it up (E3)."""
         try:
             if self._upload_id is None:
                 assert self._single is not None
@@ -220,7 +220,7 @@ class S3Upload:
         except StoreError as error:
             if isinstance(error, TransientStoreError) or error_code(error) == "NoSuchUpload":
                 self._in_doubt = True
-            # aiohttp sends a PUT twice where a kept connection has broken, so the first may be what is there.
+            # aiohttp repeats a PUT if a kept connection has broken, so the first one may have succeeded.
             if not (self._in_doubt or isinstance(error, CheckpointExistsError)):
                 raise
             with suppress(StoreError):  # who may write need not be allowed to look
@@ -229,7 +229,7 @@ class S3Upload:
             raise
 
     async def _abort(self, upload_id: str) -> None:
-        """Abort, and look, until S3 does not know the upload."""
+        """Abort, and check, until the upload does not exist."""
         for _ in range(_ABORTS):
             try:
                 await self._requests.again(self._target.abort, upload_id)
@@ -239,7 +239,7 @@ class S3Upload:
                 raise
             if not await self._requests.again(self._target.knows, upload_id):
                 return
-        raise self._error("abort", "S3 still knows the upload")
+        raise self._error("abort", "the upload still exists")
 
     async def _end(self) -> None:
         upload_id, self._upload_id = self._upload_id, None

@@ -1,1 +1,1 @@
-"""The facts that every store has to prove, by what they are about; ``conformance`` puts them together."""
+"""The tests of the conformance suite, by subject; ``conformance`` combines them."""

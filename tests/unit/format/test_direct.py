@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from async_ckpt.format.directory import Entry, data_start
+from async_ckpt.format.central_directory import Entry, data_start
 from async_ckpt.format.reading.direct import Wanted, expected_start, overlap, plan_ranges
-from async_ckpt.format.reading.plain import is_plain
+from async_ckpt.format.reading.plain_pickle import is_plain
 from tests.archives import entries_of, written
 from tests.hostile import hostile_pickles
 

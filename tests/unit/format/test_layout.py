@@ -228,7 +228,9 @@ def test_records_of_any_zip_archive_are_found() -> None:
     bounds = zip(records.starts, records.stops, strict=True)
     assert [content[begin:end] for begin, end in bounds] == [b"first", b""]
     assert content[start : start + 4] == b"PK\x01\x02"
-    for checksum, near, central in zip(records.checksums, records.nears, records.centrals, strict=True):
+    for checksum, near, central in zip(
+        records.checksums, records.checksum_offsets, records.central_offsets, strict=True
+    ):
         sealed = checksum.to_bytes(4, "little")
         assert content[near : near + 4] == sealed
         assert content[central : central + 4] == sealed

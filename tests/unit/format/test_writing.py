@@ -136,7 +136,7 @@ def test_a_torch_that_writes_otherwise_writes_itself(
     wants_all = otherwise is _wants_its_own_writer
     assert isinstance(snapshot._content, contents.Whole if wants_all else contents.Records)
     assert [record.message for record in caplog.records] == [
-        f"torch {torch.__version__} is not known here: it has made the whole file in memory"
+        f"the format of torch {torch.__version__} is not known: torch wrote the whole file in memory"
     ] * wants_all
     assert whole(lay_out(snapshot)) == expected
 

@@ -16,7 +16,7 @@ from async_ckpt import AsyncCheckpointIO
 from async_ckpt.events import Accepted, Durable, Event, Failed
 from async_ckpt.lightning.compat import keep_protocol
 from async_ckpt.lightning.metrics import figures
-from async_ckpt.lightning.model_checkpoint import Foresight, make_aware
+from async_ckpt.lightning.model_checkpoint import PendingFileSystem, show_pending_files
 from async_ckpt.lightning.notifications import Notifications
 from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.progress_bars import pending_text
@@ -33,7 +33,9 @@ def _save(**fields: Any) -> SaveProgress:
 
 def _foresight(file_system: Any, plugin: AsyncCheckpointIO | None = None) -> Any:
     plugin = plugin or AsyncCheckpointIO()
-    return Foresight(file_system, plugin, Removals(plugin, Overrides(), is_awaited=lambda path: False))
+    return PendingFileSystem(
+        file_system, plugin, Removals(plugin, Overrides(), is_awaited=lambda path: False)
+    )
 
 
 class _Part:
@@ -109,9 +111,9 @@ def test_what_is_no_file_system_is_left_alone(value: Any) -> None:
     removals = Removals(plugin, Overrides(), is_awaited=lambda path: False)
     other, checkpoint = SimpleNamespace(_fs=value), SimpleNamespace(_fs=LocalFileSystem())
     for callback in (other, checkpoint):
-        make_aware(callback, plugin, removals, overrides, is_deferred=True)
+        show_pending_files(callback, plugin, removals, overrides, is_deferred=True)
     assert other._fs is value
-    assert type(checkpoint._fs) is Foresight
+    assert type(checkpoint._fs) is PendingFileSystem
 
 
 def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from async_ckpt.lightning.flushing import give_up, patiently
+from async_ckpt.lightning.flushing import give_up, wait_with_progress
 from async_ckpt.telemetry.meter import Meter
 from async_ckpt.testing import Fault, Gate, ManualClock
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, python, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_at, python, reached, state
 
 FOR_EVER = 1e9
 
@@ -43,8 +43,8 @@ class Terminal(io.StringIO):
         return written
 
 
-class Metered(Rig):
-    """A rig whose service is watched by a meter."""
+class Metered(Harness):
+    """A harness whose service is watched by a meter."""
 
     def __init__(self, *faults: Fault, **options: Any) -> None:
         self.meter = Meter()
@@ -54,7 +54,7 @@ class Metered(Rig):
         """Wait with a clock on which every look at it is five seconds later."""
         seconds = count(0, 5)
         defaults: dict[str, Any] = {"timeout": FOR_EVER, "clock": lambda: float(next(seconds))}
-        return patiently(self.service, self.meter, **{**defaults, **options})
+        return wait_with_progress(self.service, self.meter, **{**defaults, **options})
 
     def __enter__(self) -> Metered:
         return self
@@ -123,9 +123,9 @@ def after_the_first(wait: Callable[[], Any]) -> Any:
 def test_nothing_of_a_short_wait(capsys: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """A wait that is over within a second shows nothing; it returns what is left of its limit."""
     clock = ManualClock()
-    with Metered(Fault(operation="commit", delay_seconds=0.5)) as rig:
-        handle = rig.service.save(state(1), tmp_path / "a.ckpt")
-        assert patiently(rig.service, rig.meter, timeout=7.0, clock=clock) == 7.0
+    with Metered(Fault(operation="commit", delay_seconds=0.5)) as harness:
+        handle = harness.service.save(state(1), tmp_path / "a.ckpt")
+        assert wait_with_progress(harness.service, harness.meter, timeout=7.0, clock=clock) == 7.0
         assert handle.done()
     assert (capsys.readouterr().err, caplog.records) == ("", [])
 
@@ -137,10 +137,10 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(sys, "stderr", terminal)
     pytest.importorskip("tqdm")
     threads = _monitors()
-    with Metered(hold, queue_depth=2) as rig:
+    with Metered(hold, queue_depth=2) as harness:
         for name in ("a", "b"):
-            rig.service.save(state(1, nbytes=1 << 20), tmp_path / name)
-        assert rig.wait()
+            harness.service.save(state(1, nbytes=1 << 20), tmp_path / name)
+        assert harness.wait()
     assert re.search(r"waiting for 2 checkpoints: +\d+%.*/2\.00M ", terminal.getvalue())
     assert _monitors() == threads
 
@@ -148,10 +148,10 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_lines_where_nobody_watches(tmp_path: Path, when_logged: Any) -> None:
     """Elsewhere it is a line of the log, and another every ten seconds, with what is left."""
     gate, hold = gated("commit")
-    with Metered(hold) as rig:
-        rig.service.save(state(1, nbytes=3 << 20), tmp_path / "a")
+    with Metered(hold) as harness:
+        harness.service.save(state(1, nbytes=3 << 20), tmp_path / "a")
         lines = when_logged(2, gate)
-        assert rig.wait()
+        assert harness.wait()
     assert re.fullmatch(
         r"waiting for 1 checkpoint, [03]\.0 of 3\.0 MiB(, [\d.]+ MiB/s, \d+ s left)?", lines[0]
     )
@@ -169,10 +169,10 @@ def test_lines_come_seldom(tmp_path: Path, when_logged: Any) -> None:
             gate.open()
         return min(float(now), 24.0)  # however long the save takes from now on
 
-    with Metered(hold) as rig:
-        rig.service.save(state(1), tmp_path / "a")
+    with Metered(hold) as harness:
+        harness.service.save(state(1), tmp_path / "a")
         lines = when_logged(99, gate)
-        assert rig.wait(clock=clock)
+        assert harness.wait(clock=clock)
     assert len(lines) == 3
 
 
@@ -183,19 +183,19 @@ def test_other_ranks_are_silent(
     monkeypatch.setenv("LOCAL_RANK", "1")
     terminal = Terminal("waiting", lambda: None)
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Metered(Fault(operation="commit", delay_seconds=0.5)) as rig:
-        rig.service.save(state(1), tmp_path / "a")
-        assert rig.wait()
+    with Metered(Fault(operation="commit", delay_seconds=0.5)) as harness:
+        harness.service.save(state(1), tmp_path / "a")
+        assert harness.wait()
     assert (terminal.getvalue(), caplog.records) == ("", [])
 
 
 def test_deletions_are_waited_for_too(tmp_path: Path, when_logged: Any) -> None:
     """Where only a deletion is pending, the line says so."""
     gate, hold = gated("delete")
-    with Metered(hold) as rig:
-        rig.service.remove(tmp_path / "a")
+    with Metered(hold) as harness:
+        harness.service.remove(tmp_path / "a")
         lines = when_logged(1, gate)
-        assert rig.wait()
+        assert harness.wait()
     assert lines[0] == "waiting for deletions"
 
 
@@ -210,9 +210,9 @@ def test_it_survives_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     if broken == "closed":
         stream.close()
     monkeypatch.setattr(sys, "stderr", stream)
-    with Metered(Fault(operation="commit", delay_seconds=0.5)) as rig:
-        handle = rig.service.save(state(1), tmp_path / "a")
-        assert rig.wait()
+    with Metered(Fault(operation="commit", delay_seconds=0.5)) as harness:
+        handle = harness.service.save(state(1), tmp_path / "a")
+        assert harness.wait()
         handle.wait(0)
         assert number_at(tmp_path / "a") == 1
 
@@ -220,9 +220,9 @@ def test_it_survives_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_the_limit(tmp_path: Path) -> None:
     """When the limit has passed, nothing is left of it, and the save goes on."""
     gate, hold = gated("commit")
-    with Metered(hold) as rig:
-        handle = rig.service.save(state(1), tmp_path / "a")
-        assert rig.wait(timeout=20.0) == 0.0
+    with Metered(hold) as harness:
+        handle = harness.service.save(state(1), tmp_path / "a")
+        assert harness.wait(timeout=20.0) == 0.0
         assert not handle.done()
         gate.open()
         handle.wait(PATIENCE_SECONDS)
@@ -231,31 +231,31 @@ def test_the_limit(tmp_path: Path) -> None:
 def test_one_request_alone(tmp_path: Path) -> None:
     """A wait for one save is over when that is durable, whatever else is pending."""
     gate, hold = gated("commit", calls=[2])
-    with Metered(hold, queue_depth=2, max_concurrent_saves=2) as rig:
-        first = rig.service.save(state(1), tmp_path / "a")
+    with Metered(hold, queue_depth=2, max_concurrent_saves=2) as harness:
+        first = harness.service.save(state(1), tmp_path / "a")
         first.wait(PATIENCE_SECONDS)
-        second = rig.service.save(state(2), tmp_path / "b")
+        second = harness.service.save(state(2), tmp_path / "b")
         reached(gate)
-        third = rig.service.save(state(3), tmp_path / "c")
-        assert rig.wait(handle=third)
+        third = harness.service.save(state(3), tmp_path / "c")
+        assert harness.wait(handle=third)
         assert (third.done(), second.done()) == (True, False)
         gate.open()
 
 
 def test_failures_stay_with_their_service(tmp_path: Path) -> None:
     """The wait itself raises nothing of a failed save; whoever asks next is told (E1)."""
-    with Metered(Fault(operation="commit", error=lambda: OSError("no more room"))) as rig:
-        rig.service.save(state(1), tmp_path / "a")
-        assert rig.wait()
+    with Metered(Fault(operation="commit", error=lambda: OSError("no more room"))) as harness:
+        harness.service.save(state(1), tmp_path / "a")
+        assert harness.wait()
         with pytest.raises(OSError, match="no more room"):
-            rig.service.wait()
+            harness.service.wait()
 
 
 def test_ctrl_c_where_it_is_not_ignored(tmp_path: Path) -> None:
     """Ctrl-C during a wait is what it is everywhere, and the save goes on."""
     gate, hold = gated("commit")
-    with Metered(hold) as rig:
-        handle = rig.service.save(state(1), tmp_path / "a")
+    with Metered(hold) as harness:
+        handle = harness.service.save(state(1), tmp_path / "a")
         main = threading.main_thread().ident
         assert main is not None
         presser = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
@@ -268,7 +268,7 @@ def test_ctrl_c_where_it_is_not_ignored(tmp_path: Path) -> None:
 
         with ctrl_c(signal.default_int_handler):
             with pytest.raises(KeyboardInterrupt):
-                patiently(rig.service, rig.meter, timeout=FOR_EVER, clock=clock)
+                wait_with_progress(harness.service, harness.meter, timeout=FOR_EVER, clock=clock)
             presser.join()
         assert not handle.done()
         gate.open()
@@ -283,15 +283,15 @@ def test_second_ctrl_c_gives_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     gate, hold = gated("commit", calls=[2])
     terminal = Terminal("Ctrl-C gives up", press)
     monkeypatch.setattr(sys, "stderr", terminal)
-    rig = Metered(hold)
-    rig.service.save(state(1), tmp_path / "a").wait(PATIENCE_SECONDS)
-    handle = rig.service.save(state(2), tmp_path / "b")
+    harness = Metered(hold)
+    harness.service.save(state(1), tmp_path / "a").wait(PATIENCE_SECONDS)
+    handle = harness.service.save(state(2), tmp_path / "b")
     reached(gate)
 
     def wait() -> None:
-        assert rig.wait() is None
+        assert harness.wait() is None
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        give_up(rig.service)
+        give_up(harness.service)
 
     after_the_first(wait)
     assert handle.done()
@@ -304,9 +304,9 @@ def test_ignored_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """Where Ctrl-C is ignored and none is being handled, as under nohup, it stays ignored."""
     monkeypatch.setattr(sys, "stderr", Terminal("waiting", press))
     with ctrl_c(signal.SIG_IGN):
-        with Metered(Fault(operation="commit", delay_seconds=0.5)) as rig:
-            rig.service.save(state(1), tmp_path / "a")
-            assert rig.wait()
+        with Metered(Fault(operation="commit", delay_seconds=0.5)) as harness:
+            harness.service.save(state(1), tmp_path / "a")
+            assert harness.wait()
     assert number_at(tmp_path / "a") == 1
 
 
@@ -318,11 +318,11 @@ def test_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
-            left.append(rig.wait())
+            left.append(harness.wait())
 
     with ctrl_c(signal.SIG_IGN):
-        with Metered(Fault(operation="commit", delay_seconds=0.3)) as rig:
-            rig.service.save(state(1), tmp_path / "a")
+        with Metered(Fault(operation="commit", delay_seconds=0.3)) as harness:
+            harness.service.save(state(1), tmp_path / "a")
             thread = threading.Thread(target=wait)
             thread.start()
             thread.join(PATIENCE_SECONDS)
@@ -337,7 +337,7 @@ def test_a_handler_does_not_wait_for_the_save_it_interrupted(tmp_path: Path) -> 
         import signal, sys, threading
         from async_ckpt import CheckpointService
         from async_ckpt.events import Accepted
-        from async_ckpt.lightning.flushing import patiently
+        from async_ckpt.lightning.flushing import wait_with_progress
         from async_ckpt.telemetry.meter import Meter
         from tests.support import state
 
@@ -350,7 +350,7 @@ def test_a_handler_does_not_wait_for_the_save_it_interrupted(tmp_path: Path) -> 
                 signal.pthread_kill(main, signal.SIGUSR1)
 
         def handle(*_):
-            print(patiently(service, meter, timeout=10.0) > 5)
+            print(wait_with_progress(service, meter, timeout=10.0) > 5)
 
         signal.signal(signal.SIGUSR1, handle)
         with CheckpointService(observer=observe) as service:

@@ -23,7 +23,7 @@ import torch.distributed
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers a backend without operations
 
 from async_ckpt import AsyncCheckpointIO, FlushTimeoutError, RankError, StoreError
-from async_ckpt.lightning.departure import Departure
+from async_ckpt.lightning.exit_barrier import ExitBarrier
 from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_group
 from async_ckpt.lightning.group_pending import GroupPending, pending_of_group
 from async_ckpt.stores import open_store
@@ -120,9 +120,9 @@ def beside(run: Callable[[], object]) -> Iterator[Any]:
         yield threads.submit(run)
 
 
-def departures(ranks: list[GroupPending], grace_seconds: float = PATIENCE_SECONDS) -> list[Departure]:
+def departures(ranks: list[GroupPending], grace_seconds: float = PATIENCE_SECONDS) -> list[ExitBarrier]:
     """Return how each rank will leave its fit."""
-    return [Departure(each, limit=NOW, grace_seconds=grace_seconds) for each in ranks]
+    return [ExitBarrier(each, limit=NOW, grace_seconds=grace_seconds) for each in ranks]
 
 
 # -- what is pending
@@ -190,9 +190,9 @@ def test_ranks_leave_together(ranks: list[GroupPending]) -> None:
     first, second = departures(ranks)
     for each in (first, second):
         each.training_ended()
-    with beside(second.agree) as agreeing:
+    with beside(second.wait_for_first_rank) as agreeing:
         assert not agreeing.done()
-        first.agree()
+        first.wait_for_first_rank()
         agreeing.result(PATIENCE_SECONDS)
     with beside(lambda: first.leave(failure=None, waits=True)) as leaving:
         assert not leaving.done()
@@ -210,7 +210,7 @@ def test_failure_of_the_first_rank_is_raised_when_it_has_torn_down(ranks: list[G
         with pytest.raises(
             RankError, match=r"^rank 0, which writes the checkpoints, failed: StoreError: full$"
         ):
-            second.agree()
+            second.wait_for_first_rank()
         assert not leaving.done()
         second.leave(failure=None, waits=True)
         leaving.result(PATIENCE_SECONDS)
@@ -220,11 +220,11 @@ def test_first_rank_waits_for_nobody_in_the_middle_of_training(ranks: list[Group
     """Where training has not ended on it, or Ctrl-C is handled, the first rank leaves at once; others hear of it."""
     first, second = departures(ranks)
     first.leave(failure=None, waits=True)
-    second.agree()
+    second.wait_for_first_rank()
     first, second = departures(ranks)
     first.training_ended()
     first.leave(failure=None, waits=False)
-    second.agree()
+    second.wait_for_first_rank()
 
 
 def test_rank_that_does_not_come_is_waited_for_a_bounded_time(
@@ -234,7 +234,7 @@ def test_rank_that_does_not_come_is_waited_for_a_bounded_time(
     first, second = departures(ranks, grace_seconds=0.05)
     first.training_ended()
     with pytest.raises(FlushTimeoutError, match="another rank has checkpoints to wait for still after"):
-        second.agree()
+        second.wait_for_first_rank()
     first.leave(failure=None, waits=True)
     assert "not every rank has left the fit" in caplog.text
 
@@ -245,10 +245,10 @@ def test_each_fit_has_a_word_of_its_own(ranks: list[GroupPending]) -> None:
         first, second = departures(ranks)
         first.leave(failure=failure, waits=True)
         if failure is None:
-            second.agree()
+            second.wait_for_first_rank()
         else:
             with pytest.raises(RankError, match=failure):
-                second.agree()
+                second.wait_for_first_rank()
 
 
 # -- a store that is gone
@@ -262,7 +262,7 @@ def test_death_of_the_host_ends_every_wait(host: Host) -> None:
     waits = [
         lambda: one.wait_for("place", "place", limit=LONG),
         lambda: two.wait_for_all(limit=LONG),
-        Departure(three, limit=LONG).agree,
+        ExitBarrier(three, limit=LONG).wait_for_first_rank,
     ]
     with ThreadPoolExecutor(len(waits)) as threads:
         outcomes = [threads.submit(wait) for wait in waits]
@@ -281,7 +281,7 @@ def test_nobody_waits_for_a_host_that_has_left(host: Host, caplog: pytest.LogCap
     host.signal(signal.SIGKILL)
     other.wait_for("place", "place", limit=LONG)
     other.wait_for_all(limit=LONG)
-    second.agree()
+    second.wait_for_first_rank()
     assert "the first rank has ended already" in caplog.text
     second.leave(failure=None, waits=True)
     one.announce("place").end("a failure")

@@ -7,7 +7,7 @@ from typing import Any
 
 from async_ckpt import CheckpointService, StoreError
 from async_ckpt.testing import Fault
-from tests.support import Rig, number_of, state
+from tests.support import Harness, number_of, state
 
 
 def failing(*calls: int, operation: Any = "commit") -> Fault:
@@ -15,9 +15,9 @@ def failing(*calls: int, operation: Any = "commit") -> Fault:
     return Fault(operation=operation, calls=calls or None, error=lambda: StoreError("no more room"))
 
 
-def loaded(rig: Rig, url: str) -> float:
+def loaded(harness: Harness, url: str) -> float:
     """Return the number of the checkpoint at *url*."""
-    return number_of(rig.service.load(url))
+    return number_of(harness.service.load(url))
 
 
 CLOSED_CALLS: dict[str, Callable[[CheckpointService], object]] = {

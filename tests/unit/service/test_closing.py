@@ -12,7 +12,7 @@ import pytest
 from async_ckpt import AbandonedError, CheckpointService, FlushError, ServiceClosedError, State
 from async_ckpt.engine.queue import Kind
 from async_ckpt.stores import locate
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, reached, state, wait_until_one_waits
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_at, reached, state, wait_until_one_waits
 from tests.unit.service.calls import CLOSED_CALLS
 
 
@@ -30,13 +30,13 @@ def test_close_abandons_at_its_deadline(tmp_path: Path) -> None:
     """What is not done at the deadline fails with AbandonedError; old files stay, no temporary does (D4, D2)."""
     path = tmp_path / "a.ckpt"
     gate, hold = gated("commit", calls=[2])
-    rig = Rig(hold)
-    rig.service.save(state(1), path).wait(PATIENCE_SECONDS)
-    running = rig.service.save(state(2), path)
-    queued = rig.service.save(state(3), tmp_path / "b.ckpt")
+    harness = Harness(hold)
+    harness.service.save(state(1), path).wait(PATIENCE_SECONDS)
+    running = harness.service.save(state(2), path)
+    queued = harness.service.save(state(3), tmp_path / "b.ckpt")
     reached(gate)
     with pytest.raises(FlushError) as raised:
-        rig.service.close(timeout=0)
+        harness.service.close(timeout=0)
     assert [type(error) for error in raised.value.exceptions] == [AbandonedError, AbandonedError]
     assert (running.state, queued.state) == (State.FAILED, State.FAILED)
     assert number_at(path) == 1
@@ -46,37 +46,37 @@ def test_close_abandons_at_its_deadline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", CLOSED_CALLS)
 def test_a_closed_service_says_so(call: str) -> None:
     """save, remove and load of a closed service raise ServiceClosedError; wait has nothing to wait for (L1)."""
-    with Rig(memory=True) as rig:
-        rig.service.save(state(1), "memory://a")
+    with Harness(memory=True) as harness:
+        harness.service.save(state(1), "memory://a")
     with pytest.raises(ServiceClosedError, match="closed"):
-        CLOSED_CALLS[call](rig.service)
-    rig.service.wait()
-    assert rig.service.pending == ()
+        CLOSED_CALLS[call](harness.service)
+    harness.service.wait()
+    assert harness.service.pending == ()
 
 
 def test_close_turns_away_who_waits_for_room() -> None:
     """A thread that waits for admission when the service is closed gets ServiceClosedError (D4)."""
     gate, hold = gated()
-    rig = Rig(hold, memory=True, queue_depth=1)
+    harness = Harness(hold, memory=True, queue_depth=1)
     with ThreadPoolExecutor(2) as pool:
-        rig.service.save(state(1), "memory://a")
-        blocked = pool.submit(rig.service.save, state(2), "memory://b")
-        wait_until_one_waits(rig.service)
-        closing = pool.submit(rig.service.close)
+        harness.service.save(state(1), "memory://a")
+        blocked = pool.submit(harness.service.save, state(2), "memory://b")
+        wait_until_one_waits(harness.service)
+        closing = pool.submit(harness.service.close)
         with pytest.raises(ServiceClosedError):
             blocked.result(PATIENCE_SECONDS)
         gate.open()
         closing.result(PATIENCE_SECONDS)
-        assert rig.memory is not None
-        assert list(rig.memory.files) == ["/a"]
+        assert harness.memory is not None
+        assert list(harness.memory.files) == ["/a"]
 
 
 def test_close_turns_away_who_waits_to_load() -> None:
     """A load that waits for a save, another service's too, ends as its own service is closed, not later (D4)."""
     gate, hold = gated()
-    with Rig(hold, memory=True) as saving, ThreadPoolExecutor(1) as pool:
+    with Harness(hold, memory=True) as saving, ThreadPoolExecutor(1) as pool:
         saving.service.save(state(1), "memory://a")
-        loading = Rig(memory=True)
+        loading = Harness(memory=True)
         loading.service.remove("memory://b").wait(PATIENCE_SECONDS)
         waiting = pool.submit(loading.service.load, "memory://a")
         wait_until_one_waits(loading.service, Kind.LOAD)
@@ -87,10 +87,10 @@ def test_close_turns_away_who_waits_to_load() -> None:
 
 def test_a_load_outlives_the_service() -> None:
     """A load that is reading while another thread closes the service has what it came for."""
-    rig = Rig(memory=True)
-    rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
-    with rig.service.turn(locate("memory://a")):
-        rig.service.close()
+    harness = Harness(memory=True)
+    harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+    with harness.service.turn(locate("memory://a")):
+        harness.service.close()
 
 
 def test_everything_is_freed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from async_ckpt.engine import runtime
 from async_ckpt.events import Event
 from async_ckpt.handle import Handle, State
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, gated, number_at, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, gated, number_at, reached, state
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ class Owner:
 
     def __init__(self, *faults: Fault) -> None:
         self.seen: list[str] = []
-        self.rig = Rig(*faults, memory=True, observer=self.observe)
+        self.harness = Harness(*faults, memory=True, observer=self.observe)
 
     def observe(self, event: Event) -> None:
         self.seen.append(type(event).__name__)
@@ -70,7 +70,7 @@ def test_what_it_has_accepted_becomes_durable(tmp_path: Path) -> None:
     handles: list[Handle] = []
 
     def use() -> None:
-        service = Rig(hold, queue_depth=3).service
+        service = Harness(hold, queue_depth=3).service
         for number in range(3):
             handles.append(service.save(state(number), tmp_path / f"{number}.ckpt"))
         reached(gate)
@@ -88,9 +88,9 @@ def test_nothing_of_it_is_kept() -> None:
     kept: list[weakref.ref[object]] = []
 
     def use() -> None:
-        rig = Rig(memory=True)
-        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
-        kept.extend(weakref.ref(each) for each in (rig.store, rig.service._holdings.account.pool))
+        harness = Harness(memory=True)
+        harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+        kept.extend(weakref.ref(each) for each in (harness.store, harness.service._holdings.account.pool))
 
     dropped(use)
     threads_end()
@@ -104,7 +104,7 @@ def test_a_cycle_through_the_observer() -> None:
 
     def use() -> weakref.ref[Owner]:
         owner = Owner(hold)
-        handles.append(owner.rig.service.save(state(1), "memory://a"))
+        handles.append(owner.harness.service.save(state(1), "memory://a"))
         reached(gate)
         return weakref.ref(owner)
 
@@ -131,7 +131,7 @@ def test_its_failure_is_told_once(held: bool, capsys: pytest.CaptureFixture[str]
     handles: list[Handle] = []
 
     def use() -> None:
-        handles.append(Rig(hold, fails, memory=True).service.save(state(1), "memory://a"))
+        handles.append(Harness(hold, fails, memory=True).service.save(state(1), "memory://a"))
         reached(gate)
 
     dropped(use)
@@ -150,7 +150,7 @@ def test_what_has_been_told_is_forgotten() -> None:
     """Dropped services whose failures have been told leave nothing behind."""
     fails = Fault(operation="commit", error=lambda: StoreError("no more room"))
     for _ in range(3):
-        dropped(lambda: Rig(fails, memory=True).service.save(state(1), "memory://a").wait)
+        dropped(lambda: Harness(fails, memory=True).service.save(state(1), "memory://a").wait)
         threads_end()
     assert len(runtime._untold) <= 3
     for untold in runtime._untold:
@@ -163,7 +163,7 @@ def test_dropped_on_the_loop_thread() -> None:
     """The last reference may go on the loop thread itself, in the midst of its work."""
 
     def use() -> None:
-        services = [Rig(memory=True).service]
+        services = [Harness(memory=True).service]
         services[0].save(state(1), "memory://a").wait(PATIENCE_SECONDS)
         loop = services[0]._holdings.running()
 
@@ -180,17 +180,17 @@ def test_dropped_on_the_loop_thread() -> None:
 def test_dropped_where_a_lock_is_held() -> None:
     """Dropping waits for no lock, and the loop for none that a caller holds who may wait for it (L1)."""
     with runtime._lock:
-        dropped(lambda: Rig(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS))
-        with Rig(memory=True) as other:
+        dropped(lambda: Harness(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS))
+        with Harness(memory=True) as other:
             other.service.save(state(1), "memory://b").wait(PATIENCE_SECONDS)
     threads_end()
 
 
 def test_others_go_on() -> None:
     """The loop thread stays for the services that are not dropped."""
-    with Rig(memory=True) as other:
+    with Harness(memory=True) as other:
         other.service.save(state(1), "memory://b").wait(PATIENCE_SECONDS)
-        dropped(lambda: Rig(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS))
+        dropped(lambda: Harness(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS))
         other.service.save(state(2), "memory://b").wait(PATIENCE_SECONDS)
     threads_end()
 
@@ -201,7 +201,7 @@ def test_a_filter_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_value))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
-        Rig(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+        Harness(memory=True).service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
         gc.collect()
     assert [type(error) for error in raised] == [ResourceWarning]
     raised.clear()  # it refers to the service
@@ -234,7 +234,7 @@ def test_a_plugin(tmp_path: Path) -> None:
 )
 def test_who_holds_nothing_is_not_told_of(use: Callable[[CheckpointService], object]) -> None:
     """A service that was closed, is at rest or was never used may be dropped."""
-    use(Rig(memory=True).service)
+    use(Harness(memory=True).service)
     gc.collect()
     threads_end()
 

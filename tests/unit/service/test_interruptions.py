@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 
 from async_ckpt.events import Event
-from tests.support import PATIENCE_SECONDS, Rig, gated, state, wait_until_one_waits
+from tests.support import PATIENCE_SECONDS, Harness, gated, state, wait_until_one_waits
 
 
 @contextmanager
@@ -39,23 +39,23 @@ def interruptible() -> Iterator[Callable[[], None]]:
 def test_interrupt_while_waiting_for_room_withdraws() -> None:
     """Ctrl-C in a save that waits for a place: nothing was accepted, and the place goes to the next (D4, B1)."""
     gate, hold = gated(calls=[1])
-    with Rig(hold, memory=True, queue_depth=1) as rig, interruptible() as interrupt:
-        rig.service.save(state(1), "memory://a")
+    with Harness(hold, memory=True, queue_depth=1) as harness, interruptible() as interrupt:
+        harness.service.save(state(1), "memory://a")
 
         def watch() -> None:
-            wait_until_one_waits(rig.service)
+            wait_until_one_waits(harness.service)
             interrupt()
 
         with ThreadPoolExecutor(1) as pool:
             watching = pool.submit(watch)
             with pytest.raises(KeyboardInterrupt):
-                rig.service.save(state(2), "memory://b")
+                harness.service.save(state(2), "memory://b")
             watching.result(PATIENCE_SECONDS)
         gate.open()
-        rig.service.save(state(3), "memory://c")
-        rig.service.wait()
-        assert rig.memory is not None
-        assert sorted(rig.memory.files) == ["/a", "/c"]
+        harness.service.save(state(3), "memory://c")
+        harness.service.wait()
+        assert harness.memory is not None
+        assert sorted(harness.memory.files) == ["/a", "/c"]
 
 
 def test_interrupt_while_staging_withdraws() -> None:
@@ -68,10 +68,10 @@ def test_interrupt_while_staging_withdraws() -> None:
             if seen == ["Accepted"]:
                 interrupt()
 
-        with Rig(memory=True, queue_depth=1, memory_limit="1MiB", observer=observer) as rig:
+        with Harness(memory=True, queue_depth=1, memory_limit="1MiB", observer=observer) as harness:
             with pytest.raises(KeyboardInterrupt):
-                rig.service.save(state(1, nbytes=1 << 20), "memory://a")
-            rig.service.save(state(2, nbytes=1 << 20), "memory://b").wait(PATIENCE_SECONDS)
+                harness.service.save(state(1, nbytes=1 << 20), "memory://a")
+            harness.service.save(state(2, nbytes=1 << 20), "memory://b").wait(PATIENCE_SECONDS)
             assert seen[:3] == ["Accepted", "Abandoned", "Accepted"]
-            assert rig.memory is not None
-            assert list(rig.memory.files) == ["/b"]
+            assert harness.memory is not None
+            assert list(harness.memory.files) == ["/b"]

@@ -10,7 +10,7 @@ import pytest
 from async_ckpt import CheckpointService, RemovalDroppedError, State, StoreError
 from async_ckpt.events import Event
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, MemoryStore, Rig, gated, state
+from tests.support import PATIENCE_SECONDS, Harness, MemoryStore, gated, state
 
 
 class Broken(logging.Handler):
@@ -33,15 +33,15 @@ def test_a_dropped_removal_ends() -> None:
     """A removal that is dropped, which is logged, ends, and so does what comes after it (D3, D4)."""
     gate, hold = gated("commit", [1])
     fail = Fault(operation="commit", calls=[1], error=lambda: StoreError("no more room"))
-    with Rig(hold, fail, memory=True) as rig:
-        failing = rig.service.save(state(1), "memory://a")
-        removal = rig.service.remove("memory://b")
+    with Harness(hold, fail, memory=True) as harness:
+        failing = harness.service.save(state(1), "memory://a")
+        removal = harness.service.remove("memory://b")
         gate.open()
         with pytest.raises(StoreError, match="no more room"):
             failing.wait(PATIENCE_SECONDS)
         with pytest.raises(RemovalDroppedError):
             removal.wait(PATIENCE_SECONDS)
-        assert rig.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+        assert harness.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
 
 
 def test_a_broken_observer_and_a_broken_handler() -> None:
@@ -50,19 +50,19 @@ def test_a_broken_observer_and_a_broken_handler() -> None:
     def observer(event: Event) -> None:
         raise ValueError("broken")
 
-    with Rig(memory=True, observer=observer) as rig:
-        assert rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+    with Harness(memory=True, observer=observer) as harness:
+        assert harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
 
 
 def test_a_broken_callback_and_a_broken_handler() -> None:
     """A callback that raises keeps nobody else from being told of the end, whatever becomes of its error."""
     gate, hold = gated("commit")
-    with Rig(hold, memory=True) as rig:
-        handle = rig.service.save(state(1), "memory://a")
+    with Harness(hold, memory=True) as harness:
+        handle = harness.service.save(state(1), "memory://a")
         handle.add_done_callback(lambda _: 1 / 0)
         gate.open()
         assert handle.wait(PATIENCE_SECONDS).state is State.DURABLE
-        rig.service.wait(PATIENCE_SECONDS)
+        harness.service.wait(PATIENCE_SECONDS)
 
 
 def test_stores_that_cannot_be_closed_and_a_broken_handler() -> None:

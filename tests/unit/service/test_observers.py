@@ -11,17 +11,17 @@ import pytest
 from async_ckpt import CheckpointService, State
 from async_ckpt.engine import runtime
 from async_ckpt.events import Event, PartWritten
-from tests.support import PATIENCE_SECONDS, Rig, state
+from tests.support import PATIENCE_SECONDS, Harness, state
 from tests.unit.service.calls import CLOSED_CALLS, loaded
 
 
 def test_events_are_in_order() -> None:
     """An observer sees every state of a save once, in order, under one id (D4)."""
-    with Rig(memory=True, part_size="64KiB", max_concurrent_parts=1) as rig:
-        rig.service.save(state(1, nbytes=200_000), "memory://a").wait(PATIENCE_SECONDS)
-        rig.service.remove("memory://a").wait(PATIENCE_SECONDS)
-        parts = [event for event in rig.events if isinstance(event, PartWritten)]
-        assert rig.names() == [
+    with Harness(memory=True, part_size="64KiB", max_concurrent_parts=1) as harness:
+        harness.service.save(state(1, nbytes=200_000), "memory://a").wait(PATIENCE_SECONDS)
+        harness.service.remove("memory://a").wait(PATIENCE_SECONDS)
+        parts = [event for event in harness.events if isinstance(event, PartWritten)]
+        assert harness.names() == [
             "Accepted",
             "Staged",
             "Writing",
@@ -33,7 +33,7 @@ def test_events_are_in_order() -> None:
             "Removed",
         ]
         assert [part.index for part in parts] == [0, 1, 2, 3]
-        assert len({event.request_id for event in rig.events}) == 2
+        assert len({event.request_id for event in harness.events}) == 2
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
@@ -45,8 +45,8 @@ def test_a_broken_observer_harms_nothing(
     def observer(event: Event) -> None:
         raise error("broken")
 
-    with Rig(memory=True, observer=observer) as rig:
-        assert rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
+    with Harness(memory=True, observer=observer) as harness:
+        assert harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS).state is State.DURABLE
     assert {record.name for record in caplog.records} == {"async_ckpt.engine.request"}
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
 
@@ -66,14 +66,14 @@ def test_an_observer_that_calls_back_is_told_off(call: str) -> None:
 
     def observer(event: Event) -> None:
         try:
-            CALLS_BACK[call](rig.service)
+            CALLS_BACK[call](harness.service)
         except RuntimeError as error:
             errors.append(error)
 
-    with Rig(memory=True, observer=observer) as rig:
-        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
-        rig.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS)
-        assert loaded(rig, "memory://a") == 2
+    with Harness(memory=True, observer=observer) as harness:
+        harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+        harness.service.save(state(2), "memory://a").wait(PATIENCE_SECONDS)
+        assert loaded(harness, "memory://a") == 2
     assert "observer or a callback" in str(errors[0])
     assert len(errors) == 16
 
@@ -81,16 +81,16 @@ def test_an_observer_that_calls_back_is_told_off(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS_BACK)
 def test_an_observer_that_calls_another_service_holds_no_thread(call: str) -> None:
     """A call that is refused there takes nothing: the loop ends with the service that is observed (B2)."""
-    others: list[Rig] = []
+    others: list[Harness] = []
 
     def observer(event: Event) -> None:
-        other = Rig(memory=True)
+        other = Harness(memory=True)
         with suppress(RuntimeError):
             CALLS_BACK[call](other.service)
         others.append(other)
 
-    with Rig(memory=True, observer=observer) as rig:
-        rig.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
+    with Harness(memory=True, observer=observer) as harness:
+        harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
     assert runtime.current() is None
     assert others
     assert not any(other.service.is_running for other in others)

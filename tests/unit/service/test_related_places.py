@@ -14,12 +14,12 @@ from async_ckpt import Handle, State, StoreError
 from async_ckpt.errors import RemovalDroppedError
 from async_ckpt.stores import locate
 from async_ckpt.testing import Fault, Gate
-from tests.support import Rig, gated, number_at, number_of, reached, state
+from tests.support import Harness, gated, number_at, number_of, reached, state
 
 
-def held(rig: Rig, gate: Gate, folder: Path) -> Handle:
+def held(harness: Harness, gate: Gate, folder: Path) -> Handle:
     """Have a save under way that goes on only at the gate, so that removals which come later are pending."""
-    handle = rig.service.save(state(0), folder / "held.ckpt")
+    handle = harness.service.save(state(0), folder / "held.ckpt")
     reached(gate)
     return handle
 
@@ -36,13 +36,13 @@ def test_a_removed_link_is_saved_to_as_a_file(tmp_path: Path, place: Path) -> No
     """Removing a link and saving to its name, both pending, leaves alone what it led to."""
     (place / "last.ckpt").symlink_to("best.ckpt")
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4) as rig:
-        held(rig, gate, tmp_path)
-        rig.service.save(state(1), place / "best.ckpt")
-        rig.service.remove(place / "last.ckpt")
-        rig.service.save(state(2), place / "last.ckpt")
+    with Harness(fault, queue_depth=4) as harness:
+        held(harness, gate, tmp_path)
+        harness.service.save(state(1), place / "best.ckpt")
+        harness.service.remove(place / "last.ckpt")
+        harness.service.save(state(2), place / "last.ckpt")
         gate.open()
-        rig.service.wait()
+        harness.service.wait()
     assert number_at(place / "best.ckpt") == 1
     assert number_at(place / "last.ckpt") == 2
     assert not (place / "last.ckpt").is_symlink()
@@ -57,13 +57,13 @@ def test_a_removed_link_to_a_directory_leads_nowhere_for_what_comes_later(
         (place / "real" / name).write_bytes(b"kept")
     (place / "run").symlink_to("real", target_is_directory=True)
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4) as rig:
-        held(rig, gate, tmp_path)
-        rig.service.remove(place / "run")
-        rig.service.save(state(2), place / "run" / "a.ckpt")
-        rig.service.remove(place / "run" / "b.ckpt")
+    with Harness(fault, queue_depth=4) as harness:
+        held(harness, gate, tmp_path)
+        harness.service.remove(place / "run")
+        harness.service.save(state(2), place / "run" / "a.ckpt")
+        harness.service.remove(place / "run" / "b.ckpt")
         gate.open()
-        rig.service.wait()
+        harness.service.wait()
     assert [(place / "real" / name).read_bytes() for name in ("a.ckpt", "b.ckpt")] == [b"kept", b"kept"]
     assert number_at(place / "run" / "a.ckpt") == 2
     assert not (place / "run").is_symlink()
@@ -74,14 +74,14 @@ def test_a_directory_removed_before_a_save_into_it(tmp_path: Path, place: Path) 
     (place / "run").mkdir()
     (place / "run" / "old.ckpt").write_bytes(b"old")
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4, max_concurrent_saves=3) as rig:
-        held(rig, gate, tmp_path)
-        rig.service.remove(place / "run")
-        new = rig.service.save(state(1), place / "run" / "new.ckpt")
+    with Harness(fault, queue_depth=4, max_concurrent_saves=3) as harness:
+        held(harness, gate, tmp_path)
+        harness.service.remove(place / "run")
+        new = harness.service.save(state(1), place / "run" / "new.ckpt")
         assert not new.done()
         gate.open()
         assert new.wait().state is State.DURABLE
-        rig.service.wait()
+        harness.service.wait()
     assert [path.name for path in (place / "run").iterdir()] == ["new.ckpt"]
     assert number_at(place / "run" / "new.ckpt") == 1
 
@@ -96,12 +96,12 @@ def test_a_save_where_something_is_to_be_removed(tmp_path: Path, place: Path, be
         (place / "run" / "old.ckpt").write_bytes(b"old")
     target = place / "run" / below
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4) as rig:
+    with Harness(fault, queue_depth=4) as harness:
         with pytest.raises(StoreError):
-            rig.service.save(state(1), target)
-        held(rig, gate, tmp_path)
-        removal = rig.service.remove(place / "run")
-        save = rig.service.save(state(1), target)
+            harness.service.save(state(1), target)
+        held(harness, gate, tmp_path)
+        removal = harness.service.remove(place / "run")
+        save = harness.service.save(state(1), target)
         gate.open()
         assert (removal.wait().state, save.wait().state) == (State.REMOVED, State.DURABLE)
     assert number_at(target) == 1
@@ -112,10 +112,10 @@ def test_a_save_where_a_removal_was_dropped_fails_at_its_turn(tmp_path: Path, pl
     (place / "run").mkdir()
     (place / "run" / "old.ckpt").write_bytes(b"old")
     gate, failing = Gate(), Fault(operation="commit", calls=[1], error=OSError)
-    with Rig(Fault(operation="begin", calls=[1], gate=gate), failing, queue_depth=4) as rig:
-        first = held(rig, gate, tmp_path)
-        removal = rig.service.remove(place / "run")
-        save = rig.service.save(state(1), place / "run")
+    with Harness(Fault(operation="begin", calls=[1], gate=gate), failing, queue_depth=4) as harness:
+        first = held(harness, gate, tmp_path)
+        removal = harness.service.remove(place / "run")
+        save = harness.service.save(state(1), place / "run")
         gate.open()
         with pytest.raises(OSError):
             first.wait()
@@ -131,14 +131,14 @@ def test_a_load_goes_where_the_link_leads_at_its_turn(tmp_path: Path, place: Pat
     """A load through a link waits for what was to be done to the link, and to what that leads to then (O2)."""
     (place / "last.ckpt").symlink_to("gone.ckpt")
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4) as rig:
-        held(rig, gate, tmp_path)
-        rig.service.save(state(5), place / "new.ckpt")
+    with Harness(fault, queue_depth=4) as harness:
+        held(harness, gate, tmp_path)
+        harness.service.save(state(5), place / "new.ckpt")
         names = [locate(place / name, follow=False) for name in ("last.ckpt", "new.ckpt")]
-        rig.service.submit_link(*names)
-        rig.service.save(state(6), place / "new.ckpt")
+        harness.service.submit_link(*names)
+        harness.service.save(state(6), place / "new.ckpt")
         gate.open()
-        assert number_of(rig.service.load(place / "last.ckpt")) == 6
+        assert number_of(harness.service.load(place / "last.ckpt")) == 6
 
 
 @pytest.mark.parametrize("leads_on", [True, False])
@@ -150,14 +150,14 @@ def test_a_load_while_another_process_has_the_link_lead_elsewhere(place: Path, l
     gate = Gate()
     found: list[Any] = []
 
-    def load(rig: Rig) -> None:
+    def load(harness: Harness) -> None:
         try:
-            found.append(number_of(rig.service.load(place / "last.ckpt")))
+            found.append(number_of(harness.service.load(place / "last.ckpt")))
         except FileNotFoundError as error:
             found.append(error)
 
-    with Rig(Fault(operation="source", calls=[1], gate=gate)) as rig:
-        loading = threading.Thread(target=load, args=(rig,))
+    with Harness(Fault(operation="source", calls=[1], gate=gate)) as harness:
+        loading = threading.Thread(target=load, args=(harness,))
         loading.start()
         reached(gate)
         if leads_on:
@@ -175,14 +175,14 @@ def test_a_save_through_a_link_that_is_yet_to_be_made(tmp_path: Path, place: Pat
     (place / "real").mkdir()
     target = place / ("real" if "/" in name else "a.ckpt")
     gate, fault = gated(calls=[1])
-    with Rig(fault, queue_depth=4) as rig:
-        held(rig, gate, tmp_path)
+    with Harness(fault, queue_depth=4) as harness:
+        held(harness, gate, tmp_path)
         if target.suffix:
-            rig.service.save(state(1), target)
+            harness.service.save(state(1), target)
         link = place / name.split("/")[0]
-        rig.service.submit_link(locate(link, follow=False), locate(target, follow=False))
-        rig.service.save(state(2), place / name)
+        harness.service.submit_link(locate(link, follow=False), locate(target, follow=False))
+        harness.service.save(state(2), place / name)
         gate.open()
-        rig.service.wait()
+        harness.service.wait()
     assert link.is_symlink()
     assert number_at(target if target.suffix else target / "a.ckpt") == 2

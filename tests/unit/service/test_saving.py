@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from async_ckpt import FlushTimeoutError, State
-from tests.support import PATIENCE_SECONDS, Rig, accepted, gated, number_of, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, accepted, gated, number_of, reached, state
 
 
 def test_mutation_after_save_is_not_written(tmp_path: Path) -> None:
@@ -20,8 +20,8 @@ def test_mutation_after_save_is_not_written(tmp_path: Path) -> None:
     alias = weights.numpy()
     live = {"weights": weights, "steps": [1, 2], "array": np.zeros(3)}
     gate, fault = gated()
-    with Rig(fault) as rig:
-        handle = rig.service.save(live, tmp_path / "a.ckpt")
+    with Harness(fault) as harness:
+        handle = harness.service.save(live, tmp_path / "a.ckpt")
         weights.add_(1)
         weights.data = torch.ones(7)
         alias[:] = 5
@@ -38,47 +38,47 @@ def test_mutation_after_save_is_not_written(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path) -> None:
     """A waited-for handle returns what became of the save, and its state says so (D1)."""
-    with Rig() as rig:
-        handle = rig.service.save(state(1), tmp_path / "a.ckpt")
+    with Harness() as harness:
+        handle = harness.service.save(state(1), tmp_path / "a.ckpt")
         report = handle.wait(PATIENCE_SECONDS)
         assert report.state is handle.state is State.DURABLE
         assert report.nbytes == (tmp_path / "a.ckpt").stat().st_size
         assert 0 < report.stall_seconds <= report.seconds
-        assert rig.service.remove(tmp_path / "a.ckpt").wait(PATIENCE_SECONDS).state is State.REMOVED
+        assert harness.service.remove(tmp_path / "a.ckpt").wait(PATIENCE_SECONDS).state is State.REMOVED
     assert not (tmp_path / "a.ckpt").exists()
 
 
 def test_wait_gives_up_in_time() -> None:
     """wait, handle.wait and load raise after their timeout; the save goes on and its outcome is still told (B2)."""
     gate, hold = gated()
-    with Rig(hold, memory=True, flush_timeout=0.01) as rig:
-        handle = accepted(rig.service, state(1), "memory://a")
+    with Harness(hold, memory=True, flush_timeout=0.01) as harness:
+        handle = accepted(harness.service, state(1), "memory://a")
         reached(gate)
         with pytest.raises(FlushTimeoutError, match="memory://a"):
-            rig.service.wait(0)
+            harness.service.wait(0)
         with pytest.raises(FlushTimeoutError, match="writing"):
             handle.wait(0.001)
         with pytest.raises(FlushTimeoutError, match="memory://a"):
-            rig.service.load("memory://a")
-        assert rig.service.pending == (handle,)
+            harness.service.load("memory://a")
+        assert harness.service.pending == (handle,)
         gate.open()
         assert handle.wait(PATIENCE_SECONDS).state is State.DURABLE
-        rig.service.wait(PATIENCE_SECONDS)
+        harness.service.wait(PATIENCE_SECONDS)
 
 
 def test_wait_is_for_what_was_accepted_before() -> None:
     """A save that comes after wait was called does not hold it up (B2)."""
     first, hold_first = gated("commit", calls=[1])
     _, hold_second = gated("commit", calls=[2])
-    with Rig(hold_first, hold_second, memory=True) as rig, ThreadPoolExecutor(1) as pool:
-        rig.service.save(state(1), "memory://a")
-        waiting = pool.submit(rig.service.wait)
+    with Harness(hold_first, hold_second, memory=True) as harness, ThreadPoolExecutor(1) as pool:
+        harness.service.save(state(1), "memory://a")
+        waiting = pool.submit(harness.service.wait)
         reached(first)
-        runtime = rig.service._holdings.held()
+        runtime = harness.service._holdings.held()
         assert runtime is not None
         while not runtime.call(lambda: list(runtime.dispatcher._drains)):
             pass
-        later = rig.service.save(state(2), "memory://b")
+        later = harness.service.save(state(2), "memory://b")
         first.open()
         waiting.result(PATIENCE_SECONDS)
         assert not later.done()
@@ -87,12 +87,12 @@ def test_wait_is_for_what_was_accepted_before() -> None:
 def test_threads_share_a_service(tmp_path: Path) -> None:
     """Threads that use a fresh service at the same time all have their saves written, and none is left behind (B2)."""
     start = threading.Barrier(8)
-    with Rig(queue_depth=3) as rig:
+    with Harness(queue_depth=3) as harness:
 
         def work(number: int) -> float:
             start.wait(PATIENCE_SECONDS)
-            rig.service.save(state(number), tmp_path / f"{number}.ckpt")
-            return number_of(rig.service.load(tmp_path / f"{number}.ckpt"))
+            harness.service.save(state(number), tmp_path / f"{number}.ckpt")
+            return number_of(harness.service.load(tmp_path / f"{number}.ckpt"))
 
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(work, range(8))) == list(range(8))

@@ -10,17 +10,17 @@ import pytest
 
 from async_ckpt import AbandonedError, CheckpointService, FlushTimeoutError, State
 from async_ckpt.testing import Fault
-from tests.support import PATIENCE_SECONDS, Rig, accepted, gated, reached, state
+from tests.support import PATIENCE_SECONDS, Harness, accepted, gated, reached, state
 
 PARTS = 12
 #: How long each part takes, and for how long nothing may move: the whole takes several times that.
 PART_SECONDS, IDLE_SECONDS = 0.1, 0.5
 
 
-def slow(**options: object) -> Rig:
-    """Return a rig on a slow line."""
+def slow(**options: object) -> Harness:
+    """Return a harness on a slow line."""
     each = Fault(operation="put", delay_seconds=PART_SECONDS)
-    return Rig(each, memory=True, part_size="64KiB", max_concurrent_parts=1, **options)
+    return Harness(each, memory=True, part_size="64KiB", max_concurrent_parts=1, **options)
 
 
 WAITS: dict[str, Callable[[CheckpointService], object]] = {
@@ -39,10 +39,10 @@ WAITS: dict[str, Callable[[CheckpointService], object]] = {
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_save_that_gets_on_is_not_given_up(wait: str) -> None:
     """An upload that takes longer than flush_timeout becomes durable, as long as bytes move (D4)."""
-    with slow(flush_timeout=IDLE_SECONDS, queue_depth=1) as rig:
+    with slow(flush_timeout=IDLE_SECONDS, queue_depth=1) as harness:
         began = monotonic()
-        handle = rig.service.save(state(1, nbytes=PARTS * 65_000), "memory://a")
-        WAITS[wait](rig.service)
+        handle = harness.service.save(state(1, nbytes=PARTS * 65_000), "memory://a")
+        WAITS[wait](harness.service)
         assert monotonic() - began > 2 * IDLE_SECONDS
         assert handle.wait(0).state is State.DURABLE
 
@@ -51,48 +51,48 @@ def test_a_save_that_gets_on_is_not_given_up(wait: str) -> None:
 def test_a_hard_limit_is_one(hard: str) -> None:
     """What is given as a limit holds though bytes move: for a wait, and for close, which gives up what is not done."""
     limits = {"flush_deadline": 0.3} if hard == "flush_deadline" else {}
-    with slow(**limits) as rig:
-        handle = accepted(rig.service, state(1, nbytes=10 * PARTS * 65_000), "memory://a")
+    with slow(**limits) as harness:
+        handle = accepted(harness.service, state(1, nbytes=10 * PARTS * 65_000), "memory://a")
         for _ in range(2):
             with pytest.raises(FlushTimeoutError, match=r"still pending after 0\.3 s, and going on until"):
-                rig.service.wait(0.3 if hard == "timeout" else None)
+                harness.service.wait(0.3 if hard == "timeout" else None)
         with pytest.raises(AbandonedError, match=r"given up after 0\.3 s, as its service was closed"):
-            rig.service.close(0.3 if hard == "timeout" else None)
+            harness.service.close(0.3 if hard == "timeout" else None)
         assert handle.state is State.FAILED
 
 
 def test_a_save_that_stands_still_is_given_up() -> None:
     """Where nothing moves, flush_timeout ends every wait, and says so in the words that fit what happens next."""
     gate, hold = gated("put")
-    with Rig(hold, memory=True, flush_timeout=0.2) as rig:
-        accepted(rig.service, state(1), "memory://a")
+    with Harness(hold, memory=True, flush_timeout=0.2) as harness:
+        accepted(harness.service, state(1), "memory://a")
         reached(gate)
         with pytest.raises(
             FlushTimeoutError, match=r"after 0\.2 s without progress, and going on until its service"
         ):
-            rig.service.wait()
+            harness.service.wait()
         with pytest.raises(AbandonedError, match=r"given up after 0\.2 s without progress, as its service"):
-            rig.service.close()
+            harness.service.close()
 
 
 def test_anothers_progress_is_not_ours() -> None:
     """A service whose storage hangs is not kept waiting by one that gets on beside it (B2)."""
     gate, hold = gated("put")
-    with slow() as other, Rig(hold, memory=True, flush_timeout=0.2) as rig:
+    with slow() as other, Harness(hold, memory=True, flush_timeout=0.2) as harness:
         handle = other.service.save(state(1, nbytes=5 * PARTS * 65_000), "memory://other")
-        accepted(rig.service, state(1), "memory://a")
+        accepted(harness.service, state(1), "memory://a")
         reached(gate)
         with pytest.raises(FlushTimeoutError, match="without progress"):
-            rig.service.wait()
+            harness.service.wait()
         assert not handle.done()
         other.service.close(PATIENCE_SECONDS)
 
 
 def test_the_progress_of_whom_we_are_behind_is_ours() -> None:
     """A load waits for another service's save of its location as long as that gets on (O1)."""
-    with slow() as other, Rig(memory=True, flush_timeout=IDLE_SECONDS) as rig:
+    with slow() as other, Harness(memory=True, flush_timeout=IDLE_SECONDS) as harness:
         assert other.memory is not None
-        assert rig.memory is not None
-        rig.memory.files = other.memory.files
+        assert harness.memory is not None
+        harness.memory.files = other.memory.files
         other.service.save(state(1, nbytes=PARTS * 65_000), "memory://a")
-        assert rig.service.load("memory://a")["number"] == 1
+        assert harness.service.load("memory://a")["number"] == 1

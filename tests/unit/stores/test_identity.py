@@ -10,7 +10,7 @@ import pytest
 
 from async_ckpt.errors import OptionError
 from async_ckpt.stores import locate
-from async_ckpt.system.trust import resolve
+from async_ckpt.system.trusted_paths import resolve
 
 ONE = [
     ("ftp://h/run//a", {}, "ftp://h/run/a", {}),

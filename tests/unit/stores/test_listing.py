@@ -25,7 +25,7 @@ from tests.generic_doubles import OLD, TARGET, Unsteady, generic
 from tests.strict_gcs.faults import Fault, at
 from tests.strict_gcs.server import StrictGCS
 from tests.strict_gcs.using import on_store, save
-from tests.unit.stores.test_generic_ftp import Server
+from tests.unit.stores.generic.test_ftp import Server
 
 RUN = Location(url="double://run", path="/run", key="run", group="double")
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)

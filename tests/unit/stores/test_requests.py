@@ -11,7 +11,7 @@ import pytest
 from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location
-from async_ckpt.stores.requests import Pace, Requests, Verdict, patience
+from async_ckpt.stores.requests import Pace, Requests, Verdict, stall_timeout
 
 HERE = Location(url="s3://bucket/x.ckpt", path="bucket/x.ckpt", key="x", group="s3")
 AT_ONCE = RetryPolicy(attempts=3, initial_seconds=0.0, stall_seconds=20.0)
@@ -124,14 +124,14 @@ def test_cancelled_turns_are_given_back() -> None:
     assert run_many(pace, 5) == 2
 
 
-# -- patience
+# -- stalled requests
 
 
 def test_patience_ends() -> None:
     """What does not move for so long fails with a timeout."""
 
     async def run() -> None:
-        with patience(0.01):
+        with stall_timeout(0.01):
             await anyio.sleep_forever()
 
     with pytest.raises(TimeoutError, match="nothing moved"):
@@ -143,7 +143,7 @@ def test_movement_renews_patience() -> None:
 
     async def run() -> None:
         deadlines = []
-        with patience(20.0) as moved:
+        with stall_timeout(20.0) as moved:
             for _ in range(2):
                 deadlines.append(anyio.current_effective_deadline())
                 while anyio.current_time() + 20.0 <= deadlines[-1]:
@@ -159,7 +159,7 @@ def test_other_cancellations_pass() -> None:
 
     async def run() -> bool:
         with anyio.move_on_after(0.01) as scope:
-            with patience(20.0):
+            with stall_timeout(20.0):
                 await anyio.sleep_forever()
         return scope.cancelled_caught
 
@@ -225,7 +225,7 @@ def test_the_last_look_at_a_commit_is_repeated() -> None:
 
     async def settle() -> str:
         doubt = TransientStoreError.during("commit", HERE.url, OSError("no answer"))
-        return await requests.last_look(HERE, doubt, lambda: requests.once("read", HERE, look))
+        return await requests.look_up_outcome(HERE, doubt, lambda: requests.once("read", HERE, look))
 
     assert anyio.run(settle) == "done"
     assert look.calls == 2
@@ -238,12 +238,12 @@ def test_a_commit_that_cannot_be_looked_at() -> None:
     doubt = TransientStoreError.during("commit", HERE.url, OSError("no answer"), "Wait.")
 
     async def settle() -> None:
-        await requests.last_look(HERE, doubt, lambda: requests.once("read", HERE, look))
+        await requests.look_up_outcome(HERE, doubt, lambda: requests.once("read", HERE, look))
 
     with pytest.raises(StoreError) as told:
         anyio.run(settle)
     assert str(told.value) == (
         "cannot commit 's3://bucket/x.ckpt': no answer. Wait. "
-        "Whether it took effect is not known, for it could not be looked at: not yours"
+        "Whether it took effect is not known, as the look-up failed: not yours"
     )
     assert told.value.__cause__ is doubt

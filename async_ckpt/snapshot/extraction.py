@@ -1,0 +1,294 @@
+"""The common base of the two picklers that extract bulk data from a state.
+
+Guarantees: the skeleton they write is a copy of everything but what they extracted; what they extracted is kept alive
+here, so no identity is reused during the walk. A plain tensor costs a few microseconds.
+
+They run in C, except one call of `persistent_id` for each object and one of ``reducer_override`` for each object of a
+non-builtin type. Special tensors are pickled by their own ``__reduce_ex__``, and get here again with their storages.
+
+What does not belong here: how everything else is pickled (`pickler`).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, ClassVar, TypeAlias
+
+import torch
+
+from async_ckpt.snapshot.arrays import ArrayBytes
+from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
+from async_ckpt.snapshot.host_pool import bytes_of
+from async_ckpt.snapshot.locations import location_of
+from async_ckpt.snapshot.parallel_copy import const_address
+from async_ckpt.snapshot.xla import value_id
+
+__all__ = [
+    "DTYPES",
+    "LONG_TEXT",
+    "STORED",
+    "TORCH_STRINGS",
+    "Extracted",
+    "ExtractingPickler",
+    "Handler",
+    "share",
+]
+
+LONG_TEXT = 64 << 10  # immutable values from this length on are passed by reference
+# Strings that torch.save itself writes, always as the same object: a state that contains that very object must refer to
+# it. The names of the first ten storages are such strings, as Python has one object per digit.
+TORCH_STRINGS = frozenset({"cpu", "mps", "meta", "storage", "latin1", *"0123456789"})
+
+# Until torch 2.12.
+_has_names: Callable[[torch.Tensor], bool] | None = getattr(torch.Tensor, "has_names", None)
+
+# Tensors of these dtypes are saved with an UntypedStorage, whose dtype counts as uint8.
+_UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
+DTYPES: Mapping[torch.dtype, bool] = dict.fromkeys(
+    (*_UNTYPED_DTYPES, *torch.storage._dtype_to_storage_type_map()), True
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Extracted:
+    """What was extracted out.
+
+    Attributes:
+        entries: the entries that the skeleton refers to, by number.
+        owners: the storages, once each.
+        storages: the same, as tensors of bytes.
+        sizes: their sizes in bytes.
+        owner_sizes: the sizes of the owners, where only parts of them were extracted; else empty.
+        locations: the location that ``torch.save`` would write for each.
+        arrays: the numpy arrays, each with its index in ``entries``.
+        remotes: tensors that are fetched by value, each with its index in ``storages``.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    owners: list[torch.UntypedStorage] = field(default_factory=list)
+    storages: list[torch.Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    owner_sizes: list[int] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
+    arrays: list[tuple[int, ArrayBytes]] = field(default_factory=list)
+    remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+
+
+class ExtractingPickler(pickle.Pickler):
+    """A pickler that extracts tensors and storages.
+
+    Args:
+        file: receives the pickle.
+        protocol: the pickle protocol.
+        dtypes: tensors of those for which this is true are extracted.
+        shared: objects to pass by reference, of any type.
+    """
+
+    handlers: ClassVar[dict[type, Handler | None]]
+
+    def __init__(
+        self, file: BinaryIO, protocol: int, dtypes: Mapping[torch.dtype, object], shared: Iterable[Any] = ()
+    ) -> None:
+        super().__init__(file, protocol=protocol)
+        self.extracted = Extracted()
+        self._handlers = _Handlers(self.handlers, self._choose)
+        self._shared = {id(value): value for value in shared}
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []
+        self._indices: dict[int, int] = {}
+        self._addresses: dict[int, torch.dtype] = {}
+        self._remote_indices: dict[int, int] = {}
+        self._dtypes: list[torch.dtype] = []
+        self._liftable = dtypes
+
+    def persistent_id(self, obj: Any, /) -> int | None:
+        """Return the number of what is extracted out, ``None`` for what is pickled."""
+        handler = self._handlers[type(obj)]
+        if self._shared and id(obj) in self._shared:
+            return self._extract(obj, SharedEntry(obj))
+        return None if handler is None else handler(self, obj)
+
+    def _choose(self, kind: type) -> Handler | None:
+        if issubclass(kind, torch.TypedStorage):
+            return _typed_storage
+        return _untyped_storage if kind in torch._storage_classes else None
+
+    def _extract(self, obj: Any, entry: Entry) -> int:
+        number = self._seen[id(obj)] = len(self.extracted.entries)
+        self.extracted.entries.append(entry)
+        self._kept.append(obj)
+        return number
+
+    def _storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
+        index = self._indices.get(storage._cdata)
+        if index is None:
+            return self._new_storage(storage, dtype)
+        if self._dtypes[index] is not dtype and self.extracted.sizes[index]:
+            raise _two_types(self._dtypes[index], dtype)
+        return index
+
+    def _new_storage(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> int:
+        location = location_of(storage)
+        if location == "meta":
+            raise RuntimeError("a storage on the meta device has no data to save")
+        view = bytes_of(storage)
+        self._check_memory(storage, view, dtype)
+        index = self._indices[storage._cdata] = self._add_storage(storage, view, location, dtype)
+        return index
+
+    def _check_memory(self, storage: torch.UntypedStorage, view: torch.Tensor, dtype: torch.dtype) -> None:
+        """Refuse what torch refuses when it needs the address: missing memory, or memory shared as two types."""
+        address = const_address(view)  # not data_ptr(), for which a copy-on-write storage would make its copy
+        if not address:
+            if storage.nbytes():
+                storage.data_ptr()  # says it in torch's words
+                raise RuntimeError("a storage without memory has no data to save")
+        elif self._addresses.setdefault(address, dtype) is not dtype and not _is_lazy_clone(view):
+            raise _two_types(self._addresses[address], dtype)
+
+    def _remote(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
+        """Return a storage for the value of a tensor without memory; in the file, its location is the CPU."""
+        number = value_id(tensor)
+        index = self._remote_indices.get(number)
+        if index is None:
+            empty = torch.UntypedStorage(tensor.nbytes, device="meta")
+            index = self._remote_indices[number] = self._add_storage(empty, bytes_of(empty), "cpu", dtype)
+            if tensor.nbytes:
+                self.extracted.remotes.append((index, tensor))
+        return index
+
+    def _add_storage(
+        self, storage: torch.UntypedStorage, view: torch.Tensor, location: str, dtype: torch.dtype
+    ) -> int:
+        extracted = self.extracted
+        extracted.owners.append(storage)
+        extracted.storages.append(view)
+        extracted.sizes.append(storage.nbytes())
+        extracted.locations.append(location)
+        self._dtypes.append(dtype)
+        return len(self._dtypes) - 1
+
+
+def _is_lazy_clone(view: torch.Tensor) -> bool:
+    """Return whether the memory is copy-on-write: then each owner has a dtype of its own."""
+    return bool(getattr(torch._C, "_is_cow_tensor", lambda _: False)(view))
+
+
+def _two_types(one: torch.dtype, other: torch.dtype) -> RuntimeError:
+    return RuntimeError(
+        "Cannot save multiple tensors or storages that view the same data as different types "
+        f"({one} and {other})"
+    )
+
+
+Handler: TypeAlias = Callable[[Any, Any], "int | None"]
+
+
+class _Handlers(dict[type, "Handler | None"]):
+    """The handlers of objects, by exact type; made anew for each walk, so that no type is kept alive."""
+
+    def __init__(
+        self, known: Mapping[type, Handler | None], choose: Callable[[type], Handler | None]
+    ) -> None:
+        super().__init__(known)
+        self._choose = choose
+
+    def __missing__(self, kind: type) -> Handler | None:
+        handler = self[kind] = self._choose(kind)
+        return handler
+
+
+# -- handlers of both picklers
+
+
+def _tensor(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
+    if tensor._backward_hooks and tensor.device.type != "xla":
+        return None  # torch warns of hooks
+    return _parameter(pickler, tensor)
+
+
+def _parameter(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
+    number = pickler._seen.get(id(tensor))
+    if number is not None:
+        return number
+    if (
+        tensor.layout is not torch.strided
+        or not (tensor.is_cpu or tensor.is_cuda)
+        or tensor.is_quantized
+        or tensor.is_nested
+        or tensor.__dict__
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or tensor._is_zerotensor()  # has no memory; torch refuses it
+        or (_has_names is not None and _has_names(tensor))  # torch refuses those, too
+    ):
+        return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
+    dtype = tensor.dtype
+    if not pickler._liftable[dtype]:
+        return None
+    storage = tensor.untyped_storage()
+    index = pickler._storage(storage, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
+    if not pickler.extracted.sizes[index] and tensor.numel():
+        return None  # a freed storage: torch saves such a tensor, but cannot make one again
+    entry = TensorEntry(
+        index,
+        dtype,
+        int(tensor.storage_offset()),
+        tuple(tensor.size()),
+        tensor.stride(),
+        tensor.requires_grad,
+        type(tensor) is not torch.Tensor,
+    )
+    return pickler._extract(tensor, entry)
+
+
+def _on_xla(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
+    is_parameter, dtype = type(tensor) is not torch.Tensor, tensor.dtype
+    if not pickler._liftable[dtype] or (is_parameter and tensor.__dict__):
+        return (
+            None  # a parameter's data is met again, on its own; torch_xla leaves a tensor's attributes behind
+        )
+    index = pickler._remote(tensor, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
+    size = tensor.size()
+    stride = torch.empty(size, device="meta").stride()  # as it comes from the device, whatever it was there
+    entry = TensorEntry(index, dtype, 0, tuple(size), stride, tensor.requires_grad, is_parameter)
+    return pickler._extract(tensor, entry)
+
+
+def _typed_storage(pickler: ExtractingPickler, storage: torch.TypedStorage) -> int:
+    number = pickler._seen.get(id(storage))
+    if number is not None:
+        return number
+    kind = getattr(torch, storage._pickle_storage_type())  # raises where torch.save would
+    index = pickler._storage(storage._untyped_storage, storage.dtype)
+    return pickler._extract(storage, StorageEntry(index, storage.dtype, kind, storage._size()))
+
+
+def _untyped_storage(pickler: ExtractingPickler, storage: torch.UntypedStorage) -> int:
+    number = pickler._seen.get(id(storage))
+    if number is not None:
+        return number
+    index = pickler._storage(storage, torch.uint8)
+    return pickler._extract(storage, StorageEntry(index, None, torch.UntypedStorage, storage.nbytes()))
+
+
+def share(pickler: ExtractingPickler, value: Any) -> int:
+    """Pass *value* by reference."""
+    number = pickler._seen.get(id(value))
+    return pickler._extract(value, SharedEntry(value)) if number is None else number
+
+
+def _array_bytes(pickler: ExtractingPickler, data: ArrayBytes) -> int:
+    number = pickler._extract(data, ArrayEntry(0, data.nbytes))
+    pickler.extracted.arrays.append((number, data))
+    return number
+
+
+STORED: dict[type, Handler | None] = {
+    torch.Tensor: _tensor,
+    torch.nn.Parameter: _parameter,
+    torch.UntypedStorage: _untyped_storage,
+    ArrayBytes: _array_bytes,
+}

@@ -27,6 +27,7 @@ from async_ckpt.sharded.messages import (
     Beat,
     Failed,
     FromCoordinator,
+    GaveUp,
     Go,
     Heard,
     Ready,
@@ -187,9 +188,17 @@ class Plans:
     """What the coordinator knows of each rank, over all saves: the last plan and the last work, no more."""
 
     def __init__(self) -> None:
-        self.of: dict[int, tuple[bytes, bytes]] = {}
         self.works: dict[int, bytes | None] = {}
         self.planned: int | None = None
+        self._of: dict[int, tuple[bytes, bytes]] = {}
+
+    def complete(self, ready: Ready) -> Ready:
+        """Return *ready* with its plan. To be called for all of a rank's, in the order in which it said them."""
+        if ready.plan is not None:
+            self._of[ready.rank] = (ready.fingerprint, ready.plan)
+            return ready
+        fingerprint, plan = self._of.get(ready.rank, (None, None))
+        return replace(ready, plan=plan) if fingerprint == ready.fingerprint else ready
 
 
 class _Count:
@@ -251,17 +260,16 @@ class Coordinator:
         self._last_seconds: dict[int, float] = {}  # when a rank was last heard
         self._beaten_seconds = -bounds.beat_seconds
         self._lost: set[int] = set()  # ranks from which nothing is expected any more
+        self._touched_seconds = 0.0  # when the others could last hear of this rank
         self._since_seconds = 0.0  # when the phase began, where that counts
         self._commit_failure = ""
 
     def receive(self, message: ToCoordinator) -> None:
-        """Take note of *message*; `tick` says what is to be done about it."""
+        """Take note of *message*, a `Ready` with its plan; `tick` says what is to be done about it."""
         rank = message.rank
         self._last_seconds[rank] = self._count.seconds
         match message:
             case Ready():
-                if message.plan is not None:
-                    self._plans.of[rank] = (message.fingerprint, message.plan)
                 self._readies.setdefault(rank, message)
             case Wrote():
                 self._wrote.add(rank)
@@ -269,6 +277,9 @@ class Coordinator:
                 self._failures.setdefault(rank, why)
                 if rank not in self._readies:
                     self._heard.add(rank)  # it refused, and waits for nothing
+            case GaveUp(_, failures):
+                self._failures = dict(failures)
+                self._heard.add(rank)
             case Heard():
                 self._heard.add(rank)
 
@@ -279,9 +290,16 @@ class Coordinator:
         self._beaten_seconds = self._count.seconds
         return [Tell(Alive())]
 
-    def tick(self, now: float) -> list[Action]:
-        """Look at what has come and at the clock, and say what is to be done. Call it after all that has come."""
+    def tick(self, now: float, *, is_in_touch: bool = True) -> list[Action]:
+        """Look at what has come and at the clock, and say what is to be done. Call it after all that has come.
+
+        Args:
+            now: seconds.
+            is_in_touch: whether the group's store answers, and so the others can hear that this rank is alive.
+        """
         self._count.look(now)
+        if is_in_touch:
+            self._touched_seconds = self._count.seconds
         return self._act()
 
     def _act(self) -> list[Action]:
@@ -292,10 +310,18 @@ class Coordinator:
         everyone = self._world_size
         if self.phase is Phase.GATHERING and len(self._readies) == everyone:
             self.phase = Phase.PLANNING
-            return [Plan(self._whole_readies())]
+            return [Plan(dict(sorted(self._readies.items())))]
         if self.phase is Phase.WRITING and len(self._wrote) == everyone:
             self.phase = Phase.CLAIMING
+            self._since_seconds = self._count.seconds
             return [Claim(COMMIT)]
+        if self.phase is Phase.CLAIMING and self._waited() >= self._bounds.silence_seconds / 2:
+            return self.claimed(None)
+        if self.phase is Phase.COMMITTING:
+            cut_off = self._count.seconds - self._touched_seconds >= self._bounds.silence_seconds / 2
+            # Before the others give up on this rank and look themselves: a commit must not come after that.
+            why = "was cut off from the process group's store while it committed"
+            return [Stop(), *self.commit_failed(why)] if cut_off else []
         if self.phase is Phase.LOOKING and self._waited() >= self._bounds.silence_seconds:
             return self.looked_up(None)
         if self.phase is Phase.DECIDED:
@@ -342,7 +368,7 @@ class Coordinator:
             return []
         if holder == COMMIT:
             self.phase = Phase.COMMITTING
-            return [Commit(self._whole_readies())]
+            return [Commit(dict(sorted(self._readies.items())))]
         if isinstance(holder, Mapping):
             return self._decide(Verdict(dict(holder)))
         return self._decide(
@@ -393,13 +419,9 @@ class Coordinator:
             found = {
                 rank: "its plan is not known to rank 0; please report it"
                 for rank, ready in self._readies.items()
-                if self._plans.of.get(rank, (b"", b""))[0] != ready.fingerprint
+                if ready.plan is None
             }
         return found
-
-    def _whole_readies(self) -> dict[int, Ready]:
-        of = self._plans.of
-        return {rank: replace(self._readies[rank], plan=of[rank][1]) for rank in range(self._world_size)}
 
     def _decide(self, verdict: Verdict) -> list[Action]:
         self.phase = Phase.DECIDED
@@ -479,6 +501,7 @@ class Member:
         self._wrote = False
         self._has_heard = False
         self._last_seconds = 0.0  # when the coordinator was last heard
+        self._touched_seconds = 0.0  # when the store last answered
         self._beaten_seconds = 0.0
         self._asked_seconds = 0.0
         self._failures: dict[int, str] = {}
@@ -549,25 +572,32 @@ class Member:
         self._told.forget()
         return [Say(Failed(self.rank, why)), Say(Heard(self.rank))]
 
-    def tick(self, now: float) -> list[Action]:
-        """Look at the clock. Call it after all that has come."""
+    def tick(self, now: float, *, is_in_touch: bool = True) -> list[Action]:
+        """Look at the clock. Call it after all that has come.
+
+        Args:
+            now: seconds.
+            is_in_touch: whether the group's store answers.
+        """
         self._count.look(now)
-        if self.step is Step.CLAIMING:
-            asked = self._count.seconds - self._asked_seconds
-            return self.claimed(None) if asked >= self._bounds.longest_look_seconds * 2 else []
+        seconds = self._count.seconds
+        if is_in_touch:
+            self._touched_seconds = seconds
         bounds = self._bounds
+        if self.step is Step.CLAIMING:
+            has_waited = seconds - self._asked_seconds >= 2 * bounds.longest_look_seconds
+            return self.claimed(None) if has_waited else []
         if self.step is Step.LOOKING:
-            asked = self._count.seconds - self._asked_seconds
-            return self.looked_up(None) if asked >= bounds.silence_seconds else []
+            has_waited = seconds - self._asked_seconds >= bounds.silence_seconds
+            return self.looked_up(None) if has_waited else []
         if self.step is Step.ENDED:
             return []
-        waited = self._count.seconds - self._last_seconds
-        if waited < (bounds.silence_seconds if self._has_heard else bounds.lateness_seconds):
-            return []
-        self._failures = {COORDINATOR: _silent(bounds) if self._has_heard else _late(bounds)}
-        self.step = Step.CLAIMING
-        self._asked_seconds = self._count.seconds
-        return [Claim(self._failures)]
+        since = self._last_seconds if self._has_heard else self._touched_seconds
+        if seconds - since >= bounds.silence_seconds:
+            return self._claim(_silent(bounds))
+        if not self._has_heard and seconds >= bounds.lateness_seconds:
+            return self._claim(_late(bounds))
+        return []
 
     def claimed(self, holder: Holder) -> list[Action]:
         """End if it is certain that nobody commits; else look."""
@@ -575,8 +605,7 @@ class Member:
             return []
         if isinstance(holder, Mapping) or not self._wrote:  # without this rank nobody can have committed
             failures = holder if isinstance(holder, Mapping) else self._failures
-            said = [Say(Failed(self.rank, "gave up waiting for rank 0")), Say(Heard(self.rank))]
-            return [*said, *self._end(failures, is_certain=True)]
+            return [Say(GaveUp(self.rank, failures)), *self._end(failures, is_certain=True)]
         return self._look_up(self._failures)
 
     def looked_up(self, found: bool | None) -> list[Action]:
@@ -592,6 +621,12 @@ class Member:
                 for rank, why in failures.items()
             }
         return self._end(failures, is_certain=False)
+
+    def _claim(self, why: str) -> list[Action]:
+        self.step = Step.CLAIMING
+        self._asked_seconds = self._count.seconds
+        self._failures = {COORDINATOR: why}
+        return [Claim(self._failures)]
 
     def _look_up(self, failures: Mapping[int, str]) -> list[Action]:
         self.step = Step.LOOKING

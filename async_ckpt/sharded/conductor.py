@@ -47,7 +47,7 @@ from async_ckpt.sharded.agreement import (
     Write,
 )
 from async_ckpt.sharded.courier import Courier, Look, Then
-from async_ckpt.sharded.messages import Alive, Beat, Failed, FromCoordinator, ToCoordinator
+from async_ckpt.sharded.messages import Alive, Beat, Failed, FromCoordinator, Ready, ToCoordinator
 from async_ckpt.sharded.wire import Wire
 from async_ckpt.system import threads
 
@@ -257,15 +257,18 @@ class Conductor:
                     self._wire = self._wire.anew()
 
     def _tick(self, now: float) -> None:
+        is_in_touch = self._courier is None or self._courier.is_in_touch(
+            now, self._bounds.longest_look_seconds
+        )
         for number, coordinator in list(self._coordinators.items()):
             if number not in self._parts:
                 self._carry_out(number, coordinator.beat())
-            self._carry_out(number, coordinator.tick(now))
+            self._carry_out(number, coordinator.tick(now, is_in_touch=is_in_touch))
             if coordinator.phase is Phase.OVER:
                 del self._coordinators[number]
                 self._over.append(number)
         for number, (_, member) in list(self._parts.items()):
-            self._carry_out(number, member.tick(now))
+            self._carry_out(number, member.tick(now, is_in_touch=is_in_touch))
 
     def _read_inbox(self) -> None:
         try:
@@ -388,6 +391,8 @@ class Conductor:
         return None
 
     def _hear_rank(self, number: int, message: ToCoordinator) -> None:
+        if isinstance(message, Ready):
+            message = self._plans.complete(message)
         if number in self._coordinators:
             self._coordinators[number].receive(message)
         elif number not in self._over and not isinstance(message, Beat):

@@ -76,6 +76,10 @@ class Courier:
         """Whether all has been sent."""
         return not self._outbox and not self.is_out
 
+    def is_in_touch(self, now: float, patience_seconds: float) -> bool:
+        """Return whether the store has answered when it was last asked, or has been asked only just now."""
+        return not self._retry_seconds and (not self.is_out or now - self._started_seconds < patience_seconds)
+
     def send(self, job: Look) -> None:
         """Have *job* done at the next exchange, and what it returns called on the conductor's thread."""
         self._outbox.append(job)

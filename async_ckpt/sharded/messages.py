@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Alive", "Beat", "Failed", "FromCoordinator", "Go", "Heard", "Ready", "ToCoordinator", "Verdict"]
+__all__ = [
+    "Alive",
+    "Beat",
+    "Failed",
+    "FromCoordinator",
+    "GaveUp",
+    "Go",
+    "Heard",
+    "Ready",
+    "ToCoordinator",
+    "Verdict",
+]
 __all__ += ["Wrote", "decode", "decode_failures", "encode", "encode_failures"]
 
 
@@ -61,6 +72,19 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class GaveUp:
+    """A rank has waited for the coordinator in vain, and made sure that nobody commits.
+
+    Attributes:
+        rank: which.
+        failures: with which its save has ended.
+    """
+
+    rank: int
+    failures: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A rank knows the verdict."""
 
@@ -100,7 +124,7 @@ class Verdict:
     is_certain: bool = True
 
 
-ToCoordinator = Ready | Beat | Wrote | Failed | Heard
+ToCoordinator = Ready | Beat | Wrote | Failed | GaveUp | Heard
 FromCoordinator = Go | Alive | Verdict
 
 _LENGTH_BYTES = 4
@@ -115,6 +139,8 @@ def encode(number: int, message: ToCoordinator | FromCoordinator) -> bytes:
             head = ["ready", rank, location, fingerprint.hex(), list(sizes), planned]
         case Failed(rank, why):
             head = ["failed", rank, why]
+        case GaveUp(rank, failures):
+            head = ["gaveup", rank, sorted(failures.items())]
         case Beat(rank) | Wrote(rank) | Heard(rank):
             head = [type(message).__name__.lower(), rank]
         case Go(body, planned, save_id):
@@ -141,6 +167,8 @@ def decode(data: bytes) -> tuple[int, ToCoordinator | FromCoordinator]:
             return number, Ready(rank, location, bytes.fromhex(fingerprint), body, tuple(sizes), planned)
         case "failed", [rank, why]:
             return number, Failed(rank, why)
+        case "gaveup", [rank, failures]:
+            return number, GaveUp(rank, {int(each): str(why) for each, why in failures})
         case "beat", [rank]:
             return number, Beat(rank)
         case "wrote", [rank]:

@@ -10,21 +10,23 @@ time; for none whose wait has to be bounded, as a host that stands still answers
 
 The keys: ``up/{n}`` is the n-th message to the coordinator, numbered by the counter ``up``. ``{save}/{n}`` is the n-th
 message of the coordinator about a save, ``{save}/go/{rank}`` what one rank is to do, ``{save}/claim`` who may decide,
-``{save}/end`` a verdict for who comes late.
+``{save}/end`` a verdict for who comes late. The last rank to leave deletes the keys that the n-th ``kept/{n}`` names.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from async_ckpt.sharded.agreement import COMMIT, Holder
+from async_ckpt.sharded.agreement import COMMIT, COORDINATOR, Holder
 from async_ckpt.sharded.messages import (
     FromCoordinator,
+    GaveUp,
     Go,
     Heard,
     ToCoordinator,
@@ -99,6 +101,8 @@ class Wire:
 
     def claim(self, number: int, claim: str | Mapping[int, str]) -> Holder:
         """Claim the decision on a save, and return who holds it."""
+        if claim != COMMIT:  # maybe nobody will be left to clean up
+            self._keep([f"{number}/claim"])
         wanted = claim if isinstance(claim, str) else encode_failures(claim)
         holder = bytes(self._store.compare_set(f"{number}/claim", "", wanted)).decode()
         return COMMIT if holder == COMMIT else decode_failures(holder)
@@ -127,13 +131,20 @@ class Wire:
     def leave(self) -> None:
         """Take no more part; the last rank to leave takes away what is left."""
         self._has_left = True
-        if self._ends:  # a rank that comes late is still to find them
-            self._put("ends", ",".join(map(str, self._ends)).encode())
+        if self._rank == COORDINATOR:
+            self._keep([f"{number}/end" for number in self._ends])
         if self._store.add("left", 1) >= self._world_size:
             unread = range(self._next_up, self._store.add("up", 0) + 1)
-            ends = (self._take("ends") or b"").decode()
-            self._delete(f"{number}/end" for number in ends.split(",") if number)
-            self._delete([*(f"up/{place}" for place in unread), "up", "left", "ends"])
+            kept = range(1, self._store.add("kept", 0) + 1)
+            left = [key for place in kept for key in json.loads(self._take(f"kept/{place}") or b"[]")]
+            left += [f"up/{place}" for place in unread] + [f"kept/{place}" for place in kept]
+            self._delete([*left, "up", "kept", "left"])
+
+    def _keep(self, keys: list[str]) -> None:
+        """Have *keys* deleted when the last rank leaves."""
+        if keys:
+            place = self._store.add("kept", 1)
+            self._put(f"kept/{place}", json.dumps(keys).encode())
 
     # -- the coordinator
 
@@ -189,7 +200,7 @@ class Wire:
 
     def _note_heard(self, number: int, message: Any) -> None:
         left = self._ends.get(number)
-        if left is not None and isinstance(message, Heard):
+        if left is not None and isinstance(message, (Heard, GaveUp)):
             left.discard(message.rank)
             if not left:
                 self._drop_end(number)

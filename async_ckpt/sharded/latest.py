@@ -18,12 +18,9 @@ from contextlib import aclosing
 import anyio
 
 from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Child, Location, Store
+from async_ckpt.stores.base import MARKER, Child, Location, Store
 
-__all__ = ["MARKER", "find_newest"]
-
-MARKER = ".metadata"
-"""What makes a directory a checkpoint: DCP's name for what says what is where."""
+__all__ = ["find_newest"]
 
 _ENDINGS = (".ckpt", ".pt", ".pth")
 _AT_A_TIME = 16

@@ -32,8 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from async_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, StoreError
-from async_ckpt.sharded.latest import MARKER
-from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.stores.base import MARKER, Location, Store, Workers
 
 __all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
 

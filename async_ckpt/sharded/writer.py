@@ -22,7 +22,6 @@ from async_ckpt.events import Event
 from async_ckpt.sharded.agreement import COORDINATOR
 from async_ckpt.sharded.archive import template
 from async_ckpt.sharded.flatten import Flattened, flatten
-from async_ckpt.sharded.latest import MARKER
 from async_ckpt.sharded.leftovers import find_leftovers
 from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
 from async_ckpt.sharded.plan import OBJECT_SUFFIX, object_name
@@ -31,7 +30,7 @@ from async_ckpt.sharded.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Capture, Snapshot
 from async_ckpt.snapshot.regions import Region, capture_regions
 from async_ckpt.stores import is_local
-from async_ckpt.stores.base import Location, Store, Workers, exists_already
+from async_ckpt.stores.base import MARKER, Location, Store, Workers, exists_already
 
 if TYPE_CHECKING:
     from async_ckpt.sharded.rendezvous import Ready, Rendezvous

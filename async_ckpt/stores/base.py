@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -29,6 +29,7 @@ from async_ckpt.stores.redaction import presentable, redacted_text
 from async_ckpt.system.trusted_paths import Look
 
 __all__ = [
+    "MARKER",
     "Child",
     "Content",
     "Continuing",
@@ -42,7 +43,11 @@ __all__ = [
     "Workers",
     "aborted_on_error",
     "exists_already",
+    "markers_first",
 ]
+
+MARKER = ".metadata"
+"""The file that makes a directory a sharded checkpoint: DCP's name for what says what is where."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -297,3 +302,15 @@ def exists_already(stage: str, location: Location) -> StoreError:
     cause = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     advice = "overwrite=False: remove it first, or save to another name."
     return CheckpointExistsError.during(stage, location.url, cause, advice)
+
+
+def markers_first(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return which of *names*, of files to be deleted, go first, and the others, in their order.
+
+    A sharded checkpoint has ceased to be one before the first of its parts is gone (D5).
+    """
+    markers: list[str] = []
+    others: list[str] = []
+    for name in names:
+        (markers if name.rpartition("/")[2] == MARKER else others).append(name)
+    return markers, others

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from async_ckpt.stores import descriptors
+from async_ckpt.stores.base import MARKER
 from async_ckpt.system import permissions
 from async_ckpt.telemetry.patience import moved
 
@@ -297,6 +298,9 @@ def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
 
 def _empty(directory: int) -> None:
     """Remove everything in an open directory, without following links."""
+    with suppress(OSError):  # if it is there and cannot be removed, that is told below
+        os.unlink(MARKER, dir_fd=directory)  # first (D5)
+        os.fsync(directory)
     with os.scandir(directory) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:

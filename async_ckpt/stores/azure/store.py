@@ -28,7 +28,7 @@ from async_ckpt.stores.azure.client import AzureClient
 from async_ckpt.stores.azure.errors import code_of, explain
 from async_ckpt.stores.azure.source import AzureSource
 from async_ckpt.stores.azure.upload import AzureUpload
-from async_ckpt.stores.base import Child, Location, Workers, exists_already
+from async_ckpt.stores.base import Child, Location, Workers, exists_already, markers_first
 from async_ckpt.stores.requests import Pace, Requests, stall_timeout
 from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
 
@@ -106,7 +106,8 @@ class AzureStore:
         properties = await self._properties("delete", location)
         if properties is None or _is_folder(properties):
             found = [blob.name for blob in await self._below("delete", location)]
-            for name in sorted(found, reverse=True):  # what is inside comes first
+            markers, others = markers_first(sorted(found, reverse=True))  # what is inside comes first
+            for name in (*markers, *others):
                 await self._delete_blob(location, name)
         if properties is not None:
             await self._delete_blob(location)

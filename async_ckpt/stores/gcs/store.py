@@ -21,7 +21,7 @@ import anyio
 
 from async_ckpt.errors import CheckpointExistsError, StoreError
 from async_ckpt.retry import RetryPolicy
-from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error, markers_first
 from async_ckpt.stores.gcs.client import Client, Target
 from async_ckpt.stores.gcs.errors import EXISTS, Refusal, explain, refused_with
 from async_ckpt.stores.gcs.session import CHUNK_MULTIPLE
@@ -112,7 +112,8 @@ class GCSStore:
         page: str | None = None
         while True:
             keys, page = await self._children("delete", location, target, page=page)
-            await self._delete_all(location, [replace(target, key=key) for key in keys])
+            for some in markers_first(keys):
+                await self._delete_all(location, [replace(target, key=key) for key in some])
             if page is None:
                 return
 

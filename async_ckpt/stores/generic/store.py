@@ -19,7 +19,7 @@ import anyio
 
 from async_ckpt.errors import StoreError, TransientStoreError
 from async_ckpt.retry import Retrying, RetryPolicy
-from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
+from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error, markers_first
 from async_ckpt.stores.fsspec_calls import (
     bound_waiting,
     children_of,
@@ -221,7 +221,8 @@ class GenericStore:
             # Not rm(recursive=True), which takes "[" and "*" in names for patterns.
             tree = self.file_system.find(location.path, withdirs=True, detail=True)
             tree[location.path] = found
-            for path in sorted(tree, reverse=True):  # what is inside comes first
+            markers, others = markers_first(sorted(tree, reverse=True))  # what is inside comes first
+            for path in (*markers, *others):
                 self._delete_one(path, tree[path]["type"])
 
     def _delete_one(self, path: str, kind: str) -> None:

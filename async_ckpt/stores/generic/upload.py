@@ -166,9 +166,19 @@ class GenericUpload:
         while directory.strip("/") and not self._is_directory(directory):
             missing.append(directory)
             directory = posixpath.dirname(directory)
-        if missing:
-            self._made += reversed(missing)
-            self._fs.makedirs(self._directory, exist_ok=True)
+        self._made += reversed(missing)
+        for left in reversed(range(len(missing))):
+            try:
+                self._fs.makedirs(self._directory, exist_ok=True)
+            except (
+                Exception
+            ):  # another process made one of them meanwhile, which not every file system allows for
+                if self._is_directory(self._directory):
+                    return
+                if not left:
+                    raise
+            else:
+                return
 
     def _is_directory(self, path: str) -> bool:
         found = info_of(self._fs, path)

@@ -12,7 +12,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from async_ckpt.errors import StoreError
-from async_ckpt.stores.base import Location
+from async_ckpt.stores.base import Location, markers_first
 from async_ckpt.stores.requests import Requests
 from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.errors import error_code, is_refusal
@@ -43,7 +43,8 @@ class Deletion:
         """Delete *key*, and everything below it; with *version*, only that version."""
         if not version:
             async for keys in self._below(key):
-                await self._delete_all(keys)
+                for some in filter(None, markers_first(keys)):
+                    await self._delete_all(some)
         await self._delete_one(key, **version)
 
     async def _below(self, key: str) -> AsyncGenerator[list[str], None]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fsspec.core import url_to_fs
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 from async_ckpt import CheckpointService, ShardedSaveError
 from async_ckpt.stores import open_store
@@ -168,3 +170,26 @@ def what_is_there(folder: Path, url: str, seeds: list[float]) -> Any:
         service.save_sharded(_state(9.0), url).wait()
     dist.barrier()
     return {"seed": seed, "next": _is_there(url, 9.0), "files": sorted(os.listdir(url))}
+
+
+def on_a_store(folder: Path, url: str, options: dict[str, Any]) -> Any:
+    """Save twice to one place, have torch load both, and remove it; tell what differs, and what is left."""
+    told: dict[str, Any] = {}
+    with CheckpointService(storage_options=options) as service:
+        for seed in (1.0, 2.0):
+            service.save_sharded(every_kind(seed), url).wait()
+            dist.barrier()
+            other = every_kind(-1.0)
+            dcp.load(other, storage_reader=FsspecReader(url, **options))
+            told[f"{seed}"] = differences(whole(every_kind(seed)), whole(other))
+        dist.barrier()
+        file_system, path = url_to_fs(url, **options)
+        file_system.invalidate_cache()
+        told["files"] = len(file_system.ls(path, detail=False))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            service.remove(url).wait()
+        dist.barrier()
+    fresh, path = url_to_fs(url, skip_instance_cache=True, **options)
+    told["is left"] = fresh.exists(path)
+    return told

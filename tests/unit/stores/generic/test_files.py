@@ -254,3 +254,28 @@ def test_a_local_file_system_of_fsspecs_keeps_others_out(
     assert anyio.run(write) == 0o600
     assert path.read_bytes() == NEW
     assert path.stat().st_mode == (tmp_path / "new").stat().st_mode if earlier is None else 0o100600
+
+
+def test_directories_that_another_process_makes_meanwhile(workers: ThreadWorkers) -> None:
+    """A file system that fails where a directory has come up since it looked does not fail the save."""
+
+    class Raced(Memory):
+        """Somebody else is always one directory ahead."""
+
+        async_impl = False
+
+        def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+            if path.rpartition("/")[0] not in self.pseudo_dirs:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return super()._open(path, mode, **kwargs)
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            missing = [each for each in ("/run", "/run/a", "/run/a/b") if not self.isdir(each)]
+            if missing:
+                self.pseudo_dirs.append(missing[0])
+                raise OSError(errno.EEXIST, "File exists")
+
+    file_system = Raced()
+    place = Location(url="double://run/a/b/x.ckpt", path="/run/a/b/x.ckpt", key="x", group="double")
+    anyio.run(save, generic(file_system, workers), place)
+    assert file_system.names == ["/run/a/b/x.ckpt"]

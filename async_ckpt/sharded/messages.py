@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
-    "Alive",
-    "Beat",
+    "Ack",
+    "CoordinatorHeartbeat",
     "Failed",
     "FromCoordinator",
     "GaveUp",
     "Go",
-    "Heard",
+    "Heartbeat",
     "Ready",
     "ToCoordinator",
     "Verdict",
@@ -50,7 +50,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """A rank is alive, and so is its event loop."""
 
     rank: int
@@ -85,7 +85,7 @@ class GaveUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Ack:
     """A rank knows the verdict."""
 
     rank: int
@@ -107,7 +107,7 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
+class CoordinatorHeartbeat:
     """The coordinator is alive, and so is its event loop."""
 
 
@@ -124,8 +124,8 @@ class Verdict:
     is_certain: bool = True
 
 
-ToCoordinator = Ready | Beat | Wrote | Failed | GaveUp | Heard
-FromCoordinator = Go | Alive | Verdict
+ToCoordinator = Ready | Heartbeat | Wrote | Failed | GaveUp | Ack
+FromCoordinator = Go | CoordinatorHeartbeat | Verdict
 
 _LENGTH_BYTES = 4
 
@@ -141,13 +141,13 @@ def encode(number: int, message: ToCoordinator | FromCoordinator) -> bytes:
             head = ["failed", rank, why]
         case GaveUp(rank, failures):
             head = ["gaveup", rank, sorted(failures.items())]
-        case Beat(rank) | Wrote(rank) | Heard(rank):
+        case Heartbeat(rank) | Wrote(rank) | Ack(rank):
             head = [type(message).__name__.lower(), rank]
         case Go(body, planned, save_id):
             head = ["go", planned, save_id]
         case Verdict(failures, is_certain):
             head = ["verdict", sorted(failures.items()), is_certain]
-        case Alive():
+        case CoordinatorHeartbeat():
             head = ["alive"]
     text = json.dumps([number, body is not None, *head]).encode()
     return len(text).to_bytes(_LENGTH_BYTES, "big") + text + (body or b"")
@@ -169,18 +169,18 @@ def decode(data: bytes) -> tuple[int, ToCoordinator | FromCoordinator]:
             return number, Failed(rank, why)
         case "gaveup", [rank, failures]:
             return number, GaveUp(rank, {int(each): str(why) for each, why in failures})
-        case "beat", [rank]:
-            return number, Beat(rank)
+        case "heartbeat", [rank]:
+            return number, Heartbeat(rank)
         case "wrote", [rank]:
             return number, Wrote(rank)
-        case "heard", [rank]:
-            return number, Heard(rank)
+        case "ack", [rank]:
+            return number, Ack(rank)
         case "go", [planned, save_id]:
             return number, Go(body, planned, save_id)
         case "verdict", [failures, is_certain]:
             return number, Verdict({int(rank): str(why) for rank, why in failures}, bool(is_certain))
         case "alive", []:
-            return number, Alive()
+            return number, CoordinatorHeartbeat()
     raise ValueError(f"no message: {kind!r}")
 
 

@@ -32,7 +32,7 @@ from async_ckpt.sharded.agreement import (
     Undo,
     Write,
 )
-from async_ckpt.sharded.conductor import Conductor, Offer, Replies
+from async_ckpt.sharded.driver import Driver, Offer, Replies
 from async_ckpt.sharded.group import Group, find_group
 from async_ckpt.sharded.leftovers import new_run
 from async_ckpt.sharded.messages import Ready
@@ -97,7 +97,7 @@ class Rendezvous:
         wire = None
         if group.connect is not None:
             wire = Wire(group.connect, rank=group.rank, world_size=group.world_size)
-        self._conductor = Conductor(
+        self._driver = Driver(
             wire,
             rank=group.rank,
             world_size=group.world_size,
@@ -150,7 +150,7 @@ class Rendezvous:
             raise ShardedSaveError.of(
                 location, {self.rank: "a forked process takes no part in a process group"}
             )
-        part = _Part(number, task, self._conductor, self._know_save)
+        part = _TaskExecutor(number, task, self._driver, self._know_save)
         failures = await part.run(self._beat_seconds)
         if failures:
             raise ShardedSaveError.of(location, failures) from part.error
@@ -158,7 +158,7 @@ class Rendezvous:
     def fail(self, number: int, why: str) -> None:
         """Tell the others that this rank takes no part in save *number*; from any thread, at once."""
         if self._process == process_id():
-            self._conductor.post(partial(self._conductor.refuse, number, why))
+            self._driver.post(partial(self._driver.refuse, number, why))
 
     async def aclose(self) -> None:
         """Wait, a bounded time, until the others know what this rank has to tell, and end what runs here."""
@@ -166,29 +166,27 @@ class Rendezvous:
             return
         with anyio.move_on_after(self._close_seconds):
             await self._end()
-        self._conductor.post(self._conductor.leave)
+        self._driver.post(self._driver.leave)
         with anyio.move_on_after(2 * _LAST_WORDS_SECONDS + 1, shield=True):
             await self._end()
 
     async def _end(self) -> None:
-        while self._conductor.is_running:  # noqa: ASYNC110  # what ends is a thread
+        while self._driver.is_running:  # noqa: ASYNC110  # what ends is a thread
             await anyio.sleep(_POLL_SECONDS)
 
     def _know_save(self, save_id: str) -> None:
         self._run = save_id.rpartition("-")[0]
 
 
-class _Part:
+class _TaskExecutor:
     """One save on one rank, on the service's loop: has done what the agreement says."""
 
-    def __init__(
-        self, number: int, task: Task, conductor: Conductor, know_save: Callable[[str], None]
-    ) -> None:
+    def __init__(self, number: int, task: Task, driver: Driver, know_save: Callable[[str], None]) -> None:
         self.number = number
         self.offer = task.offer
         self.error: Exception | None = None  # this rank's own
         self._task = task
-        self._conductor = conductor
+        self._driver = driver
         self._know_save = know_save
         self._loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[tuple[Action, Replies | None]] = asyncio.Queue()
@@ -197,7 +195,7 @@ class _Part:
         self._is_idle.set()
 
     def deliver(self, action: Action, replies: Replies | None) -> None:
-        """Have *action* done; for the conductor's thread."""
+        """Have *action* done; for the driver's thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (action, replies))
         except RuntimeError:  # the loop has ended, and with it who would have wanted to know
@@ -205,7 +203,7 @@ class _Part:
 
     async def run(self, beat_seconds: float) -> Mapping[int, str]:
         """Return the failures, none if it is durable."""
-        self._conductor.post(partial(self._conductor.begin, self))
+        self._driver.post(partial(self._driver.begin, self))
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat, beat_seconds)
@@ -233,7 +231,7 @@ class _Part:
     async def _beat(self, seconds: float) -> None:
         while True:
             await anyio.sleep(seconds)
-            self._conductor.post(partial(self._conductor.beat, self.number))
+            self._driver.post(partial(self._driver.beat, self.number))
 
     async def _do(
         self, action: Action, replies: Replies | None, scope: anyio.CancelScope, done: anyio.Event
@@ -268,7 +266,7 @@ class _Part:
         return ()
 
     def _reply(self, actions: Callable[[], list[Action]]) -> None:
-        self._conductor.post(partial(self._conductor.reply, self.number, actions))
+        self._driver.post(partial(self._driver.reply, self.number, actions))
 
     async def _stop(self) -> None:
         if self._scope is not None:
@@ -289,6 +287,6 @@ class _Part:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(said.set)
 
-        self._conductor.post(partial(self._conductor.give_up, self.number, why, then))
+        self._driver.post(partial(self._driver.give_up, self.number, why, then))
         with anyio.move_on_after(_LAST_WORDS_SECONDS):
             await said.wait()

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from async_ckpt.sharded.agreement import COMMIT, COORDINATOR, Holder
+from async_ckpt.sharded.agreement import COMMIT, COORDINATOR, ClaimHolder
 from async_ckpt.sharded.messages import (
+    Ack,
     FromCoordinator,
     GaveUp,
     Go,
-    Heard,
     ToCoordinator,
     Verdict,
     decode,
@@ -93,13 +93,13 @@ class Wire:
 
     # -- every rank
 
-    def say(self, number: int, message: ToCoordinator) -> None:
+    def send(self, number: int, message: ToCoordinator) -> None:
         """Send *message*, about save *number*, to the coordinator."""
         data = encode(number, message)
         place = self._store.add("up", 1)
         self._put(f"up/{place}", data)
 
-    def claim(self, number: int, claim: str | Mapping[int, str]) -> Holder:
+    def claim(self, number: int, claim: str | Mapping[int, str]) -> ClaimHolder:
         """Claim the decision on a save, and return who holds it."""
         if claim != COMMIT:  # maybe nobody will be left to clean up
             self._keep([f"{number}/claim"])
@@ -107,7 +107,7 @@ class Wire:
         holder = bytes(self._store.compare_set(f"{number}/claim", "", wanted)).decode()
         return COMMIT if holder == COMMIT else decode_failures(holder)
 
-    def listen(self, numbers: Iterable[int]) -> list[tuple[int, FromCoordinator]]:
+    def poll(self, numbers: Iterable[int]) -> list[tuple[int, FromCoordinator]]:
         """Return what the coordinator has said since about saves *numbers*."""
         self._looks += 1
         found: list[tuple[int, FromCoordinator]] = []
@@ -148,7 +148,7 @@ class Wire:
 
     # -- the coordinator
 
-    def hear(self) -> list[tuple[int, ToCoordinator]]:
+    def collect(self) -> list[tuple[int, ToCoordinator]]:
         """Return what ranks have said since."""
         if self._has_left:
             return []
@@ -174,18 +174,18 @@ class Wire:
         self._next_up = max(self._next_up, last + 1)
         return found
 
-    def tell(self, number: int, message: FromCoordinator) -> None:
+    def broadcast(self, number: int, message: FromCoordinator) -> None:
         """Send *message*, about save *number*, to every other rank."""
         place = self._told.get(number, 0)
         self._said.setdefault(number, []).extend(self._put(f"{number}/{place}", encode(number, message)))
         self._told[number] = place + 1
 
-    def tell_each(self, number: int, messages: Mapping[int, Go]) -> None:
+    def scatter(self, number: int, messages: Mapping[int, Go]) -> None:
         """Send each rank its own work."""
         for rank, message in messages.items():
             if message.work is not None and rank != self._rank:
                 self._said.setdefault(number, []).extend(self._put(f"{number}/go/{rank}", message.work))
-        self.tell(number, Go(None, *_common(messages)))
+        self.broadcast(number, Go(None, *_common(messages)))
 
     def clean_up(self, number: int, verdict: Verdict, unheard: Iterable[int]) -> None:
         """Delete what was said of a save; leave its end for those who have not heard of it."""
@@ -200,7 +200,7 @@ class Wire:
 
     def _note_heard(self, number: int, message: Any) -> None:
         left = self._ends.get(number)
-        if left is not None and isinstance(message, (Heard, GaveUp)):
+        if left is not None and isinstance(message, (Ack, GaveUp)):
             left.discard(message.rank)
             if not left:
                 self._drop_end(number)

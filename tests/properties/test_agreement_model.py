@@ -19,31 +19,29 @@ from async_ckpt.sharded.agreement import (
     COMMIT,
     Action,
     Bounds,
+    Broadcast,
     Claim,
+    ClaimHolder,
     CleanUp,
     Commit,
-    Coordinator,
     End,
-    Holder,
     LookUp,
-    Member,
-    Phase,
     Plan,
-    Plans,
-    Say,
-    Step,
+    PlanCache,
+    Scatter,
+    Send,
+    SentPlan,
     Stop,
-    Tell,
-    TellEach,
-    Told,
     Undo,
     Write,
 )
+from async_ckpt.sharded.coordinator import Coordinator, Phase
 from async_ckpt.sharded.messages import Failed, FromCoordinator, Go, Ready, ToCoordinator, Verdict
+from async_ckpt.sharded.participant import Participant, Step
 
 BOUNDS = Bounds(silence_seconds=60, lateness_seconds=600)
 SAVES = 3
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 6.0
 #: A late rank, then silence for the verdict, a claim that is not answered, a look that is not.
 LONGEST_SECONDS = BOUNDS.lateness_seconds + 4 * BOUNDS.silence_seconds
 
@@ -53,7 +51,7 @@ class Process:
     """One rank."""
 
     rank: int
-    told: Told = field(default_factory=Told)
+    sent_plan: SentPlan = field(default_factory=SentPlan)
     work: int | None = None  # of the save that planned what it has
     now: float = 0.0
     is_alive: bool = True
@@ -71,7 +69,7 @@ class Save:
 
     number: int
     coordinator: Coordinator | None = None
-    members: dict[int, Member] = field(default_factory=dict)
+    members: dict[int, Participant] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
     gave_up: set[int] = field(default_factory=set)
     early: list[ToCoordinator] = field(default_factory=list)  # what came before the coordinator
@@ -79,7 +77,7 @@ class Save:
     works: dict[int, Go] = field(default_factory=dict)
     read: dict[int, int] = field(default_factory=dict)
     end: Verdict | None = None  # what is left for who comes late
-    holder: Holder = None
+    holder: ClaimHolder = None
     doing: dict[int, Action] = field(default_factory=dict)  # by rank, one thing at a time
     claiming: dict[int, list[tuple[Any, Claim]]] = field(default_factory=dict)
     ends: dict[int, Mapping[int, str]] = field(default_factory=dict)
@@ -95,7 +93,7 @@ class Programs(RuleBasedStateMachine):
         super().__init__()
         self.processes: list[Process] = []
         self.saves = [Save(number) for number in range(SAVES)]
-        self.plans = Plans()
+        self.plans = PlanCache()
         self.up: dict[int, list[tuple[Save, ToCoordinator]]] = {}  # by rank, in its order
         self.is_storage_gone = False
 
@@ -130,7 +128,7 @@ class Programs(RuleBasedStateMachine):
             save.refused.add(process.rank)
             if process.rank == 0:
                 self._coordinate(save)
-            self._carry_out(save, process, [Say(Failed(process.rank, "refused"))])
+            self._carry_out(save, process, [Send(Failed(process.rank, "refused"))])
 
     @rule(data=st.data())
     def give_up(self, data: st.DataObject) -> None:
@@ -318,7 +316,7 @@ class Programs(RuleBasedStateMachine):
         return None
 
     def _begin(self, process: Process, save: Save, *, location: str) -> None:
-        member = Member(process.rank, told=process.told, bounds=BOUNDS, now=process.now)
+        member = Participant(process.rank, sent_plan=process.sent_plan, bounds=BOUNDS, now=process.now)
         save.members[process.rank] = member
         if process.rank == 0:
             self._coordinate(save)
@@ -409,10 +407,10 @@ class Programs(RuleBasedStateMachine):
     def _carry_out(self, save: Save, process: Process, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Say(message):
+                case Send(message):
                     assert message.rank == process.rank
                     self._say(save, process, message)
-                case Tell() | TellEach() | CleanUp():
+                case Broadcast() | Scatter() | CleanUp():
                     self._publish(save, process, action)
                 case Claim(claim):
                     owner = save.coordinator if claim == COMMIT else save.members[process.rank]
@@ -434,7 +432,7 @@ class Programs(RuleBasedStateMachine):
         elif process.hears:
             self.up.setdefault(process.rank, []).append((save, message))
 
-    def _publish(self, save: Save, process: Process, action: Tell | TellEach | CleanUp) -> None:
+    def _publish(self, save: Save, process: Process, action: Broadcast | Scatter | CleanUp) -> None:
         assert not save.is_clean, "nobody listens"
         if isinstance(action, CleanUp):
             save.is_clean = True
@@ -443,7 +441,7 @@ class Programs(RuleBasedStateMachine):
                 save.works.clear()
                 save.end = action.verdict if action.unheard - {0} else None
             return
-        if isinstance(action, TellEach):
+        if isinstance(action, Scatter):
             assert set(action.messages) == set(range(len(self.processes)))
             message: FromCoordinator = action.messages[0]
             if process.hears:
@@ -512,7 +510,7 @@ class Programs(RuleBasedStateMachine):
         owner, action = claims.pop(0)
         if not claims:
             del save.claiming[process.rank]
-        holder: Holder = None
+        holder: ClaimHolder = None
         if process.hears:
             if save.holder is None:
                 save.holder = action.claim

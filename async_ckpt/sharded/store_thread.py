@@ -1,7 +1,7 @@
 """The thread that speaks with the group's store, so that nobody else waits for it.
 
 Guarantees: jobs are done in order, each until it succeeds, with a new connection and growing pauses after a failure.
-What one does is told on the conductor's thread. A call that never returns holds up this thread alone, which is left
+What one does is told on the driver's thread. A call that never returns holds up this thread alone, which is left
 behind.
 
 What does not belong here: what is said.
@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from async_ckpt.sharded.wire import Wire
 from async_ckpt.system import threads
 
-__all__ = ["Courier", "Look", "Then"]
+__all__ = ["Look", "StoreThread", "Then"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +29,18 @@ _END_SECONDS = 1.0
 _GROWTH = 1.1
 
 Then = Callable[[], None]
-"""What the conductor does when a job has been done."""
+"""What the driver does when a job has been done."""
 
 Look = Callable[[Wire], "Then | None"]
 """Looks for news; returns what takes them in, if there are any."""
 
 
-class Courier:
+class StoreThread:
     """One thread that speaks with the store, while something is under way.
 
     Args:
         wire: to the store.
-        post: has something called on the conductor's thread; all methods here are for that thread.
+        post: has something called on the driver's thread; all methods here are for that thread.
         cut_off: called there when the store did not answer.
         pauses_seconds: the shortest and the longest between two looks that find nothing.
 
@@ -81,7 +81,7 @@ class Courier:
         return not self._retry_seconds and (not self.is_out or now - self._started_seconds < patience_seconds)
 
     def send(self, job: Look) -> None:
-        """Have *job* done at the next exchange, and what it returns called on the conductor's thread."""
+        """Have *job* done at the next exchange, and what it returns called on the driver's thread."""
         self._outbox.append(job)
         if not self._retry_seconds:
             self._hurry()
@@ -92,7 +92,7 @@ class Courier:
             return
         if self._thread is None:
             # A daemon: where the store's host stands still, a call never returns, and Python would wait for it.
-            self._thread = threading.Thread(target=self._main, name="async_ckpt-courier", daemon=True)
+            self._thread = threading.Thread(target=self._main, name="async_ckpt-group-store", daemon=True)
             threads.start(self._thread)
         self.is_out = True
         self._started_seconds = now

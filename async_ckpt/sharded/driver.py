@@ -3,8 +3,8 @@
 Guarantees:
 
 * It lives while something is under way, and ends by itself a moment later (B2).
-* It waits for nothing but its inbox. What the store is asked is asked by a second thread, the courier, so that a host
-  that stands still, and answers nothing, delays no clock. A courier that is stuck in such a call is left behind.
+* It waits for nothing but its inbox. A second thread calls the store, so that a host that stands still, and answers
+  nothing, delays no clock. A thread that is stuck in such a call is left behind.
 * Anybody may `post`, also a signal handler (L1): no lock is ever waited for.
 * What a rank says shows that its event loop turns: no beat is sent but after one of the loop's own.
 
@@ -28,30 +28,35 @@ from async_ckpt.sharded.agreement import (
     COORDINATOR,
     Action,
     Bounds,
+    Broadcast,
     Claim,
+    ClaimHolder,
     CleanUp,
     Commit,
-    Coordinator,
     End,
-    Holder,
     LookUp,
-    Member,
-    Phase,
     Plan,
-    Plans,
-    Say,
-    Step,
-    Tell,
-    TellEach,
-    Told,
+    PlanCache,
+    Scatter,
+    Send,
+    SentPlan,
     Write,
 )
-from async_ckpt.sharded.courier import Courier, Look, Then
-from async_ckpt.sharded.messages import Alive, Beat, Failed, FromCoordinator, Ready, ToCoordinator
+from async_ckpt.sharded.coordinator import Coordinator, Phase
+from async_ckpt.sharded.messages import (
+    CoordinatorHeartbeat,
+    Failed,
+    FromCoordinator,
+    Heartbeat,
+    Ready,
+    ToCoordinator,
+)
+from async_ckpt.sharded.participant import Participant, Step
+from async_ckpt.sharded.store_thread import Look, StoreThread, Then
 from async_ckpt.sharded.wire import Wire
 from async_ckpt.system import threads
 
-__all__ = ["Conductor", "Offer", "Part", "Replies"]
+__all__ = ["Driver", "Executor", "Offer", "Replies"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +96,7 @@ class Offer(Protocol):
         """Return what it saves; called only where the coordinator does not know it."""
 
 
-class Part(Protocol):
+class Executor(Protocol):
     """One rank's part in one save, on the service's loop."""
 
     number: int
@@ -101,7 +106,7 @@ class Part(Protocol):
         """Have *action* done on the loop, and what came of it told by one of *replies*. Must not raise."""
 
 
-class Conductor:
+class Driver:
     """One a group and process.
 
     Args:
@@ -131,18 +136,20 @@ class Conductor:
         self._clock = clock
         least = world_size / _LOOKS_PER_SECOND
         self._pauses_seconds = max(_PAUSES_SECONDS[0], least), max(_PAUSES_SECONDS[1], least)
-        self._told = Told()
-        self._plans = Plans()
+        self._sent_plan = SentPlan()
+        self._plans = PlanCache()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._running = threading.Lock()  # never waited for: only a flag that one thread can win
         self._thread: threading.Thread | None = None
         # What follows is touched by the thread alone.
-        self._courier: Courier | None = None
-        self._parts: dict[int, tuple[Part, Member]] = {}
+        self._store_thread: StoreThread | None = None
+        self._parts: dict[int, tuple[Executor, Participant]] = {}
         self._coordinators: dict[int, Coordinator] = {}
         self._early: dict[int, list[ToCoordinator]] = {}
         self._over: deque[int] = deque(maxlen=_REMEMBERED)
-        self._claims: dict[Coordinator | Member, int] = {}  # who waits for an answer, and about which save
+        self._claims: dict[
+            Coordinator | Participant, int
+        ] = {}  # who waits for an answer, and about which save
 
     @property
     def is_running(self) -> bool:
@@ -166,10 +173,10 @@ class Conductor:
 
     # -- calls to post
 
-    def begin(self, part: Part) -> None:
+    def begin(self, part: Executor) -> None:
         """Take part in a save."""
         number, offer = part.number, part.offer
-        member = Member(self._rank, told=self._told, bounds=self._bounds, now=self._clock())
+        member = Participant(self._rank, sent_plan=self._sent_plan, bounds=self._bounds, now=self._clock())
         try:
             actions = member.begin(
                 location=offer.location, fingerprint=offer.fingerprint, plan=offer.plan, sizes=offer.sizes
@@ -188,7 +195,7 @@ class Conductor:
         """Say that this rank takes no part in save *number*."""
         if self._rank == COORDINATOR:
             self._coordinate(number)
-        self._carry_out(number, [Say(Failed(self._rank, why))])
+        self._carry_out(number, [Send(Failed(self._rank, why))])
 
     def beat(self, number: int) -> None:
         """Know that the event loop turns on which a save runs."""
@@ -209,10 +216,10 @@ class Conductor:
             coordinator = self._coordinators.get(number)
             if coordinator is not None:
                 self._carry_out(number, coordinator.commit_failed(why))
-        if self._courier is None:
+        if self._store_thread is None:
             then()
         else:
-            self._courier.send(lambda wire: then)
+            self._store_thread.send(lambda wire: then)
 
     def leave(self) -> None:
         """Take no more part in anything, ever."""
@@ -224,7 +231,7 @@ class Conductor:
     def _main(self) -> None:
         while True:
             try:
-                self._conduct()
+                self._run_until_idle()
             except Exception as error:
                 logger.exception("the agreement on sharded saves has failed; please report it")
                 self._drop_everything(f"internal error: {type(error).__name__}: {error}")
@@ -233,7 +240,7 @@ class Conductor:
             if self._inbox.empty() or not self._running.acquire(blocking=False):
                 return
 
-    def _conduct(self) -> None:
+    def _run_until_idle(self) -> None:
         idle_since: float | None = None
         try:
             while True:
@@ -242,22 +249,22 @@ class Conductor:
                 self._tick(now)
                 if self._parts or self._coordinators or not self._inbox.empty():
                     idle_since = None
-                elif self._courier is None or self._courier.is_done:
+                elif self._store_thread is None or self._store_thread.is_done:
                     return
                 else:
                     idle_since = now if idle_since is None else idle_since
                     if now - idle_since > _LAST_WORDS_SECONDS:
                         return
-                if self._courier is not None:
-                    self._courier.exchange(now, self._look())
+                if self._store_thread is not None:
+                    self._store_thread.exchange(now, self._look())
         finally:
-            if self._courier is not None:
-                has_ended, self._courier = self._courier.end(), None
+            if self._store_thread is not None:
+                has_ended, self._store_thread = self._store_thread.end(), None
                 if self._wire is not None and not has_ended:
                     self._wire = self._wire.anew()
 
     def _tick(self, now: float) -> None:
-        is_in_touch = self._courier is None or self._courier.is_in_touch(
+        is_in_touch = self._store_thread is None or self._store_thread.is_in_touch(
             now, self._bounds.longest_look_seconds
         )
         for number, coordinator in list(self._coordinators.items()):
@@ -280,9 +287,9 @@ class Conductor:
 
     def _pause_seconds(self) -> float:
         shortest, longest = self._pauses_seconds
-        if self._courier is None or self._courier.is_out:
+        if self._store_thread is None or self._store_thread.is_out:
             return longest
-        return min(max(self._courier.next_seconds - self._clock(), shortest / 4), longest)
+        return min(max(self._store_thread.next_seconds - self._clock(), shortest / 4), longest)
 
     def _drop_everything(self, why: str) -> None:
         for part, _ in self._parts.values():
@@ -304,7 +311,7 @@ class Conductor:
             now=self._clock(),
         )
         if self._wire is not None:
-            self._the_courier()  # others may have come before
+            self._the_store_thread()  # others may have come before
         self._carry_out(number, coordinator.beat())
         for message in self._early.pop(number, []):
             coordinator.receive(message)
@@ -312,13 +319,13 @@ class Conductor:
     def _carry_out(self, number: int, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
-                case Say(message):
+                case Send(message):
                     self._say(number, message)
-                case Tell(message):
+                case Broadcast(message):
                     self._tell(number, message)
-                case TellEach(messages):
+                case Scatter(messages):
                     if self._wire is not None:
-                        self._send(partial(Wire.tell_each, number=number, messages=messages))
+                        self._send(partial(Wire.scatter, number=number, messages=messages))
                     self._hear_coordinator(number, messages[self._rank])
                 case Claim(claim):
                     self._claim(number, claim)
@@ -331,16 +338,20 @@ class Conductor:
     def _say(self, number: int, message: ToCoordinator) -> None:
         if self._rank == COORDINATOR:
             self._hear_rank(number, message)
-        elif self._wire is not None and not (isinstance(message, Beat) and self._the_courier().is_behind):
-            self._send(partial(Wire.say, number=number, message=message))
+        elif self._wire is not None and not (
+            isinstance(message, Heartbeat) and self._the_store_thread().is_behind
+        ):
+            self._send(partial(Wire.send, number=number, message=message))
 
     def _tell(self, number: int, message: FromCoordinator) -> None:
-        if self._wire is not None and not (isinstance(message, Alive) and self._the_courier().is_behind):
-            self._send(partial(Wire.tell, number=number, message=message))
+        if self._wire is not None and not (
+            isinstance(message, CoordinatorHeartbeat) and self._the_store_thread().is_behind
+        ):
+            self._send(partial(Wire.broadcast, number=number, message=message))
         self._hear_coordinator(number, message)
 
     def _claim(self, number: int, claim: Any) -> None:
-        owner: Coordinator | Member
+        owner: Coordinator | Participant
         owner = self._coordinators[number] if claim == COMMIT else self._parts[number][1]
 
         if self._wire is None:
@@ -351,9 +362,9 @@ class Conductor:
         def ask(wire: Wire) -> Callable[[], None]:
             return partial(self._claimed, owner, wire.claim(number, claim))
 
-        self._the_courier().send(ask)
+        self._the_store_thread().send(ask)
 
-    def _claimed(self, owner: Coordinator | Member, holder: Holder) -> None:
+    def _claimed(self, owner: Coordinator | Participant, holder: ClaimHolder) -> None:
         number = self._claims.pop(owner, None)
         if number is not None:
             self._carry_out(number, owner.claimed(holder))
@@ -395,7 +406,7 @@ class Conductor:
             message = self._plans.complete(message)
         if number in self._coordinators:
             self._coordinators[number].receive(message)
-        elif number not in self._over and not isinstance(message, Beat):
+        elif number not in self._over and not isinstance(message, Heartbeat):
             self._early.setdefault(number, []).append(message)
             while len(self._early) > _REMEMBERED:
                 del self._early[min(self._early)]
@@ -405,26 +416,26 @@ class Conductor:
         if known is not None:
             self._carry_out(number, known[1].receive(message))
 
-    # -- the courier's
+    # -- calls to the store
 
-    def _the_courier(self) -> Courier:
+    def _the_store_thread(self) -> StoreThread:
         assert self._wire is not None
-        if self._courier is None:
-            self._courier = Courier(
+        if self._store_thread is None:
+            self._store_thread = StoreThread(
                 self._wire, self._inbox.put, self._cut_off, pauses_seconds=self._pauses_seconds
             )
-        return self._courier
+        return self._store_thread
 
     def _send(self, job: Callable[[Wire], None]) -> None:
-        self._the_courier().send(job)
+        self._the_store_thread().send(job)
 
     def _look(self) -> Look:
-        """Return what looks for news, on the courier's thread."""
+        """Return what looks for news, on the store thread."""
         numbers = tuple(self._parts)
         is_coordinator = self._rank == COORDINATOR
 
         def look(wire: Wire) -> Then | None:
-            found: list[Any] = wire.hear() if is_coordinator else wire.listen(numbers)
+            found: list[Any] = wire.collect() if is_coordinator else wire.poll(numbers)
             return partial(self._take_in, found) if found else None
 
         return look

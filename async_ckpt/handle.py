@@ -24,7 +24,7 @@ import anyio
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.system.processes import process_id
 
-__all__ = ["Failure", "Handle", "Outcome", "Report", "State", "await_outcome"]
+__all__ = ["Failure", "Handle", "Outcome", "Report", "State", "Waiter", "await_outcome"]
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Failure:
         return self._claimed.acquire(blocking=False)
 
 
-class _Waiter:
+class Waiter:
     """A waiter on a handle. *is_there* is false for a task whose event loop was closed: it will never resume."""
 
     def __init__(self, is_there: Callable[[], bool]) -> None:
@@ -193,7 +193,7 @@ class Handle:
         self._pid = process_id()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
-        self._waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
+        self._waiters: set[ref[Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
         self._loop_thread = 0
         self._is_held_up: Callable[[], bool] = lambda: False
 
@@ -277,7 +277,7 @@ class Handle:
 
     @contextmanager
     def _waiting(self, is_there: Callable[[], bool]) -> Iterator[None]:
-        waiter = _Waiter(is_there)
+        waiter = Waiter(is_there)
         known = ref(waiter)
         try:
             try:

@@ -36,6 +36,7 @@ from async_ckpt.telemetry.patience import Limit, Patience
 
 if TYPE_CHECKING:
     from async_ckpt.sharded.saves import ShardedSaves
+    from async_ckpt.sharded.writer import ShardedWriter
 
 __all__ = ["CheckpointService", "StoreFactory"]
 
@@ -172,24 +173,7 @@ class CheckpointService:
             OptionError: ``overflow="supersede"``, of which each rank would decide differently.
             Exception: as ``save`` raises.
         """
-        from async_ckpt.sharded.saves import ShardedSaves
-
-        if self._options.overflow == "supersede":
-            raise OptionError(
-                "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
-                "use 'block' or 'raise'"
-            )
-        intake, location = self._intake, locate(url, storage_options=self._options.storage_options)
-        if self._sharded is None:
-            self._sharded = ShardedSaves.open(*self._group, self._options)
-            intake.holdings.attached["rendezvous"] = self._sharded.rendezvous
-
-        def submit(writer: Writer) -> Handle:
-            return intake.save(state, location, writer, share_unpicklable=False, tell=False)
-
-        handle = self._sharded.save(location, intake.holdings, submit)
-        self.failures.raise_unless_in_flight(but=handle)
-        return handle
+        return self.submit_sharded(state, locate(url, storage_options=self._options.storage_options))[0]
 
     def remove(self, url: Given) -> Handle:
         """Delete the file or directory at *url* once every save accepted before is durable (D3).
@@ -451,6 +435,39 @@ class CheckpointService:
             tell: raise an earlier failure; else the next call does.
         """
         return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
+
+    def submit_sharded(
+        self, state: Mapping[str, Any], location: Location, *, tell: bool = True
+    ) -> tuple[Handle, ShardedWriter]:
+        """Like ``save_sharded``.
+
+        Args:
+            state: this rank's part.
+            location: of the directory, from ``locate``.
+            tell: raise an earlier failure; else the next call does.
+
+        Returns:
+            The handle, and what writes the checkpoint: it has its description when that has ended.
+        """
+        from async_ckpt.sharded.saves import ShardedSaves
+
+        if self._options.overflow == "supersede":
+            raise OptionError(
+                "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
+                "use 'block' or 'raise'"
+            )
+        intake = self._intake
+        if self._sharded is None:
+            self._sharded = ShardedSaves.open(*self._group, self._options)
+            intake.holdings.attached["rendezvous"] = self._sharded.rendezvous
+
+        def submit(writer: Writer) -> Handle:
+            return intake.save(state, location, writer, share_unpicklable=False, tell=False)
+
+        handle, writer = self._sharded.save(location, intake.holdings, submit)
+        if tell:
+            self.failures.raise_unless_in_flight(but=handle)
+        return handle, writer
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
         """Like ``remove``, with any writer; ``None`` takes our own."""

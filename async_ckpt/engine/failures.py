@@ -75,6 +75,12 @@ class Failures:
         """Take in a failure that nobody has been told of."""
         self._untold.add(failure)
 
+    def take_over(self, other: Failures) -> None:
+        """Tell from now on of what *other* has not told."""
+        failures = other._in_order()
+        self._untold.update(failures)
+        other._told(failures)
+
     def keep_ambient_error(self) -> None:
         """Count an error that was being handled when this was made as in flight, like later ones (E2).
 

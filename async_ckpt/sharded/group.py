@@ -21,7 +21,10 @@ from weakref import WeakKeyDictionary, ref
 
 from async_ckpt.errors import OptionError
 
-__all__ = ["Group", "find_group"]
+__all__ = ["ALONE", "Group", "find_group"]
+
+ALONE = object()
+"""Given as a process group: this process by itself, whatever group it is in."""
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 1.0
@@ -51,13 +54,15 @@ def find_group(process_group: Any = None, store: Any = None) -> Group:
     """Return who takes part in the saves of a service.
 
     Args:
-        process_group: torch's; ``None`` is the default group, or this process alone where there is none.
+        process_group: torch's; ``None`` is the default group, or this process alone where there is none; ``ALONE``.
         store: through which they talk; ``None`` is the one through which the ranks found each other. Without a
             process group, RANK and WORLD_SIZE in the environment say who this is.
 
     Raises:
         OptionError: there is a group, and no store is to be had; or a store, and no group.
     """
+    if process_group is ALONE:
+        return Group(rank=0, world_size=1, connect=None)
     distributed: Any = sys.modules.get("torch.distributed")
     is_there = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if process_group is not None and not is_there:

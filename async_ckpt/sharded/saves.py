@@ -44,13 +44,16 @@ class ShardedSaves:
 
     def save(
         self, location: Location, holdings: Holdings, submit: Callable[[ShardedWriter], Handle]
-    ) -> Handle:
+    ) -> tuple[Handle, ShardedWriter]:
         """Queue a save.
 
         Args:
             location: a directory.
             holdings: of the service.
             submit: queues what is written by the writer that it is given.
+
+        Returns:
+            The handle, and the writer, which the handle's end leaves nothing to do.
 
         Raises:
             Exception: nothing was accepted, and the save fails on all ranks.
@@ -79,7 +82,7 @@ class ShardedSaves:
                 self.rendezvous.fail(number, f"it was {ended.state.value} before its turn")
 
         handle.add_done_callback(tell)
-        return handle
+        return handle, writer
 
 
 def _why(error: BaseException) -> str:

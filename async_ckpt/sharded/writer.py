@@ -33,6 +33,8 @@ from async_ckpt.stores import is_local
 from async_ckpt.stores.base import MARKER, Location, Store, Workers, exists_already
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
     from async_ckpt.sharded.rendezvous import Ready, Rendezvous
 
 __all__ = ["ShardedWriter"]
@@ -56,6 +58,7 @@ class ShardedWriter:
 
     Attributes:
         has_begun: it had its turn.
+        metadata: of the checkpoint, once it is durable, on the first rank; ``None`` on the others.
     """
 
     group = None
@@ -80,6 +83,7 @@ class ShardedWriter:
         self._number = number
         self._overwrite = overwrite
         self.has_begun = False
+        self.metadata: Metadata | None = None
         self._flattened = Flattened()
         self._regions: list[Region] = []
 
@@ -102,6 +106,7 @@ class ShardedWriter:
         structure = await self._workers.run(self._plans.structure, self._flattened)
         save = _Save(self, structure, snapshot, location, emit)
         await self._rendezvous.agree(self._number, save)
+        self.metadata = save.metadata
         await save.tidy()
         return save.nbytes
 
@@ -137,6 +142,7 @@ class _Save:
             structure=structure,
         )
         self.nbytes = 0
+        self.metadata: Metadata | None = None
         self._writer = writer
         self._structure = structure
         self._snapshot = snapshot
@@ -193,8 +199,8 @@ class _Save:
         writer, ranks = self._writer, sorted(readies)
         plan = writer._plans.decided([readies[rank].fingerprint for rank in ranks])
         sizes = [readies[rank].sizes for rank in ranks]
-        metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
-        manifest = await writer._workers.run(write_manifest, metadata)
+        self.metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
+        manifest = await writer._workers.run(write_manifest, self.metadata)
         self._replaced = await self._named()
         await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
 

@@ -5,6 +5,7 @@ A line with ``type: ignore[code]`` is a claim too: mypy reports an ignore that i
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from typing_extensions import assert_type
 
+import async_ckpt.dcp as dcp
 from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointService, latest, load
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
@@ -86,6 +88,18 @@ def loading(url: str) -> None:
     assert_type(latest("s3://bucket/run", storage_options={"anon": True}), str | None)
     assert_type(latest(Path("run")), Path | None)
     assert_type(state, Any)
+
+
+def in_place_of_torch(state: dict[str, Any], path: Path) -> None:
+    """What torch's functions take and return, ours do."""
+    assert_type(dcp.save(state, checkpoint_id=path, no_dist=True), dcp.Metadata | None)
+    future = dcp.async_save(state, checkpoint_id="s3://bucket/step-1", planner=dcp.DefaultSavePlanner())
+    assert_type(future.result(timeout=60), dcp.Metadata | None)
+    assert_type(future.handle, Handle)
+    plain: concurrent.futures.Future[dcp.Metadata | None] = future
+    plain.add_done_callback(print)
+    dcp.configure(queue_depth=2)
+    dcp.close(timeout=60)
 
 
 def a_companion(path: Path) -> None:

@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 120.0
 _SCENES = "tests.integration.sharded.scenes"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([_SCENES])
+_context.set_forkserver_preload([_SCENES, f"{__package__}.dcp_scenes"])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def play(
     """Run a function of `scenes` in as many processes as there are ranks, and wait for all of them.
 
     Args:
-        scene: its name.
+        scene: its name; that of another module of this folder, and a dot, may come before it.
         world_size: how many.
         folder: for what they write.
         env: variables beside our own.
@@ -112,6 +112,8 @@ def _act(scene: str, folder: Path, env: dict[str, str], arguments: dict[str, Any
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     dist.init_process_group("gloo", timeout=timedelta(seconds=float(env.get("GROUP_SECONDS", "60"))))
-    told = getattr(import_module(_SCENES), scene)(folder, **arguments)
+    module, _, name = scene.rpartition(".")
+    scenes = import_module(f"{__package__}.{module}" if module else _SCENES)
+    told = getattr(scenes, name)(folder, **arguments)
     (folder / f"told-{scene}-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""What of torch's arguments can be honoured, and what is said where one cannot.
+
+Guarantees: an argument that would be passed over is refused before anything is done.
+
+What does not belong here: doing it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from async_ckpt.errors import OptionError
+from async_ckpt.stores import Given
+
+__all__ = ["THREAD", "check_save", "place"]
+
+THREAD: Any = getattr(getattr(state_dict_saver, "AsyncCheckpointerType", None), "THREAD", None)
+"""How torch's ``async_save`` writes, unless told otherwise; ``None`` before torch 2.6, which knows one way only."""
+
+_USUAL = {"flatten_state_dict": True, "flatten_sharded_tensors": True, "dedup_save_to_lowest_rank": False}
+"""What a ``DefaultSavePlanner`` must be set to; how it caches plans makes no difference here."""
+
+
+def place(checkpoint_id: Any) -> Given:
+    """Return where the checkpoint is.
+
+    Raises:
+        OptionError: *checkpoint_id* says nothing.
+    """
+    if checkpoint_id is None or os.fspath(checkpoint_id) == "":
+        raise OptionError("checkpoint_id=None: give the checkpoint's directory, a local path or any URL")
+    return checkpoint_id  # type: ignore[no-any-return]
+
+
+def check_save(
+    *,
+    storage_writer: object,
+    planner: object,
+    use_collectives: bool,
+    kind: object = THREAD,
+    stager: object = None,
+) -> None:
+    """Refuse what a save cannot honour.
+
+    Args:
+        storage_writer: as given to ``save``.
+        planner: as given to ``save``.
+        use_collectives: as given to ``save``.
+        kind: the ``async_checkpointer_type``.
+        stager: the ``async_stager``.
+
+    Raises:
+        OptionError: something would be passed over; the message says what to do instead.
+    """
+    if storage_writer is not None:
+        raise OptionError(
+            f"storage_writer=<{_kind(storage_writer)}>: it is not used here, as what is saved goes to storage in "
+            "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
+        )
+    _check_planner(planner)
+    if not use_collectives:
+        raise OptionError(
+            "use_collectives=False has each rank write a checkpoint of its own into one directory, which only torch "
+            "reads. No collective is called here in any case: leave it out. For a checkpoint of each rank's own, "
+            "give no_dist=True and a checkpoint_id of its own"
+        )
+    if kind is not THREAD:
+        raise OptionError(
+            f"async_checkpointer_type={kind!r}: no second process is started here. Leave it out: what is written "
+            "goes from memory to storage in threads, without the interpreter's lock"
+        )
+    if stager is not None:
+        raise OptionError(
+            f"async_stager=<{_kind(stager)}>: it is not used here, as async_save takes a picture of the state by "
+            "itself, in memory that is kept from save to save. Leave it out"
+        )
+
+
+def _check_planner(planner: object) -> None:
+    if planner is None:
+        return
+    advice = (
+        "call torch.distributed.checkpoint's own function with "
+        "storage_writer=async_ckpt.dcp.StorageWriter(url), which takes any planner"
+    )
+    if type(planner) is not DefaultSavePlanner:
+        raise OptionError(
+            f"planner=<{_kind(planner)}>: a save that waits for no other rank cannot ask it. Change the state "
+            f"before the call, or {advice}"
+        )
+    for name, usual in _USUAL.items():
+        if getattr(planner, name, usual) is not usual:
+            raise OptionError(
+                f"planner=DefaultSavePlanner({name}={not usual}): only {name}={usual} can be had here. "
+                f"Leave it out, or {advice}"
+            )
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,115 @@
+"""The future of a save, for who expects one of ``concurrent.futures``, as torch's ``async_save`` gives it.
+
+Guarantees: a failure counts as told once somebody has asked for the result or the exception, and is raised by no later
+call then; where nobody asks, the next call raises it (E1). Callbacks may block: they run on a thread of their own.
+
+What does not belong here: how a save ends (`handle`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # a class of its own before Python 3.11
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.handle import Handle, Waiter
+from async_ckpt.system import threads
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from async_ckpt.sharded.writer import ShardedWriter
+
+__all__ = ["SaveFuture"]
+
+logger = logging.getLogger(__name__)
+
+
+class SaveFuture(Future["Metadata | None"]):
+    """A save that is under way. Its result is the checkpoint's ``Metadata`` on the first rank, ``None`` on the others.
+
+    It cannot be cancelled: the other ranks count on this one.
+
+    Args:
+        handle: of the save.
+        writer: which writes it.
+    """
+
+    def __init__(self, handle: Handle, writer: ShardedWriter) -> None:
+        super().__init__()
+        self._handle = handle
+        self._calls: deque[Callable[[Any], object]] = deque()
+        self._lock = threading.RLock()
+        self._waiter: Waiter | None = None
+        self.set_running_or_notify_cancel()
+        handle.add_done_callback(lambda ended: self._settle(ended, writer))
+
+    @property
+    def handle(self) -> Handle:
+        """The save, as the service knows it: to be awaited, and to be asked where it stands."""
+        return self._handle
+
+    def result(self, timeout: float | None = None) -> Metadata | None:
+        """Wait, and return the metadata or raise why the save is not durable, or ``TimeoutError`` after *timeout* s."""
+        error = self.exception(timeout)
+        if error is None:
+            return super().result()
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame now
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return why the save is not durable, ``None`` if it is; ``TimeoutError`` after *timeout* seconds."""
+        try:
+            self._handle.wait(timeout)
+        except FlushTimeoutError as error:
+            raise FutureTimeoutError(str(error)) from None
+        except Exception as error:
+            return error
+        return super().exception()  # set by now, or on the loop thread in a moment
+
+    def add_done_callback(self, fn: Callable[[Future[Metadata | None]], object]) -> None:
+        """Call *fn* with this future when the save has ended, on a thread that may be kept waiting, or at once."""
+        with self._lock:
+            if not self.done():
+                self._calls.append(fn)
+                if self._waiter is None:  # who has asked to be told is not to hear it from another call
+                    self._waiter = Waiter(lambda: True)
+                    self._handle._waiters.add(ref(self._waiter))
+                return
+        self._call(fn)
+
+    def _settle(self, handle: Handle, writer: ShardedWriter) -> None:
+        """Take over how the save ended, on the loop thread; it must not wait for what the program's callbacks do."""
+        error = handle._outcome.exception()
+        with self._lock:
+            if error is None:
+                self.set_result(writer.metadata)
+            else:
+                self.set_exception(error)
+            if not self._calls:
+                return
+        try:
+            threads.start(threading.Thread(target=self._call_all, name="async_ckpt-callbacks"))
+        except RuntimeError:  # the interpreter is ending, and starts none
+            self._call_all()
+
+    def _call_all(self) -> None:
+        try:
+            while self._calls:
+                self._call(self._calls.popleft())
+        finally:
+            self._waiter = None
+
+    def _call(self, function: Callable[[Any], object]) -> None:
+        try:
+            function(self)
+        except Exception:
+            logger.exception("a callback of the save of %r failed", self._handle.shown_url)

@@ -31,7 +31,7 @@ from async_ckpt.errors import (
     UnknownProtocolError,
     UnpicklableStateError,
 )
-from async_ckpt.functions import latest, load
+from async_ckpt.functions import latest, load, load_sharded
 from async_ckpt.handle import Handle, Report, State
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
@@ -76,6 +76,7 @@ __all__ = [
     "UnpicklableStateError",
     "latest",
     "load",
+    "load_sharded",
 ]
 
 

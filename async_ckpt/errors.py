@@ -155,7 +155,7 @@ class IncompleteCheckpointError(StoreError, FileNotFoundError):
     @classmethod
     def at(cls, location: str) -> IncompleteCheckpointError:
         """Return the error of a directory."""
-        what = f"there is no complete sharded checkpoint at {location!r}: it has no .metadata, which is written last"
+        what = f"there is no complete checkpoint at {location!r}: no file, and no .metadata in it, which comes last"
         return cls(
             f"{what}. async_ckpt.latest() finds the newest one that is.", location=location, stage="read"
         )

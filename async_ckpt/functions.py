@@ -6,15 +6,18 @@ What does not belong here: any work of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given
 from async_ckpt.stores.addresses import UniversalPath
 
-__all__ = ["latest", "load"]
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import LoadPlanner
+
+__all__ = ["latest", "load", "load_sharded"]
 
 AnyGiven = TypeVar("AnyGiven", bound=Given)
 
@@ -64,6 +67,29 @@ def load(
             pickle_module=pickle_module,
             **pickle_load_args,
         )
+
+
+def load_sharded(
+    state: MutableMapping[str, Any],
+    url: Given,
+    *,
+    strict: bool = True,
+    weights_only: bool = True,
+    planner: LoadPlanner | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill *state* in place from a sharded checkpoint, or a plain file; see ``CheckpointService.load_sharded``.
+
+    Args:
+        state: what ``torch.distributed.checkpoint.load`` takes.
+        url: of a directory that we, or torch, have written, or of a file of torch's; on any storage.
+        strict: whether what the checkpoint does not have is an error; else it is left as it is.
+        weights_only: as for ``torch.load``; of what is no tensor, ``False`` runs code that the checkpoint names.
+        planner: what says what goes where; ``None`` takes torch's.
+        storage_options: passed to the fsspec file system.
+    """
+    with CheckpointService(storage_options=storage_options, max_concurrent_parts=READS_OF_LOAD) as service:
+        service.load_sharded(state, url, strict=strict, weights_only=weights_only, planner=planner)
 
 
 def latest(url: AnyGiven, *, storage_options: Mapping[str, Any] | None = None) -> AnyGiven | None:

@@ -13,7 +13,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -35,6 +35,8 @@ from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import LoadPlanner
+
     from async_ckpt.sharded.saves import ShardedSaves
     from async_ckpt.sharded.writer import ShardedWriter
 
@@ -253,6 +255,55 @@ class CheckpointService:
             )
 
         return self._intake.read(location, read)
+
+    def load_sharded(
+        self,
+        state: MutableMapping[str, Any],
+        url: Given,
+        *,
+        strict: bool = True,
+        weights_only: bool = True,
+        planner: LoadPlanner | None = None,
+    ) -> None:
+        """Fill *state* in place from a sharded checkpoint, or a plain file, after the pending saves of *url* (O2).
+
+        Called on every rank, or on one; no rank waits for another. It does not matter how many ranks saved it. Each
+        fetches what its own part of *state* needs, ``max_concurrent_parts`` requests at a time: of a plain file, too,
+        such as ``save`` or ``torch.save`` writes, in which values have the same keys, or keys of keys.
+
+        Args:
+            state: what ``torch.distributed.checkpoint.load`` takes: DTensors, ShardedTensors, tensors, anything
+                picklable, in mappings and lists; or objects with ``state_dict`` and ``load_state_dict``.
+            url: of a directory that we, or torch, have written, or of a file of torch's; on any storage.
+            strict: whether what the checkpoint does not have is an error; else it is left as it is.
+            weights_only: as for ``torch.load``; of what is no tensor, ``False`` runs code that the checkpoint names.
+            planner: what says what goes where; ``None`` takes torch's.
+
+        Raises:
+            IncompleteCheckpointError: there is nothing at *url*, or a directory that is no complete checkpoint.
+            KeyError: something in *state* is not in the checkpoint; the message lists what.
+            ValueError: something has another size; the message lists what.
+            pickle.UnpicklingError: a value needs more than ``weights_only`` allows; the message names it.
+            CorruptCheckpointError: the checkpoint is damaged; *state* may have been filled in part.
+            StoreError: it cannot be read.
+            ServiceClosedError: the service was closed, maybe meanwhile.
+            Exception: an earlier request failed and nobody has been told yet, as for ``load``.
+        """
+        from async_ckpt.sharded.load import Loading  # and with it torch.distributed
+
+        location = locate(url, storage_options=self._options.storage_options, follow=False)
+        holdings = self._holdings
+        loading = Loading(
+            store=holdings.store(location),
+            runtime=holdings.running(),
+            loads=holdings.loads,
+            at_a_time=self._options.max_concurrent_parts,
+        )
+
+        def read(here: Location) -> None:
+            loading.load(state, here, strict=strict, weights_only=weights_only, planner=planner)
+
+        self._intake.read(location, read)
 
     def newest(self, url: Given) -> str | None:
         """Return the name of the newest complete checkpoint in the directory at *url*; see ``async_ckpt.latest``."""

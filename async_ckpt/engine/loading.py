@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import anyio
+
 from async_ckpt.engine.errand import Errand
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
+from async_ckpt.handle import Outcome
 from async_ckpt.stores import is_local
-from async_ckpt.stores.base import Location, Store
+from async_ckpt.stores.base import Location, Source, Store
 
 if TYPE_CHECKING:
     from async_ckpt.format.reading.file import CheckpointFile
@@ -75,7 +78,7 @@ class Loads:
 
         try:
             return read_checkpoint(
-                partial(self._open, location, store, runtime),
+                partial(self.opened, partial(store.source, location), location, runtime),
                 url=location.url,
                 map_location=map_location,
                 unpickling=Unpickling(**unpickling),
@@ -106,16 +109,46 @@ class Loads:
         return all(reading.end(_closed()) for reading in readings)
 
     @contextmanager
-    def _open(
-        self, location: Location, store: Store, runtime: Runtime, moved: Callable[[int], None]
+    def source(self, runtime: Runtime, open_source: Callable[[], Awaitable[Source]]) -> Iterator[Source]:
+        """Hold a file open, of which several things are read."""
+        opened: Outcome[Source] = Outcome()
+
+        async def keep_open() -> None:
+            source = await open_source()
+            try:
+                opened.set_result(source)
+                await anyio.sleep_forever()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await source.aclose()
+
+        def tell() -> None:
+            error = errand.outcome.exception()
+            if error is not None and not opened.done():
+                opened.set_exception(error)
+
+        errand = Errand(runtime, keep_open)
+        with self.held(errand):
+            errand.outcome.add_done_callback(tell)
+            errand.start()
+            yield opened.result()
+
+    @contextmanager
+    def opened(
+        self,
+        open_source: Callable[[], Awaitable[Source]],
+        location: Location,
+        runtime: Runtime,
+        moved: Callable[[int], None] = lambda _: None,
     ) -> Iterator[CheckpointFile]:
+        """Give a file, not started yet, that tells *moved* how many bytes have come."""
         from async_ckpt.format.reading.file import CheckpointFile
         from async_ckpt.format.reading.readahead import CHUNK_BYTES, ReadAhead
 
         near = is_local(location)
         reads = self._max_concurrent_reads
         ahead = ReadAhead(
-            partial(store.source, location),
+            open_source,
             max_concurrent_reads=reads,
             chunk_bytes=CHUNK_BYTES if near or reads > 4 else 2 * CHUNK_BYTES,
             longest_read_bytes=CHUNK_BYTES if near else 4 * CHUNK_BYTES,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import io
 import pickle
-import pickletools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import PurePosixPath
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from async_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, StoreError
+from async_ckpt.sharded.memo import check_memo
 from async_ckpt.stores.base import MARKER, Location, Store, Workers
 
 __all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
@@ -104,7 +104,7 @@ def parse_manifest(data: bytes, url: str) -> Metadata:
         CorruptCheckpointError: it is damaged, or no description of DCP's; the message names what is strange to it.
     """
     try:
-        _check_memo(data)
+        check_memo(data)
         return _metadata(_Unpickler(data).load())
     except _OddError as error:
         raise _corrupt(url, str(error)) from error
@@ -191,38 +191,6 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Refuse what is kept elsewhere."""
         _odd("it refers to something outside of it")
-
-
-_MEMO_OPS = {"BINPUT": 1, "LONG_BINPUT": 4}
-_FIXED = [0] * 256  # by op: how long it is with what follows it, where that is always the same
-_PREFIXED = [0] * 256  # how long the number is that says how long the rest is
-for _op in pickletools.opcodes:
-    if _op.name not in _MEMO_OPS:
-        length = 0 if _op.arg is None else _op.arg.n
-        if length >= 0:
-            _FIXED[ord(_op.code)] = 1 + length
-        elif length <= pickletools.TAKEN_FROM_ARGUMENT1:
-            _PREFIXED[ord(_op.code)] = {-2: 1, -3: 4, -4: 4, -5: 8}[length]
-_STOP, _BINPUT, _LONG_BINPUT, _GLOBAL = b".qrc"
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuse a pickle that memorizes under high numbers: Python's unpickler makes room for all those below."""
-    at, fixed, prefixed = 0, _FIXED, _PREFIXED
-    while (op := data[at]) != _STOP:
-        if length := fixed[op]:
-            at += length
-        elif width := prefixed[op]:
-            at += 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little")
-        elif op in (_BINPUT, _LONG_BINPUT):
-            width = 1 if op == _BINPUT else 4
-            if int.from_bytes(data[at + 1 : at + 1 + width], "little") > at:
-                _odd("it memorizes what it has not")
-            at += 1 + width
-        elif op == _GLOBAL:
-            at = data.index(b"\n", data.index(b"\n", at) + 1) + 1
-        else:
-            _odd("it has an op that no recent pickle has")
 
 
 # -- from records to torch's classes

@@ -28,7 +28,7 @@ from async_ckpt.format.reading.readahead import CHUNK_BYTES, Piece, ReadAhead
 from async_ckpt.format.reading.records import Storage, reading_order
 from async_ckpt.snapshot.parallel_copy import populate
 
-__all__ = ["CheckpointFile", "Loop"]
+__all__ = ["USUAL_ALIGNMENT", "CheckpointFile", "Loop"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +36,6 @@ T = TypeVar("T")
 _log = logging.getLogger("async_ckpt.format")
 
 _MANY_BYTES = 256 << 10
-_ALIGNMENT = 64  # of records, where torch does not say: until 2.7 it had no other
 _POPULATED_BYTES = 128 << 10  # less lies in pages that are there, as a rule
 
 # Memory beside the state is bounded, whatever the file says. Longer records are left to torch.
@@ -45,6 +44,9 @@ _LONGEST_NUMBER_BYTES = 20
 
 END_SECONDS = 1.0
 """How long a running read may take to end before it is left behind."""
+
+USUAL_ALIGNMENT = 64
+"""Of records, where torch does not say: until 2.7 it had no other."""
 
 LONGEST_BYTES = 32 << 20
 """The length of reads that go straight into the memory of storages, if there is much to read."""
@@ -135,6 +137,11 @@ class CheckpointFile(io.RawIOBase):
         """The records of storages by name, in the probable order of reading; see `Index`."""
         return self._index.storages
 
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What the directory says of the records, by their whole names."""
+        return {entry.name: entry for entry in self._index.headers.values()}
+
     def fetch_all_but(self, skipped: Collection[str] = ()) -> None:
         """Fetch what will be read from now on; the memory of *skipped* storages stays unfilled."""
         with self._failing():
@@ -160,10 +167,10 @@ class CheckpointFile(io.RawIOBase):
                 return
             self._kept.append((0, stop, self._fetch(0, stop)))
             self._kept_to = stop
-        alignment = _ALIGNMENT
+        alignment = USUAL_ALIGNMENT
         with suppress(ValueError):
             said = self.record(".storage_alignment", longest_bytes=_LONGEST_NUMBER_BYTES)
-            alignment = max(1, int(said or _ALIGNMENT))
+            alignment = max(1, int(said or USUAL_ALIGNMENT))
         pickled = self._index.entry("data.pkl")
         if pickled is not None and self._start_of(pickled) == expected_start(pickled, alignment):
             self.alignment = alignment
@@ -198,7 +205,9 @@ class CheckpointFile(io.RawIOBase):
         with self._failing():
             entries = {entry.name: entry for entry in self._index.headers.values()}
             wanted = [
-                Wanted(entry=entry, target=target, start=expected_start(entry, self.alignment or _ALIGNMENT))
+                Wanted(
+                    entry=entry, target=target, start=expected_start(entry, self.alignment or USUAL_ALIGNMENT)
+                )
                 for entry, target in ((entries[name], target) for name, target in targets.items())
             ]
             # The lengths of the memory come from the pickle, which older versions of torch trust.

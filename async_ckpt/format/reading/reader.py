@@ -13,14 +13,16 @@ import logging
 import pickle
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from async_ckpt.errors import AsyncCheckpointError, CorruptCheckpointError, StoreError
-from async_ckpt.format.reading.file import CheckpointFile
+from async_ckpt.format.central_directory import Entry
+from async_ckpt.format.reading.file import USUAL_ALIGNMENT, CheckpointFile
 from async_ckpt.format.reading.legacy import is_tar, open_legacy
 from async_ckpt.format.reading.plain_pickle import is_plain
 from async_ckpt.format.reading.progress import Progress
@@ -38,7 +40,7 @@ from async_ckpt.format.reading.storages import storages_in
 from async_ckpt.format.reading.unpickling import Unpickling
 from async_ckpt.retry import is_transient
 
-__all__ = ["read_checkpoint"]
+__all__ = ["Skeleton", "read_checkpoint", "read_skeleton"]
 
 _log = logging.getLogger("async_ckpt.format")
 
@@ -93,6 +95,52 @@ def read_checkpoint(
                     raise
                 _log.info("reading %s again from its beginning: %s", url, error)
         again = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A state of whose tensors nothing has been fetched.
+
+    Attributes:
+        state: with tensors on the device ``meta``.
+        records: the entries of their storages, by ``_cdata`` of these.
+        alignment: of the records, as far as it is known.
+    """
+
+    state: Any
+    records: Mapping[int, Entry]
+    alignment: int
+    _storages: Any  # else others could get their addresses
+
+
+def read_skeleton(file: CheckpointFile, *, url: str, unpickling: Unpickling = _USUAL) -> Skeleton | None:
+    """Return the skeleton of the state in a file; None where the file is not laid out as torch does it nowadays.
+
+    Args:
+        file: not started yet.
+        url: for messages.
+        unpickling: what ``torch.load`` is told.
+
+    Raises:
+        CorruptCheckpointError: the file is damaged.
+        StoreError: it cannot be read.
+        Exception: what ``torch.load`` raises for what it refuses.
+    """
+    with Progress(False, url) as shown:
+        file.start()
+        reading = _Reading(file, shown, url, None, unpickling)
+        if not reading.is_zip():
+            return None
+        if not file.has_directory:  # as torch would say, but in our words
+            reading.everything()
+        if file.storages is None or not _is_native(file.record("byteorder")):
+            return None
+        state, stand_ins = reading.skeleton()
+        entries = file.entries
+        records = {storage: entries[name] for storage, (_, name) in stand_ins.items()}
+        return Skeleton(
+            state=state, records=records, alignment=file.alignment or USUAL_ALIGNMENT, _storages=stand_ins
+        )
 
 
 class _Elsewhere(Exception):
@@ -212,8 +260,8 @@ class _Reading:
         self._file.fetch_all_but(skipped)
         return part_of(self._load(self._placing(skipped)), keys)
 
-    def _needed(self, keys: Sequence[str]) -> set[str] | None:
-        """Return the names of the storages that *keys* needs; None if that cannot be found out."""
+    def skeleton(self) -> tuple[Any, dict[int, tuple[torch.UntypedStorage, str]]]:
+        """Return the state with empty tensors, and by the ``_cdata`` of their storages the names of the records."""
         self._leave_storages_out()
         stand_ins: dict[int, tuple[torch.UntypedStorage, str]] = {}
 
@@ -225,8 +273,12 @@ class _Reading:
             stand_ins[empty._cdata] = (empty, name)
             return empty
 
+        return self._load(stand_in), stand_ins
+
+    def _needed(self, keys: Sequence[str]) -> set[str] | None:
+        """Return the names of the storages that *keys* needs; None if that cannot be found out."""
         try:
-            skeleton = self._load(stand_in)
+            skeleton, stand_ins = self.skeleton()
             found = storages_in(part_of(skeleton, keys))
         except (AsyncCheckpointError, KeyError, pickle.UnpicklingError):
             raise

@@ -24,7 +24,9 @@ PATIENCE_SECONDS = 120.0
 _SCENES = "tests.integration.sharded.scenes"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([_SCENES, f"{__package__}.dcp_scenes"])
+_context.set_forkserver_preload(
+    [_SCENES, *(f"{__package__}.{name}" for name in ("dcp_scenes", "load_scenes"))]
+)
 
 
 @dataclass(slots=True, kw_only=True)

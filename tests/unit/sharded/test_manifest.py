@@ -241,7 +241,7 @@ def test_from_a_directory(tmp_path: Path, workers: ThreadWorkers) -> None:
 
     assert save_id_of(anyio.run(read, "whole")) == "id"
     for name in ("begun", "none", "whole/.metadata"):
-        with pytest.raises(IncompleteCheckpointError, match="no complete sharded checkpoint") as caught:
+        with pytest.raises(IncompleteCheckpointError, match="no complete checkpoint") as caught:
             anyio.run(read, name)
         assert isinstance(caught.value, FileNotFoundError)
     os.truncate(tmp_path / "whole" / ".metadata", 50)

@@ -1,0 +1,273 @@
+"""A part of a tensor on its way from a file into the memory of a state.
+
+Guarantees: what lies together in the file and in the state's memory goes straight there; anything else by blocks. That
+the bytes were where they were expected is checked by what stands before them; the checksum of a tensor is, where all of
+it has come. Where they were elsewhere, it is to be read again, from there.
+
+What does not belong here: which parts are wanted (`reader`), how bytes come (`fetching`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from async_ckpt.format.checksum import crc32, joined_crc32
+from async_ckpt.sharded.extents import Block, Extent, blocks_of, run_of
+from async_ckpt.sharded.fetching import BLOCK_BYTES, Segment
+from async_ckpt.sharded.items import LONGEST_HEAD_BYTES, Damaged, Unusual
+
+__all__ = ["Wanted"]
+
+_SMALL_BYTES = 64 << 10
+_HEAD, _TAIL, _WHOLE, _RUN = "head", "tail", "whole", "run"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Wanted:
+    """A part of a tensor, which has at least one element.
+
+    Attributes:
+        name: of the tensor, for messages.
+        extent: where it is.
+        offsets: where the part begins in it, in each dimension.
+        lengths: how far it goes.
+        resolve: returns the memory that it is for.
+        commit: is told when that is filled.
+        late: that memory is not there until it is needed.
+        unusual: it is to be read whole, and by ``torch.load``.
+    """
+
+    name: str
+    extent: Extent
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    resolve: Callable[[], torch.Tensor]
+    commit: Callable[[torch.Tensor], object]
+    late: bool = False
+    unusual: bool = False
+    _target: torch.Tensor | None = None
+    _left_nbytes: int = 0
+    _found: int | None = None
+    _again: bool = False
+    _checksum: int | None = None
+    _covered: bool = False
+    _sums: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether all that belongs to the tensor is read at once; then no guess is needed where its bytes begin."""
+        return self.unusual or self.extent.stop - self.extent.start <= _SMALL_BYTES
+
+    def head(self) -> Segment:
+        """Return what tells where the bytes begin."""
+        nbytes = min(LONGEST_HEAD_BYTES, self.extent.stop - self.extent.start)
+        return self._segment(self.extent.start, nbytes, _HEAD)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for tensors whose bytes begin alike, for pickle writes their sizes by as many bytes."""
+        sizes = (*self.extent.sizes, math.prod(self.extent.sizes))
+        return (self.extent.dtype, *(len(pickle.dumps(size, 2)) for size in sizes))
+
+    def learn(self, head: Segment) -> int | None:
+        """Return how much stands before the bytes; None if that cannot be told."""
+        assert head.memory is not None
+        try:
+            return self.extent.find_data(bytes(head.memory)) - self.extent.start
+        except Unusual:
+            self.unusual = True
+            return None
+
+    def expect(self, head_nbytes: int) -> None:
+        """Expect so much before the bytes."""
+        self.extent.move(self.extent.start + head_nbytes)
+
+    def segments(self) -> list[Segment]:
+        """Return what is to be fetched."""
+        extent = self.extent
+        self._found = self._checksum = None
+        self._again = False
+        self._sums = []
+        if self.is_read_whole:
+            found = [self._segment(extent.start, extent.stop - extent.start, _WHOLE)]
+        else:
+            found = list(self._data())
+            nbytes = math.prod(extent.sizes) * extent.dtype.itemsize
+            self._covered = sum(segment.nbytes for segment in found) == nbytes
+            found.append(self._segment(extent.start, extent.head_stop - extent.start, _HEAD))
+            if self._covered and extent.has_tail:
+                end = extent.data + nbytes
+                found.append(self._segment(end, extent.stop - end, _TAIL))
+            elif self._covered:
+                self._checksum = extent.checksum(b"")
+        self._left_nbytes = sum(segment.nbytes for segment in found)
+        return found
+
+    def arrived(self, segment: Segment) -> bool:
+        """Take what has come; return whether that was all.
+
+        Raises:
+            Damaged: it is not what was written.
+        """
+        memory = segment.memory
+        assert memory is not None
+        if segment.what is _HEAD:
+            self._look(bytes(memory))
+        elif segment.what is _TAIL:
+            self._expect(bytes(memory))
+        elif segment.what is _WHOLE:
+            self._take_whole(memory)
+        else:
+            if self._covered:
+                self._sums.append((segment.start, segment.nbytes, crc32(memory, 0)))
+            if segment.what is not _RUN:
+                self._copy(segment.what, memory)
+        self._left_nbytes -= segment.nbytes
+        return not self._left_nbytes
+
+    def finish(self) -> bool:
+        """Now that all has come, tell whether it was what is wanted; else it is to be fetched again.
+
+        Raises:
+            Damaged: it is not what was written.
+        """
+        if self._found not in (None, self.extent.data):
+            assert self._found is not None
+            self.extent.move(self._found)
+            self._again = True
+        if self._again:
+            return False
+        if self._covered and self._checksum is not None:
+            value = 0
+            for _, nbytes, piece in sorted(self._sums):
+                value = joined_crc32(value, piece, nbytes)
+            _compare(self._checksum, value)
+        target = self._resolved()
+        if not target.is_inference():  # tell autograd that it has changed, where its memory was written to
+            with torch.no_grad():
+                target.reshape(-1)[:0].zero_()
+        self.commit(target)
+        self._target = None
+        return True
+
+    # -- what is fetched
+
+    def _data(self) -> Iterator[Segment]:
+        extent, itemsize = self.extent, self.extent.dtype.itemsize
+        run = None if self.late else run_of(extent.sizes, self.offsets, self.lengths)
+        memory = None if run is None else self._memory()
+        if run is not None and memory is not None:
+            yield self._segment(extent.data + run[0] * itemsize, run[1] * itemsize, _RUN, memory)
+            return
+        for block in blocks_of(extent.sizes, self.offsets, self.lengths, BLOCK_BYTES // itemsize):
+            yield self._segment(extent.data + block.start * itemsize, block.count * itemsize, block)
+
+    def _segment(self, start: int, nbytes: int, what: Any, memory: memoryview | None = None) -> Segment:
+        alone = memory is None and isinstance(what, Block)
+        return Segment(
+            path=self.extent.path,
+            start=start,
+            nbytes=nbytes,
+            memory=memory,
+            alone=alone,
+            owner=self,
+            what=what,
+        )
+
+    def _resolved(self) -> torch.Tensor:
+        if self._target is None:
+            self._target = self.resolve().detach()
+            if tuple(self._target.shape) != self.lengths:
+                raise ValueError(
+                    f"{self.name!r} has room for {tuple(self._target.shape)}, and {self.lengths} is to go there"
+                )
+        return self._target
+
+    def _memory(self) -> memoryview | None:
+        """Return the memory of the target, if the bytes of the file can go there as they are."""
+        target = self._resolved()
+        plain = (
+            type(target) in (torch.Tensor, torch.nn.Parameter)
+            and target.device.type == "cpu"
+            and target.layout is torch.strided
+            and target.dtype == self.extent.dtype
+            and target.is_contiguous()
+            and not (target.is_conj() or target.is_neg() or target.is_quantized)
+        )
+        if not plain:
+            return None
+        nbytes = target.numel() * target.element_size()
+        memory: Any = (ctypes.c_char * nbytes).from_address(target.data_ptr())
+        memory.owner = target  # kept alive for a read that hangs
+        return memoryview(memory).cast("B")
+
+    # -- what has come
+
+    def _look(self, head: bytes) -> None:
+        try:
+            self._found = self.extent.find_data(head)
+        except Unusual:
+            self.unusual = self._again = True
+
+    def _expect(self, tail: bytes) -> None:
+        if self._again or self._found not in (None, self.extent.data):
+            return  # it begins, and ends, elsewhere
+        try:
+            self._checksum = self.extent.checksum(tail)
+        except Unusual:
+            self.unusual = self._again = True
+        except Damaged:
+            if (
+                self._found is None
+            ):  # what stands before the bytes has not come: it may be that they are elsewhere
+                self.unusual = self._again = True
+            else:
+                raise
+
+    def _copy(self, block: Block, memory: memoryview) -> None:
+        rows = torch.frombuffer(memory, dtype=torch.uint8).view(self.extent.dtype).view(block.shape)
+        place = self._resolved()[block.place] if block.place else self._resolved()
+        cut = (slice(None), *block.cut)
+        with torch.no_grad():
+            place.copy_(rows[cut] if block.shape else rows)
+
+    def _take_whole(self, memory: memoryview) -> None:
+        self._covered = False
+        tensor = self._tensor(memory)
+        if tensor.dtype != self.extent.dtype or tuple(tensor.shape) != self.extent.sizes:
+            raise Damaged(f"it is a tensor of {tuple(tensor.shape)} of {tensor.dtype}")
+        part = tuple(
+            slice(offset, offset + length) for offset, length in zip(self.offsets, self.lengths, strict=True)
+        )
+        with torch.no_grad():
+            self._resolved().copy_(tensor[part] if part else tensor)
+
+    def _tensor(self, memory: memoryview) -> torch.Tensor:
+        extent = self.extent
+        if self.unusual:
+            return extent.tensor_of(memory)
+        try:
+            begin = extent.find_data(bytes(memory[:LONGEST_HEAD_BYTES])) - extent.start
+            count = math.prod(extent.sizes)
+            end = begin + count * extent.dtype.itemsize
+            checksum = extent.checksum(bytes(memory[end:]))
+            if end > memory.nbytes:
+                raise Damaged("it is cut short")
+        except Unusual:
+            return extent.tensor_of(memory)
+        data = bytearray(memory[begin:end])  # of its own, and with that aligned
+        if checksum is not None:
+            _compare(checksum, crc32(data, 0))
+        return torch.frombuffer(data, dtype=torch.uint8).view(extent.dtype).view(extent.sizes)
+
+
+def _compare(expected: int, found: int) -> None:
+    if found != expected:
+        raise Damaged(f"it has the checksum {found:#010x} instead of {expected:#010x}")

@@ -1,0 +1,176 @@
+"""What a state is read from: a directory of DCP's, or a plain file of ``torch.save``.
+
+Guarantees: what its description says of an item is believed only as far as it can be true.
+
+What does not belong here: reading it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+
+from async_ckpt.errors import CorruptCheckpointError, StoreError
+from async_ckpt.format.reading.direct import expected_start
+from async_ckpt.format.reading.reader import Skeleton
+from async_ckpt.sharded.extents import Item, Record
+from async_ckpt.sharded.fetching import Segment
+
+__all__ = ["Directory", "PlainFile"]
+
+
+class Directory:
+    """A sharded checkpoint.
+
+    Args:
+        metadata: what its ``.metadata`` says.
+        url: for messages.
+    """
+
+    def __init__(self, metadata: Metadata, url: str) -> None:
+        self.metadata = metadata
+        self._url = url
+
+    def extent(self, item: ReadItem) -> Item:
+        """Return where the tensor is that *item* is a part of."""
+        index = item.storage_index
+        info = self._info(index)
+        tensor = self.metadata.state_dict_metadata[index.fqn]
+        assert isinstance(tensor, TensorStorageMetadata)
+        sizes, dtype = tuple(self._chunk(tensor, index).sizes), tensor.properties.dtype
+        if math.prod(sizes) * dtype.itemsize > info.length:
+            raise self._corrupt(index.fqn, f"it has {info.length} bytes, too few for {sizes} of {dtype}")
+        return Item(
+            path=info.relative_path,
+            sizes=sizes,
+            dtype=dtype,
+            start=info.offset,
+            stop=info.offset + info.length,
+        )
+
+    def value(self, item: ReadItem) -> Segment:
+        """Return where the pickle of a value is."""
+        info = self._info(item.storage_index)
+        return Segment(path=info.relative_path, start=info.offset, nbytes=info.length)
+
+    def _info(self, index: MetadataIndex) -> Any:
+        info = self.metadata.storage_data.get(index)
+        if info is None:
+            raise self._corrupt(index.fqn, "its .metadata does not say where it is")
+        if info.transform_descriptors:
+            how = ", ".join(info.transform_descriptors)
+            raise StoreError(
+                f"cannot read {self._url!r}: its items went through extensions of torch's writer ({how}). "
+                "Load it by torch.distributed.checkpoint, with the same extensions, and save it without.",
+                location=self._url,
+                stage="read",
+            )
+        return info
+
+    def _chunk(self, tensor: TensorStorageMetadata, index: MetadataIndex) -> ChunkStorageMetadata:
+        chunks, hint = tensor.chunks, index.index
+        if hint is not None and hint < len(chunks) and chunks[hint].offsets == index.offset:
+            return chunks[hint]
+        for chunk in chunks:
+            if chunk.offsets == index.offset:
+                return chunk
+        raise self._corrupt(index.fqn, "its .metadata does not say how large it is")
+
+    def _corrupt(self, name: str, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._url!r} is corrupt: of its item {name!r}, {reason}. Load an earlier checkpoint.",
+            location=self._url,
+            stage="read",
+        )
+
+
+class PlainFile:
+    """A state in one file; each of its tensors is taken for one chunk.
+
+    Args:
+        skeleton: the state.
+        url: for messages.
+    """
+
+    def __init__(self, skeleton: Skeleton, url: str) -> None:
+        self._skeleton = skeleton
+        self._url = url
+        if not isinstance(skeleton.state, dict):
+            raise self._refusal(f"it holds a {type(skeleton.state).__name__}, and no mapping")
+        self._flat, paths = flatten_state_dict(skeleton.state)
+        self.metadata = Metadata({name: _described(value) for name, value in self._flat.items()}, paths)
+
+    def extent(self, item: ReadItem) -> Record:
+        """Return where the tensor is that *item* is a part of."""
+        name = item.storage_index.fqn
+        tensor = self._flat[name]
+        kind = type(tensor)
+        simple = kind in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not simple or tensor.is_quantized:
+            raise self._refusal(
+                f"its {name!r} is a tensor of another kind ({kind.__name__}, {tensor.layout})"
+            )
+        entry = self._skeleton.records[tensor.untyped_storage()._cdata]
+        return Record(
+            path="",
+            sizes=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            entry=entry,
+            offset=tensor.storage_offset(),
+            strides=tensor.stride(),
+            head_stop=expected_start(entry, self._skeleton.alignment),
+            is_conj=tensor.is_conj(),
+            is_neg=tensor.is_neg(),
+            is_scattered=not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg(),
+        )
+
+    def value(self, item: ReadItem) -> bytes:
+        """Return a value that is no tensor, pickled."""
+        name = item.storage_index.fqn
+        try:
+            pickled = io.BytesIO()
+            _WithoutTensors(pickled).dump(self._flat[name])
+        except _HasTensor:
+            raise self._refusal(f"there are tensors inside of its value {name!r}") from None
+        stream = io.BytesIO()
+        torch.save(self._flat[name], stream)
+        return stream.getvalue()
+
+    def _refusal(self, reason: str) -> StoreError:
+        return StoreError(
+            f"cannot read {self._url!r} into a sharded state: {reason}. Load it by async_ckpt.load.",
+            location=self._url,
+            stage="read",
+        )
+
+
+def _described(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if not isinstance(value, torch.Tensor):
+        return BytesStorageMetadata()
+    zeros = torch.Size([0] * value.dim())
+    chunk = ChunkStorageMetadata(offsets=zeros, sizes=value.shape)
+    return TensorStorageMetadata(TensorProperties(dtype=value.dtype), value.shape, [chunk])
+
+
+class _HasTensor(Exception):
+    pass
+
+
+class _WithoutTensors(pickle.Pickler):
+    def persistent_id(self, value: Any) -> None:
+        if isinstance(value, (torch.Tensor, torch.UntypedStorage, torch.storage.TypedStorage)):
+            raise _HasTensor

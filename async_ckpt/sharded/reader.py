@@ -1,0 +1,262 @@
+"""From a sharded checkpoint, or a plain file, into a state that is sharded in any way, in place.
+
+Guarantees: no rank waits for another, and none fetches rows that it does not need. torch's own planner says what goes
+where. Beside the state, a load takes up to 64 MiB, and what the description of the checkpoint takes. Nothing that a
+checkpoint names is run unless the caller asks for it.
+
+What does not belong here: where checkpoints are, and who may read them now.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.stateful import Stateful
+
+from async_ckpt.errors import CorruptCheckpointError
+from async_ckpt.sharded.extents import Extent
+from async_ckpt.sharded.fetching import Fetcher, Segment, plan_requests
+from async_ckpt.sharded.filling import Wanted
+from async_ckpt.sharded.items import Damaged, load_value
+
+__all__ = ["Origin", "fill"]
+
+_log = logging.getLogger("async_ckpt.sharded")
+
+_MOST_TOLD = 10
+_MOST_GUESSED = 16
+_ATTEMPTS = 3
+
+
+class Origin(Protocol):
+    """Where a state is read from."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """What there is, in DCP's words."""
+
+    def extent(self, item: ReadItem) -> Extent:
+        """Return where the tensor is that *item* is a part of."""
+
+    def value(self, item: ReadItem) -> Segment | bytes:
+        """Return where the pickle of a value is that is no tensor; or the pickle itself."""
+
+
+def fill(
+    state: Any,
+    origin: Origin,
+    fetcher: Fetcher,
+    *,
+    url: str,
+    strict: bool,
+    weights_only: bool,
+    planner: LoadPlanner | None,
+) -> None:
+    """Fill *state* from *origin*; the other arguments are those of ``CheckpointService.load_sharded``."""
+    taken = {
+        key: state[key].state_dict() if isinstance(state[key], Stateful) else state[key]
+        for key in sorted(state, key=str)
+    }
+    _Filling(origin, fetcher, url, weights_only, _set_up(planner, taken, origin.metadata, strict)).run()
+    for key, loaded in taken.items():
+        if isinstance(state.get(key), Stateful):
+            state[key].load_state_dict(loaded)
+        else:
+            state[key] = loaded
+
+
+def _set_up(
+    planner: LoadPlanner | None, taken: dict[str, Any], metadata: Metadata, strict: bool
+) -> LoadPlanner:
+    planner = planner or DefaultLoadPlanner(allow_partial_load=not strict)
+    planner.set_up_planner(taken, metadata, _rank() == 0)
+    return planner
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "0").isdigit() else 0
+
+
+class _Filling:
+    """One attempt."""
+
+    def __init__(
+        self, origin: Origin, fetcher: Fetcher, url: str, weights_only: bool, planner: LoadPlanner
+    ) -> None:
+        self._origin = origin
+        self._fetcher = fetcher
+        self._url = url
+        self._weights_only = weights_only
+        self._planner = planner
+        self._late = not _has_memory(planner)
+
+    def run(self) -> None:
+        """Read everything."""
+        items = self._plan()
+        values = [item for item in items if item.type is LoadItemType.BYTE_IO]
+        tensors = [
+            item for item in items if item.type is LoadItemType.TENSOR and torch.Size(item.lengths).numel()
+        ]
+        wanted = [self._wanted(item) for item in tensors]
+        self._guess(wanted)
+        segments = [self._value(item) for item in values]
+        for _ in range(_ATTEMPTS):
+            for each in wanted:
+                segments += each.segments()
+            wanted = self._fetch([each for each in segments if each is not None])
+            if not wanted:
+                return
+            _log.info("reading %d items of %s again, as they are laid out otherwise", len(wanted), self._url)
+            segments = []
+        raise self._corrupt(wanted[0].name, "where its bytes are cannot be told")
+
+    # -- what is to be read
+
+    def _plan(self) -> Sequence[ReadItem]:
+        planner = self._planner
+        self._refuse_other_sizes()
+        try:
+            local = planner.create_local_plan()
+        except RuntimeError as error:
+            self._refuse_missing(error)
+            raise
+        # As torch does where there are no collectives: a load of one rank.
+        return planner.finish_plan(planner.create_global_plan([local])[0]).items
+
+    def _refuse_missing(self, cause: RuntimeError) -> None:
+        flat = getattr(self._planner, "state_dict", None)
+        known = self._origin.metadata.state_dict_metadata
+        missing = [name for name in flat or () if name not in known]
+        if not missing or not isinstance(self._planner, DefaultLoadPlanner):
+            return
+        near = get_close_matches(missing[0], list(islice(known, 20_000)), n=3, cutoff=0.0)
+        advice = "strict=False leaves what the checkpoint does not have as it is"
+        raise KeyError(
+            f"{self._url!r} has no {_listed(missing)}; the nearest to the first of it are "
+            f"{', '.join(map(repr, near))}. {advice}."
+        ) from cause
+
+    def _refuse_other_sizes(self) -> None:
+        flat = getattr(self._planner, "state_dict", None)
+        wrong = []
+        for name, value in (flat or {}).items():
+            there = self._origin.metadata.state_dict_metadata.get(name)
+            if (
+                isinstance(there, TensorStorageMetadata)
+                and isinstance(value, torch.Tensor)
+                and value.size() != there.size
+            ):
+                wrong.append(f"{name}: {tuple(there.size)}, and here {tuple(value.size())}")
+        if wrong:
+            raise ValueError(f"{self._url!r} has other sizes: {_listed(wrong, quoted=False)}")
+
+    def _wanted(self, item: ReadItem) -> Wanted:
+        planner = self._planner
+        extent = self._origin.extent(item)
+        return Wanted(
+            name=item.storage_index.fqn,
+            extent=extent,
+            unusual=extent.is_scattered,
+            offsets=tuple(item.storage_offsets),
+            lengths=tuple(item.lengths),
+            resolve=partial(planner.resolve_tensor, item),
+            commit=partial(planner.commit_tensor, item),
+            late=self._late,
+        )
+
+    def _value(self, item: ReadItem) -> Segment | None:
+        """Return what is to be fetched for a value; None where it is there already."""
+        found = self._origin.value(item)
+        if isinstance(found, bytes):
+            self._planner.load_bytes(item, io.BytesIO(found))
+            return None
+        found.owner = item
+        return found
+
+    # -- reading
+
+    def _guess(self, wanted: Iterable[Wanted]) -> None:
+        """Look where the bytes begin in one tensor of each kind: that of others is laid out alike."""
+        by_kind: dict[object, list[Wanted]] = {}
+        for each in wanted:
+            if not each.is_read_whole and each.extent.data < 0:
+                by_kind.setdefault(each.kind, []).append(each)
+        kinds = sorted(by_kind.values(), key=len, reverse=True)
+        heads = [kind[0].head() for kind in kinds[:_MOST_GUESSED]]
+        found: dict[int, int] = {}
+        for request in self._fetcher.fetch(plan_requests(heads, at_a_time=self._fetcher.at_a_time)):
+            for segment in request.segments:
+                if (head_nbytes := segment.owner.learn(segment)) is not None:
+                    found[id(segment.owner)] = head_nbytes
+        usual = next(iter(found.values()), 0)
+        for kind in kinds:
+            for each in kind:
+                each.expect(found.get(id(kind[0]), usual))
+
+    def _fetch(self, segments: Sequence[Segment]) -> list[Wanted]:
+        """Fetch and use them; return what must be read again."""
+        again = []
+        requests = plan_requests(segments, at_a_time=self._fetcher.at_a_time, first=_rank())
+        for request in self._fetcher.fetch(requests):
+            for segment in request.segments:
+                owner = segment.owner
+                if not isinstance(owner, Wanted):
+                    self._load_value(owner, segment)
+                    continue
+                try:
+                    if owner.arrived(segment) and not owner.finish():
+                        again.append(owner)
+                except Damaged as error:
+                    raise self._corrupt(owner.name, f"{error} (in {segment.path!r})") from error
+        return again
+
+    def _load_value(self, item: ReadItem, segment: Segment) -> None:
+        assert segment.memory is not None
+        name, data = item.storage_index.fqn, bytes(segment.memory)
+        if self._weights_only:
+            try:
+                # What torch's restricted unpickler takes makes nothing else when it is unpickled without.
+                load_value(data)
+            except pickle.UnpicklingError as error:
+                raise pickle.UnpicklingError(
+                    f"the value {name!r} of {self._url!r} is not loaded with weights_only=True: {error}"
+                ) from error
+            except Damaged as error:
+                raise self._corrupt(name, f"{error} (in {segment.path!r})") from error
+        self._planner.load_bytes(item, io.BytesIO(data))
+
+    def _corrupt(self, name: str, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._url!r} is corrupt: of its item {name!r}, {reason}. Load an earlier checkpoint.",
+            location=self._url,
+            stage="read",
+        )
+
+
+def _has_memory(planner: LoadPlanner) -> bool:
+    """Return whether the planner gives out the state's own memory, at any time."""
+    kind = type(planner)
+    usual = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+    return isinstance(planner, DefaultLoadPlanner) and all(
+        getattr(kind, name) is getattr(DefaultLoadPlanner, name) for name in usual
+    )
+
+
+def _listed(names: Sequence[str], *, quoted: bool = True) -> str:
+    told = ", ".join(repr(name) if quoted else name for name in names[:_MOST_TOLD])
+    return told + (f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else "")

@@ -1,7 +1,7 @@
 """The retry policy: whether and when a failed storage request is repeated; clock, sleep and randomness are injected.
 
-Guarantees: at most ``attempts`` calls; no new call later than ``deadline_seconds`` after the first; permanent errors
-are raised at once (E3).
+Guarantees: at most ``attempts`` calls, those not counted that a store throttled; no new call later than
+``deadline_seconds`` after the first; permanent errors are raised at once (E3).
 
 What does not belong here: what a request is, and whether it is safe to repeat; the stores know that.
 """
@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 
 import anyio
 
-from async_ckpt.errors import OptionError, StoreError, TransientStoreError
+from async_ckpt.errors import OptionError, StoreError, ThrottledError, TransientStoreError
 
 __all__ = ["RetryPolicy", "Retrying", "call_with_retry", "is_transient"]
 
@@ -55,7 +55,8 @@ class RetryPolicy:
 
     Attributes:
         attempts: calls in total; 1 never retries. The default bridges, on average, 15 seconds in which storage refuses
-            every request at once, as while a server restarts.
+            every request at once, as while a server restarts. A call that the store throttles (a ``ThrottledError``)
+            uses up none of them: where thousands of ranks write at once, each may be told many times to wait.
         initial_seconds: the longest first delay; the bound doubles with each attempt.
         maximum_seconds: the longest single delay.
         deadline_seconds: no delay ends later than this after the first call began.
@@ -185,14 +186,16 @@ class Retrying:
         When *position* has changed, attempts and time are counted anew: during a long transfer a connection may break
         many times, and the transfer still succeeds.
         """
-        reached, began, attempt = position(), self._clock(), 1
+        reached, began, attempt, throttled = position(), self._clock(), 1, 0
         while True:
             try:
                 return await function(*args, **kwargs)
             except Exception as error:
                 if position() != reached:
-                    reached, began, attempt = position(), self._clock(), 1
-                if attempt >= self._policy.attempts or not is_transient(error):
+                    reached, began, attempt, throttled = position(), self._clock(), 1, 0
+                if isinstance(error, ThrottledError) and self._policy.attempts > 1:
+                    throttled += 1
+                if attempt - throttled >= self._policy.attempts or not is_transient(error):
                     raise
                 pause = self._policy.delay(attempt, self._random)
                 if self._clock() - began + pause > self._policy.deadline_seconds:

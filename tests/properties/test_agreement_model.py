@@ -96,6 +96,7 @@ class Programs(RuleBasedStateMachine):
         self.plans = PlanCache()
         self.up: dict[int, list[tuple[Save, ToCoordinator]]] = {}  # by rank, in its order
         self.is_storage_gone = False
+        self.do_stopped_commits_land = False
 
     @initialize(world=st.sampled_from([2, 3, 2, 3, 4, 1]))
     def set_up(self, world: int) -> None:
@@ -139,7 +140,7 @@ class Programs(RuleBasedStateMachine):
         if member is None or member.step is Step.ENDED:
             return
         save.gave_up.add(process.rank)
-        stopped = save.doing.pop(process.rank, None)
+        stopped = self._stop(save, process)
         self._carry_out(save, process, member.give_up("cancelled"))
         if process.rank == 0 and isinstance(stopped, Commit):
             assert save.coordinator is not None
@@ -200,10 +201,22 @@ class Programs(RuleBasedStateMachine):
         else:
             process.is_hung = how == "hang"
 
-    @rule(is_gone=st.booleans())
-    def lose_storage(self, is_gone: bool) -> None:
-        """Storage does not say what is there, or does again."""
+    @rule(data=st.data())
+    def lose_patience(self, data: st.DataObject) -> None:
+        """A rank hears nothing for as long as it waits, and the store answers what it then claims."""
+        process = self._one(data, self._alive())
+        for _ in range(11):
+            process.now += BOUNDS.longest_look_seconds
+            self._tick(process)
+        for save in self.saves:
+            if process.rank in save.claiming:
+                self._answer_claim(save, process, is_lost=False)
+
+    @rule(is_gone=st.booleans(), land=st.booleans())
+    def change_storage(self, is_gone: bool, land: bool) -> None:
+        """Storage does not say what is there, or does again; what is cancelled takes place all the same, or not."""
         self.is_storage_gone = is_gone
+        self.do_stopped_commits_land = land
 
     # -- what holds at any moment
 
@@ -416,7 +429,7 @@ class Programs(RuleBasedStateMachine):
                     owner = save.coordinator if claim == COMMIT else save.members[process.rank]
                     save.claiming.setdefault(process.rank, []).append((owner, action))
                 case Stop():
-                    save.doing.pop(process.rank, None)
+                    self._stop(save, process)
                 case Undo():
                     save.objects.discard(process.rank)
                 case End(failures):
@@ -451,6 +464,13 @@ class Programs(RuleBasedStateMachine):
         if process.hears:
             save.down.append(message)
         self._tell(save, process, message)
+
+    def _stop(self, save: Save, process: Process) -> Action | None:
+        """Cancel what a rank does; storage may have been asked for it already."""
+        stopped = save.doing.pop(process.rank, None)
+        if isinstance(stopped, Commit) and self.do_stopped_commits_land:
+            self._commit(save)
+        return stopped
 
     def _do(self, save: Save, process: Process, action: Action) -> None:
         if isinstance(action, LookUp) and process.rank in save.gave_up:
@@ -525,4 +545,4 @@ _NOBODY = Process(rank=-1, is_alive=False)
 
 TestPrograms = Programs.TestCase
 # Many more than of others: a program is short, and most of what matters is where two rare things meet.
-TestPrograms.settings = settings(max_examples=5 * settings.default.max_examples)
+TestPrograms.settings = settings(max_examples=2 * settings.default.max_examples)

@@ -7,7 +7,7 @@ import errno
 import anyio
 import pytest
 
-from async_ckpt.errors import OptionError, StoreError
+from async_ckpt.errors import OptionError, StoreError, ThrottledError
 from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry, is_transient
 from async_ckpt.testing import ManualClock
 
@@ -122,6 +122,41 @@ def test_gives_up_after_so_many_attempts() -> None:
         anyio.run(retrying(RetryPolicy(attempts=3), clock).call, flaky, "done")
     assert caught.value is error
     assert flaky.calls == 3
+
+
+def test_throttling_uses_up_no_attempts() -> None:
+    """Who is told to wait waits until the deadline; the attempts are for what fails otherwise (E3)."""
+    clock = ManualClock()
+    flaky = Flaky(30, ThrottledError("SlowDown"))
+    policy = RetryPolicy(attempts=2, deadline_seconds=600.0)
+    assert anyio.run(retrying(policy, clock).call, flaky, "x") == "x"
+    assert flaky.calls == 31
+
+    flaky = Flaky(1000, ThrottledError("SlowDown"))
+    started = clock()
+    with pytest.raises(ThrottledError):
+        anyio.run(retrying(policy, clock).call, flaky, "x")
+    assert 590 < clock() - started <= 600
+
+
+def test_what_fails_between_two_throttled_calls_counts() -> None:
+    """Attempts are counted across throttled calls: two other failures are one too many for two attempts."""
+    errors: list[Exception] = [ThrottledError("SlowDown"), ConnectionResetError(), ThrottledError("SlowDown")]
+    errors += [ConnectionResetError("the second"), AssertionError("called again")]
+
+    async def fail() -> None:
+        raise errors.pop(0)
+
+    clock = ManualClock()
+    with pytest.raises(ConnectionResetError, match="the second"):
+        anyio.run(retrying(RetryPolicy(attempts=2), clock).call, fail)
+
+
+def test_one_attempt_is_one_call() -> None:
+    """``attempts=1`` never calls again, throttled or not."""
+    flaky = Flaky(1, ThrottledError("SlowDown"))
+    with pytest.raises(ThrottledError):
+        anyio.run(retrying(RetryPolicy(attempts=1), ManualClock()).call, flaky, "x")
 
 
 def test_the_default_outlasts_a_restart() -> None:

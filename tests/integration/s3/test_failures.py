@@ -121,10 +121,11 @@ def test_a_refusal_slows_the_sender(place: Place) -> None:
 
 
 def test_everything_refused(place: Place) -> None:
-    """A server that only asks to be left alone fails a save after the attempts of the policy; the next one works."""
+    """A server that only asks to be left alone fails a save at the policy's deadline; the next one works."""
     place.put(OLD)
     refusing = True
-    store = place.store(place.proxy(lambda kind, headers: SLOW_DOWN if refusing else None))
+    retry = RetryPolicy(initial_seconds=0.01, maximum_seconds=0.1, deadline_seconds=0.5)
+    store = place.store(place.proxy(lambda kind, headers: SLOW_DOWN if refusing else None), retry)
 
     async def run() -> None:
         nonlocal refusing

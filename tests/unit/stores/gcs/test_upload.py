@@ -185,15 +185,16 @@ def test_a_stalled_request_fails_and_is_repeated() -> None:
 
 
 def test_nothing_but_busy_answers() -> None:
-    """A request that is always answered 503 is sent as often as the policy says, and the error asks for patience."""
+    """A request that is always answered 503 is sent until the deadline, and the error says what it was."""
+    retry = RetryPolicy(attempts=2, initial_seconds=0.01, maximum_seconds=0.05, deadline_seconds=0.5)
 
     async def fail(store: GCSStore, location: Location) -> None:
         with pytest.raises(ThrottledError, match="cannot write"):
-            await save(store, location, NEW)
+            await save(store, location, NEW, retrying=Retrying(retry))
 
     with StrictGCS(lambda request: Fault.BUSY if request.kind == "chunk" else None) as server:
-        on_store(server, fail)
-    assert server.kinds().count("chunk") == QUICK.attempts
+        on_store(server, fail, retry=retry)
+    assert server.kinds().count("chunk") > retry.attempts
     assert server.open_sessions == []
 
 

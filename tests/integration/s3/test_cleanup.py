@@ -290,7 +290,7 @@ def test_an_abort_that_fails(place: Place, caplog: pytest.LogCaptureFixture) -> 
         await upload.abort()
 
     running(store, begin)
-    assert "cleaning up" in caplog.text
+    assert "could not be aborted" in caplog.text
     assert len(place.open_uploads()) == 1
     failing = False
     later = place.store(proxy)

@@ -308,8 +308,8 @@ class Handle:
 def hopeless(shown_url: str) -> RuntimeError:
     """Return the error for a wait that could never end (L1)."""
     return RuntimeError(
-        f"{shown_url!r} comes after a call that a signal handler, or the like, interrupted on this thread, and that "
-        "goes on only once the handler has returned: to wait for it here would last for ever"
+        f"waiting for {shown_url!r} here would last for ever: it comes after a call that a signal handler interrupted "
+        "on this thread, and that goes on only when the handler returns; wait for it after the handler"
     )
 
 

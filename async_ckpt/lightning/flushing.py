@@ -66,7 +66,8 @@ def wait_with_progress(
         while pending:
             left = patience.left()
             if left <= 0:
-                logger.warning("not done%s; no longer waited for", patience.told)
+                told = "pending checkpoints have not ended%s; they go on, but are no longer waited for"
+                logger.warning(told, patience.told)
                 return 0.0
             try:
                 if not bell.get(timeout=min(left, _SLICE_SECONDS)):

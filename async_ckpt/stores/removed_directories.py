@@ -49,7 +49,7 @@ def _note(path: str, seconds: float) -> None:
 
 
 def with_directory_seen(location: Location) -> Location:
-    """Return a local *location*, of a save that was just requested, with the time at which its directory exists."""
+    """Return the local *location* of a save that was just requested, noting when its directory was seen to exist."""
     if location.in_directory or os.path.isdir(os.path.dirname(location.path)):
         return replace(location, seen_seconds=monotonic())
     return location

@@ -91,7 +91,8 @@ def refuse_foreign_link(stage: str, location: Location) -> None:
     """
     link = location.foreign_link or foreign_link_on(os.path.dirname(location.path))
     if link:
-        advice = f"Another user has put the link {link!r} where anybody may; name what it leads to, if you trust it."
+        whose = f"Another user has put the link {link!r} into a directory that anyone may write to"
+        advice = f"{whose}; give the path that it leads to, if you trust it."
         raise _refusal(location, errno.EACCES, advice, stage)
 
 
@@ -102,7 +103,7 @@ def refuse_foreign_file(stage: str, location: Location, found: os.stat_result) -
         StoreError: another user has put it into a directory that anyone may write to.
     """
     if is_foreign(found, os.path.dirname(location.path)):
-        advice = "Another user has put a file of that name where anybody may; save to another."
+        advice = "Another user has put a file of that name into a directory that anyone may write to; save to another."
         raise _refusal(location, errno.EACCES, advice, stage)
 
 

@@ -89,7 +89,7 @@ class CheckpointService:
         self._reset()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # By the garbage collector, maybe: on any thread, at any line, in the midst of any lock.
+        # The garbage collector may call this: on any thread, at any line, under any lock.
         if is_finalizing() or "_own" not in self.__dict__ or process_id() != self._pid:
             return
         holdings = self._own.holdings
@@ -236,7 +236,7 @@ class CheckpointService:
             Exception: an earlier request failed, such as the save of *url*, and this is the first call that can report
                 it; or ``torch.load`` refuses the file.
         """
-        # By its name: what a link leads to may change until it is this load's turn.
+        # By its name: the target of a link may change until this load's turn.
         location = locate(url, storage_options=self._options.storage_options, follow=False)
         holdings = self._holdings
         store = holdings.store(location)
@@ -287,7 +287,7 @@ class CheckpointService:
             CorruptCheckpointError: the checkpoint is damaged; *state* may have been filled in part.
             StoreError: it cannot be read.
             ServiceClosedError: the service was closed, maybe meanwhile.
-            Exception: an earlier request failed and nobody has been told yet, as for ``load``.
+            Exception: an earlier request failed, and this is the first call that can report it, as for ``load``.
         """
         from async_ckpt.sharded.load import Loading  # and with it torch.distributed
 
@@ -318,12 +318,13 @@ class CheckpointService:
         """Block until everything accepted so far has ended.
 
         Args:
-            timeout: seconds, whatever gets on meanwhile; ``None`` takes ``flush_timeout`` and ``flush_deadline``.
+            timeout: seconds to wait at most, with or without progress; ``None`` uses ``flush_timeout`` and
+                ``flush_deadline``.
 
         Raises:
-            FlushTimeoutError: the time passed first, or this is a signal handler and what is left comes after the
-                call that it interrupted. Nothing is given up; wait again.
-            Exception: a save failed; several come as one ``FlushError``.
+            FlushTimeoutError: the time passed first; or this is a signal handler, and the pending requests come after
+                the call that it interrupted. Nothing is given up; wait again.
+            Exception: a save failed; several failures are raised as one ``FlushError``.
         """
         self._await_drained(timeout)
         self.failures.raise_all()
@@ -365,7 +366,7 @@ class CheckpointService:
         return self._options.limit(timeout)
 
     def patience(self, timeout: float | None = None, **options: Any) -> Patience:
-        """Return how long a plugin's own waiting goes on, from now on: as ``wait`` waits; *options* of ``Patience``."""
+        """Return a ``Patience``, made with *options*, that lets a plugin wait as long as ``wait`` does."""
         return self._holdings.patience(self._limit(timeout), **options)
 
     @property
@@ -374,17 +375,19 @@ class CheckpointService:
         return self._holdings.pending()
 
     def close(self, timeout: float | None = None) -> None:
-        """Accept no more, see everything to its end, and free threads, memory and connections.
+        """Finish everything that was accepted, then free threads, memory and connections.
 
-        What is not done after *timeout* is abandoned: it fails, its unfinished file is cleaned away, and
-        earlier checkpoints stay. Closing again does nothing.
+        Requests that have not ended after *timeout* are abandoned: they fail, unfinished files are removed, and earlier
+        checkpoints stay. Closing again does nothing.
 
         Args:
-            timeout: seconds, whatever gets on meanwhile; ``None`` takes ``flush_timeout`` and ``flush_deadline``.
+            timeout: seconds to wait at most, with or without progress; ``None`` uses ``flush_timeout`` and
+                ``flush_deadline``.
 
         Raises:
-            Exception: a save failed and nobody has been told yet; several come as one ``FlushError``. An error
-                that is in flight already is not replaced: ours is logged and added to its notes (E2).
+            Exception: a save failed, and this is the first call that can report it; several failures are raised as one
+                ``FlushError``. An error that is already in flight is not replaced: ours is logged and added to its
+                notes (E2).
         """
         self._holdings.close(self._limit(timeout))
         self.failures.raise_or_add()
@@ -395,16 +398,16 @@ class CheckpointService:
         return self._holdings.is_held
 
     def rest(self) -> None:
-        """Free threads, memory and connections, unless something is under way, or failed and nobody has been told.
+        """Free threads, memory and connections, unless a request is pending or its failure is yet to be reported.
 
-        The next request takes them anew; what is durable stays known. No other thread may be making a request now.
+        The next request acquires them anew. No other thread may be making a request now.
         """
         holdings = self._holdings
         limit = self._limit(None)
         holdings.close_predecessor(limit)
         if holdings.is_idle():
             successor = holdings.successor()
-            # In one step: a signal handler is served by the one or by the other (L1).
+            # In one step: a signal handler sees either the old runtime or none (L1).
             self._own = Intake(successor)
             successor.is_closed = holdings.is_closed  # by a signal handler, just now
             successor.close_predecessor(limit)
@@ -412,9 +415,9 @@ class CheckpointService:
     async def aclose(self, timeout: float | None = None) -> None:
         """Like ``close``, awaited under asyncio or trio, without blocking the event loop.
 
-        Cancelled, it returns at once and the closing goes on in a thread; what fails then is logged.
+        If it is cancelled, it returns at once, and the closing goes on in a thread; failures are then logged.
         """
-        # Not anyio.to_thread: it starts none for a caller that is cancelled already, as an async with may be.
+        # Not anyio.to_thread: it starts no thread for a caller that is already cancelled, as an ``async with`` may be.
         holdings, limit = self._holdings, self._limit(timeout)
         closed: Outcome[None] = Outcome()
 
@@ -481,8 +484,8 @@ class CheckpointService:
         Args:
             state: what to write.
             location: from ``locate``.
-            writer: what writes it; ``None`` takes our own.
-            share_unpicklable: pass what pickle refuses by reference, for writers that do not pickle.
+            writer: writes the state; ``None`` uses our own writer.
+            share_unpicklable: pass objects that pickle refuses by reference, for writers that do not pickle.
             tell: raise an earlier failure; else the next call does.
         """
         return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
@@ -521,41 +524,41 @@ class CheckpointService:
         return handle, writer
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
-        """Like ``remove``, with any writer; ``None`` takes our own."""
+        """Like ``remove``, with any writer; ``None`` uses our own."""
         return self._intake.remove(location, writer)
 
     def submit_link(self, location: Location, target: Location) -> Handle:
-        """Have *location*, on a local disk, lead to *target* once the newest save of that is durable.
+        """Make *location*, on a local disk, a link to *target* once the newest save of *target* is durable.
 
         Args:
-            location: the second name, from ``locate(…, follow=False)``.
+            location: the link, from ``locate(…, follow=False)``.
             target: the checkpoint.
         """
         return self._intake.link(location, target)
 
     def turn(self, location: Location) -> AbstractContextManager[Location]:
-        """Hold *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
+        """Reserve *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
 
         Args:
-            location: from ``locate``; what a link leads to is held as well.
+            location: from ``locate``; the target of a link is reserved as well.
 
         Returns:
-            A context in which the location holds still; it gives what links lead to then.
+            A context in which the location does not change; it yields the location with its links resolved.
 
         Raises:
-            FlushTimeoutError: the earlier ones took longer than ``flush_timeout``.
-            RuntimeError: this is a signal handler, and one of them comes after the call that it interrupted.
-            Exception: an earlier request failed and nobody has been told yet; one that we waited for counts.
+            FlushTimeoutError: earlier operations did not end within ``flush_timeout``.
+            RuntimeError: this is a signal handler, and an earlier operation comes after the call that it interrupted.
+            Exception: an earlier request failed, and this is the first call that can report it.
         """
         return self._intake.turn(location)
 
     @property
     def failures(self) -> Failures:
-        """What failed and has not been told yet."""
+        """The failures that have not been reported yet."""
         return self._holdings.account.failures
 
     def workers(self) -> Workers:
-        """Return the service's threads for what blocks."""
+        """Return the service's worker threads, for blocking calls."""
         holdings = self._holdings
         holdings.running()
         return holdings.workers

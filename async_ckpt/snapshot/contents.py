@@ -36,7 +36,7 @@ class Whole(NamedTuple):
 
 
 class Nothing(NamedTuple):
-    """Bulk data alone; what it means, whoever asked for it knows."""
+    """Bulk data without a pickle; only the caller knows its meaning."""
 
 
 class Objects(NamedTuple):

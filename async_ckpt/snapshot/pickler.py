@@ -101,7 +101,7 @@ class ObjectPickler(ExtractingPickler):
 
     Args:
         file: where to.
-        shared: objects to pass on by reference, whatever they are.
+        shared: objects to pass by reference, of any type.
     """
 
     def __init__(self, file: BinaryIO, shared: Iterable[Any] = ()) -> None:

@@ -213,7 +213,7 @@ def check_grace(seconds: object) -> float:
     if not _is_finite(seconds) or seconds < 0:
         raise OptionError(
             f"abandon_grace_seconds={seconds!r}: must be a finite number of seconds, at least zero; "
-            "zero leaves at once what has not ended"
+            "zero leaves unfinished work behind at once"
         )
     return seconds
 

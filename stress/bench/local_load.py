@@ -55,7 +55,7 @@ def report(samples: dict[str, list[Sample]]) -> str:
             f"{median(run['cold_seconds'] for run in runs):.2f}",
             f"{median(run['warm_seconds'] for run in runs):.2f}",
             f"{median(run['warm_cpu_seconds'] for run in runs):.2f}",
-            f"{median(run['extra_bytes'] - run['nbytes'] for run in runs) / MIB:.0f}",
+            str(round(median(run["extra_bytes"] - run["nbytes"] for run in runs) / MIB)),
         ]
         for name, runs in samples.items()
     ]

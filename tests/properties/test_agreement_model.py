@@ -98,8 +98,9 @@ class Programs(RuleBasedStateMachine):
         self.is_storage_gone = False
         self.do_stopped_commits_land = False
 
-    @initialize(world=st.sampled_from([2, 3, 2, 3, 4, 1]))
-    def set_up(self, world: int) -> None:
+    @initialize(world=st.sampled_from([2, 3, 2, 3, 4, 1]), land=st.booleans())
+    def set_up(self, world: int, land: bool) -> None:
+        self.do_stopped_commits_land = land
         self.processes = [Process(rank) for rank in range(world)]
 
     # -- the program
@@ -135,10 +136,15 @@ class Programs(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject) -> None:
         """The service of a rank cancels a save."""
         process = self._one(data, self._alive())
-        save = self._one(data, self.saves)
-        member = save.members.get(process.rank)
-        if member is None or member.step is Step.ENDED:
+        active = [
+            save
+            for save in self.saves
+            if process.rank in save.members and save.members[process.rank].step is not Step.ENDED
+        ]
+        if not active:
             return
+        save = self._one(data, active)
+        member = save.members[process.rank]
         save.gave_up.add(process.rank)
         stopped = self._stop(save, process)
         self._carry_out(save, process, member.give_up("cancelled"))
@@ -172,6 +178,17 @@ class Programs(RuleBasedStateMachine):
         for _ in range(steps):
             if not self._small_step() and goes_on:
                 self.begin_everywhere()
+
+    @rule(phase=st.sampled_from([Phase.WRITING, Phase.CLAIMING, Phase.COMMITTING, Phase.DECIDED]))
+    def progress_to(self, phase: Phase) -> None:
+        """All goes well until a save has come to *phase*, which may be over with the next message."""
+        known = {save.number for save in self.saves if save.coordinator and save.coordinator.phase is phase}
+        while self._small_step():
+            if any(
+                save.coordinator and save.coordinator.phase is phase and save.number not in known
+                for save in self.saves
+            ):
+                return
 
     @precondition(lambda self: self._busy())
     @rule(data=st.data(), ok=st.booleans(), lands=st.booleans())
@@ -279,16 +296,16 @@ class Programs(RuleBasedStateMachine):
 
     def _small_step(self) -> bool:
         """Have the next thing happen that is due, in the order of ranks; return whether there was any."""
-        for save in self.saves:
-            for rank in sorted(save.claiming):
-                if self.processes[rank].is_alive:
-                    self._answer_claim(save, self.processes[rank], is_lost=False)
-                    return True
         for process in self._alive():
             if self._has_news(process):
                 self._hear(process)
                 self._tick(process)
                 return True
+        for save in self.saves:
+            for rank in sorted(save.claiming):
+                if self.processes[rank].is_alive:
+                    self._answer_claim(save, self.processes[rank], is_lost=False)
+                    return True
         for save, process in self._busy():
             self._finish(save, process, ok=True, lands=True)
             self._tick(process)
@@ -302,7 +319,7 @@ class Programs(RuleBasedStateMachine):
             return any(self.up.values())
         return any(
             process.rank in save.members
-            and process.rank not in save.ends
+            and save.members[process.rank].step is not Step.ENDED
             and (save.read.get(process.rank, 0) < len(save.down) or save.end is not None)
             for save in self.saves
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -264,6 +265,42 @@ def change(sharded: Path, act: Callable[[Any], None]) -> None:
     (info,) = [info for index, info in metadata.storage_data.items() if index.fqn == "large"]
     act(info)
     (sharded / ".metadata").write_bytes(write_manifest(metadata))
+
+
+class Rows(dcp.DefaultLoadPlanner):
+    """A planner that wants some rows of each tensor, as a rank does."""
+
+    def create_local_plan(self) -> Any:
+        """Return the usual plan, cut."""
+        plan = super().create_local_plan()
+        offsets, lengths = torch.Size((100, 0)), torch.Size((200, 300))
+        cut = {"storage_offsets": offsets, "dest_offsets": offsets, "lengths": lengths}
+        return dataclasses.replace(plan, items=[dataclasses.replace(item, **cut) for item in plan.items])
+
+
+@pytest.mark.parametrize("kind", ["parameter", "turned", "longer"])
+def test_rows_of_an_item_that_is_laid_out_otherwise(tmp_path: Path, kind: str) -> None:
+    """Its rows are right, though those of all others of its kind begin elsewhere in the item."""
+    names = [f"w{number}" for number in range(4)]
+    dcp.save({name: numbers(500, 300) for name in names}, checkpoint_id=tmp_path)
+    odd = {
+        "parameter": torch.nn.Parameter(numbers(500, 300)),
+        "turned": numbers(500, 300).t().contiguous().t(),
+        "longer": numbers(700, 300)[100:600] - 30_000,
+    }[kind]
+    stream = io.BytesIO()
+    torch.save(odd, stream)
+    metadata = FileSystemReader(tmp_path).read_metadata()
+    (info,) = [info for index, info in metadata.storage_data.items() if index.fqn == "w2"]
+    info.relative_path, info.offset, info.length = "odd.distcp", 0, len(stream.getvalue())
+    (tmp_path / "odd.distcp").write_bytes(stream.getvalue())
+    (tmp_path / ".metadata").write_bytes(write_manifest(metadata))
+    state = {name: torch.zeros(500, 300) for name in names}
+    async_ckpt.load_sharded(state, tmp_path, planner=Rows())
+    for value in state.values():
+        assert torch.equal(value[100:300], numbers(500, 300)[100:300])
+        assert not value[:100].any()
+        assert not value[300:].any()
 
 
 @pytest.mark.parametrize(

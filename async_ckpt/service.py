@@ -292,13 +292,7 @@ class CheckpointService:
         from async_ckpt.sharded.load import Loading  # and with it torch.distributed
 
         location = locate(url, storage_options=self._options.storage_options, follow=False)
-        holdings = self._holdings
-        loading = Loading(
-            store=holdings.store(location),
-            runtime=holdings.running(),
-            loads=holdings.loads,
-            at_a_time=self._options.max_concurrent_parts,
-        )
+        loading = Loading.of(self._holdings, location)
 
         def read(here: Location) -> None:
             loading.load(state, here, strict=strict, weights_only=weights_only, planner=planner)

@@ -31,8 +31,11 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
 )
 
-from async_ckpt.dcp.functions import async_save, close, configure, save
+from async_ckpt.dcp.functions import async_save, close, configure, load, save
 from async_ckpt.dcp.future import SaveFuture
+from async_ckpt.dcp.stager import Stager
+from async_ckpt.dcp.storage_reader import StorageReader
+from async_ckpt.dcp.storage_writer import StorageWriter
 
 __all__ = [
     "BytesStorageMetadata",
@@ -49,11 +52,15 @@ __all__ = [
     "SaveFuture",
     "SavePlan",
     "SavePlanner",
+    "Stager",
+    "StorageReader",
+    "StorageWriter",
     "TensorStorageMetadata",
     "WriteItem",
     "async_save",
     "close",
     "configure",
+    "load",
     "save",
     "state_dict",
 ]

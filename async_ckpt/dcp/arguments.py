@@ -12,11 +12,12 @@ from typing import Any
 
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner
 
 from async_ckpt.errors import OptionError
 from async_ckpt.stores import Given
 
-__all__ = ["THREAD", "check_save", "place"]
+__all__ = ["THREAD", "check_collectives", "check_load", "check_save", "place"]
 
 THREAD: Any = getattr(getattr(state_dict_saver, "AsyncCheckpointerType", None), "THREAD", None)
 """How torch's ``async_save`` writes, unless told otherwise; ``None`` before torch 2.6, which knows one way only."""
@@ -26,7 +27,7 @@ _USUAL = {"flatten_state_dict": True, "flatten_sharded_tensors": True, "dedup_sa
 
 
 def place(checkpoint_id: Any) -> Given:
-    """Return where the checkpoint is.
+    """Return where a checkpoint is.
 
     Raises:
         OptionError: *checkpoint_id* says nothing.
@@ -62,12 +63,7 @@ def check_save(
             "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
         )
     _check_planner(planner)
-    if not use_collectives:
-        raise OptionError(
-            "use_collectives=False has each rank write a checkpoint of its own into one directory, which only torch "
-            "reads. No collective is called here in any case: leave it out. For a checkpoint of each rank's own, "
-            "give no_dist=True and a checkpoint_id of its own"
-        )
+    check_collectives(use_collectives)
     if kind is not THREAD:
         raise OptionError(
             f"async_checkpointer_type={kind!r}: no second process is started here. Leave it out: what is written "
@@ -77,6 +73,35 @@ def check_save(
         raise OptionError(
             f"async_stager=<{_kind(stager)}>: it is not used here, as async_save takes a picture of the state by "
             "itself, in memory that is kept from save to save. Leave it out"
+        )
+
+
+def check_load(*, storage_reader: object, planner: object) -> None:
+    """Refuse what a load cannot honour; the arguments are those of ``load``.
+
+    Raises:
+        OptionError: something would be passed over; the message says what to do instead.
+    """
+    if storage_reader is not None:
+        raise OptionError(
+            f"storage_reader=<{_kind(storage_reader)}>: it is not used here, as checkpoints are read from storage in "
+            "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
+        )
+    if planner is not None and not isinstance(planner, LoadPlanner):
+        raise OptionError(f"planner=<{_kind(planner)}>: must be a LoadPlanner")
+
+
+def check_collectives(use_collectives: object) -> None:
+    """Refuse what would make one checkpoint a rank.
+
+    Raises:
+        OptionError: *use_collectives* is false.
+    """
+    if not use_collectives:
+        raise OptionError(
+            "use_collectives=False has each rank write a checkpoint of its own into one directory, which only torch "
+            "reads. async_ckpt.dcp.save calls no collective in any case: leave it out. For a checkpoint of each "
+            "rank's own, give no_dist=True and a checkpoint_id of its own"
         )
 
 

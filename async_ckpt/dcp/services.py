@@ -21,7 +21,7 @@ from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.sharded.group import ALONE
 
-__all__ = ["Services"]
+__all__ = ["Services", "shared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +110,7 @@ def _group(process_group: Any, *, no_dist: bool) -> Any:
             "process_group: this process is none of its ranks; call it on those alone, or give no_dist=True"
         )
     return dist.group.WORLD if process_group is None else process_group
+
+
+shared = Services()
+"""Those of the module's functions."""

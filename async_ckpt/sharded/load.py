@@ -17,6 +17,7 @@ from typing import Any
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from async_ckpt.engine.loading import Loads
+from async_ckpt.engine.resources import Holdings
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import IncompleteCheckpointError, StoreError
 from async_ckpt.format.reading.reader import read_skeleton
@@ -51,6 +52,16 @@ class Loading:
     loads: Loads
     at_a_time: int
 
+    @classmethod
+    def of(cls, holdings: Holdings, location: Location) -> Loading:
+        """Return what a load from *location* needs."""
+        return cls(
+            store=holdings.store(location),
+            runtime=holdings.running(),
+            loads=holdings.loads,
+            at_a_time=holdings.options.max_concurrent_parts,
+        )
+
     def load(
         self,
         state: MutableMapping[str, Any],
@@ -65,14 +76,14 @@ class Loading:
         filling = partial(fill, state, url=url, strict=strict, weights_only=weights_only, planner=planner)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                data = self._manifest(location)
+                data = self.manifest(location)
             except IncompleteCheckpointError as error:
                 return self._load_plain(location, filling, error, weights_only=weights_only)
             origin = Directory(parse_manifest(data, url), url)
             try:
-                return filling(origin, self._fetcher(location))
+                return filling(origin, self.fetcher(location))
             except StoreError as error:
-                if attempt == _ATTEMPTS or is_transient(error) or self._manifest(location) == data:
+                if attempt == _ATTEMPTS or is_transient(error) or self.manifest(location) == data:
                     raise
                 _log.info("reading %s again, for it was replaced meanwhile: %s", url, error)
 
@@ -101,7 +112,7 @@ class Loading:
                         location=url,
                         stage="read",
                     )
-                filling(PlainFile(skeleton, url), self._fetcher(location, borrow))
+                filling(PlainFile(skeleton, url), self.fetcher(location, borrow))
         except FileNotFoundError:
             raise otherwise from None
         except StoreError as error:
@@ -109,12 +120,15 @@ class Loading:
                 raise otherwise from None
             raise
 
-    def _manifest(self, location: Location) -> bytes:
+    def manifest(self, location: Location) -> bytes:
+        """Return what is in the ``.metadata`` of a directory."""
         return self.loads.run(self.runtime, partial(fetch_manifest, self.store, location))
 
-    def _fetcher(
+    def fetcher(
         self, location: Location, borrow: Callable[[str], Awaitable[Source]] | None = None
     ) -> Fetcher:
+        """Return what fetches from the files of a directory, or from the one file of *borrow*."""
+
         async def open_source(path: str) -> Source:
             return await self.store.source(location.below(path))
 

@@ -30,12 +30,14 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from async_ckpt.sharded.archive import template
 from async_ckpt.sharded.flatten import Form
 
-__all__ = ["OBJECT_SUFFIX", "GlobalPlan", "LocalPlan", "make_global_plan", "object_name"]
+__all__ = ["OBJECT_SUFFIX", "VERSION", "GlobalPlan", "LocalPlan", "make_global_plan", "object_name"]
 
 OBJECT_SUFFIX = ".distcp"
 """Of the names of the objects that hold the items."""
 
-_VERSION = "1.0.0"  # of torch's format
+VERSION = "1.0.0"
+"""Of torch's format."""
+
 _PICKLED = -1
 
 
@@ -105,7 +107,7 @@ class GlobalPlan:
                 stored[index] = _StorageInfo(name, at, length)
                 at += length
         about = StorageMeta(checkpoint_id=location, save_id=save_id)
-        return replace(self._metadata, storage_data=stored, storage_meta=about, version=_VERSION)
+        return replace(self._metadata, storage_data=stored, storage_meta=about, version=VERSION)
 
 
 def make_global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:

@@ -32,7 +32,7 @@ from async_ckpt.sharded.fetching import Fetcher, Segment, plan_requests
 from async_ckpt.sharded.filling import Wanted
 from async_ckpt.sharded.items import Damaged, load_value
 
-__all__ = ["Origin", "fill"]
+__all__ = ["Origin", "fill", "read_items"]
 
 _log = logging.getLogger("async_ckpt.sharded")
 
@@ -78,6 +78,19 @@ def fill(
             state[key] = loaded
 
 
+def read_items(
+    items: Sequence[ReadItem],
+    origin: Origin,
+    fetcher: Fetcher,
+    *,
+    url: str,
+    weights_only: bool,
+    planner: LoadPlanner,
+) -> None:
+    """Read *items*, and have *planner*, which has been set up, put them where they belong."""
+    _Filling(origin, fetcher, url, weights_only, planner).read(items)
+
+
 def _set_up(
     planner: LoadPlanner | None, taken: dict[str, Any], metadata: Metadata, strict: bool
 ) -> LoadPlanner:
@@ -107,7 +120,10 @@ class _Filling:
 
     def run(self) -> None:
         """Read everything."""
-        items = self._plan()
+        self.read(self._plan())
+
+    def read(self, items: Sequence[ReadItem]) -> None:
+        """Read *items*."""
         values = [item for item in items if item.type is LoadItemType.BYTE_IO]
         tensors = [
             item for item in items if item.type is LoadItemType.TENSOR and torch.Size(item.lengths).numel()

@@ -12,14 +12,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from async_ckpt.format.checksum import crc32, crc32_combine
 from async_ckpt.sharded.archive import Template
-from async_ckpt.snapshot import Snapshot
 from async_ckpt.snapshot.regions import Region
 
-__all__ = ["Item", "Shard", "TensorItem"]
+__all__ = ["Item", "Memory", "Shard", "TensorItem"]
+
+_SUMMED_BYTES = 32 << 20
+"""How much is asked for at a time where only its checksum is wanted: it may have to be fetched from a device."""
 
 _SMALL_BYTES = 16 << 10
 """Pieces up to this length are put together: thousands of them would be thousands of pieces to send."""
@@ -41,17 +43,31 @@ Item: TypeAlias = TensorItem | bytes
 """One item of the object; a value that is pickled is a file already."""
 
 
+class Bytes(Protocol):
+    """Bytes that may be anywhere until they are asked for."""
+
+    def __getitem__(self, which: slice, /) -> memoryview:
+        """Return some of them."""
+
+
+class Memory(Protocol):
+    """What tensors are read from; a snapshot is one."""
+
+    def view(self, index: int) -> Bytes:
+        """Return the bytes of one of its storages."""
+
+
 class Shard:
     """The object by reference; satisfies ``stores.base.Content``.
 
     Args:
         items: in the order of the object.
-        snapshot: where the tensors' bytes are; must stay open as long as this is read.
+        memory: where the tensors' bytes are, such as a snapshot; must stay open as long as this is read.
     """
 
-    def __init__(self, items: Sequence[Item], snapshot: Snapshot | None = None) -> None:
+    def __init__(self, items: Sequence[Item], memory: Memory | None = None) -> None:
         self._items = items
-        self._snapshot = snapshot
+        self._memory = memory
         self._starts: list[int] = []
         self._nbytes = 0
         for item in items:
@@ -116,15 +132,15 @@ class Shard:
             yield _Piece(memoryview(item.template.head(checksum))[start : min(stop, head_nbytes)])
         begin, end = max(start, head_nbytes) - head_nbytes, min(stop, data_stop) - head_nbytes
         if begin < end:
-            yield _Piece(self._data(item)[begin:end], number, begin)
+            yield _Piece(self._data(item, begin, end), number, begin)
         if stop > data_stop:
             tail = memoryview(item.template.tail(checksum()))
             yield _Piece(tail[max(start - data_stop, 0) : stop - data_stop])
 
-    def _data(self, item: TensorItem) -> memoryview:
-        storage, start, nbytes = item.region
-        assert self._snapshot is not None, "tensors come from a snapshot"
-        return self._snapshot.view(storage)[start : start + nbytes]
+    def _data(self, item: TensorItem, begin: int, end: int) -> memoryview:
+        storage, start, _ = item.region
+        assert self._memory is not None, "tensors come from somewhere"
+        return self._memory.view(storage)[start + begin : start + end]
 
     def _checksum(self, number: int, item: TensorItem) -> int:
         """Return the CRC-32 of a tensor's bytes, from what was summed up already as far as that goes."""
@@ -133,7 +149,9 @@ class Shard:
             for begin, end, checksum in sorted(self._sums.get(number, ())):
                 if begin == at:
                     value, at = crc32_combine(value, checksum, end - begin), end
-        return crc32(self._data(item)[at:], value)
+        for begin in range(at, item.region.nbytes, _SUMMED_BYTES):
+            value = crc32(self._data(item, begin, min(begin + _SUMMED_BYTES, item.region.nbytes)), value)
+        return value
 
 
 class _Piece(NamedTuple):

@@ -10,11 +10,9 @@ What does not belong here: who decides when (`agreement`), how a rank hears of i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import anyio
 
 from async_ckpt.engine.writers import Emit, StreamingWriter
 from async_ckpt.errors import StoreError
@@ -22,9 +20,9 @@ from async_ckpt.events import Event
 from async_ckpt.sharded.agreement import COORDINATOR
 from async_ckpt.sharded.archive import template
 from async_ckpt.sharded.flatten import Flattened, flatten
-from async_ckpt.sharded.leftovers import find_leftovers
+from async_ckpt.sharded.generations import delete_replaced, find_replaced
 from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
-from async_ckpt.sharded.plan import OBJECT_SUFFIX, object_name
+from async_ckpt.sharded.plan import object_name
 from async_ckpt.sharded.plans import Plans, Structure
 from async_ckpt.sharded.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Capture, Snapshot
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["ShardedWriter"]
 
 logger = logging.getLogger(__name__)
-
-_DELETIONS_AT_A_TIME = 16
 
 
 class ShardedWriter:
@@ -201,21 +197,8 @@ class _Save:
         sizes = [readies[rank].sizes for rank in ranks]
         self.metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
         manifest = await writer._workers.run(write_manifest, self.metadata)
-        self._replaced = await self._named()
+        self._replaced = await find_replaced(writer._store, self._location, writer._workers)
         await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
-
-    async def _named(self) -> frozenset[str]:
-        """Return the objects of the checkpoint that is there."""
-        try:
-            found = await read_manifest(self._writer._store, self._location, self._writer._workers)
-        except FileNotFoundError:
-            return frozenset()
-        except StoreError as error:
-            logger.warning("what %r held before stays there: %s", self._location.url, error)
-            return frozenset()
-        names = {str(stored.relative_path) for stored in found.storage_data.values()}
-        # What a file says is to be deleted is not to lead elsewhere.
-        return frozenset(name for name in names if name.endswith(OBJECT_SUFFIX) and "/" not in name)
 
     async def look_up(self, save_id: str) -> bool | None:
         """Return whether the checkpoint there is that of this save, ``None`` if that cannot be told."""
@@ -234,30 +217,15 @@ class _Save:
         """Delete what the checkpoint has replaced, and what is nobody's; a failure of that is not one of the save."""
         if self._writer._rendezvous.rank != COORDINATOR:
             return
-        names = set(self._replaced)
-        try:
-            names.update(await self._leftovers())
-        except StoreError as error:
-            logger.warning("%r cannot be looked through for leftovers: %s", self._location.url, error)
-        remaining = iter(sorted(names))
-        async with anyio.create_task_group() as deleting:
-            for _ in range(min(len(names), _DELETIONS_AT_A_TIME)):
-                deleting.start_soon(self._delete, remaining)
-
-    async def _leftovers(self) -> list[str]:
-        rendezvous = self._writer._rendezvous
-        ours = {object_name(rank, self._save_id) for rank in range(rendezvous.world_size)}
-        number, store = self._writer._number, self._writer._store
-        return await find_leftovers(store, self._location, run=rendezvous.run, number=number, kept=ours)
-
-    async def _delete(self, names: Iterator[str]) -> None:
-        for name in names:
-            try:
-                await self._writer._store.delete(self._location.below(name))
-            except StoreError as error:
-                logger.warning(
-                    "%r is of no checkpoint any more, and stays at %r: %s", name, self._location.url, error
-                )
+        rendezvous, number = self._writer._rendezvous, self._writer._number
+        await delete_replaced(
+            self._writer._store,
+            self._location,
+            self._replaced,
+            run=rendezvous.run,
+            number=number,
+            kept={object_name(rank, self._save_id) for rank in range(rendezvous.world_size)},
+        )
 
 
 def _mute(event: type[Event], **values: Any) -> None:

@@ -96,6 +96,10 @@ def in_place_of_torch(state: dict[str, Any], path: Path) -> None:
     future = dcp.async_save(state, checkpoint_id="s3://bucket/step-1", planner=dcp.DefaultSavePlanner())
     assert_type(future.result(timeout=60), dcp.Metadata | None)
     assert_type(future.handle, Handle)
+    dcp.load(state, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(), weights_only=False)
+    dcp.load(state, storage_reader=dcp.StorageReader(path))
+    with CheckpointService() as service:
+        dcp.save(state, storage_writer=dcp.StorageWriter("s3://bucket/step-1", service=service))
     plain: concurrent.futures.Future[dcp.Metadata | None] = future
     plain.add_done_callback(print)
     dcp.configure(queue_depth=2)

@@ -14,7 +14,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
 
 import async_ckpt.dcp as dcp
-from async_ckpt import ShardedSaveError
+from async_ckpt import CheckpointService, ShardedSaveError
+from async_ckpt.stores import open_store
+from async_ckpt.stores.base import Location, Store, Workers
+from async_ckpt.testing import Fault, FaultyStore
 from tests.integration.sharded.states import Training, differences, every_kind, whole
 
 
@@ -164,3 +167,54 @@ def again(folder: Path, url: str) -> Any:
     torch_dcp.load(other, checkpoint_id=f"{url}-2")
     dcp.close()
     return differences(whole(every_kind(2.0)), whole(other))
+
+
+def round_trips(folder: Path, url: str, options: dict[str, Any]) -> Any:
+    """Save by us, by torch, by torch with our writer; load by us, and by torch with our reader; tell what differs."""
+    dcp.configure(storage_options=options)
+    dcp.async_save(every_kind(1.0), checkpoint_id=f"{url}/ours").result(60)
+    torch_dcp.save(every_kind(1.0), storage_writer=dcp.StorageWriter(f"{url}/theirs by ours"))
+    future = torch_dcp.async_save(
+        every_kind(1.0), storage_writer=dcp.StorageWriter(f"{url}/staged"), async_stager=dcp.Stager()
+    )
+    future.result(60)  # type: ignore[union-attr]
+    names = ["ours", "theirs by ours", "staged"]
+    if not options:
+        torch_dcp.save(every_kind(1.0), checkpoint_id=f"{url}/theirs")
+        names.append("theirs")
+    found = {}
+    for name in names:
+        mine, through = every_kind(2.0), every_kind(3.0)
+        dcp.load(mine, checkpoint_id=f"{url}/{name}")
+        torch_dcp.load(through, storage_reader=dcp.StorageReader(f"{url}/{name}"))
+        found[name] = differences(whole(every_kind(1.0)), whole(mine))
+        found[name] += differences(whole(every_kind(1.0)), whole(through))
+        if not options:
+            theirs = every_kind(4.0)
+            torch_dcp.load(theirs, checkpoint_id=f"{url}/{name}")
+            found[name] += differences(whole(every_kind(1.0)), whole(theirs))
+    dcp.close()
+    return found
+
+
+def failing_under_torch(folder: Path, url: str) -> Any:
+    """Have torch save by our writer, where one rank's storage refuses; tell what every rank gets, and what is there."""
+    torch_dcp.save(every_kind(1.0), storage_writer=dcp.StorageWriter(url))
+    fault = Fault(operation="put", calls={1}, error=lambda: PermissionError(13, "no"))
+
+    def make(location: Location, workers: Workers) -> Store:
+        return FaultyStore(open_store(location, workers=workers), [fault] if dist.get_rank() == 1 else [])
+
+    with CheckpointService(store_factory=make) as service:
+        try:
+            torch_dcp.save(every_kind(2.0), storage_writer=dcp.StorageWriter(url, service=service))
+            told = "durable"
+        except torch_dcp.CheckpointException as error:
+            told = ",".join(map(str, error.failures))
+        other = every_kind(3.0)
+        dcp.load(other, checkpoint_id=url)
+        there = differences(whole(every_kind(1.0)), whole(other))
+        torch_dcp.save(every_kind(4.0), storage_writer=dcp.StorageWriter(url, service=service))
+    dcp.load(other, checkpoint_id=url)
+    dcp.close()
+    return {"told": told, "there": there, "next": differences(whole(every_kind(4.0)), whole(other))}

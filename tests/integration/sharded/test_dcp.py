@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from stress.servers.process import Server
 from tests.integration.sharded.launching import all_well, play
+from tests.servers import fresh_bucket
 
 pytestmark = pytest.mark.integration
 
@@ -60,3 +62,25 @@ def test_another_process_group(tmp_path: Path) -> None:
     """Where the program leaves its process group and founds another one, saving goes on in that."""
     ranks = all_well(play("dcp_scenes.again", 2, tmp_path, url=str(tmp_path / "it")))
     assert ranks == [[]] * 2
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_whoever_saves_whoever_loads(tmp_path: Path, world_size: int) -> None:
+    """We, torch, and torch with our ``StorageWriter``, ``StorageReader``, ``Stager`` agree on every directory (S3)."""
+    url = str(tmp_path / "run")
+    for told in all_well(play("dcp_scenes.round_trips", world_size, tmp_path, url=url, options={})):
+        assert told == {"ours": [], "theirs by ours": [], "staged": [], "theirs": []}
+
+
+def test_on_an_object_store(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The same on a real S3 server."""
+    server: Server = request.getfixturevalue("seaweedfs")
+    url, options = f"{server.protocol}://{fresh_bucket(server)}/run", dict(server.storage_options)
+    for told in all_well(play("dcp_scenes.round_trips", 2, tmp_path, url=url, options=options)):
+        assert told == {"ours": [], "theirs by ours": [], "staged": []}
+
+
+def test_storage_refuses_one_rank_under_torch(tmp_path: Path) -> None:
+    """Every rank hears from torch which rank failed; the earlier checkpoint loads, and the next save works (D5)."""
+    for told in all_well(play("dcp_scenes.failing_under_torch", 3, tmp_path, url=str(tmp_path / "it"))):
+        assert told == {"told": "1", "there": [], "next": []}

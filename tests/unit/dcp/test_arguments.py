@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import staging, state_dict_saver
 import async_ckpt.dcp as dcp
 from async_ckpt import OptionError
 
-FUNCTIONS = ["save", "async_save"]
+FUNCTIONS = ["save", "async_save", "load"]
 
 
 def parameters(function: Any) -> dict[str, inspect.Parameter]:
@@ -34,9 +34,6 @@ def test_every_argument_of_torch_is_known(name: str) -> None:
 def test_every_name_of_torch_is_known() -> None:
     """What a program gets from ``torch.distributed.checkpoint``, it gets here; but for what is of another kind."""
     elsewhere = {
-        "StorageReader",
-        "StorageWriter",
-        "load",
         "HuggingFaceStorageReader",
         "HuggingFaceStorageWriter",
         "QuantizedHuggingFaceStorageReader",
@@ -88,6 +85,15 @@ def test_a_foreign_storage_writer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"FileSystemWriter.*as checkpoint_id"):
         dcp.save({"step": 1}, storage_writer=writer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_storage_reader_is_refused(tmp_path: Path) -> None:
+    """The error says what to give in its place."""
+    dcp.save({"step": 1}, checkpoint_id=tmp_path / "it")
+    dcp.close()
+    reader = torch_dcp.FileSystemReader(tmp_path / "it")
+    with pytest.raises(OptionError, match=r"FileSystemReader.*as checkpoint_id"):
+        dcp.load({"step": 0}, storage_reader=reader)
 
 
 @pytest.mark.skipif(not hasattr(state_dict_saver, "AsyncCheckpointerType"), reason="torch has one kind only")

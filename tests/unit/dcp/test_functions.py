@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 
 import async_ckpt.dcp as dcp
-from async_ckpt import ShardedSaveError
+from async_ckpt import CheckpointService, OptionError, ShardedSaveError
 from async_ckpt.events import Event, Staged
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as torch's own load says
@@ -161,3 +162,60 @@ def test_configure_applies_to_later_saves(tmp_path: Path) -> None:
     seen = len(events)
     dcp.save({"step": 1}, checkpoint_id=tmp_path / "it")
     assert len(events) == seen
+
+
+def test_load_fills_in_place(tmp_path: Path) -> None:
+    """What torch has saved, and what we have, is read into the state's own memory; after the pending save (O2)."""
+    torch_dcp.save({"weight": torch.arange(9.0), "step": 4}, checkpoint_id=tmp_path / "theirs")
+    dcp.async_save({"weight": torch.arange(9.0), "step": 4}, checkpoint_id=tmp_path / "ours")
+    for name in ("theirs", "ours"):
+        weight = torch.zeros(9)
+        state = {"weight": weight, "step": 0}
+        dcp.load(state, checkpoint_id=tmp_path / name)
+        assert state["weight"] is weight
+        assert torch.equal(weight, torch.arange(9.0))
+        assert state["step"] == 4
+
+
+def test_load_takes_any_planner(tmp_path: Path) -> None:
+    """Such as one that leaves what is not there as it is."""
+    dcp.save({"weight": torch.arange(9.0)}, checkpoint_id=tmp_path / "it")
+    state = {"weight": torch.zeros(9), "new": torch.ones(2)}
+    with pytest.raises(KeyError, match="new"):
+        dcp.load(state, checkpoint_id=tmp_path / "it")
+    dcp.load(state, checkpoint_id=tmp_path / "it", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    assert torch.equal(state["weight"], torch.arange(9.0))
+    assert torch.equal(state["new"], torch.ones(2))
+
+
+class Custom:
+    """A class of the program's own."""
+
+
+def test_load_runs_nothing_unless_told(tmp_path: Path) -> None:
+    """A value of the program's own classes needs ``weights_only=False``, given to ``load`` or to the reader."""
+    dcp.save({"custom": Custom()}, checkpoint_id=tmp_path / "it")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        dcp.load({"custom": None}, checkpoint_id=tmp_path / "it")
+    state: dict[str, Any] = {"custom": None}
+    dcp.load(state, checkpoint_id=tmp_path / "it", weights_only=False)
+    assert isinstance(state["custom"], Custom)
+    state = {"custom": None}
+    dcp.load(state, storage_reader=dcp.StorageReader(tmp_path / "it", weights_only=False))
+    assert isinstance(state["custom"], Custom)
+
+
+def test_our_own_storage_says_where(tmp_path: Path) -> None:
+    """A ``StorageWriter``, ``StorageReader`` or ``Stager`` of ours is honoured by our functions, as is its service."""
+    events: list[Event] = []
+    with CheckpointService(observer=events.append) as service:
+        writer = dcp.StorageWriter(tmp_path / "it", service=service)
+        dcp.async_save({"step": 1}, storage_writer=writer, async_stager=dcp.Stager()).result(60)
+        assert events
+        state = {"step": 0}
+        dcp.load(state, storage_reader=dcp.StorageReader(tmp_path / "it", service=service))
+        with pytest.raises(OptionError, match="of its own"):
+            dcp.save({"step": 1}, storage_writer=writer, no_dist=True)
+    assert state == {"step": 1}
+    dcp.save({"step": 2}, storage_writer=dcp.StorageWriter(tmp_path / "it"), checkpoint_id=tmp_path / "other")
+    assert loaded(tmp_path / "other", {"step": 0}) == {"step": 2}

@@ -1,0 +1,99 @@
+"""What ``torch.distributed.checkpoint.async_save`` copies the state by, for programs that go on calling torch's own.
+
+Guarantees: each copy has memory of its own, so no later one overwrites what is not written yet (S1). torch's
+``DefaultStager``, kept from save to save as its pages advise, does that. What tensors have in common stays so.
+
+What does not belong here: ``async_ckpt.dcp.async_save``, which needs none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.tensor import DTensor
+
+from async_ckpt.errors import UnpicklableStateError
+from async_ckpt.snapshot.regions import as_dense
+
+__all__ = ["Stager"]
+
+
+class Stager(AsyncStager):
+    """Copies a state into host memory before ``async_save`` returns; may be kept from save to save."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: Any, **kwargs: Any) -> Any:
+        """Return a copy of *state_dict* that training does not change.
+
+        Raises:
+            UnpicklableStateError: there is a ``ShardedTensor`` in it, which torch's planners take from its own
+                device only.
+        """
+        copies = _Copies()
+        with torch.no_grad():
+            staged = copies.of(state_dict, "state")
+        if copies.is_under_way:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Do nothing: `stage` returns when it has copied."""
+
+    def close(self) -> None:
+        """Do nothing: the memory is that of what `stage` has returned."""
+
+
+class _Copies:
+    """What was copied in one call."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, torch.Tensor] = {}
+        self._kept: list[Any] = []  # whose identities the keys are
+        self.is_under_way = False
+
+    def of(self, value: Any, where: str) -> Any:
+        """Return a copy of *value*."""
+        if isinstance(value, ShardedTensor):
+            raise UnpicklableStateError(
+                f"cannot stage {where}: a ShardedTensor is refused by torch on any device but its own. "
+                "Save it by async_ckpt.dcp.async_save, which takes it",
+                where=where,
+            )
+        if isinstance(value, DTensor):
+            return DTensor(self._tensor(value.to_local()), value._spec, requires_grad=False)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, Mapping):
+            return {key: self.of(each, f"{where}[{key!r}]") for key, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.of(each, f"{where}[{number}]") for number, each in enumerate(value))
+        return copy.deepcopy(value)
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if hasattr(tensor, "wait"):  # of a collective that may not have ended
+            tensor = tensor.wait()
+        plain = tensor.detach()
+        if type(plain) is not torch.Tensor or plain.layout is not torch.strided:
+            return plain.cpu().clone()
+        key = (
+            plain.untyped_storage()._cdata,
+            plain.dtype,
+            plain.storage_offset(),
+            plain.shape,
+            plain.stride(),
+        )
+        known = self._known.get(key)
+        if known is None:
+            is_far = plain.device.type == "cuda"
+            known = torch.empty_like(as_dense(plain), device="cpu", pin_memory=is_far)
+            known.copy_(plain, non_blocking=is_far)
+            self.is_under_way |= is_far
+            self._known[key] = known
+            self._kept.append(plain)
+        return known

@@ -1,0 +1,130 @@
+"""What ``torch.distributed.checkpoint.load`` reads by, for programs that go on calling torch's own function.
+
+Guarantees: only ranges that are needed are fetched, several at a time; what is fetched as a whole is compared with its
+checksum; nothing that the checkpoint names is run unless that is allowed.
+
+What does not belong here, as torch does it: who reads what, and that the ranks wait for each other by collective
+operations.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.checkpoint import storage
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from async_ckpt.dcp.arguments import place
+from async_ckpt.dcp.services import shared
+from async_ckpt.dcp.storage_writer import StorageWriter
+from async_ckpt.errors import IncompleteCheckpointError
+from async_ckpt.service import CheckpointService
+from async_ckpt.sharded.load import Loading
+from async_ckpt.sharded.manifest import parse_manifest
+from async_ckpt.sharded.origins import Directory
+from async_ckpt.sharded.reader import read_items
+from async_ckpt.stores import Given, locate
+from async_ckpt.stores.base import Location
+
+__all__ = ["StorageReader"]
+
+
+class StorageReader(storage.StorageReader):
+    """Reads from any storage, for torch's own ``load``, with any planner.
+
+    Args:
+        checkpoint_id: of the directory: a local path, any URL that fsspec knows, or a ``UPath``; ``None`` where torch's
+            function is given it.
+        service: whose options hold; ``None`` takes those of ``configure``.
+        weights_only: as for ``torch.load``, of what is no tensor; torch's own reader takes ``False``.
+    """
+
+    def __init__(
+        self,
+        checkpoint_id: Given | None = None,
+        *,
+        service: CheckpointService | None = None,
+        weights_only: bool = True,
+    ) -> None:
+        super().__init__()
+        self.service = service
+        self.weights_only = weights_only
+        self._checkpoint_id = checkpoint_id
+        self._metadata: Metadata | None = None
+
+    @property
+    def checkpoint_id(self) -> Given | None:
+        """Where it reads."""
+        return self._checkpoint_id
+
+    @property
+    def _service(self) -> CheckpointService:
+        return shared.of(None, no_dist=True) if self.service is None else self.service
+
+    def _location(self, options: Mapping[str, Any] | None) -> Location:
+        return locate(place(self._checkpoint_id), storage_options=options, follow=False)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another load."""
+        if checkpoint_id:
+            self._checkpoint_id = checkpoint_id
+        self._metadata = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what the checkpoint says of itself, after its pending saves.
+
+        Raises:
+            IncompleteCheckpointError: there is no complete checkpoint.
+            CorruptCheckpointError: it is damaged.
+            StoreError: it cannot be read.
+        """
+        service = self._service
+        with service.turn(self._location(service.options.storage_options)) as here:
+            if kwargs.get("rank") is not None:  # torch looks for a checkpoint of this rank's own
+                raise IncompleteCheckpointError.at(here.url)
+            metadata = parse_manifest(Loading.of(service._holdings, here).manifest(here), here.url)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = str(uuid.uuid4())
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Learn what is where."""
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Leave it as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Leave them as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what *plan* says, and have *planner* put it where it belongs."""
+        assert self._metadata is not None, "torch sets a reader up before it reads"
+        service = self._service
+        with service.turn(self._location(service.options.storage_options)) as here:
+            read_items(
+                plan.items,
+                Directory(self._metadata, here.url),
+                Loading.of(service._holdings, here).fetcher(here),
+                url=here.url,
+                weights_only=self.weights_only,
+                planner=planner,
+            )
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether it is a place that can be served."""
+        return StorageWriter.validate_checkpoint_id(checkpoint_id)

@@ -1,0 +1,80 @@
+"""What a checkpoint replaces in its directory, and what is left there by saves that failed.
+
+Guarantees: nothing is deleted before the new checkpoint is durable, and no failure to delete is one of the save (D5).
+Only objects of this directory are, whatever a ``.metadata`` says.
+
+What does not belong here: which leftovers are nobody's (`leftovers`), when to delete (`writer`, `objects`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+
+import anyio
+
+from async_ckpt.errors import StoreError
+from async_ckpt.sharded.leftovers import find_leftovers
+from async_ckpt.sharded.manifest import read_manifest
+from async_ckpt.sharded.plan import OBJECT_SUFFIX
+from async_ckpt.stores.base import Location, Store, Workers
+
+__all__ = ["delete_replaced", "find_replaced"]
+
+logger = logging.getLogger(__name__)
+
+_DELETIONS_AT_A_TIME = 16
+
+
+async def find_replaced(store: Store, location: Location, workers: Workers) -> frozenset[str]:
+    """Return the names of the objects of the checkpoint that is at *location* now."""
+    try:
+        found = await read_manifest(store, location, workers)
+    except FileNotFoundError:
+        return frozenset()
+    except StoreError as error:
+        logger.warning("what %r held before stays there: %s", location.url, error)
+        return frozenset()
+    names = {str(stored.relative_path) for stored in found.storage_data.values()}
+    # What a file says is to be deleted is not to lead elsewhere.
+    return frozenset(name for name in names if name.endswith(OBJECT_SUFFIX) and "/" not in name)
+
+
+async def delete_replaced(
+    store: Store,
+    location: Location,
+    replaced: Collection[str],
+    *,
+    run: str,
+    number: int,
+    kept: Collection[str],
+) -> None:
+    """Delete what the checkpoint at *location* has replaced, and what is nobody's.
+
+    Args:
+        store: which serves the directory.
+        location: of the directory.
+        replaced: from `find_replaced`.
+        run: the word of this run.
+        number: of the save that has written the checkpoint.
+        kept: the objects that it is made of.
+    """
+    names = set(replaced)
+    try:
+        names.update(await find_leftovers(store, location, run=run, number=number, kept=kept))
+    except StoreError as error:
+        logger.warning("%r cannot be looked through for leftovers: %s", location.url, error)
+    remaining = iter(sorted(names - set(kept)))
+
+    async def delete(names: Iterator[str]) -> None:
+        for name in names:
+            try:
+                await store.delete(location.below(name))
+            except StoreError as error:
+                logger.warning(
+                    "%r is of no checkpoint any more, and stays at %r: %s", name, location.url, error
+                )
+
+    async with anyio.create_task_group() as deleting:
+        for _ in range(min(len(names), _DELETIONS_AT_A_TIME)):
+            deleting.start_soon(delete, remaining)

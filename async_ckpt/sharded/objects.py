@@ -1,0 +1,163 @@
+"""Objects of a sharded checkpoint that are written one by one, for a program in which torch decides who writes what.
+
+Guarantees: an object has a name that no other save has, and ``.metadata`` is written last (D5), as far as torch's
+protocol goes. Tensors are read where they are, and only when their bytes are sent; from a device, some at a time.
+
+What does not belong here: torch's protocol (`dcp`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from async_ckpt.engine.writers import Emit, StreamingWriter
+from async_ckpt.errors import UnpicklableStateError
+from async_ckpt.events import Event
+from async_ckpt.sharded.archive import template
+from async_ckpt.sharded.generations import delete_replaced, find_replaced
+from async_ckpt.sharded.manifest import write_manifest
+from async_ckpt.sharded.shard import Item, Shard, TensorItem
+from async_ckpt.snapshot import Capture, Snapshot
+from async_ckpt.snapshot.host_pool import bytes_of
+from async_ckpt.snapshot.regions import Region, as_dense, capture_regions
+from async_ckpt.stores.base import MARKER, Location, Store, Workers
+
+__all__ = ["ManifestWriter", "ObjectWriter", "Value", "make_object"]
+
+Value = bytes | Callable[[], torch.Tensor]
+"""One item: a value that is a file of ``torch.save`` already, or what gives a tensor, each time the same."""
+
+
+def make_object(values: Sequence[tuple[str, Value]]) -> tuple[Shard, list[int]]:
+    """Return an object that consists of *values*, by their names, and the length of each in it.
+
+    Raises:
+        UnpicklableStateError: a tensor is of a kind that is not in the format.
+    """
+    items: list[Item] = []
+    sources: list[Callable[[], torch.Tensor]] = []
+    for name, value in values:
+        if isinstance(value, bytes):
+            items.append(value)
+            continue
+        tensor = _dense(name, value())
+        around = template(tensor.dtype, tensor.shape, tensor.stride())
+        items.append(TensorItem(around, Region(len(sources), 0, tensor.nbytes)))
+        sources.append(lambda name=name, value=value: _dense(name, value()))  # type: ignore[misc]
+    lengths = [len(item) if isinstance(item, bytes) else item.nbytes for item in items]
+    return Shard(items, _Tensors(sources)), lengths
+
+
+class ObjectWriter:
+    """Writes one object; satisfies ``engine.writers.Writer``."""
+
+    group = None
+    only_reads = False  # what it holds is not a snapshot of ours
+
+    def __init__(self, streaming: StreamingWriter, content: Shard) -> None:
+        self._streaming = streaming
+        self._content = content
+
+    def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
+        """Take no picture: who calls holds the tensors still."""
+        return capture_regions([], overhead=0)[0]
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Write it."""
+        await self._streaming.stream(self._content, location, emit)
+        return self._content.nbytes
+
+    async def delete(self, location: Location) -> None:
+        """Delete it."""
+        await self._streaming.delete(location)
+
+
+class ManifestWriter(ObjectWriter):
+    """Makes a directory a checkpoint, and then deletes what it has replaced.
+
+    Args:
+        streaming: sends objects.
+        metadata: of the checkpoint.
+        store: where to.
+        workers: for what blocks.
+        run: the word of this process.
+        number: of the save.
+    """
+
+    def __init__(
+        self,
+        streaming: StreamingWriter,
+        metadata: Metadata,
+        *,
+        store: Store,
+        workers: Workers,
+        run: str,
+        number: int,
+    ) -> None:
+        super().__init__(streaming, Shard([write_manifest(metadata)]))
+        self._kept = {stored.relative_path for stored in (metadata.storage_data or {}).values()}
+        self._store = store
+        self._workers = workers
+        self._run = run
+        self._number = number
+
+    async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
+        """Write the ``.metadata`` of the directory *location*."""
+        replaced = await find_replaced(self._store, location, self._workers)
+        await self._streaming.stream(self._content, location.below(MARKER), _mute)
+        await delete_replaced(
+            self._store, location, replaced, run=self._run, number=self._number, kept=self._kept
+        )
+        return self._content.nbytes
+
+
+class _Tensors:
+    """Satisfies ``shard.Memory``."""
+
+    def __init__(self, sources: Sequence[Callable[[], torch.Tensor]]) -> None:
+        self._sources = sources
+
+    def view(self, index: int) -> _TensorBytes:
+        return _TensorBytes(self._sources[index]())
+
+
+class _TensorBytes:
+    """The bytes of a dense tensor, fetched when they are asked for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, which: slice, /) -> memoryview:
+        tensor = self._tensor
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        found = bytes_of(tensor.untyped_storage())[start : start + tensor.nbytes][which].cpu()
+        if found.nbytes == 0:
+            return memoryview(b"")
+        memory = (ctypes.c_ubyte * found.nbytes).from_address(found.data_ptr())
+        memory.owner = found  # type: ignore[attr-defined]  # which lives as long as what refers to its bytes
+        return memoryview(memory).cast("B")
+
+
+def _dense(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach()
+    if (
+        type(plain) is not torch.Tensor
+        or plain.layout is not torch.strided
+        or plain.is_quantized
+        or plain.is_meta
+    ):
+        raise UnpicklableStateError(
+            f"cannot save {name}: a {type(plain).__name__} of layout {plain.layout} on {plain.device} is not in the "
+            "format of sharded checkpoints; save what it is made of, each as a dense tensor",
+            where=name,
+        )
+    return as_dense(plain)
+
+
+def _mute(event: type[Event], **values: Any) -> None:
+    """Tell nobody: the stages of a save are those of its object."""

@@ -172,10 +172,12 @@ class Programs(RuleBasedStateMachine):
             self._hear(process)
         self._tick(process)
 
-    @rule(steps=st.integers(1, 24), goes_on=st.booleans())
-    def progress(self, steps: int, goes_on: bool) -> None:
+    @rule(steps=st.integers(1, 24), goes_on=st.booleans(), claims_first=st.booleans())
+    def progress(self, steps: int, goes_on: bool, claims_first: bool) -> None:
         """All goes well for a number of small steps; *goes_on* to the next save if there is nothing left to do."""
         for _ in range(steps):
+            if claims_first and self._answer_any_claim():
+                continue
             if not self._small_step() and goes_on:
                 self.begin_everywhere()
 
@@ -301,15 +303,20 @@ class Programs(RuleBasedStateMachine):
                 self._hear(process)
                 self._tick(process)
                 return True
+        if self._answer_any_claim():
+            return True
+        for save, process in self._busy():
+            self._finish(save, process, ok=True, lands=True)
+            self._tick(process)
+            return True
+        return False
+
+    def _answer_any_claim(self) -> bool:
         for save in self.saves:
             for rank in sorted(save.claiming):
                 if self.processes[rank].is_alive:
                     self._answer_claim(save, self.processes[rank], is_lost=False)
                     return True
-        for save, process in self._busy():
-            self._finish(save, process, ok=True, lands=True)
-            self._tick(process)
-            return True
         return False
 
     def _has_news(self, process: Process) -> bool:

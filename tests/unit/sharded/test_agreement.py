@@ -1,0 +1,46 @@
+"""The coordinator where two things meet that random programs rarely bring together."""
+
+from __future__ import annotations
+
+from async_ckpt.sharded.agreement import COMMIT, Bounds, Broadcast, Claim, Commit, PlanCache
+from async_ckpt.sharded.coordinator import Coordinator
+from async_ckpt.sharded.messages import Failed, Ready, Verdict, Wrote
+
+
+def claiming() -> Coordinator:
+    """Return a coordinator of two ranks that have written, which has just claimed the decision."""
+    coordinator = Coordinator(1, save_id="run-1", world_size=2, plans=PlanCache(), bounds=Bounds(), now=0.0)
+    for rank in range(2):
+        coordinator.receive(Ready(rank, "s3://a", b"f", b"plan"))
+    coordinator.tick(1.0)
+    coordinator.planned({0: b"", 1: b""})
+    coordinator.receive(Wrote(0))
+    assert coordinator.tick(2.0) == []
+    coordinator.receive(Wrote(1))
+    assert coordinator.tick(3.0) == [Claim(COMMIT)]
+    return coordinator
+
+
+def test_who_comes_second_with_a_claim_does_not_commit() -> None:
+    """Where a rank had given up first, nothing is committed, and all end with its failures (D5, E4)."""
+    coordinator = claiming()
+    assert coordinator.claimed({0: "silent"}) == [Broadcast(Verdict({0: "silent"}))]
+    assert coordinator.committed() == []
+
+
+def test_a_claim_without_an_answer_does_not_commit() -> None:
+    """Where the store does not say who holds the claim, nothing is committed (D5)."""
+    (told,) = claiming().claimed(None)
+    assert isinstance(told, Broadcast)
+    assert isinstance(told.message, Verdict)
+    assert set(told.message.failures) == {0}
+
+
+def test_a_failure_after_the_commit_began_counts_no_more() -> None:
+    """A rank that gives up after the commit began undoes nothing: the commit decides (E4)."""
+    coordinator = claiming()
+    (commit,) = coordinator.claimed(COMMIT)
+    assert isinstance(commit, Commit)
+    coordinator.receive(Failed(1, "cancelled"))
+    assert coordinator.tick(4.0) == []
+    assert coordinator.committed() == [Broadcast(Verdict({}))]

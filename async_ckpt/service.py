@@ -485,13 +485,20 @@ class CheckpointService:
         return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
 
     def submit_sharded(
-        self, state: Mapping[str, Any], location: Location, *, tell: bool = True
+        self,
+        state: Mapping[str, Any],
+        location: Location,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        tell: bool = True,
     ) -> tuple[Handle, ShardedWriter]:
-        """Like ``save_sharded``.
+        """Like ``save_sharded``, with files that others expect to lie beside the checkpoint's own.
 
         Args:
             state: this rank's part.
-            location: of the directory, from ``locate``.
+            location: from ``locate``.
+            extras: values, by name, that get files of their own beside ``.metadata``, and are items of the checkpoint;
+                on the first rank only.
             tell: raise an earlier failure; else the next call does.
 
         Returns:
@@ -512,7 +519,7 @@ class CheckpointService:
         def submit(writer: Writer) -> Handle:
             return intake.save(state, location, writer, share_unpicklable=False, tell=False)
 
-        handle, writer = self._sharded.save(location, intake.holdings, submit)
+        handle, writer = self._sharded.save(location, intake.holdings, submit, extras=extras)
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer

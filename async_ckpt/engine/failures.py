@@ -71,6 +71,10 @@ class Failures:
         """Whether there is anything that nobody has been told of."""
         return not all(failure.is_told for failure in self._untold.copy())
 
+    def untold(self) -> list[Exception]:
+        """Return what nobody has been told of, oldest first; it stays untold."""
+        return [failure.error for failure in self._in_order()]
+
     def add(self, failure: Failure) -> None:
         """Take in a failure that nobody has been told of."""
         self._untold.add(failure)

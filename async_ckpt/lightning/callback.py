@@ -19,6 +19,7 @@ from async_ckpt.lightning.fit_coordinator import FitCoordinator
 from async_ckpt.lightning.overrides import Overrides
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
+from async_ckpt.lightning.sharded import take_over
 from async_ckpt.lightning.strategies import bypass, plugin_of
 from async_ckpt.timeline import Timeline
 
@@ -158,6 +159,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         plugin = plugin_of(trainer) if self._acts_in(trainer) else None
         if plugin is not None:
             plugin.accompany()
+            take_over(trainer.strategy, plugin)
         return plugin
 
     def _acts_in(self, trainer: Any) -> bool:

@@ -20,9 +20,9 @@ from contextvars import ContextVar
 from inspect import isfunction
 from typing import Any
 
-from async_ckpt.lightning.overrides import Overrides
+from async_ckpt.lightning.overrides import Overrides, Replacement
 
-__all__ = ["defer", "is_direct", "replaces"]
+__all__ = ["defer", "is_direct", "is_from_lightning", "replaces"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def defer(trainer: Any, overrides: Overrides) -> list[Any]:
     """
     for owner in (trainer, trainer.strategy):
         method = getattr(type(owner), "save_checkpoint", None)
-        if "save_checkpoint" in vars(owner) or not _is_from_lightning(method):
+        own = vars(owner).get("save_checkpoint")
+        if not (own is None or isinstance(own, Replacement)) or not is_from_lightning(method):
             kind = type(owner).__name__
             logger.info("every save in fit returns when it is durable, as %s overrides save_checkpoint", kind)
             return []
@@ -132,7 +133,7 @@ def _is_deferrable(callback: Any) -> bool:
         if name in _OVERRIDABLE or name.startswith("__"):
             continue
         own = getattr(base, name)
-        is_patched = name in vars(base) and isfunction(own) and not _is_from_lightning(own)
+        is_patched = name in vars(base) and isfunction(own) and not is_from_lightning(own)
         if is_patched or _is_replaced(callback, base, name):
             logger.info(
                 "saves of %s return when they are durable, as it overrides %s of Lightning's %s and may use the file",
@@ -151,7 +152,7 @@ def _is_replaced(callback: Any, base: Any, name: str) -> bool:
     return getattr(type(callback), name) is not own or name in vars(callback)
 
 
-def _is_from_lightning(function: Any) -> bool:
+def is_from_lightning(function: Any) -> bool:
     """Return whether Lightning's code defines *function*; a wrapper copies the name, but not the globals."""
     return _top(str(getattr(function, "__globals__", {}).get("__name__", ""))) in _LIGHTNING_PACKAGES
 

@@ -8,10 +8,11 @@ What does not belong here: the replacements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["Overrides"]
+__all__ = ["Overrides", "Replacement"]
 
 _NOTHING = object()
 
@@ -40,3 +41,27 @@ def _put_back(owner: Any, name: str, value: Any, before: Any) -> None:
         delattr(owner, name)
     else:
         setattr(owner, name, before)
+
+
+class Replacement:
+    """Takes the place of a method of *owner*; a copy of that has the method itself.
+
+    Args:
+        owner: whose it is.
+        name: of the method.
+        method: what is called in its place.
+        by: who has replaced it.
+    """
+
+    def __init__(self, owner: Any, name: str, method: Callable[..., Any], *, by: Any = None) -> None:
+        self._owner = owner
+        self._name = name
+        self._method = method
+        self.by = by
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is in its place."""
+        return self._method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._owner, self._name)

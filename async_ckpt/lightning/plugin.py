@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from async_ckpt.lightning.checked_base import CheckedBase, refuse_unknown_locati
 from async_ckpt.lightning.first_save import notify_companion
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.session import Session
+from async_ckpt.lightning.shared_failures import Told
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
@@ -60,6 +61,9 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             may be used, ``"async"`` as soon as the state may be mutated.
         **options: as for ``CheckpointService``: ``queue_depth``, ``memory_limit``, ``overflow``, …
 
+    Attributes:
+        is_sharded: whether the strategy saves directories, by ``save_sharded`` on every rank.
+
     Raises:
         OptionError: an option is not valid, or not with this base; or the base is no CheckpointIO, or is asynchronous
             itself.
@@ -82,6 +86,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._watch = CheckedBase(base)
 
     def _reset(self) -> None:
+        self.is_sharded = False
         self._session = Session(self._options)
         self._is_accompanied = False
         register(type(self))
@@ -185,6 +190,38 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         location = self._locate(path)
         delete = partial(self._watch.remove, location, partial(remove, *args, **kwargs))
         self._session.remove(location, delegating_writer(location, delete=delete))
+
+    def save_sharded(
+        self, state: Mapping[str, Any], path: Given, *, extras: Mapping[str, Any], told: Told | None
+    ) -> None:
+        """Write this rank's part of a state to a directory, together with all other ranks.
+
+        Args:
+            state: as for ``CheckpointService.save_sharded``.
+            path: the same on every rank.
+            extras: values that get files of their own in the directory, by name; on the first rank only.
+            told: the `known_failures` of the first rank before this save.
+
+        Raises:
+            UnpicklableStateError: the state cannot be written.
+            BackPressureError: there is no room and ``overflow="raise"``.
+            Exception: an *earlier* save failed, on every rank; this one is accepted. If it is not asynchronous, this
+                one may have failed.
+        """
+        self._session.save_sharded(state, self.locate_directory(path), extras, told=told)
+
+    @property
+    def known_failures(self) -> Told | None:
+        """The failures that the next save would raise."""
+        return self._session.known_failures()
+
+    def loading(self, path: Given) -> AbstractContextManager[CheckpointService]:
+        """Return a context with the service, to load a sharded checkpoint from *path*."""
+        return self._session.loading(self.locate_directory(path))
+
+    def make_way(self, path: Given) -> None:
+        """Delete a file or link at *path*, where a directory is to be saved; on the first rank only."""
+        self._session.make_way(self.locate_directory(path))
 
     def teardown(self) -> None:
         """Wait for everything, raise unreported failures, and tear the base down; the plugin may be used again.
@@ -343,7 +380,11 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
                 raise FileNotFoundError(f"Checkpoint file not found: {location.url}") from error
 
     def _remove(self, path: Given) -> None:
-        self._session.remove(self._locate(path), None)
+        self._session.remove(self._locate(path), None, is_sharded=self.is_sharded)
+
+    def locate_directory(self, path: Given) -> Location:
+        """Return the location of a sharded checkpoint at *path*; no base has a say in it."""
+        return locate(path, storage_options=self._options.get("storage_options"), follow=False)
 
     def _locate(self, path: Given) -> Location:
         """Return the location of the name itself: if it is a link, Lightning replaces it by a file."""

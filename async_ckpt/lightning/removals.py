@@ -48,9 +48,10 @@ class Removals:
         self._is_awaited = is_awaited
         self._before_replacing = before_replacing
         self._held: dict[str, tuple[str, Callable[[], None]]] = {}
-        self._remove, self._save = plugin.remove_checkpoint, plugin.save_checkpoint
+        self._remove = plugin.remove_checkpoint
         overrides.replace(plugin, "remove_checkpoint", self._remove_later)
-        overrides.replace(plugin, "save_checkpoint", self._remove_and_save)
+        for name in ("save_checkpoint", "save_sharded"):
+            overrides.replace(plugin, name, partial(self._remove_and_save, getattr(plugin, name)))
 
     def release(self, *, everything: bool = False) -> None:
         """Request the removals that need not wait any longer: all of them, even if requesting one raises an error."""
@@ -113,12 +114,12 @@ class Removals:
             finally:
                 del failure  # else it would keep its own frames
 
-    def _remove_and_save(self, *args: Any, **kwargs: Any) -> None:
+    def _remove_and_save(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         paths = [each for each in (*args, *kwargs.values()) if is_given(each)]
 
         def remove_and_save() -> None:
             for path in paths:
                 self.release_path(path)
-            self._save(*args, **kwargs)
+            save(*args, **kwargs)
 
         self.before_replacing(str(paths[0]) if paths else "", remove_and_save)

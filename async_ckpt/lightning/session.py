@@ -25,6 +25,7 @@ from async_ckpt.lightning.dircache import forget_changed
 from async_ckpt.lightning.flushing import give_up, wait_with_progress
 from async_ckpt.lightning.group_pending import pending_of_group
 from async_ckpt.lightning.pending_files import PendingFiles
+from async_ckpt.lightning.shared_failures import SharedFailures, Told
 from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate_local
@@ -86,6 +87,7 @@ class Session:
         synchronous: whether saves and removals return only once they have ended, and leave no thread.
         is_direct: returns whether the current save returns only once it is durable, though a run goes on.
         has_ended: whether the last ``end`` was completed.
+        shared_failures: of the saves that all ranks make together.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -102,6 +104,7 @@ class Session:
         self._pid = process_id()
         self._relay.reset()
         self._pending_files = PendingFiles()
+        self.shared_failures = SharedFailures()
         self._under_way: set[object] = set()
         self._is_late = False
 
@@ -163,16 +166,68 @@ class Session:
             if not given_up and not requeue:
                 service.failures.raise_unless_in_flight(but=handle)
 
-    def remove(self, location: Location, make_writer: MakeWriter | None) -> None:
-        """Delete the checkpoint; wait for it if no later call would."""
+    def save_sharded(
+        self, state: Mapping[str, Any], location: Location, extras: Mapping[str, Any], *, told: Told | None
+    ) -> None:
+        """Write this rank's part of *state*; wait for the verdict if no later call would.
+
+        Args:
+            state: this rank's part.
+            location: of the directory.
+            extras: see ``CheckpointService.submit_sharded``.
+            told: the `known_failures` of the first rank before this save; ``None`` for none.
+        """
+        requeue = _REQUEUE.fullmatch(location.url) is not None
+        frees = requeue or self._is_synchronous(location)
+        waits = frees or self.is_direct()
+        with self._freeing_after(frees=frees):
+            service = self.service
+            self._remember_address(location)
+            self._is_late = False
+            handle, _ = service.submit_sharded(state, location, extras=extras, tell=False)
+            # Not announced to other ranks: each has a request of its own, with the same outcome.
+            self._pending_files.add(location, handle, exists=True)
+            self.shared_failures.add(handle)
+            given_up = waits and not self._wait_for_one(service, handle)
+            if not given_up and not requeue and told:
+                for earlier in self.shared_failures.up_to(told):
+                    self._wait(service, earlier)
+                service.failures.raise_unless_in_flight(but=handle)
+                if service.options.on_error == "raise":
+                    self.shared_failures.raise_others(told)
+
+    def known_failures(self) -> Told | None:
+        """Return which failures this rank, the first one, will raise at its next save."""
+        untold = self.service.failures.untold()
+        return self.shared_failures.known("; ".join(f"{type(each).__name__}: {each}" for each in untold))
+
+    def make_way(self, location: Location) -> None:
+        """Delete a file or link where a directory is to be saved; on the first rank, before its save."""
+        if not is_local(location) or not (os.path.islink(location.path) or os.path.isfile(location.path)):
+            return
+        if (
+            not self.service.failures
+        ):  # else it would be dropped (D3), and the call would raise on this rank alone
+            self.service.submit_removal(location)
+
+    def remove(self, location: Location, make_writer: MakeWriter | None, *, is_sharded: bool = False) -> None:
+        """Delete the checkpoint; wait for it if no later call would.
+
+        Args:
+            location: of the checkpoint.
+            make_writer: makes the writer that deletes it.
+            is_sharded: whether a directory is a checkpoint of ours.
+        """
         waits = self._is_synchronous(location)
         with self._freeing_after(frees=waits):
             service = self.service
             writer = None if make_writer is None else make_writer(service)
             self._remember_address(location)
             handle = self._request(location, partial(service.submit_removal, location, writer), exists=False)
-            # A directory is not a checkpoint of ours. The caller may be about to replace it by a file.
-            foreign = writer is None and is_local(location) and os.path.isdir(location.path)
+            # Another directory is not a checkpoint of ours. The caller may be about to replace it by a file.
+            foreign = (
+                not is_sharded and writer is None and is_local(location) and os.path.isdir(location.path)
+            )
             if foreign or waits:
                 # Another request's failure may have dropped it; the log says so.
                 with suppress(NotDurableError):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from async_ckpt.lightning.overrides import Replacement
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
 
-__all__ = ["bypass", "plugin_of"]
+__all__ = ["bypass", "is_sharded", "kind_of", "plugin_of"]
 
 
 def plugin_of(trainer: Any) -> AsyncCheckpointIO | None:
@@ -24,18 +25,32 @@ def plugin_of(trainer: Any) -> AsyncCheckpointIO | None:
     return None
 
 
+def kind_of(strategy: Any) -> str | None:
+    """Return which of Lightning's strategies that write checkpoints themselves *strategy* derives from."""
+    kinds = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+    return next((cls.__name__ for cls in type(strategy).__mro__ if cls.__name__ in kinds), None)
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Return whether every rank of *strategy* writes a share of each checkpoint, in the format of torch's DCP."""
+    kind = kind_of(strategy)
+    if kind == "FSDPStrategy":
+        return getattr(strategy, "_state_dict_type", None) == "sharded"
+    return kind == "ModelParallelStrategy" and bool(getattr(strategy, "_save_distributed_checkpoint", False))
+
+
 def bypass(strategy: Any) -> str | None:
-    """Return advice if *strategy* writes its checkpoints past any CheckpointIO; otherwise ``None``."""
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    if "DeepSpeedStrategy" in names:
-        instead = 'FSDPStrategy(state_dict_type="full") or DDPStrategy()'
-    elif "FSDPStrategy" in names and getattr(strategy, "_state_dict_type", None) == "sharded":
-        instead = 'FSDPStrategy(state_dict_type="full")'
-    elif "ModelParallelStrategy" in names and getattr(strategy, "_save_distributed_checkpoint", False):
-        instead = "ModelParallelStrategy(save_distributed_checkpoint=False)"
+    """Return advice if *strategy* writes its checkpoints past any CheckpointIO, and past us; otherwise ``None``."""
+    kind, name = kind_of(strategy), type(strategy).__name__
+    if kind == "DeepSpeedStrategy":
+        cause = "as DeepSpeed writes a share of each checkpoint from every process"
+        instead = 'FSDPStrategy(state_dict_type="sharded") or DDPStrategy()'
+    elif is_sharded(strategy) and not isinstance(vars(strategy).get("save_checkpoint"), Replacement):
+        cause = 'as it overrides save_checkpoint, or the plugin has overflow="supersede"'
+        instead = f'the save_checkpoint of Lightning\'s {kind}, and overflow="block"'
     else:
         return None
     return (
-        f"{type(strategy).__name__}, as it is set up now, writes a share of each checkpoint from every process, past "
-        f"any CheckpointIO, so AsyncCheckpointIO cannot make it asynchronous. To save one file, use {instead}."
+        f"{name} writes its checkpoints itself, past any CheckpointIO, so AsyncCheckpointIO cannot make them "
+        f"asynchronous: {cause}. Use {instead}."
     )

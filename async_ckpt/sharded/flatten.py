@@ -79,12 +79,13 @@ class Flattened:
     mappings: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
-def flatten(state: Mapping[str, Any]) -> Flattened:
+def flatten(state: Mapping[str, Any], extras: Mapping[str, Any] | None = None) -> Flattened:
     """Take *state* apart.
 
     Args:
         state: nested mappings and lists, as ``torch.distributed.checkpoint.save`` takes them; values with
             ``state_dict`` are asked for it.
+        extras: more values by name, each to be one item, pickled as it is.
 
     Returns:
         Its items; their tensors are the state's own memory, to be captured before it changes.
@@ -115,6 +116,10 @@ def flatten(state: Mapping[str, Any]) -> Flattened:
             else:
                 found.forms.append(Form(name))
                 found.blobs.append(_blob(name, value))
+    for name, value in (extras or {}).items():
+        found.forms.append(Form(name))
+        found.blobs.append(_blob(name, value))
+        found.mappings = {**found.mappings, name: (name,)}
     return found
 
 

@@ -9,7 +9,7 @@ What does not belong here: the agreement itself (`rendezvous`), what is written 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from async_ckpt.engine.resources import Holdings
@@ -43,7 +43,12 @@ class ShardedSaves:
         self._count = 0
 
     def save(
-        self, location: Location, holdings: Holdings, submit: Callable[[ShardedWriter], Handle]
+        self,
+        location: Location,
+        holdings: Holdings,
+        submit: Callable[[ShardedWriter], Handle],
+        *,
+        extras: Mapping[str, Any] | None = None,
     ) -> tuple[Handle, ShardedWriter]:
         """Queue a save.
 
@@ -51,6 +56,7 @@ class ShardedSaves:
             location: a directory.
             holdings: of the service.
             submit: queues what is written by the writer that it is given.
+            extras: values to have files of their own, by name; see `ShardedWriter`.
 
         Returns:
             The handle, and the writer, which the handle's end leaves nothing to do.
@@ -71,6 +77,7 @@ class ShardedSaves:
                 plans=self._plans,
                 number=number,
                 overwrite=holdings.options.overwrite,
+                extras=extras,
             )
             handle = submit(writer)
         except BaseException as error:

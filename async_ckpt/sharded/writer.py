@@ -2,7 +2,8 @@
 
 Guarantees: a rank's object has a name of its own in each save, so an earlier checkpoint at the location stays whole
 until ``.metadata``, written last and by one rank, takes the place of its own (D5). What a save that failed has written
-is deleted, and so is what the new checkpoint has replaced, after it is durable.
+is deleted, and so is what the new checkpoint has replaced, after it is durable. A file that others expect beside
+``.metadata`` is never one checkpoint's beside another's ``.metadata`` (D6).
 
 What does not belong here: who decides when (`agreement`), how a rank hears of it (`rendezvous`), the queue.
 """
@@ -51,6 +52,8 @@ class ShardedWriter:
         plans: what is known from earlier saves.
         number: of the save, the same on all ranks.
         overwrite: whether a checkpoint that is there may be replaced.
+        extras: values, by name, each to be a file of ``torch.save`` beside ``.metadata``; on the first rank. Each is an
+            item of the checkpoint, too, of that name, and exists with it; the file is for those who look for that.
 
     Attributes:
         has_begun: it had its turn.
@@ -70,6 +73,7 @@ class ShardedWriter:
         plans: Plans,
         number: int,
         overwrite: bool,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         self._streaming = streaming
         self._store = store
@@ -78,6 +82,8 @@ class ShardedWriter:
         self._plans = plans
         self._number = number
         self._overwrite = overwrite
+        self._extras = extras
+        self._files: dict[str, bytes] = {}  # of the extras
         self.has_begun = False
         self.metadata: Metadata | None = None
         self._flattened = Flattened()
@@ -85,10 +91,13 @@ class ShardedWriter:
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
         """Take stock of this rank's part of *state*."""
-        flattened = flatten(state)
+        flattened = flatten(state, self._extras)
         overhead = sum(map(len, flattened.blobs))
         captured, self._regions = capture_regions(flattened.tensors, overhead=overhead)
         flattened.tensors = []  # the capture holds their memory, and only until it is staged
+        if self._extras:
+            self._files = dict(zip(self._extras, flattened.blobs[-len(self._extras) :], strict=True))
+            self._extras = None
         self._flattened = flattened
         return captured
 
@@ -146,6 +155,7 @@ class _Save:
         self._emit = emit
         self._object: Location | None = None
         self._replaced: frozenset[str] = frozenset()
+        self._has_files = not writer._files
 
     @property
     def _save_id(self) -> str:
@@ -198,20 +208,38 @@ class _Save:
         self.metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
         manifest = await writer._workers.run(write_manifest, self.metadata)
         self._replaced = await find_replaced(writer._store, self._location, writer._workers)
+        for name in writer._files:  # of the checkpoint before; who misses them refuses it for a moment (D6)
+            await writer._store.delete(self._location.below(name))
         await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
+        await self._put_files()
+
+    async def _put_files(self) -> None:
+        """Write the files beside ``.metadata``. It is durable, and with it what is in them: no failure undoes that."""
+        self._has_files = True
+        for name, content in self._writer._files.items():
+            try:
+                await self._writer._streaming.stream(Shard([content]), self._location.below(name), _mute)
+            except StoreError as error:
+                logger.error(
+                    "%r is complete, but without its file %s, so not for those who need that: %s",
+                    self._location.url,
+                    name,
+                    error,
+                )
 
     async def look_up(self, save_id: str) -> bool | None:
         """Return whether the checkpoint there is that of this save, ``None`` if that cannot be told."""
         try:
-            return (
-                save_id_of(await read_manifest(self._writer._store, self._location, self._writer._workers))
-                == save_id
-            )
+            found = await read_manifest(self._writer._store, self._location, self._writer._workers)
         except FileNotFoundError:
             return False
         except StoreError as error:
             logger.warning("whether %r was saved cannot be told: %s", self._location.url, error)
             return None
+        is_there = save_id_of(found) == save_id
+        if is_there and not self._has_files:  # the answer to the commit was lost
+            await self._put_files()
+        return is_there
 
     async def tidy(self) -> None:
         """Delete what the checkpoint has replaced, and what is nobody's; a failure of that is not one of the save."""

@@ -6,6 +6,7 @@ processors, and their saving. ``scripts/strategies.py`` says what FSDP needed to
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from async_ckpt.lightning.callback import AsyncCheckpointCallback
 from async_ckpt.lightning.plugin import AsyncCheckpointIO
+from async_ckpt.lightning.sharded import take_over
+from async_ckpt.lightning.strategies import bypass
 from tests.support import python
 
 # The runs of one script start several interpreters that import Lightning.
@@ -160,21 +163,17 @@ def test_error_of_a_save_is_raised_by_the_first_process(subprocesses: Launched) 
     assert list((subprocesses.folder / "ddp:broken").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("strategy", "instead"),
-    [
-        ("model_parallel-sharded", "ModelParallelStrategy(save_distributed_checkpoint=False)"),
-        ("fsdp-sharded", 'FSDPStrategy(state_dict_type="full")'),
-    ],
-)
-def test_sharded_checkpoints_bypass_the_plugin(subprocesses: Launched, strategy: str, instead: str) -> None:
-    """Sharded states are written by the strategy, as directories; one warning, on rank 0, says what to use."""
+@pytest.mark.parametrize("strategy", ["model_parallel-sharded", "fsdp-sharded"])
+def test_sharded_checkpoints_are_asynchronous(subprocesses: Launched, strategy: str) -> None:
+    """Each process saves its share, and goes on before the checkpoint is there; nobody is warned of anything."""
     run = f"{strategy}:ours"
-    assert subprocesses.of("saves", run) == []
-    (warning,) = subprocesses.one("fits", run, rank=0)["warnings"]
-    assert instead in warning
-    assert subprocesses.one("fits", run, rank=1)["warnings"] == []
-    assert all((subprocesses.folder / run / name).is_dir() for name in FILES)
+    saves = subprocesses.of("saves", run)
+    names = ["epoch=0-step=4.ckpt", "last.ckpt", "epoch=1-step=8.ckpt", "last.ckpt"]
+    assert sorted(save["name"] for save in saves) == sorted(2 * names)
+    assert [save["waited"] for save in saves if save["name"] == names[0]] == [False, False]
+    for rank in (0, 1):
+        assert subprocesses.one("fits", run, rank=rank)["warnings"] == []
+        assert subprocesses.one("fits", run, rank=rank)["threads"] == []
 
 
 @pytest.mark.parametrize("strategy", ["model_parallel-sharded", "fsdp-sharded"])
@@ -183,7 +182,8 @@ def test_removals_of_sharded_checkpoints_go_through_the_plugin(subprocesses: Lau
     folder = subprocesses.folder / f"{strategy}:ours"
     assert subprocesses.one("fits", f"{strategy}:ours", rank=0)["error"] is None
     assert sorted(path.name for path in folder.iterdir()) == FILES
-    assert {path.name for path in (folder / FILES[0]).iterdir()} >= {".metadata", "meta.pt", "__0_0.distcp"}
+    kept = [path.name for path in (folder / FILES[0]).iterdir()]
+    assert sorted(name.partition(".")[0] for name in kept) == ["", "__0_0", "__1_0", "meta"]
 
 
 # -- the launchers that fork or spawn
@@ -290,11 +290,58 @@ def _fit_twice(trainer: Any, model: Any) -> None:
 
 def test_lightnings_own_deepspeed_strategy_is_known(tree: Any) -> None:
     """What tells of the bypass recognises Lightning's class itself, and what derives from it."""
-    from async_ckpt.lightning.strategies import bypass
-
     real = tree.module("strategies").DeepSpeedStrategy
     for kind in (real, type("Mine", (real,), {})):
         advice = bypass(object.__new__(kind))
         assert advice is not None
         assert kind.__name__ in advice
         assert "DDPStrategy" in advice
+
+
+# -- which strategies' methods are replaced
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_taken_over(tree: Any, name: str) -> None:
+    """Lightning's own are, once, for as long as they are; a copy has Lightning's methods, and no advice is due."""
+    strategy, plugin = _sharded(tree, name), AsyncCheckpointIO()
+    before = dict(vars(strategy))
+    take_over(strategy, plugin)
+    taken = dict(vars(strategy))
+    assert taken.keys() - before.keys() >= {"save_checkpoint", "load_checkpoint"}
+    take_over(strategy, plugin)
+    assert vars(strategy) == taken
+    assert bypass(strategy) is None
+    copied = copy.deepcopy(strategy)
+    assert copied.save_checkpoint.__func__ is type(strategy).save_checkpoint
+    assert copied.save_checkpoint.__self__ is copied
+    other = AsyncCheckpointIO()
+    take_over(strategy, other)
+    assert strategy.save_checkpoint.by is other
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+def test_strategies_that_go_on_to_save_themselves(tree: Any, name: str) -> None:
+    """One with a save_checkpoint of its own does, and any where each rank would decide which save to drop: advice is
+    due. One whose checkpoints are single files is none of these.
+    """
+
+    def save_checkpoint(self: Any, *args: Any) -> None:
+        raise AssertionError("nobody calls it")
+
+    for own, options in (({"save_checkpoint": save_checkpoint}, {}), ({}, {"overflow": "supersede"})):
+        strategy = _sharded(tree, name, **own)
+        before = dict(vars(strategy))
+        take_over(strategy, AsyncCheckpointIO(**options))
+        assert vars(strategy) == before
+        assert f"Lightning's {name}" in (bypass(strategy) or "")
+    full = tree.module("strategies").ModelParallelStrategy(save_distributed_checkpoint=False)
+    take_over(full, AsyncCheckpointIO())
+    assert "save_checkpoint" not in vars(full)
+    assert bypass(full) is None
+
+
+def _sharded(tree: Any, name: str, **own: Any) -> Any:
+    kind = getattr(tree.module("strategies"), name)
+    options = {"state_dict_type": "sharded"} if name == "FSDPStrategy" else {}
+    return type(name, (kind,), own)(**options) if own else kind(**options)

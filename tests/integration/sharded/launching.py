@@ -24,9 +24,16 @@ PATIENCE_SECONDS = 120.0
 _SCENES = "tests.integration.sharded.scenes"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [_SCENES, *(f"{__package__}.{name}" for name in ("dcp_scenes", "load_scenes"))]
-)
+_preloaded = [_SCENES, *(f"{__package__}.{name}" for name in ("dcp_scenes", "load_scenes"))]
+
+
+def preload(module: str) -> None:
+    """Have a module of scenes, in this folder, imported before processes are forked; called as tests are imported."""
+    _preloaded.append(f"{__package__}.{module}")
+    _context.set_forkserver_preload(_preloaded)
+
+
+_context.set_forkserver_preload(_preloaded)
 
 
 @dataclass(slots=True, kw_only=True)

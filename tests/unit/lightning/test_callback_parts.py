@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from async_ckpt import AsyncCheckpointIO
 from async_ckpt.events import Accepted, Durable, Event, Failed
-from async_ckpt.lightning.compat import keep_protocol
+from async_ckpt.lightning.compat import keep_protocol, resumable
 from async_ckpt.lightning.metrics import figures
 from async_ckpt.lightning.model_checkpoint import PendingFileSystem, show_pending_files
 from async_ckpt.lightning.notifications import Notifications
@@ -126,7 +126,7 @@ def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture
             if path in "bc":
                 raise OSError(path)
 
-        save_checkpoint = key_of = staticmethod(str)
+        save_checkpoint = save_sharded = key_of = staticmethod(str)
 
         def will_exist(self, path: str, **options: Any) -> None:
             return None
@@ -243,6 +243,30 @@ def test_protocol_is_kept(protocol: str, listed: str, kept: str) -> None:
     assert keep_protocol(listed, fsspec.filesystem(protocol)) == kept
 
 
+@pytest.mark.parametrize(
+    ("names", "is_seen"),
+    [
+        ([".metadata", "__0_0.distcp", "meta.pt"], True),
+        (["__0_0.distcp"], False),
+        ([], False),
+        (["checkpoint", "zero_to_fp32.py"], True),  # DeepSpeed's
+    ],
+)
+def test_what_can_be_resumed_of_a_directory(tmp_path: Path, names: list[str], is_seen: bool) -> None:
+    """A sharded checkpoint that has no marker is passed over; in object storage its marker stands for one that has."""
+    (tmp_path / "last.ckpt").mkdir()
+    memory = fsspec.filesystem("memory")
+    memory.mkdirs(f"{tmp_path}/last.ckpt")
+    for name in names:
+        (tmp_path / "last.ckpt" / name).touch()
+        memory.touch(f"{tmp_path}/last.ckpt/{name}")
+    path = str(tmp_path / "last.ckpt")
+    assert resumable(path, fsspec.filesystem("file")) == (path if is_seen else None)
+    marker = "/.metadata" if ".metadata" in names else ""
+    assert resumable(path, memory) == (f"memory://{path}{marker}" if is_seen else None)
+    memory.rm(str(tmp_path), recursive=True)
+
+
 class FSDPStrategy:
     """Sharded, by its name."""
 
@@ -268,9 +292,12 @@ class DeepSpeedStrategy:
 @pytest.mark.parametrize(
     ("strategy", "instead"),
     [
-        (FSDPStrategy(), 'FSDPStrategy(state_dict_type="full")'),
-        (ModelParallelStrategy(), "ModelParallelStrategy(save_distributed_checkpoint=False)"),
-        (DeepSpeedStrategy(), 'FSDPStrategy(state_dict_type="full") or DDPStrategy()'),
+        (FSDPStrategy(), 'the save_checkpoint of Lightning\'s FSDPStrategy, and overflow="block"'),
+        (
+            ModelParallelStrategy(),
+            'the save_checkpoint of Lightning\'s ModelParallelStrategy, and overflow="block"',
+        ),
+        (DeepSpeedStrategy(), 'FSDPStrategy(state_dict_type="sharded") or DDPStrategy()'),
     ],
 )
 def test_strategies_that_write_past_any_plugin(strategy: Any, instead: str) -> None:
@@ -278,7 +305,7 @@ def test_strategies_that_write_past_any_plugin(strategy: Any, instead: str) -> N
     advice = bypass(strategy)
     assert advice is not None
     assert advice.startswith(type(strategy).__name__)
-    assert advice.endswith(f"use {instead}.")
+    assert advice.endswith(f"Use {instead}.")
 
 
 def test_strategies_that_write_through_the_plugin() -> None:

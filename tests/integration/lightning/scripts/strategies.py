@@ -38,6 +38,8 @@ COLLECTIVES = [
     or name in ("isend", "irecv", "send", "recv", "new_group", "batch_isend_irecv")
 ]
 
+_IN_BETWEEN = {f"async_ckpt.lightning.{name}" for name in ("deferral", "overrides", "sharded")}
+
 torch.set_num_threads(1)  # OpenMP does not survive a fork, and two processes share few cores
 
 
@@ -47,7 +49,7 @@ torch.set_num_threads(1)  # OpenMP does not survive a fork, and two processes sh
 class Collectives:
     """Counts the calls of torch's collective operations, and those that come from our package.
 
-    A save of Lightning's passes through ``deferral``, which calls what would have been called without it, and no more.
+    A save of Lightning's passes through some modules of ours, which call what would have been called without them.
     """
 
     def __init__(self) -> None:
@@ -69,7 +71,7 @@ class Collectives:
             frame = sys._getframe(1)
             while frame is not None:
                 module = frame.f_globals.get("__name__", "")
-                if module.split(".")[0] == "async_ckpt" and module != "async_ckpt.lightning.deferral":
+                if module.split(".")[0] == "async_ckpt" and module not in _IN_BETWEEN:
                     self.ours.append(f"{name} from {frame.f_code.co_filename}:{frame.f_lineno}")
                     break
                 frame = frame.f_back  # type: ignore[assignment]  # None at the end
@@ -111,6 +113,13 @@ class Watched(AsyncCheckpointIO):
         _append(
             FOLDER / "saves.jsonl", {"run": RUN[0], "name": Path(path).name, "waited": Path(path).exists()}
         )
+        LOOKED[0].open()
+
+    def save_sharded(self, state: Any, path: Any, **options: Any) -> None:
+        """Save this process's share."""
+        super().save_sharded(state, path, **options)
+        waited = Path(path, ".metadata").exists()
+        _append(FOLDER / "saves.jsonl", {"run": RUN[0], "name": Path(path).name, "waited": waited})
         LOOKED[0].open()
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.tensor import DTensor
 
 from async_ckpt.errors import UnpicklableStateError
+from async_ckpt.sharded.flatten import DTensor
 from async_ckpt.snapshot.regions import as_dense
 
 __all__ = ["Stager"]

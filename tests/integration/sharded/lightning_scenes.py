@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch
 import pytorch_lightning
 import torch
@@ -142,6 +143,15 @@ def _sums(strategy: Any, optimizers: list[Any]) -> dict[str, str]:
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16] for name, value in found.items()}
 
 
+def _names(where: str) -> list[str]:
+    """Return the names in a directory on a disk; of a bucket, the first parts of all names below it."""
+    if "://" not in where:
+        return sorted(os.listdir(where)) if os.path.isdir(where) else []
+    file_system, path = fsspec.url_to_fs(where)
+    file_system.invalidate_cache()
+    return sorted(name.removeprefix(f"{path}/").partition("/")[0] for name in file_system.find(path))
+
+
 def _store(
     operation: str, calls: list[int] | None, error: str, after: bool, delay_seconds: float, rank: int | None
 ) -> Callable[[Location, Workers], Store] | None:
@@ -233,7 +243,7 @@ def train(
             told["error"] = "".join(traceback.format_exception(failure))
     told["seconds"] = time.monotonic() - began
     told["warnings"] = [str(each.message) for each in warned if "AsyncCheckpointIO" in str(each.message)]
-    told["files"] = sorted(os.listdir(where)) if os.path.isdir(where) else []
+    told["files"] = _names(where)
     told["began_at"] = model.seen[0] if model.seen else None
     told["pending"] = model.pending
     told["step"] = trainer.global_step

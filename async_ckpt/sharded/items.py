@@ -44,6 +44,10 @@ LONGEST_HEAD_BYTES = 4096
 """What comes before a tensor's bytes is never that long."""
 
 _MAGIC = b"PK\x03\x04"
+_MOST_KNOWN = 1024
+
+_known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[bytes, int]] = {}
+"""What stood before the bytes of the last tensor of a kind, and how much that was."""
 
 
 class Unusual(Exception):
@@ -65,6 +69,18 @@ def where_is_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
     Raises:
         Unusual: it cannot be told from this.
     """
+    kind = dtype, tuple(sizes)
+    known = _known.get(kind)
+    if known is not None and head.startswith(known[0]):  # of a model's many layers, most are alike
+        return known[1]
+    found = _find_data(head, dtype, sizes)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[kind] = head[:found], found
+    return found
+
+
+def _find_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
     try:
         header, pickled = 0, data_start(0, head[: LOCAL_HEADER.size])
         if not _name(head, 0).endswith(b"/data.pkl"):

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # a class of its own before Python 3.11
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -45,7 +46,6 @@ class SaveFuture(Future["Metadata | None"]):
         super().__init__()
         self._handle = handle
         self._calls: deque[Callable[[Any], object]] = deque()
-        self._lock = threading.RLock()
         self._waiter: Waiter | None = None
         self.set_running_or_notify_cancel()
         handle.add_done_callback(lambda ended: self._settle(ended, writer))
@@ -72,39 +72,45 @@ class SaveFuture(Future["Metadata | None"]):
         except FlushTimeoutError as error:
             raise FutureTimeoutError(str(error)) from None
         except Exception as error:
+            super().exception()  # set by now, or in a moment
             return error
-        return super().exception()  # set by now, or on the loop thread in a moment
+        return super().exception()
 
     def add_done_callback(self, fn: Callable[[Future[Metadata | None]], object]) -> None:
         """Call *fn* with this future when the save has ended, on a thread that may be kept waiting, or at once."""
-        with self._lock:
-            if not self.done():
-                self._calls.append(fn)
-                if self._waiter is None:  # who has asked to be told is not to hear it from another call
-                    self._waiter = Waiter(lambda: True)
-                    self._handle._waiters.add(ref(self._waiter))
-                return
-        self._call(fn)
+        if not self.done() and self._waiter is None:
+            # Who has asked to be told is not to hear it from another call.
+            waiter = self._waiter = Waiter(lambda: True)
+            self._handle._waiters.add(ref(waiter))
+        self._calls.append(fn)
+        if self.done():  # whoever takes a call out makes it
+            self._call_all()
 
     def _settle(self, handle: Handle, writer: ShardedWriter) -> None:
-        """Take over how the save ended, on the loop thread; it must not wait for what the program's callbacks do."""
-        error = handle._outcome.exception()
-        with self._lock:
+        """Have it take over how the save ended, on a thread of its own.
+
+        This is the loop thread: it must wait neither for what the program's callbacks do, nor for a lock that a thread
+        may hold which a signal handler has interrupted (L1).
+        """
+
+        def settle() -> None:
+            error = handle._outcome.exception()
             if error is None:
                 self.set_result(writer.metadata)
             else:
                 self.set_exception(error)
-            if not self._calls:
-                return
-        try:
-            threads.start(threading.Thread(target=self._call_all, name="async_ckpt-callbacks"))
-        except RuntimeError:  # the interpreter is ending, and starts none
             self._call_all()
+
+        try:
+            threads.start(threading.Thread(target=settle, name="async_ckpt-future"))
+        except RuntimeError:  # the interpreter is ending, and starts none
+            settle()
 
     def _call_all(self) -> None:
         try:
-            while self._calls:
-                self._call(self._calls.popleft())
+            with suppress(IndexError):  # another thread was faster
+                while self._calls:
+                    self._call(self._calls.popleft())
         finally:
             self._waiter = None
 

@@ -32,7 +32,7 @@ def test_a_failure_comes_out_of_the_future(tmp_path: Path, look: str) -> None:
     """Every rank's future has the same error, whichever way it is asked; no later call raises it again (E1, E4)."""
     ranks = all_well(play("dcp_scenes.a_failure", 3, tmp_path, url=str(tmp_path / "it"), look=look))
     assert len({told["first"] for told in ranks}) == 1
-    assert "rank 1" in ranks[0]["first"]
+    assert "rank 0: saves to 'it'" in ranks[0]["first"]  # and which of the others, as it comes first
     assert [told["next"] for told in ranks] == [told["then"] for told in ranks] == [True, False, False]
 
 

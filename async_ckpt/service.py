@@ -37,8 +37,8 @@ from async_ckpt.telemetry.patience import Limit, Patience
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlanner
 
-    from async_ckpt.sharded.saves import ShardedSaves
-    from async_ckpt.sharded.writer import ShardedWriter
+    from async_ckpt.sharded.writing.saves import ShardedSaves
+    from async_ckpt.sharded.writing.writer import ShardedWriter
 
 __all__ = ["CheckpointService", "StoreFactory"]
 
@@ -289,7 +289,7 @@ class CheckpointService:
             ServiceClosedError: the service was closed, maybe meanwhile.
             Exception: an earlier request failed, and this is the first call that can report it, as for ``load``.
         """
-        from async_ckpt.sharded.load import Loading  # and with it torch.distributed
+        from async_ckpt.sharded.reading.load import Loading  # and with it torch.distributed
 
         location = locate(url, storage_options=self._options.storage_options, follow=False)
         loading = Loading.of(self._holdings, location)
@@ -504,7 +504,7 @@ class CheckpointService:
         Returns:
             The handle, and what writes the checkpoint: it has its description when that has ended.
         """
-        from async_ckpt.sharded.saves import ShardedSaves
+        from async_ckpt.sharded.writing.saves import ShardedSaves
 
         if self._options.overflow == "supersede":
             raise OptionError(

@@ -21,7 +21,10 @@ import anyio
 
 from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
 from async_ckpt.retry import Retrying, RetryPolicy
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.coordinator import Coordinator
+from async_ckpt.sharded.agreement.messages import FromCoordinator, Ready, ToCoordinator, encode
+from async_ckpt.sharded.agreement.participant import Participant
+from async_ckpt.sharded.agreement.protocol import (
     COMMIT,
     COORDINATOR,
     Action,
@@ -38,9 +41,6 @@ from async_ckpt.sharded.agreement import (
     Stop,
     Write,
 )
-from async_ckpt.sharded.coordinator import Coordinator
-from async_ckpt.sharded.messages import FromCoordinator, Ready, ToCoordinator, encode
-from async_ckpt.sharded.participant import Participant
 from async_ckpt.stores.requests import Pace
 
 __all__ = ["Result", "Setting", "main", "simulate"]

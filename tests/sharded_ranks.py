@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from async_ckpt.errors import ShardedSaveError
 from async_ckpt.options import ServiceOptions
-from async_ckpt.sharded.messages import Ready
-from async_ckpt.sharded.rendezvous import Rendezvous
+from async_ckpt.sharded.agreement.messages import Ready
+from async_ckpt.sharded.agreement.rendezvous import Rendezvous
 from tests.sharded_tasks import Offer
 
 __all__ = ["Outcome", "Save", "World", "run_ranks"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from async_ckpt.sharded.messages import Ready
+from async_ckpt.sharded.agreement.messages import Ready
 
 Step = Callable[[], Awaitable[None]]
 

@@ -25,7 +25,7 @@ from async_ckpt.system import threads
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from async_ckpt.sharded.writer import ShardedWriter
+    from async_ckpt.sharded.writing.writer import ShardedWriter
 
 __all__ = ["SaveFuture"]
 

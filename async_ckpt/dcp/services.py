@@ -19,7 +19,7 @@ import torch.distributed as dist
 from async_ckpt.errors import FlushError, OptionError
 from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
-from async_ckpt.sharded.group import ALONE
+from async_ckpt.sharded.agreement.group import ALONE
 
 __all__ = ["Services", "shared"]
 

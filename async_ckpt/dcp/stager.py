@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignor
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from async_ckpt.errors import UnpicklableStateError
-from async_ckpt.sharded.flatten import DTensor
+from async_ckpt.sharded.writing.flatten import DTensor
 from async_ckpt.snapshot.regions import as_dense
 
 __all__ = ["Stager"]

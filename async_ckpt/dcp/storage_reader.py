@@ -24,10 +24,10 @@ from async_ckpt.dcp.services import shared
 from async_ckpt.dcp.storage_writer import StorageWriter
 from async_ckpt.errors import IncompleteCheckpointError
 from async_ckpt.service import CheckpointService
-from async_ckpt.sharded.load import Loading
 from async_ckpt.sharded.manifest import parse_manifest
-from async_ckpt.sharded.origins import Directory
-from async_ckpt.sharded.reader import read_items
+from async_ckpt.sharded.reading.load import Loading
+from async_ckpt.sharded.reading.origins import Directory
+from async_ckpt.sharded.reading.reader import read_items
 from async_ckpt.stores import Given, locate
 from async_ckpt.stores.base import Location
 

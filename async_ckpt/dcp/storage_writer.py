@@ -29,8 +29,8 @@ from async_ckpt.engine.writers import StreamingWriter
 from async_ckpt.errors import StoreError
 from async_ckpt.service import CheckpointService
 from async_ckpt.sharded.leftovers import new_run
-from async_ckpt.sharded.objects import ManifestWriter, ObjectWriter, Value, make_object
-from async_ckpt.sharded.plan import VERSION, object_name
+from async_ckpt.sharded.writing.objects import ManifestWriter, ObjectWriter, Value, make_object
+from async_ckpt.sharded.writing.plan import VERSION, object_name
 from async_ckpt.stores import Given, locate
 from async_ckpt.stores.base import MARKER, Location, exists_already
 

@@ -15,7 +15,10 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.coordinator import Coordinator, Phase
+from async_ckpt.sharded.agreement.messages import Failed, FromCoordinator, Go, Ready, ToCoordinator, Verdict
+from async_ckpt.sharded.agreement.participant import Participant, Step
+from async_ckpt.sharded.agreement.protocol import (
     COMMIT,
     Action,
     Bounds,
@@ -35,9 +38,6 @@ from async_ckpt.sharded.agreement import (
     Undo,
     Write,
 )
-from async_ckpt.sharded.coordinator import Coordinator, Phase
-from async_ckpt.sharded.messages import Failed, FromCoordinator, Go, Ready, ToCoordinator, Verdict
-from async_ckpt.sharded.participant import Participant, Step
 
 BOUNDS = Bounds(silence_seconds=60, lateness_seconds=600)
 SAVES = 3

@@ -5,6 +5,7 @@ They are forked from one that has imported everything and done nothing: that tak
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -88,6 +89,9 @@ def play(
         until = time.monotonic() + PATIENCE_SECONDS
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive() and process.pid is not None:  # it hangs: have it say where
+                os.kill(process.pid, signal.SIGUSR1)
+                process.join(5)
         return [_became(process.exitcode, folder, scene, rank) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
@@ -120,6 +124,7 @@ def _act(scene: str, folder: Path, env: dict[str, str], arguments: dict[str, Any
     output = os.open(folder / f"output-{scene}-{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     dist.init_process_group("gloo", timeout=timedelta(seconds=float(env.get("GROUP_SECONDS", "60"))))
     module, _, name = scene.rpartition(".")
     scenes = import_module(f"{__package__}.{module}" if module else _SCENES)

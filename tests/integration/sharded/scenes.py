@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from fsspec.core import url_to_fs
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
-from async_ckpt import CheckpointService, ShardedSaveError
+from async_ckpt import CheckpointService, Handle, ShardedSaveError, latest
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing import Fault, FaultyStore, crash
@@ -193,3 +196,34 @@ def on_a_store(folder: Path, url: str, options: dict[str, Any]) -> Any:
     fresh, path = url_to_fs(url, skip_instance_cache=True, **options)
     told["is left"] = fresh.exists(path)
     return told
+
+
+def until_killed(folder: Path, url: str, victim: int, seconds: float, begun: int) -> Any:
+    """Load what is there, then overwrite it until one rank is killed, at any moment; write down what is durable."""
+    rank, notes = dist.get_rank(), folder / f"durable-{dist.get_rank()}"
+    found = None
+    if begun:
+        assert latest(folder / "run") == url, latest(folder / "run")
+        state = _state(-1.0)
+        dcp.load(state, checkpoint_id=url)
+        found = int(state["number"].item())
+        wrong = differences(whole(_state(float(found))), whole(state))
+        (folder / f"found-{rank}").write_text(f"{found} {wrong}")
+    number = begun if found is None else max(begun, found)
+    with CheckpointService(silence_timeout=2.0, agreement_timeout=4.0, queue_depth=2) as service:
+        handles: deque[tuple[int, Handle]] = deque()
+        while True:
+            number += 1
+            handles.append((number, service.save_sharded(_state(float(number)), url)))
+            if number == begun + 2 and rank == victim:
+                threading.Timer(seconds, crash).start()
+            while len(handles) > 1 or (handles and handles[0][1].done()):
+                tried, handle = handles.popleft()
+                try:
+                    handle.wait()
+                except ShardedSaveError as failure:
+                    for _, other in handles:  # the dead one was missed there, too
+                        with suppress(ShardedSaveError):
+                            other.wait()
+                    return {"failures": sorted(failure.failures)}
+                notes.write_text(str(tried))

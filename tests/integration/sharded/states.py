@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def every_kind(seed: float, *, with_planes: bool = True) -> dict[str, Any]:
@@ -23,14 +24,14 @@ def every_kind(seed: float, *, with_planes: bool = True) -> dict[str, Any]:
 
     tied = numbers(6, 4)
     state: dict[str, Any] = {
-        "rows": distribute_tensor(numbers(10, 6), line, [Shard(0)]),
-        "uneven": distribute_tensor(numbers(5, 3), line, [Shard(0)]),
-        "fewer": distribute_tensor(numbers(2, 3), line, [Shard(0)]),
-        "columns": distribute_tensor(numbers(5, 9), line, [Shard(1)]),
-        "half": distribute_tensor(numbers(16, 3).bfloat16(), line, [Shard(0)]),
-        "everywhere": distribute_tensor(numbers(4, 4), line, [Replicate()]),
-        "large": distribute_tensor(numbers(1000, 300), line, [Shard(0)]),
-        "nothing": distribute_tensor(numbers(0, 3), line, [Shard(0)]),
+        "rows": spread(numbers(10, 6), line, [Shard(0)]),
+        "uneven": spread(numbers(5, 3), line, [Shard(0)]),
+        "fewer": spread(numbers(2, 3), line, [Shard(0)]),
+        "columns": spread(numbers(5, 9), line, [Shard(1)]),
+        "half": spread(numbers(16, 3).bfloat16(), line, [Shard(0)]),
+        "everywhere": spread(numbers(4, 4), line, [Replicate()]),
+        "large": spread(numbers(1000, 300), line, [Shard(0)]),
+        "nothing": spread(numbers(0, 3), line, [Shard(0)]),
         "plain": numbers(7, 3),
         "turned": numbers(3, 8).t(),
         "tied": tied,
@@ -46,10 +47,21 @@ def every_kind(seed: float, *, with_planes: bool = True) -> dict[str, Any]:
         "group": {"betas": (0.9, seed), "params": [1, 2, 3], "none": None, "flag": True},
     }
     if plane is not None:
-        state["plane"] = distribute_tensor(numbers(8, 6), plane, [Shard(0), Shard(1)])
-        state["replicated rows"] = distribute_tensor(numbers(9, 3), plane, [Replicate(), Shard(0)])
-        state["rows twice"] = distribute_tensor(numbers(12, 2), plane, [Shard(0), Shard(0)])
+        state["plane"] = spread(numbers(8, 6), plane, [Shard(0), Shard(1)])
+        state["replicated rows"] = spread(numbers(9, 3), plane, [Replicate(), Shard(0)])
+        state["rows twice"] = spread(numbers(12, 2), plane, [Shard(0), Shard(0)])
     return state
+
+
+def spread(tensor: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """Return this rank's part of *tensor*, which each rank has: ``distribute_tensor`` without a collective."""
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    local = tensor[
+        tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+    ].contiguous()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def whole(state: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from async_ckpt.sharded.agreement import COMMIT, Bounds, Broadcast, Claim, Commit, PlanCache
-from async_ckpt.sharded.coordinator import Coordinator
-from async_ckpt.sharded.messages import Failed, Ready, Verdict, Wrote
+from async_ckpt.sharded.agreement.coordinator import Coordinator
+from async_ckpt.sharded.agreement.messages import Failed, Ready, Verdict, Wrote
+from async_ckpt.sharded.agreement.protocol import COMMIT, Bounds, Broadcast, Claim, Commit, PlanCache
 
 
 def claiming() -> Coordinator:

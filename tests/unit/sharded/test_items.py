@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_ckpt.sharded.archive import template
-from async_ckpt.sharded.shard import Item, Shard, TensorItem
+from async_ckpt.sharded.writing.archive import template
+from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Snapshot
 from async_ckpt.snapshot.host_pool import HostBuffer
 from async_ckpt.snapshot.regions import as_dense, capture_regions

@@ -24,8 +24,8 @@ import async_ckpt
 from async_ckpt import CheckpointService, CorruptCheckpointError, IncompleteCheckpointError, StoreError
 from async_ckpt.errors import ServiceClosedError, TransientStoreError
 from async_ckpt.format import checksum
-from async_ckpt.sharded.extents import blocks_of, run_of
 from async_ckpt.sharded.manifest import write_manifest
+from async_ckpt.sharded.reading.extents import blocks_of, run_of
 from async_ckpt.stores.base import Location, Workers
 from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import Fault, FaultyStore, Gate

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from async_ckpt.errors import OptionError, ShardedSaveError
 from async_ckpt.options import ServiceOptions
-from async_ckpt.sharded.agreement import Bounds
-from async_ckpt.sharded.group import Group
-from async_ckpt.sharded.rendezvous import Rendezvous
+from async_ckpt.sharded.agreement.group import Group
+from async_ckpt.sharded.agreement.protocol import Bounds
+from async_ckpt.sharded.agreement.rendezvous import Rendezvous
 from tests.sharded_tasks import DoubleTask, Offer, Storage
 
 WORLD = 3

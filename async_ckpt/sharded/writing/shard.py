@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from async_ckpt.format.checksum import crc32, crc32_combine
-from async_ckpt.sharded.archive import Template
+from async_ckpt.sharded.writing.archive import Template
 from async_ckpt.snapshot.regions import Region
 
 __all__ = ["Item", "Memory", "Shard", "TensorItem"]

@@ -16,9 +16,9 @@ from async_ckpt.engine.resources import Holdings
 from async_ckpt.engine.writers import StreamingWriter
 from async_ckpt.handle import Handle
 from async_ckpt.options import ServiceOptions
-from async_ckpt.sharded.plans import Plans
-from async_ckpt.sharded.rendezvous import Rendezvous
-from async_ckpt.sharded.writer import ShardedWriter
+from async_ckpt.sharded.agreement.rendezvous import Rendezvous
+from async_ckpt.sharded.writing.plans import Plans
+from async_ckpt.sharded.writing.writer import ShardedWriter
 from async_ckpt.stores.base import Location
 
 __all__ = ["ShardedSaves"]

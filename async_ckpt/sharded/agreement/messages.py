@@ -3,7 +3,7 @@
 Guarantees: what is read from the wire is data: nothing that another process wrote decides what code runs here. A
 message that cannot be read is a `ValueError`.
 
-What does not belong here: who says what and when (agreement), and how it gets there (wire).
+What does not belong here: who says what and when (protocol), and how it gets there (wire).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import anyio
 from async_ckpt.errors import StoreError
 from async_ckpt.sharded.leftovers import find_leftovers
 from async_ckpt.sharded.manifest import read_manifest
-from async_ckpt.sharded.plan import OBJECT_SUFFIX
+from async_ckpt.sharded.writing.plan import OBJECT_SUFFIX
 from async_ckpt.stores.base import Location, Store, Workers
 
 __all__ = ["delete_replaced", "find_replaced"]

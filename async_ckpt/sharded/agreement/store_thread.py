@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
-from async_ckpt.sharded.wire import Wire
+from async_ckpt.sharded.agreement.wire import Wire
 from async_ckpt.system import threads
 
 __all__ = ["Look", "StoreThread", "Then"]

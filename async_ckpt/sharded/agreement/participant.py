@@ -1,6 +1,6 @@
 """Every rank's side of a sharded save, rank 0's too.
 
-Guarantees: those of `agreement`; each save ends once.
+Guarantees: those of `protocol`; each save ends once.
 
 What does not belong here: who decides (coordinator).
 """
@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.messages import (
+    Ack,
+    Failed,
+    FromCoordinator,
+    GaveUp,
+    Go,
+    Heartbeat,
+    Ready,
+    Verdict,
+    Wrote,
+)
+from async_ckpt.sharded.agreement.protocol import (
     CANNOT_BE_TOLD,
     COORDINATOR,
     Action,
@@ -27,17 +38,6 @@ from async_ckpt.sharded.agreement import (
     Write,
     late,
     silent,
-)
-from async_ckpt.sharded.messages import (
-    Ack,
-    Failed,
-    FromCoordinator,
-    GaveUp,
-    Go,
-    Heartbeat,
-    Ready,
-    Verdict,
-    Wrote,
 )
 
 __all__ = ["Participant", "Step"]

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from torch.distributed.checkpoint.stateful import Stateful
 
 from async_ckpt.errors import CorruptCheckpointError
-from async_ckpt.sharded.extents import Extent
-from async_ckpt.sharded.fetching import Fetcher, Segment, plan_requests
-from async_ckpt.sharded.filling import Wanted
-from async_ckpt.sharded.items import Damaged, load_value
+from async_ckpt.sharded.reading.extents import Extent
+from async_ckpt.sharded.reading.fetching import Fetcher, Segment, plan_requests
+from async_ckpt.sharded.reading.filling import Wanted
+from async_ckpt.sharded.reading.items import Damaged, load_value
 
 __all__ = ["Origin", "fill", "read_items"]
 

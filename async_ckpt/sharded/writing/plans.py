@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from async_ckpt.errors import AsyncCheckpointError
-from async_ckpt.sharded.flatten import Flattened, Form
-from async_ckpt.sharded.plan import GlobalPlan, LocalPlan, make_global_plan
+from async_ckpt.sharded.writing.flatten import Flattened, Form
+from async_ckpt.sharded.writing.plan import GlobalPlan, LocalPlan, make_global_plan
 
 __all__ = ["Plans", "Structure"]
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from async_ckpt.format.central_directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
-from async_ckpt.sharded.items import Unusual, checksum_in, load_tensor, where_is_data
+from async_ckpt.sharded.reading.items import Unusual, checksum_in, load_tensor, where_is_data
 
 __all__ = ["Block", "Extent", "Item", "Record", "blocks_of", "run_of"]
 

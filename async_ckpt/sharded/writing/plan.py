@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from async_ckpt.sharded.archive import template
-from async_ckpt.sharded.flatten import Form
+from async_ckpt.sharded.writing.archive import template
+from async_ckpt.sharded.writing.flatten import Form
 
 __all__ = ["OBJECT_SUFFIX", "VERSION", "GlobalPlan", "LocalPlan", "make_global_plan", "object_name"]
 

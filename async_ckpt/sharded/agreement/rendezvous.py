@@ -21,7 +21,10 @@ import anyio
 
 from async_ckpt.errors import ShardedSaveError
 from async_ckpt.options import ServiceOptions
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.driver import Driver, Offer, Replies
+from async_ckpt.sharded.agreement.group import Group, find_group
+from async_ckpt.sharded.agreement.messages import Ready
+from async_ckpt.sharded.agreement.protocol import (
     Action,
     Bounds,
     Commit,
@@ -32,11 +35,8 @@ from async_ckpt.sharded.agreement import (
     Undo,
     Write,
 )
-from async_ckpt.sharded.driver import Driver, Offer, Replies
-from async_ckpt.sharded.group import Group, find_group
+from async_ckpt.sharded.agreement.wire import Wire
 from async_ckpt.sharded.leftovers import new_run
-from async_ckpt.sharded.messages import Ready
-from async_ckpt.sharded.wire import Wire
 from async_ckpt.system.processes import process_id
 
 __all__ = ["Offer", "Ready", "Rendezvous", "Task"]

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from async_ckpt.errors import CorruptCheckpointError, StoreError
 from async_ckpt.format.reading.direct import expected_start
 from async_ckpt.format.reading.reader import Skeleton
-from async_ckpt.sharded.extents import Item, Record
-from async_ckpt.sharded.fetching import Segment
+from async_ckpt.sharded.reading.extents import Item, Record
+from async_ckpt.sharded.reading.fetching import Segment
 
 __all__ = ["Directory", "PlainFile"]
 

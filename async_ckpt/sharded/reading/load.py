@@ -23,10 +23,10 @@ from async_ckpt.errors import IncompleteCheckpointError, StoreError
 from async_ckpt.format.reading.reader import read_skeleton
 from async_ckpt.format.reading.unpickling import Unpickling
 from async_ckpt.retry import is_transient
-from async_ckpt.sharded.fetching import Fetcher
 from async_ckpt.sharded.manifest import fetch_manifest, parse_manifest
-from async_ckpt.sharded.origins import Directory, PlainFile
-from async_ckpt.sharded.reader import Origin, fill
+from async_ckpt.sharded.reading.fetching import Fetcher
+from async_ckpt.sharded.reading.origins import Directory, PlainFile
+from async_ckpt.sharded.reading.reader import Origin, fill
 from async_ckpt.stores.base import Location, Source, Store
 
 __all__ = ["Loading"]

@@ -8,7 +8,7 @@ Guarantees:
 * Anybody may `post`, also a signal handler (L1): no lock is ever waited for.
 * What a rank says shows that its event loop turns: no beat is sent but after one of the loop's own.
 
-What does not belong here: what is decided (agreement), what it looks like in the store (wire), and work (rendezvous).
+What does not belong here: what is decided (protocol), what it looks like in the store (wire), and work (rendezvous).
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.coordinator import Coordinator, Phase
+from async_ckpt.sharded.agreement.messages import (
+    CoordinatorHeartbeat,
+    Failed,
+    FromCoordinator,
+    Heartbeat,
+    Ready,
+    ToCoordinator,
+)
+from async_ckpt.sharded.agreement.participant import Participant, Step
+from async_ckpt.sharded.agreement.protocol import (
     COMMIT,
     COORDINATOR,
     Action,
@@ -42,18 +52,8 @@ from async_ckpt.sharded.agreement import (
     SentPlan,
     Write,
 )
-from async_ckpt.sharded.coordinator import Coordinator, Phase
-from async_ckpt.sharded.messages import (
-    CoordinatorHeartbeat,
-    Failed,
-    FromCoordinator,
-    Heartbeat,
-    Ready,
-    ToCoordinator,
-)
-from async_ckpt.sharded.participant import Participant, Step
-from async_ckpt.sharded.store_thread import Look, StoreThread, Then
-from async_ckpt.sharded.wire import Wire
+from async_ckpt.sharded.agreement.store_thread import Look, StoreThread, Then
+from async_ckpt.sharded.agreement.wire import Wire
 from async_ckpt.system import threads
 
 __all__ = ["Driver", "Executor", "Offer", "Replies"]

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from async_ckpt.sharded.messages import (
+from async_ckpt.sharded.agreement.messages import (
     FromCoordinator,
     Go,
     Ready,

@@ -5,7 +5,7 @@ Messages of one rank arrive in the order in which they were sent. A rank that en
 What was said of a save is deleted when it is over, but for a verdict that a living rank may not know yet, of the last
 few saves. Nobody else's keys are touched, and no process group's collective operations are used.
 
-What does not belong here: what the messages mean (agreement), and when to look (rendezvous). Not for two threads at a
+What does not belong here: what the messages mean (protocol), and when to look (rendezvous). Not for two threads at a
 time; for none whose wait has to be bounded, as a host that stands still answers nothing.
 
 The keys: ``up/{n}`` is the n-th message to the coordinator, numbered by the counter ``up``. ``{save}/{n}`` is the n-th
@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from async_ckpt.sharded.agreement import COMMIT, COORDINATOR, ClaimHolder
-from async_ckpt.sharded.messages import (
+from async_ckpt.sharded.agreement.messages import (
     Ack,
     FromCoordinator,
     GaveUp,
@@ -36,6 +35,7 @@ from async_ckpt.sharded.messages import (
     encode,
     encode_failures,
 )
+from async_ckpt.sharded.agreement.protocol import COMMIT, COORDINATOR, ClaimHolder
 
 __all__ = ["Wire"]
 

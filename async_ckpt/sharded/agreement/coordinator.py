@@ -1,6 +1,6 @@
 """The coordinator of a sharded save, rank 0: gathers what the ranks say, and decides.
 
-Guarantees: those of `agreement`. All is decided in `Coordinator.tick`, after all that has come.
+Guarantees: those of `protocol`. All is decided in `Coordinator.tick`, after all that has come.
 
 What does not belong here: how a rank hears of it (participant).
 """
@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum, auto
 
-from async_ckpt.sharded.agreement import (
+from async_ckpt.sharded.agreement.messages import (
+    Ack,
+    CoordinatorHeartbeat,
+    Failed,
+    GaveUp,
+    Go,
+    Ready,
+    ToCoordinator,
+    Verdict,
+    Wrote,
+)
+from async_ckpt.sharded.agreement.protocol import (
     CANNOT_BE_TOLD,
     COMMIT,
     COORDINATOR,
@@ -30,17 +41,6 @@ from async_ckpt.sharded.agreement import (
     Stop,
     late,
     silent,
-)
-from async_ckpt.sharded.messages import (
-    Ack,
-    CoordinatorHeartbeat,
-    Failed,
-    GaveUp,
-    Go,
-    Ready,
-    ToCoordinator,
-    Verdict,
-    Wrote,
 )
 
 __all__ = ["Coordinator", "Phase"]

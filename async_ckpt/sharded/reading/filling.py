@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from async_ckpt.format.checksum import crc32, joined_crc32
-from async_ckpt.sharded.extents import Block, Extent, blocks_of, run_of
-from async_ckpt.sharded.fetching import BLOCK_BYTES, Segment
-from async_ckpt.sharded.items import LONGEST_HEAD_BYTES, Damaged, Unusual
+from async_ckpt.sharded.reading.extents import Block, Extent, blocks_of, run_of
+from async_ckpt.sharded.reading.fetching import BLOCK_BYTES, Segment
+from async_ckpt.sharded.reading.items import LONGEST_HEAD_BYTES, Damaged, Unusual
 
 __all__ = ["Wanted"]
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from async_ckpt.engine.writers import Emit, StreamingWriter
 from async_ckpt.errors import StoreError
 from async_ckpt.events import Event
-from async_ckpt.sharded.agreement import COORDINATOR
-from async_ckpt.sharded.archive import template
-from async_ckpt.sharded.flatten import Flattened, flatten
-from async_ckpt.sharded.generations import delete_replaced, find_replaced
+from async_ckpt.sharded.agreement.protocol import COORDINATOR
 from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
-from async_ckpt.sharded.plan import object_name
-from async_ckpt.sharded.plans import Plans, Structure
-from async_ckpt.sharded.shard import Item, Shard, TensorItem
+from async_ckpt.sharded.writing.archive import template
+from async_ckpt.sharded.writing.flatten import Flattened, flatten
+from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced
+from async_ckpt.sharded.writing.plan import object_name
+from async_ckpt.sharded.writing.plans import Plans, Structure
+from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Capture, Snapshot
 from async_ckpt.snapshot.regions import Region, capture_regions
 from async_ckpt.stores import is_local
@@ -34,7 +34,7 @@ from async_ckpt.stores.base import MARKER, Location, Store, Workers, exists_alre
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from async_ckpt.sharded.rendezvous import Ready, Rendezvous
+    from async_ckpt.sharded.agreement.rendezvous import Ready, Rendezvous
 
 __all__ = ["ShardedWriter"]
 

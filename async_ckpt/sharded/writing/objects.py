@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from async_ckpt.engine.writers import Emit, StreamingWriter
 from async_ckpt.errors import UnpicklableStateError
 from async_ckpt.events import Event
-from async_ckpt.sharded.archive import template
-from async_ckpt.sharded.generations import delete_replaced, find_replaced
 from async_ckpt.sharded.manifest import write_manifest
-from async_ckpt.sharded.shard import Item, Shard, TensorItem
+from async_ckpt.sharded.writing.archive import template
+from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced
+from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Capture, Snapshot
 from async_ckpt.snapshot.host_pool import bytes_of
 from async_ckpt.snapshot.regions import Region, as_dense, capture_regions

@@ -10,7 +10,6 @@ import logging
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import anyio
 from async_ckpt.errors import FlushTimeoutError
 from async_ckpt.system.processes import process_id
 
-__all__ = ["Failure", "Handle", "Outcome", "Report", "State", "Waiter", "await_outcome"]
+__all__ = ["Failure", "Handle", "Outcome", "Report", "State", "Waiter", "await_outcome", "deadlock"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,8 @@ class Outcome(Generic[T]):
     __slots__ = ("_callbacks", "_done", "_error", "_value")
 
     def __init__(self) -> None:
-        self._callbacks: deque[Callable[[], object]] = deque()
+        # By number, in a dict: one that is empty is nothing that the garbage collector has to go through.
+        self._callbacks: dict[int, Callable[[], object]] = {}
         self._done = False
         self._error: BaseException | None = None
         self._value: T | None = None
@@ -80,19 +80,21 @@ class Outcome(Generic[T]):
             def ring() -> None:
                 bell.put(None)
 
-            self.add_done_callback(ring)
+            number = next(_numbers)
             try:
+                self._callbacks[number] = ring
+                if self._done:
+                    return self._error
                 bell.get(timeout=None if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX))
             except queue.Empty:
                 raise TimeoutError from None
             finally:
-                with suppress(ValueError):  # it has rung
-                    self._callbacks.remove(ring)
+                self._callbacks.pop(number, None)  # where it has not rung
         return self._error
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
         """Call *callback* once the outcome is set: on the loop thread, or here and now if it is set already."""
-        self._callbacks.append(callback)
+        self._callbacks[next(_numbers)] = callback
         if self._done:
             self._run_callbacks(contained=Exception)
 
@@ -102,17 +104,17 @@ class Outcome(Generic[T]):
         self._run_callbacks(contained=BaseException)  # a SystemExit would end the loop
 
     def _run_callbacks(self, *, contained: type[BaseException]) -> None:
-        # The thread that removes a callback from the list calls it, so it is called once.
-        while True:
-            try:
-                callback = self._callbacks.popleft()
-            except IndexError:
-                return
-            try:
-                callback()
-            except contained:
-                with suppress(Exception):  # of the program's own log handlers
-                    logger.exception("a callback failed")
+        # The thread that removes a callback calls it, so it is called once.
+        while numbers := list(self._callbacks):
+            for number in numbers:
+                callback = self._callbacks.pop(number, None)
+                if callback is None:
+                    continue
+                try:
+                    callback()
+                except contained:
+                    with suppress(Exception):  # of the program's own log handlers
+                        logger.exception("a callback failed")
 
 
 class State(str, Enum):
@@ -155,14 +157,14 @@ class Failure:
         handle: the handle of the request that failed.
         error: the error to raise.
         number: rises in the order of the failures.
-        is_told: a waiter of the handle has been given the error.
+        is_reported: a waiter of the handle has been given the error.
     """
 
     def __init__(self, handle: Handle, error: Exception) -> None:
         self.handle = handle
         self.error = error
         self.number = next(_numbers)
-        self.is_told = False
+        self.is_reported = False
         self._claimed = threading.RLock()  # never waited for: only a flag that one thread can win
 
     def claim(self) -> bool:
@@ -193,9 +195,10 @@ class Handle:
         self._pid = process_id()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
-        self._waiters: set[ref[Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be discarded
+        # Weakly, as Ctrl-C may come where one is to be taken out; the values are not used.
+        self._waiters: dict[ref[Waiter], None] = {}
         self._loop_thread = 0
-        self._is_held_up: Callable[[], bool] = lambda: False
+        self._would_deadlock: Callable[[], bool] = _never
 
     @property
     def url(self) -> str:
@@ -236,8 +239,8 @@ class Handle:
         if not self.done():
             if threading.get_ident() == self._loop_thread:
                 raise RuntimeError("an observer or a callback must not wait for the service that calls it")
-            if self._is_held_up():
-                raise hopeless(self._shown_url)
+            if self._would_deadlock():
+                raise deadlock(self._shown_url)
         with self._waiting(lambda: True):
             try:
                 self._outcome.exception(timeout)
@@ -281,14 +284,14 @@ class Handle:
         known = ref(waiter)
         try:
             try:
-                self._waiters.add(known)
+                self._waiters[known] = None
                 yield
                 if self._failure is not None:
                     self._failure.claim()
             finally:
-                self._waiters.discard(known)
+                self._waiters.pop(known, None)
         finally:  # again, as Ctrl-C may have come first; and its traceback keeps the waiter alive
-            self._waiters.discard(known)
+            self._waiters.pop(known, None)
 
     def _result(self) -> Report:
         try:
@@ -296,7 +299,7 @@ class Handle:
         finally:
             if self._failure is not None and sys.exc_info()[1] is self._failure.error:
                 # Last: if Ctrl-C comes before this line, the next call reports the error.
-                self._failure.is_told = True
+                self._failure.is_reported = True
 
     def _check_process(self) -> None:
         if process_id() != self._pid:
@@ -305,7 +308,11 @@ class Handle:
             )
 
 
-def hopeless(shown_url: str) -> RuntimeError:
+def _never() -> bool:
+    return False
+
+
+def deadlock(shown_url: str) -> RuntimeError:
     """Return the error for a wait that could never end (L1)."""
     return RuntimeError(
         f"waiting for {shown_url!r} here would last for ever: it comes after a call that a signal handler interrupted "

@@ -23,7 +23,7 @@ import anyio
 
 from async_ckpt.engine.failures import Failures
 from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
-from async_ckpt.engine.submission import Intake
+from async_ckpt.engine.submission import Submission
 from async_ckpt.engine.writers import Writer
 from async_ckpt.errors import FlushTimeoutError, OptionError
 from async_ckpt.handle import Handle, Outcome, await_outcome
@@ -105,11 +105,11 @@ class CheckpointService:
 
     def _reset(self) -> None:
         self._pid = process_id()
-        self._own = Intake(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
+        self._own = Submission(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
         self._sharded: ShardedSaves | None = None
 
     @property
-    def _intake(self) -> Intake:
+    def _submission(self) -> Submission:
         """Ours; a forked child leaves to its parent what is under way there (L1), and what failed there (E1)."""
         if process_id() != self._pid:
             self._reset()
@@ -117,7 +117,7 @@ class CheckpointService:
 
     @property
     def _holdings(self) -> Holdings:
-        return self._intake.holdings
+        return self._submission.holdings
 
     @property
     def options(self) -> ServiceOptions:
@@ -254,7 +254,7 @@ class CheckpointService:
                 arguments=pickle_load_args,
             )
 
-        return self._intake.read(location, read)
+        return self._submission.read(location, read)
 
     def load_sharded(
         self,
@@ -297,7 +297,7 @@ class CheckpointService:
         def read(here: Location) -> None:
             loading.load(state, here, strict=strict, weights_only=weights_only, planner=planner)
 
-        self._intake.read(location, read)
+        self._submission.read(location, read)
 
     def newest(self, url: Given) -> str | None:
         """Return the name of the newest complete checkpoint in the directory at *url*; see ``async_ckpt.latest``."""
@@ -338,9 +338,9 @@ class CheckpointService:
             drained, held_up = holdings.drained()
             patience.wait(drained)
         except TimeoutError:
-            raise holdings.too_late(patience) from None
+            raise holdings.timeout_error(patience) from None
         if held_up:
-            raise holdings.hopeless(held_up)
+            raise holdings.deadlock_error(held_up)
 
     async def flush(self, timeout: float | None = None) -> None:
         """Like ``wait``, awaited under asyncio or trio, without blocking the event loop."""
@@ -351,9 +351,9 @@ class CheckpointService:
             with anyio.move_on_after(left):
                 await await_outcome(drained)
         if not drained.done():
-            raise holdings.too_late(patience)
+            raise holdings.timeout_error(patience)
         if held_up:
-            raise holdings.hopeless(held_up)
+            raise holdings.deadlock_error(held_up)
         self.failures.raise_all()
 
     def _limit(self, timeout: float | None) -> Limit:
@@ -402,7 +402,7 @@ class CheckpointService:
         if holdings.is_idle():
             successor = holdings.successor()
             # In one step: a signal handler sees either the old runtime or none (L1).
-            self._own = Intake(successor)
+            self._own = Submission(successor)
             successor.is_closed = holdings.is_closed  # by a signal handler, just now
             successor.close_predecessor(limit)
 
@@ -482,7 +482,7 @@ class CheckpointService:
             share_unpicklable: pass objects that pickle refuses by reference, for writers that do not pickle.
             tell: raise an earlier failure; else the next call does.
         """
-        return self._intake.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
+        return self._submission.save(state, location, writer, share_unpicklable=share_unpicklable, tell=tell)
 
     def submit_sharded(
         self,
@@ -511,22 +511,22 @@ class CheckpointService:
                 "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
                 "use 'block' or 'raise'"
             )
-        intake = self._intake
+        submission = self._submission
         if self._sharded is None:
             self._sharded = ShardedSaves.open(*self._group, self._options)
-            intake.holdings.attached["rendezvous"] = self._sharded.rendezvous
+            submission.holdings.attached["rendezvous"] = self._sharded.rendezvous
 
         def submit(writer: Writer) -> Handle:
-            return intake.save(state, location, writer, share_unpicklable=False, tell=False)
+            return submission.save(state, location, writer, share_unpicklable=False, tell=False)
 
-        handle, writer = self._sharded.save(location, intake.holdings, submit, extras=extras)
+        handle, writer = self._sharded.save(location, submission.holdings, submit, extras=extras)
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
         """Like ``remove``, with any writer; ``None`` uses our own."""
-        return self._intake.remove(location, writer)
+        return self._submission.remove(location, writer)
 
     def submit_link(self, location: Location, target: Location) -> Handle:
         """Make *location*, on a local disk, a link to *target* once the newest save of *target* is durable.
@@ -535,7 +535,7 @@ class CheckpointService:
             location: the link, from ``locate(…, follow=False)``.
             target: the checkpoint.
         """
-        return self._intake.link(location, target)
+        return self._submission.link(location, target)
 
     def turn(self, location: Location) -> AbstractContextManager[Location]:
         """Reserve *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
@@ -551,7 +551,7 @@ class CheckpointService:
             RuntimeError: this is a signal handler, and an earlier operation comes after the call that it interrupted.
             Exception: an earlier request failed, and this is the first call that can report it.
         """
-        return self._intake.turn(location)
+        return self._submission.turn(location)
 
     @property
     def failures(self) -> Failures:

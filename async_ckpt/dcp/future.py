@@ -81,7 +81,7 @@ class SaveFuture(Future["Metadata | None"]):
         if not self.done() and self._waiter is None:
             # Who has asked to be told is not to hear it from another call.
             waiter = self._waiter = Waiter(lambda: True)
-            self._handle._waiters.add(ref(waiter))
+            self._handle._waiters[ref(waiter)] = None
         self._calls.append(fn)
         if self.done():  # whoever takes a call out makes it
             self._call_all()

@@ -64,12 +64,12 @@ class Failures:
 
     def __init__(self, *, warn: bool) -> None:
         self._warn = warn
-        self._untold: set[Failure] = set()  # those that a handle has told may be among them
+        self._unreported: set[Failure] = set()  # those that a handle has told may be among them
         self._ambient_mark = _mark_current_error()
 
     def __bool__(self) -> bool:
         """Whether there is anything that nobody has been told of."""
-        return not all(failure.is_told for failure in self._untold.copy())
+        return not all(failure.is_reported for failure in self._unreported.copy())
 
     def untold(self) -> list[Exception]:
         """Return what nobody has been told of, oldest first; it stays untold."""
@@ -77,13 +77,13 @@ class Failures:
 
     def add(self, failure: Failure) -> None:
         """Take in a failure that nobody has been told of."""
-        self._untold.add(failure)
+        self._unreported.add(failure)
 
     def take_over(self, other: Failures) -> None:
         """Tell from now on of what *other* has not told."""
         failures = other._in_order()
-        self._untold.update(failures)
-        other._told(failures)
+        self._unreported.update(failures)
+        other._mark_reported(failures)
 
     def keep_ambient_error(self) -> None:
         """Count an error that was being handled when this was made as in flight, like later ones (E2).
@@ -113,7 +113,7 @@ class Failures:
             logger.error("%s while %r was in flight", _described(failures), in_flight, exc_info=error)
             if sys.version_info >= (3, 11):
                 in_flight.add_note(f"{_described(failures)}: {error!r}")
-            self._told(failures)
+            self._mark_reported(failures)
         else:
             self.raise_claimed(failures)
 
@@ -138,13 +138,13 @@ class Failures:
             raise error
         finally:
             if sys.exc_info()[1] is error:  # and no interruption
-                self._told(failures)
+                self._mark_reported(failures)
 
     def log(self) -> None:
         """Log what was not collected, where nobody is there to be told."""
         if failures := self._claimed():
             logger.error("%s", _described(failures), exc_info=_as_one(failures))
-            self._told(failures)
+            self._mark_reported(failures)
 
     def print_at_exit(self) -> bool:
         """Print what nobody has been told, waiters or not; return whether that means that the program failed."""
@@ -154,7 +154,7 @@ class Failures:
                 type(failure.error), failure.error, failure.error.__traceback__
             )
             tell(f"{failure.handle.shown_url!r} failed, and nobody has been told:\n{''.join(lines)}")
-            self._told([failure])
+            self._mark_reported([failure])
         return bool(failures) and not self._warn
 
     def _in_flight(self) -> BaseException | None:
@@ -172,19 +172,19 @@ class Failures:
             if not failure.handle.is_waited_for
             and failure.handle is not but
             and failure.claim()
-            and failure in self._untold  # still: a signal handler may have told of it
+            and failure in self._unreported  # still: a signal handler may have told of it
         ]
 
     def _in_order(self) -> list[Failure]:
         """Return what nobody has been told, oldest first."""
-        untold = self._untold.copy()  # in one step, whoever adds
-        self._told([failure for failure in untold if failure.is_told])
+        untold = self._unreported.copy()  # in one step, whoever adds
+        self._mark_reported([failure for failure in untold if failure.is_reported])
         return sorted(
-            (failure for failure in untold if not failure.is_told), key=lambda failure: failure.number
+            (failure for failure in untold if not failure.is_reported), key=lambda failure: failure.number
         )
 
-    def _told(self, failures: list[Failure]) -> None:
-        self._untold.difference_update(failures)  # all in one step, as Ctrl-C may come between two
+    def _mark_reported(self, failures: list[Failure]) -> None:
+        self._unreported.difference_update(failures)  # all in one step, as Ctrl-C may come between two
 
     def _warn_of(self, failures: list[Failure]) -> None:
         error = _as_one(failures)
@@ -192,9 +192,9 @@ class Failures:
         try:
             warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=_depth_of_caller())
         except RuntimeWarning:  # the program has it raised
-            self._told(failures)
+            self._mark_reported(failures)
             raise
-        self._told(failures)
+        self._mark_reported(failures)
 
 
 def tell(message: str) -> None:

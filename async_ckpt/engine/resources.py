@@ -27,6 +27,7 @@ from async_ckpt.engine.queue import Lane
 from async_ckpt.engine.request import Account
 from async_ckpt.engine.runtime import Runtime, Tenant
 from async_ckpt.engine.workers import PoolWorkers
+from async_ckpt.engine.writers import StreamingWriter
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
 from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.options import ServiceOptions
@@ -105,6 +106,7 @@ class Holdings:
         self._abandon_grace_seconds = abandon_grace_seconds
         self.attached: dict[str, Closable] = {}
         self._stores: dict[str, Store] = {}
+        self._writers: dict[str, StreamingWriter] = {}
         self._tenant = Tenant(self)
         self._runtime: Runtime | None = None
         self._predecessor: Holdings | None = None
@@ -155,6 +157,16 @@ class Holdings:
             store = self._stores.setdefault(location.group, make(location, self.workers))
         return store
 
+    def writer(self, location: Location) -> StreamingWriter:
+        """Return our own writer to where *location* is; all of its requests share it."""
+        store = self.store(location)
+        writer = self._writers.get(location.group)
+        if writer is None:
+            writer = self._writers.setdefault(
+                location.group, StreamingWriter(store, self.workers, self.options)
+            )
+        return writer
+
     def _open_store(self, location: Location, workers: Workers) -> Store:
         options = self.options
         return open_store(
@@ -192,7 +204,7 @@ class Holdings:
         if runtime is not None:
             with suppress(ServiceClosedError):  # another thread has closed it just now
                 thread = threading.get_ident()
-                return runtime.call(runtime.dispatcher.expect_drained, self.account, thread=thread)
+                return runtime.call(runtime.dispatcher.drain, self.account, thread=thread)
         nothing: Outcome[None] = Outcome()
         nothing.set_result(None)
         return nothing, []
@@ -212,21 +224,21 @@ class Holdings:
 
     def patience(self, limit: Limit | None = None, **options: Any) -> Patience:
         """Return a wait for what is pending, from now on; without *limit*, as the options have it."""
-        return Patience(limit or self.options.limit(None), self._moved_seconds, **options)
+        return Patience(limit or self.options.limit(None), self._progress_seconds, **options)
 
-    def _moved_seconds(self) -> float:
+    def _progress_seconds(self) -> float:
         runtime = self.held()
         if runtime is not None:
             with suppress(ServiceClosedError):  # by another thread, just now
-                return runtime.call(runtime.dispatcher.moved_seconds, self.account)
+                return runtime.call(runtime.dispatcher.progress_seconds, self.account)
         return -math.inf
 
-    def too_late(self, patience: Patience) -> FlushTimeoutError:
+    def timeout_error(self, patience: Patience) -> FlushTimeoutError:
         """Return what to raise where *patience* is over."""
         what = f"still pending{patience.told}, and going on until its service is closed"
         return FlushTimeoutError(f"{what}: {self.pending_urls()}")
 
-    def hopeless(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
+    def deadlock_error(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
         """Return what to raise where everything has ended but *held_up*, for which waiting would last for ever."""
         urls = ", ".join(repr(handle.shown_url) for handle in held_up)
         return FlushTimeoutError(f"still pending, until the call goes on that you interrupted: {urls}")
@@ -291,7 +303,7 @@ class Holdings:
         try:
             stopped.result(self._abandon_grace_seconds)
         except TimeoutError:
-            runtime.call(runtime.dispatcher.leave_behind, self.account)
+            runtime.call(runtime.dispatcher.abandon_all, self.account)
             return True
         return False
 
@@ -347,7 +359,7 @@ class Holdings:
                 logger.exception("a service that was dropped could not be closed")
         finally:
             self.workers.close(0.0)
-            runtimes.tell_at_exit(self.account.failures)
+            runtimes.report_at_exit(self.account.failures)
             await runtimes.leave(runtime, self._tenant)
             self._tenant.let_go()
             self._runtime = None

@@ -28,6 +28,7 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from contextvars import Context, copy_context
 from importlib import import_module
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -42,15 +43,15 @@ from async_ckpt.system.forking import finish_imports
 __all__ = [
     "STOP_SECONDS",
     "Drainable",
+    "Reportable",
     "Runtime",
-    "Tellable",
     "Tenant",
     "acquire",
     "current",
     "held_by",
     "leave",
     "release",
-    "tell_at_exit",
+    "report_at_exit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Drainable(Protocol):
         """End everything within a deadline; return whether all errors had been collected. Must not raise."""
 
 
-class Tellable(Protocol):
+class Reportable(Protocol):
     """What nobody may have been told of."""
 
     def __bool__(self) -> bool:
@@ -117,10 +118,13 @@ class Runtime:
 
     def __init__(self) -> None:
         self.tenants: set[Tenant] = set()
-        self.patience_seconds = STOP_SECONDS  # for its end; less where somebody has left something behind
+        self.stop_seconds = STOP_SECONDS  # for its end; less where somebody has left something behind
         self._inbox: deque[Callable[[], None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake = asyncio.Event()
+        self._context: Context | None = (
+            None  # of the loop; a caller's would be inherited by the tasks it begins
+        )
+        self._stop_requested = asyncio.Event()
         self._stopping = False
         self._ended = False
         self._ready: Outcome[None] = Outcome()
@@ -151,19 +155,24 @@ class Runtime:
             self._over.set_result(None)
 
     async def _run(self) -> None:
+        self._context = copy_context()
         self._loop = asyncio.get_running_loop()  # first: who stops it before says so by the flag alone
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self.dispatcher = Dispatcher(tasks)
             self._ready.set_result(None)
             try:
-                while not self._stopping:
-                    await self._wake.wait()
-                    self._wake.clear()
-                    self._read_inbox()
+                if not self._stopping:
+                    await self._stop_requested.wait()
             finally:
                 self._ended = True
                 self._read_inbox()
+
+    def _wake(self) -> None:
+        if self._stopping:
+            self._stop_requested.set()
+        if not self._ended:
+            self._read_inbox()
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -262,7 +271,7 @@ class Runtime:
     def _wake_up(self) -> None:
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._wake.set)
+                self._loop.call_soon_threadsafe(self._wake, context=self._context)
 
 
 _here = threading.local()
@@ -272,7 +281,7 @@ _exit_hooked = False
 _exiting = False
 _inherited: list[tuple[Runtime, list[Drainable | None]]] = []
 """What a parent had under way; never collected here, see `_forget_in_child`."""
-_untold: list[Tellable] = []
+_unreported: list[Reportable] = []
 
 
 def current() -> Runtime | None:
@@ -336,14 +345,14 @@ def release(runtime: Runtime, tenant: Tenant, *, seconds: float = STOP_SECONDS) 
     with _lock:
         if tenant not in runtime.tenants:
             return
-        runtime.patience_seconds = min(runtime.patience_seconds, seconds)
+        runtime.stop_seconds = min(runtime.stop_seconds, seconds)
         if _current is runtime and len(runtime.tenants) == 1:
             _current = None
         if len(runtime.tenants) > 1:  # maybe only just now, by a signal handler (L1)
             _current = _current or runtime
             runtime.tenants.discard(tenant)
             return
-    runtime.stop(runtime.patience_seconds)
+    runtime.stop(runtime.stop_seconds)
     runtime.tenants.clear()  # last, so that who was interrupted can do it again
 
 
@@ -366,9 +375,9 @@ async def leave(runtime: Runtime, tenant: Tenant) -> None:
     runtime.end()
 
 
-def tell_at_exit(untold: Tellable) -> None:
+def report_at_exit(untold: Reportable) -> None:
     """Have what is still in *untold* then printed when the interpreter exits (E1)."""
-    _untold[:] = [each for each in (*_untold, untold) if each]
+    _unreported[:] = [each for each in (*_unreported, untold) if each]
 
 
 def _forget_in_child() -> None:
@@ -382,7 +391,7 @@ def _forget_in_child() -> None:
     if _current is not None:
         # And its tenants, with their stores.
         _inherited.append((_current, [tenant.owner for tenant in _current.tenants]))
-    _untold.clear()
+    _unreported.clear()
     _current = None
     _here.is_loop = False  # whoever forked is the child's only thread
 
@@ -413,10 +422,10 @@ def _drain_at_exit() -> None:
         owner = tenant.owner
         if owner is not None:  # else it has left just now
             clean = owner.drain_at_exit() and clean
-    for untold in list(_untold):
+    for untold in list(_unreported):
         clean = not untold.print_at_exit() and clean
     if runtime is not None and not runtime.tenants:
-        runtime.stop(runtime.patience_seconds)  # again: an interruption may have kept it from its tenant
+        runtime.stop(runtime.stop_seconds)  # again: an interruption may have kept it from its tenant
     if clean:
         return
     if multiprocessing.parent_process() is not None:

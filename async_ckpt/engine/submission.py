@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from time import monotonic, time
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from async_ckpt.engine.queue import Kind, Op, Phase
 from async_ckpt.engine.request import Request
 from async_ckpt.engine.resources import Holdings
 from async_ckpt.engine.runtime import Runtime
-from async_ckpt.engine.writers import Linker, StreamingWriter, Writer
+from async_ckpt.engine.writers import Linker, Writer
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
 from async_ckpt.handle import Handle, State
 from async_ckpt.snapshot import Capture
@@ -31,7 +30,7 @@ from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.removed_directories import with_directory_seen
 
-__all__ = ["Intake"]
+__all__ = ["Submission"]
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ _TRIES = 8
 """How often a load looks for the end of links that change before its turn."""
 
 
-class Intake:
+class Submission:
     """Takes the requests of one service in.
 
     Args:
@@ -50,7 +49,7 @@ class Intake:
         self.holdings = holdings
         self._account = holdings.account
         self._failures = holdings.account.failures
-        self._begun: list[Request] = []  # saves whose state is being looked at
+        self._capturing: list[Request] = []  # saves whose state is being looked at
 
     def save(
         self, state: Any, location: Location, writer: Writer | None, *, share_unpicklable: bool, tell: bool
@@ -63,24 +62,24 @@ class Intake:
                 _check_target(location, runtime, in_place=self.holdings.options.in_place == "allow")
             if is_local(location):
                 location = with_directory_seen(location)
-            writer = self._streaming_writer(location)
+            writer = self.holdings.writer(location)
         request = self._request(Kind.SAVE, location, writer)
         try:
-            self._begun.append(request)
+            self._capturing.append(request)
             captured = writer.capture(state, share_unpicklable=share_unpicklable)
             request.op.nbytes = captured.nbytes
             if writer.only_reads:
-                self._borrow(request, captured, runtime)
-            _send(request, runtime)
-            self._begun.remove(request)
+                self._share_buffer(request, captured, runtime)
+            _post(request, runtime)
+            self._capturing.remove(request)
             self._await_admission(request)
             self._stage(request, captured, runtime, only_reads=writer.only_reads)
         except BaseException as error:
             with suppress(ValueError):
-                self._begun.remove(request)
+                self._capturing.remove(request)
             with suppress(ServiceClosedError):
                 runtime.post(runtime.dispatcher.withdraw, request)
-            if request.turned_away and isinstance(error, Exception):  # closed beneath us, memory and all
+            if request.rejected and isinstance(error, Exception):  # closed beneath us, memory and all
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
         if tell:
@@ -91,18 +90,18 @@ class Intake:
         """Queue a deletion; see ``CheckpointService.submit_removal``."""
         runtime = self.holdings.running()
         location = _as_it_will_be(location, runtime)
-        writer = self._streaming_writer(location) if writer is None else writer
-        for request in list(self._begun):
+        writer = self.holdings.writer(location) if writer is None else writer
+        for request in list(self._capturing):
             if request.op.thread == threading.get_ident():  # this is a signal handler in the midst of it
-                runtime.post(runtime.dispatcher.foresee, request)
-        return self._hand_over(self._request(Kind.REMOVE, location, writer), runtime)
+                runtime.post(runtime.dispatcher.preadmit, request)
+        return self._submit(self._request(Kind.REMOVE, location, writer), runtime)
 
     def link(self, location: Location, target: Location) -> Handle:
         """Queue a link; see ``CheckpointService.submit_link``."""
         runtime = self.holdings.running()
         location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
         linker = Linker(target, self.holdings.links, self.holdings.workers)
-        return self._hand_over(self._request(Kind.LINK, location, linker, target=target.key), runtime)
+        return self._submit(self._request(Kind.LINK, location, linker, target=target.key), runtime)
 
     def read(self, location: Location, function: Callable[[Location], T]) -> T:
         """Return what *function* makes of what is to be read at *location*; see ``CheckpointService.load``.
@@ -141,13 +140,13 @@ class Intake:
         runtime = self.holdings.running()
         request = self._request(Kind.LOAD, location, None)
         try:
-            _send(request, runtime)
+            _post(request, runtime)
             patience = self.holdings.patience()
             try:
-                patience.wait(request.admitted)
+                patience.wait(request.admission)
             except TimeoutError:
-                raise self.holdings.too_late(patience) from None
-            request.admitted.result()
+                raise self.holdings.timeout_error(patience) from None
+            request.admission.result()
             failures = self._failures.claim()
             if not failures:
                 yield
@@ -159,47 +158,47 @@ class Intake:
 
     # -- the steps of a save
 
-    def _borrow(self, request: Request, captured: Capture, runtime: Runtime) -> None:
+    def _share_buffer(self, request: Request, captured: Capture, runtime: Runtime) -> None:
         """Have *request* hold the memory of the newest snapshot, if that is of the very same bytes (S1)."""
         newest = self._account.newest
         if newest is None or not captured.resembles(newest[1]):
             return
-        if runtime.call(runtime.dispatcher.lend, request, *newest):
+        if runtime.call(runtime.dispatcher.share_buffer, request, *newest):
             buffer = request.buffer
             if buffer is None or not captured.equals(buffer):
-                runtime.post(runtime.dispatcher.take_back, request)
+                runtime.post(runtime.dispatcher.unshare_buffer, request)
 
     def _await_admission(self, request: Request) -> None:
         """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
         patience = self.holdings.patience()
         try:
-            patience.wait(request.admitted)
+            patience.wait(request.admission)
         except TimeoutError:
             raise FlushTimeoutError(
                 f"{request.location.url!r} was not accepted: no room{patience.told}; "
                 f"pending: {self.holdings.pending_urls()}"
             ) from None
-        request.admitted.result()
+        request.admission.result()
 
     def _stage(self, request: Request, captured: Capture, runtime: Runtime, *, only_reads: bool) -> None:
         """Take the snapshot and hand it over."""
-        borrows, buffer = request.borrows, request.buffer  # in this order: closing takes both away
+        shares, buffer = request.shares_buffer, request.buffer  # in this order: closing takes both away
         if buffer is None:
             raise ServiceClosedError("the service was closed meanwhile")
-        snapshot = captured.share(buffer) if borrows else captured.stage(buffer)
-        if only_reads and not request.turned_away:
+        snapshot = captured.share(buffer) if shares else captured.stage(buffer)
+        if only_reads and not request.rejected:
             self._account.newest = request, snapshot
         request.stall_seconds = monotonic() - request.started_seconds
         request.staged_at_seconds = time()
         request.handle._state = State.STAGED  # here, so that it is true when save returns
         runtime.post(runtime.dispatcher.staged, request, snapshot)
-        if not request.decide():
+        if not request.claim():
             raise ServiceClosedError("the service was closed meanwhile")
 
     # -- what they have in common
 
-    def _hand_over(self, request: Request, runtime: Runtime) -> Handle:
-        _send(request, runtime)
+    def _submit(self, request: Request, runtime: Runtime) -> Handle:
+        _post(request, runtime)
         self._failures.raise_unless_in_flight(but=request.handle)
         return request.handle
 
@@ -227,29 +226,39 @@ class Intake:
         )
         return Request(op, self._account, location, writer)
 
-    def _streaming_writer(self, location: Location) -> StreamingWriter:
-        return StreamingWriter(self.holdings.store(location), self.holdings.workers, self.holdings.options)
+
+def _post(request: Request, runtime: Runtime) -> None:
+    request.handle._would_deadlock = _WouldDeadlock(request.op, runtime)
+    runtime.dispatcher.registry.announce(request)
+    runtime.post(runtime.dispatcher.enqueue, request)
 
 
-def _send(request: Request, runtime: Runtime) -> None:
-    request.handle._is_held_up = partial(_is_held_up, request.op, runtime)
-    runtime.dispatcher.expected.add(request)
-    runtime.post(runtime.dispatcher.take_in, request)
+class _WouldDeadlock:
+    """Tells whether waiting for *op* on this thread would last for ever (L1); one small object for each request."""
 
+    __slots__ = ("_op", "_runtime")
 
-def _is_held_up(op: Op, runtime: Runtime) -> bool:
-    with suppress(ServiceClosedError):  # then nothing is under way
-        return runtime.call(runtime.dispatcher.is_held_up, op, threading.get_ident())
-    return False
+    def __init__(self, op: Op, runtime: Runtime) -> None:
+        self._op = op
+        self._runtime = runtime
+
+    def __call__(self) -> bool:
+        with suppress(ServiceClosedError):  # then nothing is under way
+            return self._runtime.call(
+                self._runtime.dispatcher.would_deadlock, self._op, threading.get_ident()
+            )
+        return False
 
 
 def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
     """Return where *location* leads once what is pending has ended: links on its way may be about to change (O1)."""
     known: set[str] = set()
     changes: dict[str, str | None] = {}
-    while runtime.dispatcher.expected and (new := _names_that_may_lead_on(location, runtime) - known):
+    while runtime.dispatcher.registry.announced and (
+        new := _names_that_may_lead_on(location, runtime) - known
+    ):
         known |= new
-        found = runtime.call(runtime.dispatcher.changes, new)
+        found = runtime.call(runtime.dispatcher.pending_changes, new)
         if found:
             changes.update(found)
             location = relocate(location, changes)
@@ -258,8 +267,7 @@ def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
 
 def _names_that_may_lead_on(location: Location, runtime: Runtime) -> set[str]:
     """Return the links on the way to *location*, and its own name where some link is yet to be made."""
-    expected = tuple(runtime.dispatcher.expected)  # in one step: other threads add to it
-    links_are_made = any(request.op.kind is Kind.LINK for request in expected)
+    links_are_made = bool(runtime.dispatcher.registry.announced_links)
     return {*location.links, location.key} if location.follows and links_are_made else set(location.links)
 
 

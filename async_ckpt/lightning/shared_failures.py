@@ -69,4 +69,4 @@ class SharedFailures:
 
 
 def _is_untold(handle: Handle) -> bool:
-    return handle._failure is not None and not handle._failure.is_told
+    return handle._failure is not None and not handle._failure.is_reported

@@ -68,7 +68,7 @@ class Barriers:
     def waiting_for(self, op: Op) -> Iterator[Op]:
         """Yield those that wait for *op*."""
         for barrier in self._held_up_by(op):
-            yield from barrier.everybody()
+            yield from barrier.all_waiters()
 
     def has_link_waiting_for(self, op: Op) -> bool:
         """Return whether a link waits for *op*."""
@@ -83,7 +83,7 @@ class Barriers:
         passed: list[Op] = []
         for barrier in self._holding.pop(op.id, ()):
             del barrier.pending[op.id]
-            passed += self._take_down(barrier)
+            passed += self._remove_passed(barrier)
         return passed
 
     def superseded(self, op: Op, by: Op) -> None:
@@ -102,7 +102,7 @@ class Barriers:
                     assert holding.behind is not None
                     holding = self._merge(holding, holding.behind)
             else:
-                for other in list(barrier.everything()):
+                for other in list(barrier.all_pending()):
                     self._hold(holding, other)
 
     def would_gain(self, op: Op, by: Op) -> Iterator[tuple[Callable[[Op], bool], Iterator[Op]]]:
@@ -113,7 +113,7 @@ class Barriers:
                 yield partial(_waits_behind, holding, None), iter((by,))
             elif barrier is not None and not holding.covers(barrier):
                 in_row = holding.is_before(barrier)
-                more = _between(holding, barrier) if in_row else barrier.everything()
+                more = _between(holding, barrier) if in_row else barrier.all_pending()
                 yield partial(_waits_behind, holding, barrier if in_row else None), more
 
     def _held_up_by(self, op: Op) -> list[Barrier]:
@@ -124,7 +124,7 @@ class Barriers:
             barrier.pending[op.id] = op
             self._holding.setdefault(op.id, []).append(barrier)
 
-    def _take_down(self, barrier: Barrier | None) -> list[Op]:
+    def _remove_passed(self, barrier: Barrier | None) -> list[Op]:
         """Remove *barrier*, and those behind it, as far as nothing is pending; return who waited there."""
         passed: list[Op] = []
         while barrier is not None and not barrier.pending and barrier.before is None:

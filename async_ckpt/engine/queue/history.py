@@ -41,18 +41,20 @@ class History:
 
     def failed(self, kind: Hashable, key: str, number: int) -> None:
         """Note that one of *kind* failed at *key*."""
-        self._forgive(kind, key)
+        self._forget_older_failure(kind, key)
         self._failed[number] = kind, key
         self._failed_at.add(key, number, kind)
         heappush(self._last_failed, -number)
 
     def succeeded(self, kind: Hashable, key: str, number: int) -> None:
         """Note that one of *kind* took effect at *key*: an older failure there counts no longer."""
-        if (self.failure(kind, key) or number) < number:
-            self._forgive(kind, key)
+        if self._failed and (self.failure(kind, key) or number) < number:
+            self._forget_older_failure(kind, key)
 
-    def given_up(self, key: str) -> None:
+    def forget_failures(self, key: str) -> None:
         """Note that the program counts no longer on what it saved at *key*, or in it."""
+        if not self._failed:
+            return
         for number in [*self._failed_at.at(key), *self._failed_at.below(key)]:
             self._forget_failure(number)
 
@@ -66,10 +68,12 @@ class History:
 
     def removed(self, key: str) -> None:
         """Note that nothing may be at *key*, or in it, any more."""
+        if not self._durable:
+            return
         for number in [*self._durable_at.at(key), *self._durable_at.below(key)]:
             self._forget_durable(number)
 
-    def makes_up_for(self, failure: int, *, without: str) -> bool:
+    def has_newer_checkpoint(self, failure: int, *, without: str) -> bool:
         """Return whether a checkpoint newer than *failure* is durable, other than those at *without*, or in it."""
         if not failure:
             return True
@@ -83,14 +87,14 @@ class History:
 
     def forget_before(self, number: int) -> None:
         """Forget what is durable and older than whatever may fail from now on, unless something has failed."""
-        if self._failed:
+        if self._failed or not self._in_order:
             return
         older = bisect_left(self._in_order, number)
         for each in self._in_order[:older]:
             self._forget_durable(each)
         del self._in_order[:older]
 
-    def _forgive(self, kind: Hashable, key: str) -> None:
+    def _forget_older_failure(self, kind: Hashable, key: str) -> None:
         number = self.failure(kind, key)
         if number is not None:
             self._forget_failure(number)

@@ -25,14 +25,20 @@ def lies_in(key: str, place: str) -> bool:
     return key == place or (key.startswith(place) and key[len(place)] == "/")
 
 
-@lru_cache(maxsize=4096)
 def _above(key: str) -> tuple[str, ...]:
     """Return what *key* lies in, innermost first."""
-    places = []
     end = key.rfind("/")
+    return _from(key[:end]) if end > 0 else ()
+
+
+@lru_cache(maxsize=4096)
+def _from(place: str) -> tuple[str, ...]:
+    """Return *place* and what it lies in, innermost first."""
+    places = []
+    end = len(place)
     while end > 0:
-        places.append(key[:end])
-        end = key.rfind("/", 0, end)
+        places.append(place[:end])
+        end = place.rfind("/", 0, end)
     return tuple(places)
 
 
@@ -44,17 +50,21 @@ class Names(Generic[T]):
         self._at: dict[str, OrderedDict[int, T]] = {}
         self._below: dict[str, OrderedDict[int, T]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._at)
+
     def add(self, key: str, number: int, item: T) -> None:
         """Take in *item*."""
-        self._at.setdefault(key, OrderedDict())[number] = item
+        _add(self._at, key, number, item)
         for place in _above(key):
-            self._below.setdefault(place, OrderedDict())[number] = item
+            _add(self._below, place, number, item)
 
     def discard(self, key: str, number: int) -> None:
         """Let go of what `add` was given; where there is no such thing, do nothing."""
-        _discard(self._at, key, number)
-        for place in _above(key):
-            _discard(self._below, place, number)
+        if _discard(self._at, key, number):
+            for place in _above(key):
+                _discard(self._below, place, number)
 
     def at(self, key: str) -> OrderedDict[int, T]:
         """Return what concerns the location itself, by number."""
@@ -72,17 +82,28 @@ class Names(Generic[T]):
 
     def related(self, key: str) -> list[OrderedDict[int, T]]:
         """Return all of these, location by location, but for those where there is nothing."""
-        if not self._at:
+        at = self._at
+        if not at:
             return []
-        found = [self._at[place] for place in (key, *_above(key)) if place in self._at]
+        found = [at[key]] if key in at else []
+        found += [at[place] for place in _above(key) if place in at]
         if key in self._below:
             found.append(self._below[key])
         return found
 
 
-def _discard(index: dict[str, OrderedDict[int, T]], key: str, number: int) -> None:
+def _add(index: dict[str, OrderedDict[int, T]], key: str, number: int, item: T) -> None:
     found = index.get(key)
-    if found is not None:
-        found.pop(number, None)
-        if not found:
-            del index[key]
+    if found is None:
+        found = index[key] = OrderedDict()
+    found[number] = item
+
+
+def _discard(index: dict[str, OrderedDict[int, T]], key: str, number: int) -> bool:
+    """Let go of it; return whether it was there."""
+    found = index.get(key)
+    if found is None or found.pop(number, None) is None:
+        return False
+    if not found:
+        del index[key]
+    return True

@@ -75,12 +75,12 @@ class Op:
         thread: the caller's thread.
         urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
             whose memory and place cannot come free before the caller returns. The queue finds out.
-        passed_by: what interrupted it on its thread, came to a related location, and so comes first; the queue's own.
+        overtaken_by: what interrupted it on its thread at a related location, and so comes first; the queue's own.
         target: for a link, the key of the location that it leads to.
         before: for a removal, the last of what had to come first when it came, 0 where nothing had to; the queue's own.
         barrier: for a removal and a link, what must be durable first, until it is; the queue's own.
         failed_save: one of those that did not become durable.
-        missing: for a removal, the last save or link that had failed when it came; 0 where none had.
+        failed_before: for a removal, the last save or link that had failed when it came; 0 where none had.
     """
 
     id: int
@@ -94,12 +94,12 @@ class Op:
     place: str = ""
     nbytes: int = 0
     urgent: bool = False
-    passed_by: tuple[Op, ...] = ()
+    overtaken_by: tuple[Op, ...] = ()
     target: str | None = None
     before: int = 0
     barrier: Barrier | None = None
     failed_save: int | None = None
-    missing: int = 0
+    failed_before: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -139,14 +139,14 @@ class Barrier:
         """Return whether who waits here waits for all that *other* stands for."""
         return self is other or other.is_before(self)
 
-    def everything(self) -> Iterator[Op]:
+    def all_pending(self) -> Iterator[Op]:
         """Yield all that it stands for."""
         barrier: Barrier | None = self
         while barrier is not None:
             yield from barrier.pending.values()
             barrier = barrier.before
 
-    def everybody(self) -> Iterator[Op]:
+    def all_waiters(self) -> Iterator[Op]:
         """Yield all who wait for what is pending here."""
         barrier: Barrier | None = self
         while barrier is not None:

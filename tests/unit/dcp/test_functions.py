@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 
 import async_ckpt.dcp as dcp
 from async_ckpt import CheckpointService, OptionError, ShardedSaveError
-from async_ckpt.events import Event, Staged
+from async_ckpt.events import Event
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.local.store import LocalStore
+from async_ckpt.stores.local.upload import LocalUpload
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as torch's own load says
 
@@ -77,15 +81,17 @@ def test_a_future_is_awaited(tmp_path: Path) -> None:
     assert set(asyncio.run(save()).state_dict_metadata) == {"step"}
 
 
-def test_waiting_ends_in_time(tmp_path: Path) -> None:
+def test_waiting_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``timeout`` that passes raises the ``TimeoutError`` of ``concurrent.futures``; the save goes on."""
     may_go_on = threading.Event()
+    begin = LocalStore.begin
 
-    def hold(event: Event) -> None:
-        if isinstance(event, Staged):
-            may_go_on.wait(60)
+    async def begin_late(store: LocalStore, location: Location, nbytes: int) -> LocalUpload:
+        while not may_go_on.is_set():  # noqa: ASYNC110  # what sets it is another thread
+            await anyio.sleep(0.01)
+        return await begin(store, location, nbytes)
 
-    dcp.configure(observer=hold)
+    monkeypatch.setattr(LocalStore, "begin", begin_late)
     future = dcp.async_save({"step": 1}, checkpoint_id=tmp_path / "it")
     for ask in (future.result, future.exception):
         with pytest.raises(concurrent.futures.TimeoutError):

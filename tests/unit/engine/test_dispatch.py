@@ -57,7 +57,7 @@ class Stage:
             id=0, lane=self.account.lane, kind=kind, key=kind.value, phase=phase, thread=thread, nbytes=nbytes
         )
         request = Request(op, self.account, locate(f"memory://{kind.value}"), None)
-        self.dispatcher.take_in(request)
+        self.dispatcher.enqueue(request)
         return request
 
     def snapshot(self, request: Request) -> Snapshot:
@@ -70,7 +70,7 @@ class Stage:
         return self.dispatcher.cancel_all(self.account, "closed")
 
     def is_free(self) -> bool:
-        return not self.account.pool._leased and not self.dispatcher._requests
+        return not self.account.pool._leased and not self.dispatcher.registry._requests
 
 
 async def test_who_has_returned_its_handle_is_told_by_it() -> None:
@@ -82,7 +82,7 @@ async def test_who_has_returned_its_handle_is_told_by_it() -> None:
         stage = Stage(tasks)
         request = stage.save()
         snapshot = stage.snapshot(request)
-        assert request.decide()  # on the caller's thread, its message under way
+        assert request.claim()  # on the caller's thread, its message under way
         stage.close()
         stage.dispatcher.staged(request, snapshot)
         assert request.handle.state is State.FAILED
@@ -99,8 +99,8 @@ async def test_who_is_turned_away_returns_no_handle() -> None:
         snapshot = stage.snapshot(request)
         stage.close()
         stage.dispatcher.staged(request, snapshot)
-        assert request.turned_away
-        assert not request.decide()
+        assert request.rejected
+        assert not request.claim()
         assert not stage.account.failures
         assert stage.is_free()
 
@@ -111,7 +111,7 @@ async def test_a_system_without_memory_refuses() -> None:
         stage = Stage(tasks, ExhaustedPool)
         for _ in range(2):
             with pytest.raises(MemoryLimitError, match="Cannot allocate memory"):
-                stage.save().admitted.result(0)
+                stage.save().admission.result(0)
         assert stage.is_free()
 
 

@@ -137,7 +137,7 @@ def test_its_failure_is_told_once(held: bool, capsys: pytest.CaptureFixture[str]
     dropped(use)
     gate.open()
     threads_end()
-    (untold,) = runtime._untold
+    (untold,) = runtime._unreported
     if held:
         with pytest.raises(StoreError):
             handles[0].wait(PATIENCE_SECONDS)
@@ -152,11 +152,11 @@ def test_what_has_been_told_is_forgotten() -> None:
     for _ in range(3):
         dropped(lambda: Harness(fails, memory=True).service.save(state(1), "memory://a").wait)
         threads_end()
-    assert len(runtime._untold) <= 3
-    for untold in runtime._untold:
+    assert len(runtime._unreported) <= 3
+    for untold in runtime._unreported:
         untold.print_at_exit()
-    runtime.tell_at_exit(runtime._untold[0])
-    assert runtime._untold == []
+    runtime.report_at_exit(runtime._unreported[0])
+    assert runtime._unreported == []
 
 
 def test_dropped_on_the_loop_thread() -> None:

@@ -76,7 +76,7 @@ def test_wait_is_for_what_was_accepted_before() -> None:
         reached(first)
         runtime = harness.service._holdings.held()
         assert runtime is not None
-        while not runtime.call(lambda: list(runtime.dispatcher._drains)):
+        while not runtime.call(lambda: list(runtime.dispatcher.registry._drains)):
             pass
         later = harness.service.save(state(2), "memory://b")
         first.open()

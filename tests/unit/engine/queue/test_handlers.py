@@ -103,9 +103,9 @@ def test_a_removal_of_another_waits_for_what_it_interrupted() -> None:
     interrupted = play.save(of, "new", thread=7, stage=False)
     removal = play.remove(of, "old", thread=7)
     assert removal.phase is Phase.QUEUED
-    assert play.queue.is_held_up(removal, 7)
+    assert play.queue.would_deadlock(removal, 7)
     play.stage(interrupted)
-    assert not play.queue.is_held_up(removal, 7)
+    assert not play.queue.would_deadlock(removal, 7)
     play.end(interrupted)
     assert removal.phase is Phase.RUNNING
 
@@ -124,10 +124,10 @@ def test_held_up_by_way_of_others() -> None:
     behind = play.save(of, "a", thread=8)
     load = play.load(of, "a", thread=9)
     beside = play.save(of, "b", thread=8)
-    assert play.queue.is_held_up(behind, 7)
-    assert play.queue.is_held_up(load, 7)
-    assert not play.queue.is_held_up(load, 9)
-    assert not play.queue.is_held_up(beside, 7)
+    assert play.queue.would_deadlock(behind, 7)
+    assert play.queue.would_deadlock(load, 7)
+    assert not play.queue.would_deadlock(load, 9)
+    assert not play.queue.would_deadlock(beside, 7)
 
 
 def test_what_passed_it_by_comes_first() -> None:

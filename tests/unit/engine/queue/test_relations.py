@@ -172,9 +172,9 @@ def test_whom_a_lane_may_wait_for() -> None:
     """Other services count where one of their operations is on a related location, or in the same group; else not."""
     play, of, above, base, other = Play(), lane(), lane(), lane(), lane()
     play.save(of, "f:/run/a", group="base")
-    assert play.queue.lanes_met(of) == {of}
+    assert play.queue.related_lanes(of) == {of}
     play.remove(above, "f:/run")
     play.save(base, "f:/else", group="base")
     play.save(other, "f:/other")
-    assert play.queue.lanes_met(of) == {of, above, base}
-    assert play.queue.lanes_met(other) == {other}
+    assert play.queue.related_lanes(of) == {of, above, base}
+    assert play.queue.related_lanes(other) == {other}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-__all__ = ["Agenda", "Slots"]
+__all__ = ["Slots", "WorkList"]
 
 
-class Agenda:
+class WorkList:
     """Operations to be looked at, each once, oldest first."""
 
     def __init__(self) -> None:
@@ -22,6 +22,10 @@ class Agenda:
         if number not in self._listed:
             self._listed.add(number)
             heappush(self._heap, number)
+
+    def __bool__(self) -> bool:
+        """Whether any is listed."""
+        return bool(self._heap)
 
     @property
     def first(self) -> int | None:
@@ -47,7 +51,7 @@ class Slots:
     def __init__(self, number: int) -> None:
         self._number = number
         self._running: set[int] = set()
-        self._waiting = Agenda()
+        self._waiting = WorkList()
 
     @property
     def is_used(self) -> bool:
@@ -76,6 +80,6 @@ class Slots:
         """Let an operation run."""
         self._running.add(number)
 
-    def give_back(self, number: int) -> None:
+    def release(self, number: int) -> None:
         """End an operation, running or not."""
         self._running.discard(number)

@@ -1,0 +1,124 @@
+"""Carries operations out: a task for each save, and a few for all removals and links of a service.
+
+Guarantees: each that was started is reported once, unless it is given up before it has begun; nothing that it raises
+reaches the loop. However many removals may run, `MOST_REMOVALS` of a service do at a time (B2).
+
+What does not belong here: which operation may run (queue), what its end means to others (dispatch), how bytes are
+written (writers, stores).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+import anyio
+from anyio.abc import TaskGroup
+
+from async_ckpt.engine.queue import Kind
+from async_ckpt.engine.request import Account, Request
+from async_ckpt.engine.writers import Linker
+from async_ckpt.errors import AbandonedError
+from async_ckpt.events import Writing
+from async_ckpt.handle import State
+from async_ckpt.telemetry.patience import moving
+
+__all__ = ["MOST_REMOVALS", "Executor"]
+
+MOST_REMOVALS = 16
+"""How many removals and links of one service run at a time: as many requests as a store's connections serve well."""
+
+
+class Executor:
+    """Runs operations on the loop.
+
+    Args:
+        tasks: where their tasks live.
+        ended: called with a request when it has run to its end, with the length of its file and what it failed with.
+    """
+
+    def __init__(self, tasks: TaskGroup, ended: Callable[[Request, int, Exception | None], object]) -> None:
+        self._tasks = tasks
+        self._ended = ended
+
+    def start(self, request: Request) -> None:
+        """Let *request* run, soon."""
+        account = request.account
+        if request.op.kind is Kind.SAVE:
+            self._tasks.start_soon(self._run_save, request)
+            return
+        account.removals.append(request)
+        if account.removers < MOST_REMOVALS:
+            account.removers += 1
+            self._tasks.start_soon(self._run_removals, account)
+
+    async def _run_save(self, request: Request) -> None:
+        with moving(request.account.progress), anyio.CancelScope() as scope:
+            await self._run(request, scope)
+
+    async def _run_removals(self, account: Account) -> None:
+        """Run what waits for a task, one after the other: to make a task costs more than to remove a file."""
+        with moving(account.progress):
+            while account.removals:
+                with anyio.CancelScope() as scope:
+                    while account.removals and not scope.cancel_called:
+                        await self._run(account.removals.popleft(), scope)
+        account.removers -= 1
+
+    async def _run(self, request: Request, scope: anyio.CancelScope) -> None:
+        if request.is_over:  # it was given up before it had begun
+            return
+        request.scope = scope
+        error: Exception | None = None
+        nbytes = 0
+        try:
+            nbytes = await _carry_out(request)
+        except anyio.get_cancelled_exc_class():
+            if request.abandoned_because and not request.is_over:
+                self._ended(
+                    request, 0, AbandonedError(f"{request.location.url!r}: {request.abandoned_because}")
+                )
+            raise
+        except BaseException as raised:  # a SystemExit would end the loop
+            error = _failure_of(request, raised)
+        if not request.is_over:  # else it was left behind, and has been reported as such
+            self._ended(request, nbytes, error)
+
+
+async def _carry_out(request: Request) -> int:
+    """Do what the request asks for; return the length of the file, 0 if there is none or it is unknown."""
+    writer = request.writer
+    assert writer is not None
+    if isinstance(writer, Linker):
+        await writer.link(request.location)
+        return 0
+    if request.op.kind is Kind.REMOVE:
+        await writer.delete(request.location)
+        return 0
+    assert request.snapshot is not None
+    request.handle._state = State.WRITING
+    request.emit(Writing)
+    return await writer.write(request.snapshot, request.location, request.emit)
+
+
+def _failure_of(request: Request, raised: BaseException) -> Exception:
+    """Return what to fail with: what was raised, if it is an ordinary error."""
+    _forget_locals(raised)
+    if isinstance(raised, Exception):
+        return raised
+    error = AbandonedError(f"{request.location.url!r}: ended by {type(raised).__name__}: {raised}")
+    error.__cause__ = raised
+    return error
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Empty the frames of the tracebacks: their variables would keep the snapshot's memory, uncounted (B1)."""
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            traceback.clear_frames(link.__traceback__)
+            chain += [link.__cause__, link.__context__]
+            chain += getattr(link, "exceptions", ())  # of a group

@@ -238,12 +238,16 @@ class Coordinator:
                 continue
             last = self._last_seconds.get(rank)
             if last is None:
-                if self._count.seconds >= self._bounds.lateness_seconds:
-                    found[rank] = late(self._bounds)
+                # One that fell silent in another save has ended, most likely: it is not waited for so long again.
+                is_silent = rank in self._plans.silent
+                seconds = self._bounds.silence_seconds if is_silent else self._bounds.lateness_seconds
+                if self._count.seconds >= seconds:
+                    found[rank] = silent(self._bounds) if is_silent else late(self._bounds)
                     self._lost.add(rank)
             elif self._count.seconds - last >= self._bounds.silence_seconds:
                 found[rank] = silent(self._bounds)
                 self._lost.add(rank)
+                self._plans.silent.add(rank)
         if self.phase is Phase.GATHERING and not found and len(self._readies) == self._world_size:
             found = {
                 rank: "its plan is not known to rank 0; please report it"

@@ -402,6 +402,7 @@ class Driver:
         return None
 
     def _hear_rank(self, number: int, message: ToCoordinator) -> None:
+        self._plans.silent.discard(message.rank)
         if isinstance(message, Ready):
             message = self._plans.complete(message)
         if number in self._coordinators:

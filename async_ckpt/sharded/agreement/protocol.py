@@ -204,9 +204,16 @@ class SentPlan:
 
 
 class PlanCache:
-    """What the coordinator knows of each rank, over all saves: the last plan and the last work, no more."""
+    """What the coordinator knows of each rank, over all saves: the last plan and the last work, no more.
+
+    Attributes:
+        works: what each rank was last told to write.
+        planned: the save whose planning that was.
+        silent: ranks that fell silent in a save, and were not heard since.
+    """
 
     def __init__(self) -> None:
+        self.silent: set[int] = set()
         self.works: dict[int, bytes | None] = {}
         self.planned: int | None = None
         self._of: dict[int, tuple[bytes, bytes]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from async_ckpt.sharded.agreement.coordinator import Coordinator
-from async_ckpt.sharded.agreement.messages import Failed, Ready, Verdict, Wrote
+from async_ckpt.sharded.agreement.messages import Failed, Heartbeat, Ready, Verdict, Wrote
 from async_ckpt.sharded.agreement.protocol import COMMIT, Bounds, Broadcast, Claim, Commit, PlanCache
 
 
@@ -44,3 +44,37 @@ def test_a_failure_after_the_commit_began_counts_no_more() -> None:
     coordinator.receive(Failed(1, "cancelled"))
     assert coordinator.tick(4.0) == []
     assert coordinator.committed() == [Broadcast(Verdict({}))]
+
+
+def test_a_rank_that_fell_silent_is_not_waited_for_as_one_that_is_late() -> None:
+    """What else is under way then ends after ``silence``, and not after ten times as long (E5)."""
+    plans, bounds = PlanCache(), Bounds(silence_seconds=60.0, lateness_seconds=600.0)
+
+    def begun(number: int, *ranks: int) -> Coordinator:
+        coordinator = Coordinator(
+            number, save_id=f"run-{number}", world_size=2, plans=plans, bounds=bounds, now=0.0
+        )
+        for rank in ranks:
+            coordinator.receive(Ready(rank, "s3://a", b"f", b"plan"))
+        return coordinator
+
+    def failures(coordinator: Coordinator, until: int) -> dict[int, str] | None:
+        """Look once a second, with word from rank 0 alone."""
+        for now in range(1, until + 1):
+            coordinator.receive(Heartbeat(0))
+            for action in coordinator.tick(float(now)):
+                if isinstance(action, Broadcast) and isinstance(action.message, Verdict):
+                    return dict(action.message.failures)
+        return None
+
+    dies = begun(1, 0, 1)
+    dies.tick(0.0)
+    dies.planned({0: b"", 1: b""})
+    found = failures(dies, 61)
+    assert found is not None
+    assert set(found) == {1}
+    found = failures(begun(2, 0), 61)
+    assert found is not None
+    assert set(found) == {1}
+    plans.silent.clear()  # it has been heard
+    assert failures(begun(3, 0), 599) is None

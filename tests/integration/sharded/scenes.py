@@ -203,7 +203,7 @@ def until_killed(folder: Path, url: str, victim: int, seconds: float, begun: int
     rank, notes = dist.get_rank(), folder / f"durable-{dist.get_rank()}"
     found = None
     if begun:
-        assert latest(folder / "run") == url, latest(folder / "run")
+        assert latest(str(folder / "run")) == url
         state = _state(-1.0)
         dcp.load(state, checkpoint_id=url)
         found = int(state["number"].item())

@@ -144,14 +144,27 @@ def test_strategies_that_never_tear_down(tree: Any, tmp_path: Path, faults: Any,
     assert not plugin.is_used
 
 
-def test_warns_once_where_the_strategy_bypasses_it(tree: Any, tmp_path: Path) -> None:
-    """A sharded ModelParallelStrategy is warned of when the Trainer is set up, once."""
+@pytest.mark.parametrize(
+    ("name", "given", "options"),
+    [
+        ("DeepSpeedStrategy", {}, {}),
+        ("ModelParallelStrategy", {"_save_distributed_checkpoint": True}, {"overflow": "supersede"}),
+    ],
+    ids=["deepspeed", "supersede"],
+)
+def test_warns_once_where_the_strategy_bypasses_it(
+    tree: Any, tmp_path: Path, name: str, given: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """A strategy whose checkpoints are written past the plugin is warned of when the Trainer is set up, once."""
     single = tree.module("strategies").SingleDeviceStrategy
-    strategy = type("ModelParallelStrategy", (single,), {"_save_distributed_checkpoint": True})("cpu")
+    strategy = type(name, (single,), given)("cpu")
     trainer = tree.trainer(
-        tmp_path, plugins=[AsyncCheckpointIO()], strategy=strategy, callbacks=[AsyncCheckpointCallback()]
+        tmp_path,
+        plugins=[AsyncCheckpointIO(**options)],
+        strategy=strategy,
+        callbacks=[AsyncCheckpointCallback()],
     )
     model = tree.model()
-    with pytest.warns(UserWarning, match=r"^ModelParallelStrategy, .*save_distributed_checkpoint=False"):
+    with pytest.warns(UserWarning, match=rf"^{name} writes its checkpoints itself"):
         trainer.fit(model)
     trainer.validate(model, verbose=False)  # a second warning would be an error

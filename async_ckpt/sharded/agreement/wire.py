@@ -47,6 +47,7 @@ _LOOKS_PER_SEARCH = 10
 _SEARCHES_FOR_LOST = 100
 _ENDS = 16
 _WHOLE, _CHUNKED = b"w", b"c"
+_ABSENT = "absent"  # of no value: those begin otherwise
 
 
 class Wire:
@@ -234,13 +235,19 @@ class Wire:
         return [key, *pieces]
 
     def _take(self, key: str) -> bytes | None:
-        """Return what is under *key*, if anything; the store's own ``get`` would wait for it."""
-        if not self._store.check([key]):
-            return None
-        data = bytes(self._store.get(key))
-        if data[:1] == _WHOLE:
-            return data[1:]
-        return b"".join(bytes(self._store.get(f"{key}/{index}")) for index in range(int(data[1:])))
+        """Return what is under *key*, if anything, in one step.
+
+        The store's own ``get`` would wait for it, for minutes, where it is taken away just after one has looked.
+        """
+        data = self._value(key)
+        if data is None or data[:1] == _WHOLE:
+            return None if data is None else data[1:]
+        pieces = [self._value(f"{key}/{index}") for index in range(int(data[1:]))]
+        return None if None in pieces else b"".join(filter(None, pieces))
+
+    def _value(self, key: str) -> bytes | None:
+        found = bytes(self._store.compare_set(key, _ABSENT, _ABSENT))  # changes nothing: nobody sets that
+        return None if found == _ABSENT.encode() else found
 
     def _delete(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -175,7 +175,12 @@ class CheckpointService:
             OptionError: ``overflow="supersede"``, of which each rank would decide differently.
             Exception: as ``save`` raises.
         """
-        return self.submit_sharded(state, locate(url, storage_options=self._options.storage_options))[0]
+        try:
+            location = locate(url, storage_options=self._options.storage_options)
+        except Exception as error:  # on this rank alone, perhaps: a package that is missing here
+            self._sharded_saves().refuse(error)
+            raise
+        return self.submit_sharded(state, location)[0]
 
     def remove(self, url: Given) -> Handle:
         """Delete the file or directory at *url* once every save accepted before is durable (D3).
@@ -504,25 +509,29 @@ class CheckpointService:
         Returns:
             The handle, and what writes the checkpoint: it has its description when that has ended.
         """
-        from async_ckpt.sharded.writing.saves import ShardedSaves
-
         if self._options.overflow == "supersede":
             raise OptionError(
                 "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
                 "use 'block' or 'raise'"
             )
-        submission = self._submission
-        if self._sharded is None:
-            self._sharded = ShardedSaves.open(*self._group, self._options)
-            submission.holdings.attached["rendezvous"] = self._sharded.rendezvous
+        submission, saves = self._submission, self._sharded_saves()
 
         def submit(writer: Writer) -> Handle:
             return submission.save(state, location, writer, share_unpicklable=False, tell=False)
 
-        handle, writer = self._sharded.save(location, submission.holdings, submit, extras=extras)
+        handle, writer = saves.save(location, submission.holdings, submit, extras=extras)
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer
+
+    def _sharded_saves(self) -> ShardedSaves:
+        from async_ckpt.sharded.writing.saves import ShardedSaves
+
+        holdings = self._holdings
+        if self._sharded is None:
+            self._sharded = ShardedSaves.open(*self._group, self._options)
+            holdings.attached["rendezvous"] = self._sharded.rendezvous
+        return self._sharded
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
         """Like ``remove``, with any writer; ``None`` uses our own."""

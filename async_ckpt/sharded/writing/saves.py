@@ -64,9 +64,7 @@ class ShardedSaves:
         Raises:
             Exception: nothing was accepted, and the save fails on all ranks.
         """
-        with self._lock:
-            self._count += 1
-            number = self._count
+        number = self._next()
         try:
             store = holdings.store(location)
             writer = ShardedWriter(
@@ -86,10 +84,20 @@ class ShardedSaves:
 
         def tell(ended: Handle) -> None:
             if not writer.has_begun:  # else they know
-                self.rendezvous.fail(number, f"it was {ended.state.value} before its turn")
+                error = ended._outcome.exception()
+                self.rendezvous.fail(number, f"{ended.state.value}" if error is None else _why(error))
 
         handle.add_done_callback(tell)
         return handle, writer
+
+    def refuse(self, error: Exception) -> None:
+        """Tell the others of a call that fails before there is anything to queue; it counts as one of theirs (O4)."""
+        self.rendezvous.fail(self._next(), _why(error))
+
+    def _next(self) -> int:
+        with self._lock:
+            self._count += 1
+            return self._count
 
 
 def _why(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from async_ckpt.engine.writers import Emit, StreamingWriter
 from async_ckpt.errors import StoreError
 from async_ckpt.events import Event
@@ -56,7 +58,7 @@ class ShardedWriter:
             item of the checkpoint, too, of that name, and exists with it; the file is for those who look for that.
 
     Attributes:
-        has_begun: it had its turn.
+        has_begun: the other ranks learn from the agreement how it ends.
         metadata: of the checkpoint, once it is durable, on the first rank; ``None`` on the others.
     """
 
@@ -107,12 +109,19 @@ class ShardedWriter:
         Raises:
             ShardedSaveError: some rank could not; all ranks raise the same.
         """
-        self.has_begun = True
         structure = await self._workers.run(self._plans.structure, self._flattened)
         save = _Save(self, structure, snapshot, location, emit)
+        self.has_begun = True
         await self._rendezvous.agree(self._number, save)
         self.metadata = save.metadata
-        await save.tidy()
+        try:
+            await save.tidy()
+        except (
+            anyio.get_cancelled_exc_class()
+        ):  # all ranks know that it is durable; so this one ends as they do (E4)
+            logger.info("what is left over at %r was not all deleted: the service is closing", location.url)
+        except Exception:  # of any store
+            logger.warning("what is left over at %r was not all deleted", location.url, exc_info=True)
         return save.nbytes
 
     async def delete(self, location: Location) -> None:

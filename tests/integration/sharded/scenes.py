@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import threading
 import time
@@ -125,6 +126,12 @@ def _second_save(
         url += "-elsewhere"
     if is_victim and moment == "plan":
         state["rows"] = torch.zeros(2)  # where the others have a part of something else
+    if is_victim and moment == "nowhere":
+        url = "no-such-protocol://bucket/run"
+    if moment == "layout":  # of a kind of tensor of which there is no template yet
+        state["new"] = torch.zeros(11, victim + 13)
+        if is_victim:
+            copyreg.pickle(torch.Tensor, _reduced_otherwise)  # type: ignore[arg-type]
     if is_victim and moment == "never":
         return {"kind": "none"}
     if is_victim and moment == "late":
@@ -138,7 +145,13 @@ def _second_save(
         }
     except Exception as failure:
         return {"kind": type(failure).__name__}
+    finally:
+        copyreg.dispatch_table.pop(torch.Tensor, None)
     return {"kind": "durable"}
+
+
+def _reduced_otherwise(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return torch.tensor, (tensor.tolist(),)
 
 
 def _failing(

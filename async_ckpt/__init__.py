@@ -31,7 +31,7 @@ from async_ckpt.errors import (
     UnknownProtocolError,
     UnpicklableStateError,
 )
-from async_ckpt.functions import latest, load, load_sharded
+from async_ckpt.functions import consolidate, latest, load, load_sharded
 from async_ckpt.handle import Handle, Report, State
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
@@ -74,6 +74,7 @@ __all__ = [
     "TransientStoreError",
     "UnknownProtocolError",
     "UnpicklableStateError",
+    "consolidate",
     "latest",
     "load",
     "load_sharded",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from async_ckpt.retry import RetryPolicy
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given
 from async_ckpt.stores.addresses import UniversalPath
@@ -17,12 +18,14 @@ from async_ckpt.stores.addresses import UniversalPath
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlanner
 
-__all__ = ["latest", "load", "load_sharded"]
+__all__ = ["consolidate", "latest", "load", "load_sharded"]
 
 AnyGiven = TypeVar("AnyGiven", bound=Given)
 
 READS_OF_LOAD = 8
 """Concurrent requests of ``load``, which shares its connections with no save."""
+
+DEFAULT_RETRY = RetryPolicy()
 
 
 def load(
@@ -90,6 +93,50 @@ def load_sharded(
     """
     with CheckpointService(storage_options=storage_options, max_concurrent_parts=READS_OF_LOAD) as service:
         service.load_sharded(state, url, strict=strict, weights_only=weights_only, planner=planner)
+
+
+def consolidate(
+    directory_url: Given,
+    file_url: Given,
+    *,
+    weights_only: bool = True,
+    overwrite: bool = True,
+    retry: RetryPolicy = DEFAULT_RETRY,
+    storage_options: Mapping[str, Any] | None = None,
+    file_storage_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Make one ordinary file of ``torch.save`` from a sharded checkpoint, in bounded memory, from any storage to any.
+
+    The file holds the state as it was nested, every tensor whole and on the CPU: what torch's ``dcp_to_torch_save``
+    makes, in a process that need not have room for it. Each byte is fetched once. The file appears when all of it is
+    durable, and until then what was there before stays (D1, D2). It waits for pending saves of both places in this
+    process (O1, O2).
+
+    Args:
+        directory_url: what ``save_sharded``, or torch, has written.
+        file_url: where the file goes.
+        weights_only: as for ``torch.load``; of what is no tensor, ``False`` runs code that the checkpoint names.
+        overwrite: whether the file may replace an earlier one.
+        retry: how often a request to storage is repeated.
+        storage_options: passed to the fsspec file systems of both places.
+        file_storage_options: passed to that of *file_url*, in place of *storage_options*.
+
+    Raises:
+        IncompleteCheckpointError: there is no sharded checkpoint at *directory_url*, or none that is complete.
+        pickle.UnpicklingError: a value needs more than ``weights_only`` allows; the message names it.
+        CorruptCheckpointError: the checkpoint is damaged.
+        CheckpointExistsError: there is a file at *file_url*, and ``overwrite=False``.
+        StoreError: the checkpoint cannot be read, or the file not be written.
+    """
+    with CheckpointService(
+        storage_options=storage_options,
+        max_concurrent_parts=READS_OF_LOAD,
+        overwrite=overwrite,
+        retry=retry,
+    ) as service:
+        service.consolidate(
+            directory_url, file_url, weights_only=weights_only, file_storage_options=file_storage_options
+        )
 
 
 def latest(url: AnyGiven, *, storage_options: Mapping[str, Any] | None = None) -> AnyGiven | None:

@@ -28,8 +28,8 @@ from async_ckpt.engine.writers import Writer
 from async_ckpt.errors import FlushTimeoutError, OptionError
 from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.options import ServiceOptions, check_grace
-from async_ckpt.stores import Given, locate
-from async_ckpt.stores.base import Location, Workers
+from async_ckpt.stores import Given, check_target, locate
+from async_ckpt.stores.base import Content, Location, Workers
 from async_ckpt.system import threads
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointService", "StoreFactory"]
 
 logger = logging.getLogger(__name__)
+
+
+def _tell_nobody(*args: Any, **values: Any) -> None:
+    pass
 
 
 class CheckpointService:
@@ -304,6 +308,71 @@ class CheckpointService:
 
         self._submission.read(location, read)
 
+    def consolidate(
+        self,
+        directory_url: Given,
+        file_url: Given,
+        *,
+        weights_only: bool = True,
+        file_storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make one file of ``torch.save`` from a sharded checkpoint, in bounded memory; see ``async_ckpt.consolidate``.
+
+        It comes after the pending saves of *directory_url* and of *file_url* (O1, O2), and returns when the file is
+        durable (D1). The service's options hold for the file, too, but for its parts, which are smaller.
+
+        Args:
+            directory_url: what ``save_sharded``, or torch, has written; on any storage.
+            file_url: where the file goes; on any storage.
+            weights_only: as for ``torch.load``; of what is no tensor, ``False`` runs code that the checkpoint names.
+            file_storage_options: passed to the file system of *file_url*; ``None`` takes ``storage_options``.
+
+        Raises:
+            IncompleteCheckpointError: there is no sharded checkpoint at *directory_url*, or none that is complete.
+            pickle.UnpicklingError: a value needs more than ``weights_only`` allows; the message names it.
+            CorruptCheckpointError: the checkpoint is damaged.
+            CheckpointExistsError: there is a file at *file_url*, and ``overwrite=False``.
+            OptionError: the places are one and the same.
+            StoreError: the checkpoint cannot be read, or the file not be written.
+            ServiceClosedError: the service was closed, maybe meanwhile.
+            Exception: an earlier request failed, and this is the first call that can report it, as for ``load``.
+        """
+        from async_ckpt.sharded.consolidating import consolidation  # and with it torch.distributed
+        from async_ckpt.sharded.reading.load import Loading
+
+        options = self._options
+        source = locate(directory_url, storage_options=options.storage_options, follow=False)
+        if file_storage_options is None:
+            file_storage_options = options.storage_options
+        target = locate(file_url, storage_options=file_storage_options)
+        if target.key == source.key:
+            raise OptionError(f"{source.url!r} is the checkpoint itself; give the file another name")
+        check_target(target, in_place=options.in_place == "allow")
+        loading = Loading.of(self._holdings, source)
+
+        def write(content: Content) -> None:
+            at_a_time = consolidation.parts_at_a_time(content.nbytes, options.max_concurrent_parts)
+            # With threads of its own: while they wait for what is read, ours read it.
+            with CheckpointService(
+                store_factory=self._store_factory,
+                abandon_grace_seconds=self._abandon_grace_seconds,
+                part_size=min(options.part_size_bytes, consolidation.PART_BYTES),
+                max_concurrent_parts=at_a_time,
+                retry=options.retry,
+                durability=options.durability,
+                overwrite=options.overwrite,
+                in_place=options.in_place,
+                flush_timeout=options.flush_timeout,
+                flush_deadline=options.flush_deadline,
+                storage_options=file_storage_options,
+            ) as writing:
+                writing.stream(content, target)
+
+        def read(here: Location) -> None:
+            consolidation.consolidate(loading, here, write, weights_only=weights_only)
+
+        self._submission.read(source, read)
+
     def newest(self, url: Given) -> str | None:
         """Return the name of the newest complete checkpoint in the directory at *url*; see ``async_ckpt.latest``."""
         from async_ckpt.sharded.latest import find_newest  # few programs ask
@@ -545,6 +614,18 @@ class CheckpointService:
             target: the checkpoint.
         """
         return self._submission.link(location, target)
+
+    def stream(self, content: Content, location: Location) -> None:
+        """Write bytes from elsewhere to *location*, after earlier operations there; block until the file is durable.
+
+        Args:
+            content: the file.
+            location: from ``locate``.
+        """
+        holdings = self._holdings
+        with self.turn(location):
+            stream = partial(holdings.writer(location).stream, content, location, _tell_nobody)
+            holdings.loads.run(holdings.running(), stream)
 
     def turn(self, location: Location) -> AbstractContextManager[Location]:
         """Reserve *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).

@@ -31,6 +31,13 @@ __all__ = ["Loads", "Reading"]
 T = TypeVar("T")
 
 
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closable)
+
+
 class Reading(Protocol):
     """Something that is read on the loop thread."""
 
@@ -109,12 +116,12 @@ class Loads:
         return all(reading.end(_closed()) for reading in readings)
 
     @contextmanager
-    def source(self, runtime: Runtime, open_source: Callable[[], Awaitable[Source]]) -> Iterator[Source]:
-        """Hold a file open, of which several things are read."""
-        opened: Outcome[Source] = Outcome()
+    def kept_open(self, runtime: Runtime, open_it: Callable[[], Awaitable[C]]) -> Iterator[C]:
+        """Hold something open, such as a file, from which several things are read."""
+        opened: Outcome[C] = Outcome()
 
         async def keep_open() -> None:
-            source = await open_source()
+            source = await open_it()
             try:
                 opened.set_result(source)
                 await anyio.sleep_forever()

@@ -14,7 +14,14 @@ from typing import Any
 from typing_extensions import assert_type
 
 import async_ckpt.dcp as dcp
-from async_ckpt import AsyncCheckpointCallback, AsyncCheckpointIO, CheckpointService, latest, load
+from async_ckpt import (
+    AsyncCheckpointCallback,
+    AsyncCheckpointIO,
+    CheckpointService,
+    consolidate,
+    latest,
+    load,
+)
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
@@ -87,6 +94,10 @@ def loading(url: str) -> None:
     load(url, weights_only=False, pickle_module=pickle, encoding="latin1")
     assert_type(latest("s3://bucket/run", storage_options={"anon": True}), str | None)
     assert_type(latest(Path("run")), Path | None)
+    consolidate("s3://bucket/run/step-1", Path("model.pt"), weights_only=False, overwrite=False)
+    consolidate(
+        Path("run"), "gs://bucket/model.pt", storage_options={}, file_storage_options={"token": "anon"}
+    )
     assert_type(state, Any)
 
 

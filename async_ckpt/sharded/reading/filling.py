@@ -23,7 +23,7 @@ from async_ckpt.sharded.reading.extents import Block, Extent, blocks_of, run_of
 from async_ckpt.sharded.reading.fetching import BLOCK_BYTES, Segment
 from async_ckpt.sharded.reading.items import LONGEST_HEAD_BYTES, Damaged, Unusual
 
-__all__ = ["Wanted"]
+__all__ = ["Wanted", "compare", "whole_tensor"]
 
 _SMALL_BYTES = 64 << 10
 _HEAD, _TAIL, _WHOLE, _RUN = "head", "tail", "whole", "run"
@@ -148,7 +148,7 @@ class Wanted:
             value = 0
             for _, nbytes, piece in sorted(self._sums):
                 value = joined_crc32(value, piece, nbytes)
-            _compare(self._checksum, value)
+            compare(self._checksum, value)
         target = self._resolved()
         if not target.is_inference():  # tell autograd that it has changed, where its memory was written to
             with torch.no_grad():
@@ -240,34 +240,48 @@ class Wanted:
 
     def _take_whole(self, memory: memoryview) -> None:
         self._covered = False
-        tensor = self._tensor(memory)
-        if tensor.dtype != self.extent.dtype or tuple(tensor.shape) != self.extent.sizes:
-            raise Damaged(f"it is a tensor of {tuple(tensor.shape)} of {tensor.dtype}")
+        tensor = whole_tensor(self.extent, memory, unusual=self.unusual)
         part = tuple(
             slice(offset, offset + length) for offset, length in zip(self.offsets, self.lengths, strict=True)
         )
         with torch.no_grad():
             self._resolved().copy_(tensor[part] if part else tensor)
 
-    def _tensor(self, memory: memoryview) -> torch.Tensor:
-        extent = self.extent
-        if self.unusual:
-            return extent.tensor_of(memory)
-        try:
-            begin = extent.find_data(bytes(memory[:LONGEST_HEAD_BYTES])) - extent.start
-            count = math.prod(extent.sizes)
-            end = begin + count * extent.dtype.itemsize
-            checksum = extent.checksum(bytes(memory[end:]))
-            if end > memory.nbytes:
-                raise Damaged("it is cut short")
-        except Unusual:
-            return extent.tensor_of(memory)
-        data = bytearray(memory[begin:end])  # of its own, and with that aligned
-        if checksum is not None:
-            _compare(checksum, crc32(data, 0))
-        return torch.frombuffer(data, dtype=torch.uint8).view(extent.dtype).view(extent.sizes)
+
+def whole_tensor(extent: Extent, memory: memoryview, *, unusual: bool = False) -> torch.Tensor:
+    """Return a tensor, given all that belongs to it.
+
+    Args:
+        extent: where it is.
+        memory: all that is between start and stop there.
+        unusual: leave it to ``torch.load`` in any case.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    tensor = extent.tensor_of(memory) if unusual else _usual_tensor(extent, memory)
+    if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.sizes:
+        raise Damaged(f"it is a tensor of {tuple(tensor.shape)} of {tensor.dtype}")
+    return tensor
 
 
-def _compare(expected: int, found: int) -> None:
+def _usual_tensor(extent: Extent, memory: memoryview) -> torch.Tensor:
+    try:
+        begin = extent.find_data(bytes(memory[:LONGEST_HEAD_BYTES])) - extent.start
+        count = math.prod(extent.sizes)
+        end = begin + count * extent.dtype.itemsize
+        checksum = extent.checksum(bytes(memory[end:]))
+        if end > memory.nbytes:
+            raise Damaged("it is cut short")
+    except Unusual:
+        return extent.tensor_of(memory)
+    data = bytearray(memory[begin:end])  # of its own, and with that aligned
+    if checksum is not None:
+        compare(checksum, crc32(data, 0))
+    return torch.frombuffer(data, dtype=torch.uint8).view(extent.dtype).view(extent.sizes)
+
+
+def compare(expected: int, found: int) -> None:
+    """Raise Damaged unless one CRC-32 is the other."""
     if found != expected:
         raise Damaged(f"it has the checksum {found:#010x} instead of {expected:#010x}")

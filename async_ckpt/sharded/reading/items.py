@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from async_ckpt.errors import CorruptCheckpointError
 from async_ckpt.format.central_directory import (
     LOCAL_HEADER,
     NOT_UNDERSTOOD,
@@ -35,6 +36,7 @@ __all__ = [
     "Unusual",
     "check_archive",
     "checksum_in",
+    "corrupt_item",
     "load_tensor",
     "load_value",
     "where_is_data",
@@ -56,6 +58,15 @@ class Unusual(Exception):
 
 class Damaged(Exception):
     """It is not what was written."""
+
+
+def corrupt_item(url: str, name: str, reason: str) -> CorruptCheckpointError:
+    """Return the error for the item *name* of the checkpoint at *url*."""
+    return CorruptCheckpointError(
+        f"{url!r} is corrupt: of its item {name!r}, {reason}. Load an earlier checkpoint.",
+        location=url,
+        stage="read",
+    )
 
 
 def where_is_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:

@@ -98,7 +98,7 @@ class Loading:
         """Fill a state from a plain file, if one is there."""
         url = location.url
         try:
-            with self.loads.source(self.runtime, partial(self.store.source, location)) as source:
+            with self.loads.kept_open(self.runtime, partial(self.store.source, location)) as source:
                 # Of one and the same file: what is in its pickle, and what is in its tensors.
                 async def borrow(_: str = "") -> Source:
                     return _Borrowed(source)

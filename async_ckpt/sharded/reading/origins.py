@@ -29,6 +29,7 @@ from async_ckpt.format.reading.direct import expected_start
 from async_ckpt.format.reading.reader import Skeleton
 from async_ckpt.sharded.reading.extents import Item, Record
 from async_ckpt.sharded.reading.fetching import Segment
+from async_ckpt.sharded.reading.items import corrupt_item
 
 __all__ = ["Directory", "PlainFile"]
 
@@ -91,11 +92,7 @@ class Directory:
         raise self._corrupt(index.fqn, "its .metadata does not say how large it is")
 
     def _corrupt(self, name: str, reason: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{self._url!r} is corrupt: of its item {name!r}, {reason}. Load an earlier checkpoint.",
-            location=self._url,
-            stage="read",
-        )
+        return corrupt_item(self._url, name, reason)
 
 
 class PlainFile:

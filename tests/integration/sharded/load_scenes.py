@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from async_ckpt import CheckpointService
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Source, Store, Workers
-from tests.integration.sharded.states import Training, differences, every_kind, whole
+from tests.integration.sharded.states import Training, differences, every_kind, spread, whole
 
 
 def write(folder: Path, url: str, by: str) -> None:
@@ -171,6 +171,23 @@ def large(rows: int) -> dict[str, torch.Tensor]:
         f"layers.{number}": torch.arange(rows * 1000, dtype=torch.float32).view(rows, 1000) + number
         for number in range(5)
     }
+
+
+def much(rows: int) -> dict[str, torch.Tensor]:
+    """Return tensors of 64 KiB a row, in all: one that is half of it, and others."""
+    sizes = {"half": (rows, 8192), **{f"layers.{number}": (rows // 8, 8192) for number in range(8)}}
+    return {
+        name: torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size)
+        for name, size in sizes.items()
+    }
+
+
+def write_much(folder: Path, url: str, rows: int, dimension: int) -> None:
+    """Save them, cut in that dimension."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placed = {name: spread(value, mesh, [Shard(dimension)]) for name, value in much(rows).items()}
+    with CheckpointService() as service:
+        service.save_sharded(placed, url).wait(100)
 
 
 def write_large(folder: Path, url: str, rows: int) -> None:

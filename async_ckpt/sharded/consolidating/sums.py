@@ -1,0 +1,32 @@
+"""The CRC-32 of something whose pieces come in any order. Pure.
+
+What does not belong here: how a checksum is computed (`format.checksum`).
+"""
+
+from __future__ import annotations
+
+from async_ckpt.format.checksum import joined_crc32
+
+__all__ = ["Sums"]
+
+
+class Sums:
+    """The CRC-32 of pieces, and of what they make together. Threads may add pieces at the same time."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, tuple[int, int]] = {}
+
+    def add(self, start: int, stop: int, value: int) -> None:
+        """Note that of the bytes *start* to *stop*."""
+        if start < stop:
+            self._pieces[start] = stop, value
+
+    def total(self, start: int, stop: int) -> int | None:
+        """Return that of the bytes *start* to *stop*; None as long as a piece is missing."""
+        value, at = 0, start
+        while at < stop:
+            end, piece = self._pieces.get(at, (stop + 1, 0))
+            if end > stop:
+                return None
+            value, at = joined_crc32(value, piece, end - at), end
+        return value

@@ -1,0 +1,154 @@
+"""The tensors of a sharded checkpoint, and the chunks that it has of each. Sizes and offsets in them are in bytes.
+
+Guarantees: the chunks of a tensor are all that it consists of, and each is as long as its item can be.
+
+What does not belong here: fetching them (`gathering`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from async_ckpt.sharded.consolidating.geometry import boxes_of, count_before, place_of
+from async_ckpt.sharded.consolidating.sums import Sums
+from async_ckpt.sharded.reading.extents import Item
+from async_ckpt.sharded.reading.items import corrupt_item
+from async_ckpt.sharded.reading.origins import Directory
+
+__all__ = ["Chunk", "Tensor", "tensors_of"]
+
+
+class Tensor:
+    """One tensor.
+
+    Args:
+        sizes: in each dimension, the last of which is that of the bytes of an element.
+        chunks: that it consists of.
+
+    Attributes:
+        nbytes: how long it is.
+        sums: of its bytes.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+        self.nbytes = math.prod(sizes)
+        self.chunks = chunks
+        self.sums = Sums()
+
+
+class Chunk:
+    """A part of a tensor, which has at least one element, and is an item of the checkpoint.
+
+    Args:
+        name: of the tensor.
+        item: where it is.
+        sizes: of the tensor.
+        offsets: where it begins in the tensor, in each dimension.
+        lengths: how far it goes.
+
+    Attributes:
+        nbytes: how long it is.
+        is_unusual: it is to be read whole, and by ``torch.load``.
+        checksum: of its bytes, as its item says, where that has come.
+        sums: of the bytes that have come.
+        lock: of what follows.
+        flat: the bytes of an unusual one, until all of them have been used.
+        left_nbytes: how many of them have not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        item: Item,
+        sizes: tuple[int, ...],
+        offsets: tuple[int, ...],
+        lengths: tuple[int, ...],
+    ) -> None:
+        self.name = name
+        self.item = item
+        self._sizes = sizes
+        self._offsets = offsets
+        self._lengths = lengths
+        self.nbytes = math.prod(lengths)
+        self.is_unusual = False
+        self.checksum: int | None = None
+        self.sums = Sums()
+        self.lock = threading.Lock()
+        self.flat: torch.Tensor | None = None
+        self.left_nbytes = 0
+
+    def count_before(self, at: int) -> int:
+        """Return how many of its bytes come before byte *at* of the tensor."""
+        return count_before(self._sizes, self._offsets, self._lengths, at)
+
+    def place_of(self, at: int) -> int:
+        """Return which byte of the tensor its byte *at* is."""
+        return place_of(self._sizes, self._offsets, self._lengths, at)
+
+    def is_together(self, start: int, stop: int) -> bool:
+        """Return whether its bytes *start* to *stop* follow each other in the tensor, too."""
+        return self.place_of(stop - 1) - self.place_of(start) == stop - 1 - start
+
+    def copy(self, start: int, data: torch.Tensor, memory: memoryview, base: int) -> None:
+        """Copy its bytes from *start* on to where they belong.
+
+        Args:
+            start: the first of them.
+            data: these bytes.
+            memory: for a part of the tensor.
+            base: where in the tensor that begins.
+        """
+        target, stop = torch.frombuffer(memory, dtype=torch.uint8), start + data.numel()
+        for box in boxes_of(self._sizes, self._offsets, self._lengths, start, stop):
+            place = torch.as_strided(target, box.shape, box.strides, box.place - base)
+            first = box.start - start
+            place.copy_(data[first : first + math.prod(box.shape)].view(box.shape))
+
+
+def tensors_of(metadata: Metadata, origin: Directory, url: str) -> list[Tensor]:
+    """Return the tensors, in the order of *metadata*.
+
+    Raises:
+        CorruptCheckpointError: ``.metadata`` does not say of all their elements where they are.
+    """
+    return [
+        _tensor(described, name, origin, url)
+        for name, described in metadata.state_dict_metadata.items()
+        if isinstance(described, TensorStorageMetadata)
+    ]
+
+
+def _tensor(described: TensorStorageMetadata, name: str, origin: Directory, url: str) -> Tensor:
+    last = described.properties.dtype.itemsize
+    sizes = (*described.size, last)
+    chunks, known, nbytes = [], set(), 0
+    for number, each in enumerate(described.chunks):
+        index = MetadataIndex(name, each.offsets, number)
+        if not each.sizes.numel() or (each.offsets, each.sizes) in known:
+            continue
+        known.add((each.offsets, each.sizes))
+        item = origin.extent(_read_all(index, each.sizes))
+        chunk = Chunk(name, item, sizes, (*each.offsets, 0), (*each.sizes, last))
+        chunks.append(chunk)
+        nbytes += chunk.nbytes
+    if nbytes < math.prod(sizes):
+        raise corrupt_item(url, name, f"there are {nbytes} of {math.prod(sizes)} bytes")
+    return Tensor(sizes, chunks)
+
+
+def _read_all(index: MetadataIndex, sizes: torch.Size) -> ReadItem:
+    zeros = torch.Size([0] * len(sizes))
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=index,
+        dest_offsets=zeros,
+        storage_index=index,
+        storage_offsets=zeros,
+        lengths=sizes,
+    )

@@ -118,8 +118,9 @@ def main() -> None:
     if not _train(training, service, folder, steps, told):
         print(json.dumps(told), flush=True)
         os._exit(0)  # the group's collectives would wait for the dead rank
-    service.close()
     told["weights"] = training.weights()
+    # After the last collective operation: gloo's thread may still let go of its tensors, and aborts a Python that ends.
+    service.close()
     print(json.dumps(told), flush=True)
     dist.destroy_process_group()
 

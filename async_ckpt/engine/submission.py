@@ -29,6 +29,7 @@ from async_ckpt.snapshot import Capture
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.removed_directories import with_directory_seen
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["Submission"]
 
@@ -66,7 +67,8 @@ class Submission:
         request = self._request(Kind.SAVE, location, writer)
         try:
             self._capturing.append(request)
-            captured = writer.capture(state, share_unpicklable=share_unpicklable)
+            with collector_held_back():
+                captured = writer.capture(state, share_unpicklable=share_unpicklable)
             request.op.nbytes = captured.nbytes
             if writer.only_reads:
                 self._share_buffer(request, captured, runtime)

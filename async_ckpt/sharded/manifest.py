@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from async_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, StoreError
 from async_ckpt.sharded.memo import check_memo
 from async_ckpt.stores.base import MARKER, Location, Store, Workers
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
 
@@ -42,6 +43,7 @@ _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.
 _MOST_DIMENSIONS = 64  # of a tensor of torch's
 
 
+@collector_held_back()
 def write_manifest(metadata: Metadata) -> bytes:
     """Return *metadata* as torch's own reader takes it."""
     return pickle.dumps(metadata, protocol=_PROTOCOL)
@@ -93,6 +95,7 @@ async def fetch_manifest(store: Store, location: Location) -> bytes:
     return bytes(data)
 
 
+@collector_held_back()
 def parse_manifest(data: bytes, url: str) -> Metadata:
     """Return what a ``.metadata`` says; blocks.
 

@@ -21,10 +21,12 @@ from async_ckpt.format.writing.overlap import Piece
 from async_ckpt.format.writing.recorder import Reference, Segment
 from async_ckpt.format.writing.torch_writer import write
 from async_ckpt.snapshot import Snapshot
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["Layout", "lay_out"]
 
 
+@collector_held_back()
 def lay_out(snapshot: Snapshot) -> Layout:
     """Lay out the file of *snapshot*. Blocks for about 15 µs per tensor: call it in a worker.
 

@@ -31,6 +31,7 @@ from async_ckpt.sharded.reading.extents import Extent
 from async_ckpt.sharded.reading.fetching import Fetcher, Segment, plan_requests
 from async_ckpt.sharded.reading.filling import Wanted
 from async_ckpt.sharded.reading.items import Damaged, corrupt_item, load_value
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["Origin", "fill", "read_items"]
 
@@ -124,17 +125,12 @@ class _Filling:
 
     def read(self, items: Sequence[ReadItem]) -> None:
         """Read *items*."""
-        values = [item for item in items if item.type is LoadItemType.BYTE_IO]
-        tensors = [
-            item for item in items if item.type is LoadItemType.TENSOR and torch.Size(item.lengths).numel()
-        ]
-        wanted = [self._wanted(item) for item in tensors]
+        segments, wanted = self._segments(items)
         self._guess(wanted)
-        segments = [self._value(item) for item in values]
         for _ in range(_ATTEMPTS):
             for each in wanted:
                 segments += each.segments()
-            wanted = self._fetch([each for each in segments if each is not None])
+            wanted = self._fetch(segments)
             if not wanted:
                 return
             _log.info("reading %d items of %s again, as they are laid out otherwise", len(wanted), self._url)
@@ -143,6 +139,7 @@ class _Filling:
 
     # -- what is to be read
 
+    @collector_held_back()
     def _plan(self) -> Sequence[ReadItem]:
         planner = self._planner
         self._refuse_other_sizes()
@@ -180,6 +177,17 @@ class _Filling:
                 wrong.append(f"{name}: {tuple(there.size)}, and here {tuple(value.size())}")
         if wrong:
             raise ValueError(f"{self._url!r} has other sizes: {_listed(wrong, quoted=False)}")
+
+    @collector_held_back()
+    def _segments(self, items: Sequence[ReadItem]) -> tuple[list[Segment], list[Wanted]]:
+        """Return what is to be fetched for values, and the parts of tensors that are wanted."""
+        values = [self._value(item) for item in items if item.type is LoadItemType.BYTE_IO]
+        wanted = [
+            self._wanted(item)
+            for item in items
+            if item.type is LoadItemType.TENSOR and torch.Size(item.lengths).numel()
+        ]
+        return [each for each in values if each is not None], wanted
 
     def _wanted(self, item: ReadItem) -> Wanted:
         planner = self._planner

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from async_ckpt.sharded.writing.archive import template
 from async_ckpt.sharded.writing.flatten import Form
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["OBJECT_SUFFIX", "VERSION", "GlobalPlan", "LocalPlan", "make_global_plan", "object_name"]
 
@@ -64,6 +65,7 @@ class LocalPlan:
             ),
         )
 
+    @collector_held_back()
     def to_bytes(self) -> bytes:
         """Return it as it is sent."""
         return pickle.dumps((self.plan, self.lengths))
@@ -89,6 +91,7 @@ class GlobalPlan:
     _indices: tuple[tuple[MetadataIndex, ...], ...]
     _blobs: tuple[Mapping[int, int], ...]
 
+    @collector_held_back()
     def metadata(self, save_id: str, location: str, sizes: Sequence[Sequence[int]]) -> Metadata:
         """Return the description of one checkpoint, to be written last.
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from async_ckpt.errors import AsyncCheckpointError
 from async_ckpt.sharded.writing.flatten import Flattened, Form
 from async_ckpt.sharded.writing.plan import GlobalPlan, LocalPlan, make_global_plan
+from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["Plans", "Structure"]
 
@@ -64,6 +65,7 @@ class Plans:
     _work: dict[bytes, array[int]] = field(default_factory=dict)
     _global: dict[tuple[bytes, ...], _Known] = field(default_factory=dict)
 
+    @collector_held_back()
     def structure(self, flattened: Flattened) -> Structure:
         """Return the structure of a state: that of a save before where nothing was changed."""
         with self._lock:
@@ -89,6 +91,7 @@ class Plans:
 
     # -- of the coordinator alone
 
+    @collector_held_back()
     def decide(self, plans: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
         """Return what each rank is told, from the number of its structure and its plan.
 

@@ -32,6 +32,7 @@ from async_ckpt.snapshot import Capture, Snapshot
 from async_ckpt.snapshot.regions import Region, capture_regions
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import MARKER, Location, Store, Workers, exists_already
+from async_ckpt.system.garbage import collector_held_back
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -181,6 +182,7 @@ class _Save:
         await writer._streaming.stream(shard, self._object, self._emit)
         self.nbytes = shard.nbytes
 
+    @collector_held_back()
     def _shard(self, work: bytes) -> Shard:
         writer, structure = self._writer, self._structure
         items: list[Item] = []

@@ -19,11 +19,12 @@ from async_ckpt.sharded.manifest import read_manifest
 from async_ckpt.sharded.writing.plan import OBJECT_SUFFIX
 from async_ckpt.stores.base import Location, Store, Workers
 
-__all__ = ["delete_replaced", "find_replaced"]
+__all__ = ["delete_replaced", "find_replaced", "read_beside"]
 
 logger = logging.getLogger(__name__)
 
 _DELETIONS_AT_A_TIME = 16
+_LONGEST_KEPT_BYTES = 64 << 20
 
 
 async def find_replaced(store: Store, location: Location, workers: Workers) -> frozenset[str]:
@@ -38,6 +39,29 @@ async def find_replaced(store: Store, location: Location, workers: Workers) -> f
     names = {str(stored.relative_path) for stored in found.storage_data.values()}
     # What a file says is to be deleted is not to lead elsewhere.
     return frozenset(name for name in names if name.endswith(OBJECT_SUFFIX) and "/" not in name)
+
+
+async def read_beside(store: Store, place: Location) -> bytes | None:
+    """Return what is in a file beside ``.metadata`` that is about to be deleted, to be put back if the save fails.
+
+    Returns ``None`` where there is no such file, and where it cannot be kept, which is not a reason to save nothing.
+    """
+    try:
+        source = await store.source(place)
+        try:
+            if source.nbytes > _LONGEST_KEPT_BYTES:
+                return None
+            data = bytearray(source.nbytes)
+            await source.read_into(0, memoryview(data))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await source.aclose()
+    except FileNotFoundError:
+        return None
+    except StoreError as error:
+        logger.info("%r will not be put back if the save that replaces it fails: %s", place.url, error)
+        return None
+    return bytes(data)
 
 
 async def delete_replaced(

@@ -24,7 +24,7 @@ from async_ckpt.sharded.agreement.protocol import COORDINATOR
 from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
 from async_ckpt.sharded.writing.archive import template
 from async_ckpt.sharded.writing.flatten import Flattened, flatten
-from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced
+from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced, read_beside
 from async_ckpt.sharded.writing.plan import object_name
 from async_ckpt.sharded.writing.plans import Plans, Structure
 from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
@@ -166,6 +166,7 @@ class _Save:
         self._object: Location | None = None
         self._replaced: frozenset[str] = frozenset()
         self._has_files = not writer._files
+        self._files_before: dict[str, bytes] = {}  # of the checkpoint before
 
     @property
     def _save_id(self) -> str:
@@ -220,14 +221,21 @@ class _Save:
         manifest = await writer._workers.run(write_manifest, self.metadata)
         self._replaced = await find_replaced(writer._store, self._location, writer._workers)
         for name in writer._files:  # of the checkpoint before; who misses them refuses it for a moment (D6)
-            await writer._store.delete(self._location.below(name))
+            place = self._location.below(name)
+            content = await read_beside(writer._store, place)
+            if content is not None:
+                self._files_before[name] = content
+            await writer._store.delete(place)
         await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
         await self._put_files()
 
     async def _put_files(self) -> None:
         """Write the files beside ``.metadata``. It is durable, and with it what is in them: no failure undoes that."""
         self._has_files = True
-        for name, content in self._writer._files.items():
+        await self._put(self._writer._files)
+
+    async def _put(self, files: Mapping[str, bytes]) -> None:
+        for name, content in files.items():
             try:
                 await self._writer._streaming.stream(Shard([content]), self._location.below(name), _mute)
             except StoreError as error:
@@ -243,6 +251,7 @@ class _Save:
         try:
             found = await read_manifest(self._writer._store, self._location, self._writer._workers)
         except FileNotFoundError:
+            await self._put(self._files_before)
             return False
         except StoreError as error:
             logger.warning("whether %r was saved cannot be told: %s", self._location.url, error)
@@ -250,6 +259,8 @@ class _Save:
         is_there = save_id_of(found) == save_id
         if is_there and not self._has_files:  # the answer to the commit was lost
             await self._put_files()
+        if not is_there:  # the checkpoint before is as it was
+            await self._put(self._files_before)
         return is_there
 
     async def tidy(self) -> None:

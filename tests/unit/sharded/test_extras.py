@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from async_ckpt import CheckpointService, ShardedSaveError, StoreError, UnpicklableStateError
 from async_ckpt.stores import locate, open_store
-from async_ckpt.stores.base import Location, Store, Upload, Workers
+from async_ckpt.stores.base import Location, Source, Store, Upload, Workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -33,6 +33,10 @@ class Seen:
     async def delete(self, location: Location) -> None:
         self._look("delete", location)
         await self._inner.delete(location)
+
+    async def source(self, location: Location) -> Source:
+        self._look("source", location)
+        return await self._inner.source(location)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -88,7 +92,7 @@ def test_nobody_finds_a_file_beside_another_checkpoint(tmp_path: Path) -> None:
         _save(service, folder, 1)
         moments.clear()
         _save(service, folder, 2)
-    assert [moment for moment in moments if ".distcp" not in moment[1]] == [
+    assert [each for each in moments if each[0] != "source" and ".distcp" not in each[1]] == [
         ("delete", "meta.pt", True),
         ("begin", ".metadata", False),
         ("begin", "meta.pt", False),
@@ -147,6 +151,43 @@ def test_answer_to_the_commit_is_lost(tmp_path: Path, deed_is_done: bool) -> Non
             with pytest.raises(ShardedSaveError, match="no answer"):
                 _save(service, tmp_path / "it", 1)
             assert list((tmp_path / "it").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [("delete", "meta.pt"), ("begin", ".metadata"), ("begin", "__0_0")]
+)
+def test_failed_save_over_another_leaves_that_whole(tmp_path: Path, operation: str, name: str) -> None:
+    """Its ``.metadata`` is not replaced, so its file is there again when the save has ended, bit for bit (D5, D6)."""
+    folder, is_broken = tmp_path / "it", False
+
+    def look(done: str, location: Location) -> None:
+        if is_broken and done == operation and location.path.rpartition("/")[2].startswith(name):
+            raise StoreError("no")
+
+    with _service(look) as service:
+        _save(service, folder, 1)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        is_broken = True
+        with pytest.raises(ShardedSaveError, match="no"):
+            _save(service, folder, 2)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        is_broken = False
+        _save(service, folder, 3)
+    assert _file(folder) == {"of": 3}
+    assert _item(folder) == (3, {"of": 3})
+
+
+def test_file_that_cannot_be_read_is_replaced_all_the_same(tmp_path: Path) -> None:
+    """Where a checkpoint's file cannot be kept for the case of a failure, that is no failure."""
+
+    def look(operation: str, location: Location) -> None:
+        if (operation, location.path.rpartition("/")[2]) == ("source", "meta.pt"):
+            raise StoreError("no")
+
+    with _service(look) as service:
+        for number in (1, 2):
+            _save(service, tmp_path / "it", number)
+    assert _file(tmp_path / "it") == {"of": 2}
 
 
 def test_value_that_cannot_be_pickled_fails_the_save(tmp_path: Path) -> None:

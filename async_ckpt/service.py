@@ -182,7 +182,7 @@ class CheckpointService:
         try:
             location = locate(url, storage_options=self._options.storage_options)
         except Exception as error:  # on this rank alone, perhaps: a package that is missing here
-            self._sharded_saves().refuse(error)
+            self.refuse_sharded(error)
             raise
         return self.submit_sharded(state, location)[0]
 
@@ -592,6 +592,10 @@ class CheckpointService:
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer
+
+    def refuse_sharded(self, error: Exception) -> None:
+        """Tell the other ranks that this one's part of the next sharded save fails before there is a location (O4)."""
+        self._sharded_saves().refuse(error)
 
     def _sharded_saves(self) -> ShardedSaves:
         from async_ckpt.sharded.writing.saves import ShardedSaves

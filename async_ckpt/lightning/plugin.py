@@ -34,6 +34,7 @@ from async_ckpt.lightning.shared_failures import Told
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
+from async_ckpt.stores.addresses import read_address
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.removed_directories import with_directory_seen
 from async_ckpt.telemetry.meter import Meter
@@ -198,17 +199,28 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
 
         Args:
             state: as for ``CheckpointService.save_sharded``.
-            path: the same on every rank.
+            path: the same on every rank; a file or a link that is there is deleted.
             extras: values that get files of their own in the directory, by name; on the first rank only.
             told: the `known_failures` of the first rank before this save.
 
         Raises:
-            UnpicklableStateError: the state cannot be written.
-            BackPressureError: there is no room and ``overflow="raise"``.
-            Exception: an *earlier* save failed, on every rank; this one is accepted. If it is not asynchronous, this
-                one may have failed.
+            Exception: an *earlier* save failed, on every rank. If this one is not asynchronous, it may have failed
+                itself, on every rank, too. What fails here alone is raised by all ranks at a later call.
         """
-        self._session.save_sharded(state, self.locate_directory(path), extras, told=told)
+        text = read_address(path).text  # what it refuses, it refuses on every rank
+        locate = partial(self.locate_directory, path)
+        self._session.save_sharded(state, text, locate, extras, told=told)
+
+    def save_once(self, state: Any, path: Given, *, is_first: bool, told: Told | None) -> None:
+        """Write a file on the first rank, with the failures and waits of `save_sharded`; called by every rank.
+
+        Args:
+            state: of all ranks; ignored on any but the first.
+            path: the same on every rank.
+            is_first: whether this is the first rank.
+            told: as for `save_sharded`.
+        """
+        self._session.save_once(state, self._locate(path), is_first=is_first, told=told)
 
     @property
     def known_failures(self) -> Told | None:
@@ -218,10 +230,6 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
     def loading(self, path: Given) -> AbstractContextManager[CheckpointService]:
         """Return a context with the service, to load a sharded checkpoint from *path*."""
         return self._session.loading(self.locate_directory(path))
-
-    def make_way(self, path: Given) -> None:
-        """Delete a file or link at *path*, where a directory is to be saved; on the first rank only."""
-        self._session.make_way(self.locate_directory(path))
 
     def teardown(self) -> None:
         """Wait for everything, raise unreported failures, and tear the base down; the plugin may be used again.

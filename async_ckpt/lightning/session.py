@@ -25,11 +25,11 @@ from async_ckpt.lightning.dircache import forget_changed
 from async_ckpt.lightning.flushing import give_up, wait_with_progress
 from async_ckpt.lightning.group_pending import pending_of_group
 from async_ckpt.lightning.pending_files import PendingFiles
-from async_ckpt.lightning.shared_failures import SharedFailures, Told
+from async_ckpt.lightning.shared_failures import SharedFailures, Told, failed_here, failed_on_this_rank
 from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate_local
-from async_ckpt.stores.base import Location
+from async_ckpt.stores.base import MARKER, Location
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.meter import Meter
 from async_ckpt.telemetry.patience import Limit
@@ -150,7 +150,7 @@ class Session:
     def save(self, checkpoint: Any, location: Location, make_writer: MakeWriter | None) -> None:
         """Save *checkpoint*; wait for it if no later call would."""
         requeue = _REQUEUE.fullmatch(location.url) is not None
-        frees = requeue or self._is_synchronous(location)
+        frees = requeue or self._is_synchronous(location.url)
         waits = frees or self.is_direct()
         with self._freeing_after(frees=frees):  # first: a signal handler may come from here on
             service = self.service
@@ -167,32 +167,95 @@ class Session:
                 service.failures.raise_unless_in_flight(but=handle)
 
     def save_sharded(
-        self, state: Mapping[str, Any], location: Location, extras: Mapping[str, Any], *, told: Told | None
+        self,
+        state: Mapping[str, Any],
+        path: str,
+        locate: Callable[[], Location],
+        extras: Mapping[str, Any],
+        *,
+        told: Told | None,
     ) -> None:
         """Write this rank's part of *state*; wait for the verdict if no later call would.
 
+        What fails on this rank alone fails the save on all of them, and is raised as such: the others are on their way
+        into a collective operation that waits for this one.
+
         Args:
             state: this rank's part.
-            location: of the directory.
-            extras: see ``CheckpointService.submit_sharded``.
+            path: of the directory.
+            locate: returns its location.
+            extras: see ``CheckpointService.submit_sharded``; the first rank has some.
             told: the `known_failures` of the first rank before this save; ``None`` for none.
         """
-        requeue = _REQUEUE.fullmatch(location.url) is not None
-        frees = requeue or self._is_synchronous(location)
-        waits = frees or self.is_direct()
-        with self._freeing_after(frees=frees):
-            service = self.service
+
+        def submit(service: CheckpointService) -> Handle:
+            try:
+                location = locate()
+            except Exception as error:  # a package that is missing here, perhaps
+                service.refuse_sharded(error)
+                return self._failed_save(service, path, error)
             self._remember_address(location)
-            self._is_late = False
-            handle, _ = service.submit_sharded(state, location, extras=extras, tell=False)
+            if (
+                extras
+                and is_local(location)
+                and (os.path.islink(location.path) or os.path.isfile(location.path))
+            ):
+                self._make_way(service, location)
+            try:
+                handle, _ = service.submit_sharded(state, location, extras=extras, tell=False)
+            except Exception as error:  # of which the other ranks were told
+                return self._failed_save(service, location, error)
             # Not announced to other ranks: each has a request of its own, with the same outcome.
             self._pending_files.add(location, handle, exists=True)
             self.shared_failures.add(handle)
-            given_up = waits and not self._wait_for_one(service, handle)
+            return handle
+
+        self._save_together(path, submit, told=told)
+
+    def _failed_save(self, service: CheckpointService, place: Location | str, error: Exception) -> Handle:
+        handle = failed_on_this_rank(service, place, error)
+        self.shared_failures.add(handle)
+        return handle
+
+    def save_once(self, state: Any, location: Location, *, is_first: bool, told: Told | None) -> None:
+        """Write *state* to a file, on the first rank; every rank calls this.
+
+        Args:
+            state: of all ranks; ignored on any but the first.
+            location: of the file.
+            is_first: whether this is the first rank.
+            told: as for `save_sharded`.
+        """
+
+        def submit(service: CheckpointService) -> Handle:
+            self._remember_address(location)
+            if is_local(location) and os.path.isfile(location.below(MARKER).path):  # Fabric deletes such, too
+                self._make_way(service, location)
+            accept = partial(service.submit, state, location, tell=False)
+            try:
+                return self._request(location, accept, exists=True)
+            except Exception as error:
+                return failed_here(service, location, error)
+
+        self._save_together(location.url, submit if is_first else None, told=told)
+
+    def _save_together(
+        self, path: str, submit: Callable[[CheckpointService], Handle] | None, *, told: Told | None
+    ) -> None:
+        """Make a save that every rank makes, and raise on all of them what the first one *told*."""
+        requeue = _REQUEUE.fullmatch(path) is not None
+        frees = requeue or self._is_synchronous(path)
+        waits = frees or self.is_direct()
+        with self._freeing_after(frees=frees):
+            service = self.service
+            self._is_late = False
+            handle = None if submit is None else submit(service)
+            given_up = waits and handle is not None and not self._wait_for_one(service, handle)
             if not given_up and not requeue and told:
                 for earlier in self.shared_failures.up_to(told):
                     self._wait(service, earlier)
-                service.failures.raise_unless_in_flight(but=handle)
+                if handle is not None:
+                    service.failures.raise_unless_in_flight(but=handle)
                 if service.options.on_error == "raise":
                     self.shared_failures.raise_others(told)
 
@@ -201,14 +264,13 @@ class Session:
         untold = self.service.failures.untold()
         return self.shared_failures.known("; ".join(f"{type(each).__name__}: {each}" for each in untold))
 
-    def make_way(self, location: Location) -> None:
-        """Delete a file or link where a directory is to be saved; on the first rank, before its save."""
-        if not is_local(location) or not (os.path.islink(location.path) or os.path.isfile(location.path)):
-            return
-        if (
-            not self.service.failures
-        ):  # else it would be dropped (D3), and the call would raise on this rank alone
-            self.service.submit_removal(location)
+    def _make_way(self, service: CheckpointService, location: Location) -> None:
+        """Delete what is in the place of a save, on the first rank, before that."""
+        if not service.failures:  # else it would be dropped (D3)
+            try:
+                service.submit_removal(location)
+            except Exception as error:  # an earlier failure, known by now to this rank alone
+                failed_here(service, location, error)
 
     def remove(self, location: Location, make_writer: MakeWriter | None, *, is_sharded: bool = False) -> None:
         """Delete the checkpoint; wait for it if no later call would.
@@ -218,7 +280,7 @@ class Session:
             make_writer: makes the writer that deletes it.
             is_sharded: whether a directory is a checkpoint of ours.
         """
-        waits = self._is_synchronous(location)
+        waits = self._is_synchronous(location.url)
         with self._freeing_after(frees=waits):
             service = self.service
             writer = None if make_writer is None else make_writer(service)
@@ -325,8 +387,8 @@ class Session:
             handle.wait(left)
         return not given_up
 
-    def _is_synchronous(self, location: Location) -> bool:
-        return self.synchronous or _READ_BACK.fullmatch(location.url) is not None
+    def _is_synchronous(self, url: str) -> bool:
+        return self.synchronous or _READ_BACK.fullmatch(url) is not None
 
     @contextmanager
     def _freeing_after(self, *, frees: bool) -> Iterator[None]:

@@ -3,7 +3,7 @@
 The methods of one strategy object that save and load are replaced. They write what Lightning writes: a directory of
 DCP's with ``meta.pt`` in it, from which a Trainer without this package resumes.
 
-Guarantees: Lightning's collective operations are called as it calls them, and no others. All ranks raise earlier
+Guarantees: Lightning's collective operations are called as it calls them, and no others. All ranks raise
 failures at the same save, so none is left alone in a collective operation. What ``meta.pt`` holds is an item of the
 checkpoint, too: counters never go with another checkpoint's weights (D6).
 
@@ -13,7 +13,6 @@ What does not belong here: the queue, errors, waiting (session); loading (sharde
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +74,6 @@ class _Sharding:
         strategy, plugin = self._strategy, self._plugin
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
-        filepath = os.fspath(filepath)
         first = strategy.is_global_zero
         # As Lightning does, so that all save to one place; a path of a URL's would have lost a slash.
         path, told = strategy.broadcast((filepath, plugin.known_failures if first else None))
@@ -83,8 +81,6 @@ class _Sharding:
         for number, optimizer_state in enumerate(checkpoint.get("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
         extras = {META: _rest(checkpoint)} if first else {}
-        if first:
-            plugin.make_way(path)
         plugin.save_sharded(state, path, extras=extras, told=told)
 
 

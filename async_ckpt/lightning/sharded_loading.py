@@ -19,7 +19,7 @@ from async_ckpt.lightning.registration import default_weights_only
 from async_ckpt.lightning.strategies import kind_of
 from async_ckpt.service import CheckpointService
 
-__all__ = ["META", "ShardedLoading"]
+__all__ = ["META", "ShardedLoading", "agree_on_path", "load_meta", "load_model", "load_optimizer"]
 
 META = "meta.pt"
 """Lightning's name for everything in a checkpoint but weights and optimizer states."""
@@ -28,7 +28,7 @@ _MARKER = "/.metadata"
 
 
 class ShardedLoading:
-    """Stands in for ``load_checkpoint`` of a strategy.
+    """Stands in for ``load_checkpoint`` of a Trainer's strategy.
 
     Args:
         strategy: Lightning's.
@@ -44,61 +44,76 @@ class ShardedLoading:
 
     def load_checkpoint(self, checkpoint_path: Any, **options: Any) -> Any:
         """Load, as the strategy's own method does; returns everything but weights and optimizer states."""
-        path = os.fspath(checkpoint_path).removesuffix(_MARKER)
-        failure, found = None, ("", False, "")
-        if self._strategy.is_global_zero:
-            try:
-                found = (path, self._is_sharded(path), "")
-            except Exception as error:  # the others are told first
-                failure, found = error, (path, False, f"{type(error).__name__}: {error}")
-        path, is_sharded, reason = self._strategy.broadcast(
-            found
-        )  # as Lightning does, so that all load from one path
-        if failure is not None:
-            raise failure
-        if reason:
-            raise RankError(f"rank 0 could not load {path!r}: {reason}")
+        strategy = self._strategy
+        path, is_sharded = agree_on_path(strategy, self._plugin, checkpoint_path)
         if not is_sharded:
             return self._load_as_lightning(path, **options)
-        weights_only = options.get("weights_only")
-        weights_only = default_weights_only() if weights_only is None else weights_only
         with self._plugin.loading(path) as service:
-            return self._load(service, path, weights_only=weights_only is not False)
+            meta = load_meta(service, path, weights_only=options.get("weights_only"))
+            model, strict = strategy.model, strategy.lightning_module.strict_loading
+            load_model(service, path, self._model_key, model, strict=strict, kind=kind_of(strategy))
+            for number, optimizer in enumerate(strategy.optimizers):
+                load_optimizer(service, path, f"optimizer_{number}", model, optimizer)
+        return meta
 
-    def _is_sharded(self, path: str) -> bool:
-        """Return whether a directory with the marker of a checkpoint is at *path*, once pending saves have ended."""
-        with self._plugin.loading(path) as service, service.turn(self._plugin.locate_directory(path)):
-            return service.newest(path) == ""
 
-    def _load(self, service: CheckpointService, path: str, *, weights_only: bool) -> Any:
-        rest: dict[str, Any] = {META: None}
-        service.load_sharded(rest, path, strict=False, weights_only=weights_only)
-        if rest[META] is None:  # Lightning wrote it
-            rest[META] = service.load(f"{path}/{META}", weights_only=weights_only)
-        self._load_weights(service, path)
-        for number, optimizer in enumerate(self._strategy.optimizers):
-            self._load_optimizer(service, path, f"optimizer_{number}", optimizer)
-        return rest[META]
+def agree_on_path(strategy: Any, plugin: AsyncCheckpointIO, given: Any) -> tuple[Any, bool]:
+    """Return the path that the first rank was given, and whether a sharded checkpoint is there; on every rank.
 
-    def _load_weights(self, service: CheckpointService, path: str) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            set_model_state_dict,
-        )
+    The first rank's pending saves of it have ended then.
 
-        model, strict = self._strategy.model, self._strategy.lightning_module.strict_loading
-        weights = {self._model_key: get_model_state_dict(model)}
-        service.load_sharded(weights, path)
-        if kind_of(self._strategy) == "ModelParallelStrategy":
-            model.load_state_dict(weights[self._model_key], strict=strict)
-        else:
-            set_model_state_dict(model, weights[self._model_key], options=StateDictOptions(strict=strict))
+    Raises:
+        RankError: the first rank could not tell.
+        Exception: likewise, on the first rank.
+    """
+    path = os.fspath(given).removesuffix(_MARKER) if isinstance(given, (str, os.PathLike)) else given
+    failure, found = None, (path, False, "")
+    if strategy.is_global_zero:
+        try:
+            with plugin.loading(path) as service, service.turn(plugin.locate_directory(path)):
+                found = (path, service.newest(path) == "", "")
+        except Exception as error:  # the others are told first
+            failure, found = error, (path, False, f"{type(error).__name__}: {error}")
+    path, is_sharded, reason = strategy.broadcast(found)  # as Lightning does, so that all load from one path
+    if failure is not None:
+        raise failure
+    if reason:
+        raise RankError(f"rank 0 could not load {str(path)!r}: {reason}")
+    return path, is_sharded
 
-    def _load_optimizer(self, service: CheckpointService, path: str, name: str, optimizer: Any) -> None:
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-        model = self._strategy.model
-        states = {name: get_optimizer_state_dict(model, optimizer)}
-        service.load_sharded(states, path)
-        set_optimizer_state_dict(model, optimizer, states[name])
+def load_meta(service: CheckpointService, path: str, *, weights_only: bool | None) -> Any:
+    """Return what is neither weights nor an optimizer's state."""
+    weights_only = default_weights_only() if weights_only is None else weights_only
+    found: dict[str, Any] = {META: None}
+    service.load_sharded(found, path, strict=False, weights_only=weights_only is not False)
+    if found[META] is None:  # Lightning wrote it
+        found[META] = service.load(f"{path}/{META}", weights_only=weights_only is not False)
+    return found[META]
+
+
+def load_model(
+    service: CheckpointService, path: str, key: str, model: Any, *, strict: bool, kind: str | None
+) -> None:
+    """Fill *model* from what *key* names in the checkpoint, as the strategies of that *kind* do."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    weights = {key: get_model_state_dict(model)}
+    service.load_sharded(weights, path)
+    if kind == "ModelParallelStrategy":
+        model.load_state_dict(weights[key], strict=strict)
+    else:
+        set_model_state_dict(model, weights[key], options=StateDictOptions(strict=strict))
+
+
+def load_optimizer(service: CheckpointService, path: str, key: str, model: Any, optimizer: Any) -> None:
+    """Fill *optimizer*, of *model*, likewise."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    states = {key: get_optimizer_state_dict(model, optimizer)}
+    service.load_sharded(states, path)
+    set_optimizer_state_dict(model, optimizer, states[key])

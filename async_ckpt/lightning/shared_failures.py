@@ -4,18 +4,28 @@ A verdict reaches the ranks one after the other. Where each raised what it knows
 goes on into a collective operation, and waits there for it. So the first rank says what it knows, with the path, which
 Lightning has it say anyway.
 
+What a save fails with before it is accepted is kept likewise: the rank that raised it at once would not come to the
+collective operation after the save, for which the others wait.
+
 What does not belong here: raising a rank's own failures (the service's).
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import NamedTuple
 
-from async_ckpt.errors import RankError
-from async_ckpt.handle import Handle
+from async_ckpt.errors import RankError, ShardedSaveError
+from async_ckpt.handle import Failure, Handle, Outcome, Report, State
+from async_ckpt.service import CheckpointService
+from async_ckpt.stores import is_local
+from async_ckpt.stores.base import Location
+from async_ckpt.stores.redaction import redacted_url
 
-__all__ = ["SharedFailures", "Told"]
+__all__ = ["SharedFailures", "Told", "failed_here", "failed_on_this_rank"]
+
+logger = logging.getLogger(__name__)
 
 
 class Told(NamedTuple):
@@ -65,8 +75,41 @@ class SharedFailures:
             RankError: there is such a failure.
         """
         if told.failure and not told.number and sys.exc_info()[1] is None:
-            raise RankError(f"rank 0, which removes the checkpoints, failed: {told.failure}")
+            raise RankError(f"rank 0 failed in what no other rank does: {told.failure}")
 
 
 def _is_untold(handle: Handle) -> bool:
     return handle._failure is not None and not handle._failure.is_reported
+
+
+def failed_here(service: CheckpointService, place: Location | str, error: Exception) -> Handle:
+    """Return the handle of a request that *error* has ended before it was accepted; raised like other failures (E1).
+
+    Args:
+        service: whose request it was.
+        place: where to; as the caller wrote it, where it could not be located.
+        error: what is raised.
+    """
+    address, url = (place, redacted_url(place)) if isinstance(place, str) else (place.address, place.url)
+    logger.error("%r: %s: %s; raised at the next save, or at the end", url, type(error).__name__, error)
+    outcome: Outcome[Report] = Outcome()
+    handle = Handle(address, outcome, shown_url=url)
+    handle._state = State.FAILED
+    handle._failure = Failure(handle, error)
+    service.failures.add(handle._failure)
+    outcome.set_exception(error)
+    return handle
+
+
+def failed_on_this_rank(service: CheckpointService, place: Location | str, error: Exception) -> Handle:
+    """Return the like for a save of all ranks: it fails here as it does on the others (E4)."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if isinstance(place, str):
+        shown = redacted_url(place)
+    else:
+        shown = place.path if is_local(place) else place.url
+    failure = ShardedSaveError.of(shown, {rank: f"{type(error).__name__}: {error}"})
+    failure.__cause__ = error
+    return failed_here(service, place, failure)

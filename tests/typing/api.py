@@ -25,6 +25,7 @@ from async_ckpt import (
 from async_ckpt.errors import FlushError, StoreError
 from async_ckpt.events import Durable, Event, Observer
 from async_ckpt.handle import Handle, Report, State
+from async_ckpt.lightning import attach
 from async_ckpt.options import ServiceOptions
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.telemetry.meter import SaveProgress
@@ -135,6 +136,8 @@ def trainers() -> None:
     lightning.pytorch.Trainer(plugins=[plugin], callbacks=[AsyncCheckpointCallback()])
     pytorch_lightning.Trainer(plugins=[plugin], callbacks=[AsyncCheckpointCallback(timeline="run.json")])
     lightning.fabric.Fabric(plugins=[plugin])
-    lightning_fabric.Fabric(plugins=[plugin])
+    fabric = lightning_fabric.Fabric(plugins=[plugin])
+    assert_type(attach(fabric), AsyncCheckpointIO)
+    assert_type(attach(fabric, plugin), AsyncCheckpointIO)
     assert_type(plugin.will_exist("a.ckpt"), bool | None)
     assert_type(plugin.meter.pending, list[SaveProgress])

@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 import torch
 
-from async_ckpt import AsyncCheckpointIO, StoreError
+from async_ckpt import AsyncCheckpointIO, OptionError, StoreError
+from async_ckpt.lightning import attach
 from tests.integration.lightning.both_ways import ONE_TREE
 from tests.support import python
 
@@ -164,6 +166,44 @@ def test_sharding_strategies_of_fabric_refuse_any(tree: Any, name: str, argument
     strategy = getattr(importlib.import_module(f"{tree.fabric.__name__}.strategies"), name)(*arguments)
     with pytest.raises(NotImplementedError, match="CheckpointIO"):
         strategy.checkpoint_io = AsyncCheckpointIO()
+
+
+def test_attached_to_a_strategy_that_takes_one(tree: Any, tmp_path: Path) -> None:
+    """It is Fabric's CheckpointIO then, as with ``plugins=``."""
+    fabric = _fabric(tree)
+    with attach(fabric) as plugin:
+        assert fabric.strategy.checkpoint_io is plugin
+        _, _, state = _set_up(fabric)
+        fabric.save(tmp_path / "a.ckpt", state)
+        assert fabric.load(tmp_path / "a.ckpt", dict(state)) == {}
+    assert torch.load(tmp_path / "a.ckpt")["step"] == 1
+
+
+def test_what_is_not_attached(tree: Any) -> None:
+    """A base that would never be called, options that ranks would follow differently, and code that is not known."""
+    strategies = importlib.import_module(f"{tree.fabric.__name__}.strategies")
+
+    class Own(strategies.FSDPStrategy):  # type: ignore[misc]  # a base found at run time
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    class DeepSpeedStrategy(strategies.DDPStrategy):  # type: ignore[misc]  # the same: the real one needs CUDA
+        pass
+
+    def refusal(strategy: Any, plugin: AsyncCheckpointIO) -> str:
+        methods = dict(vars(strategy))
+        with pytest.raises(OptionError) as refused:
+            attach(SimpleNamespace(strategy=strategy), plugin)
+        assert vars(strategy) == methods
+        return str(refused.value)
+
+    base = tree.fabric.plugins.TorchCheckpointIO()
+    assert "give it none" in refusal(strategies.FSDPStrategy(), AsyncCheckpointIO(base))
+    assert "use 'block'" in refusal(strategies.FSDPStrategy(), AsyncCheckpointIO(overflow="supersede"))
+    assert "overrides save_checkpoint" in refusal(Own(), AsyncCheckpointIO())
+    assert "from every process" in refusal(DeepSpeedStrategy(), AsyncCheckpointIO())
+    full = strategies.FSDPStrategy(state_dict_type="full")
+    attach(SimpleNamespace(strategy=full), AsyncCheckpointIO(overflow="supersede"))  # the first rank decides
 
 
 @ONE_TREE

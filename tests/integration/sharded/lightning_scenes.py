@@ -39,7 +39,14 @@ BATCHES = 4
 torch.set_num_threads(1)
 
 
-def _model_of(pl: Any, kind: str) -> Any:
+class Unpicklable:
+    """Whose saving fails."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not me")
+
+
+def _model_of(pl: Any, kind: str, *, is_broken: bool) -> Any:
     class Model(pl.LightningModule):  # type: ignore[misc]  # a base that is found at run time
         """A small model, equal at each call."""
 
@@ -78,6 +85,8 @@ def _model_of(pl: Any, kind: str) -> Any:
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["mine"] = self.global_step
+            if is_broken and self.global_step == BATCHES:
+                checkpoint["state_dict"]["broken"] = Unpicklable()
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             assert checkpoint["mine"] == checkpoint["global_step"]
@@ -109,24 +118,25 @@ def _fsdp_on_cpu(pl: Any) -> Any:
             return FSDP(model, device_id=torch.device("cpu"), **self.kwargs)
 
         def lightning_module_state_dict(self) -> Any:
-            with _sharded(self.model):
+            with sharded(self.model):
                 return self.model.state_dict()
 
         def optimizer_state(self, optimizer: Any) -> Any:
-            with _sharded(self.model):
+            with sharded(self.model):
                 return FSDP.optim_state_dict(self.model, optimizer)
 
     return FSDPOnCPU
 
 
-def _sharded(model: Any) -> Any:
+def sharded(model: Any) -> Any:
+    """Return the context in which FSDP1 gives each rank its share, where it is."""
     fsdp = importlib.import_module("torch.distributed.fsdp")
     kind = fsdp.StateDictType.SHARDED_STATE_DICT
     options = fsdp.ShardedStateDictConfig(), fsdp.ShardedOptimStateDictConfig()
     return FSDP.state_dict_type(model, kind, *options)
 
 
-def _sums(strategy: Any, optimizers: list[Any]) -> dict[str, str]:
+def sums(strategy: Any, optimizers: list[Any]) -> dict[str, str]:
     """Return a checksum of each weight, and of the optimizer's state for it, put together: a collective call."""
     found: dict[str, Any] = {}
     if isinstance(strategy.model, FSDP):
@@ -143,7 +153,7 @@ def _sums(strategy: Any, optimizers: list[Any]) -> dict[str, str]:
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16] for name, value in found.items()}
 
 
-def _names(where: str) -> list[str]:
+def names_in(where: str) -> list[str]:
     """Return the names in a directory on a disk; of a bucket, the first parts of all names below it."""
     if "://" not in where:
         return sorted(os.listdir(where)) if os.path.isdir(where) else []
@@ -152,9 +162,15 @@ def _names(where: str) -> list[str]:
     return sorted(name.removeprefix(f"{path}/").partition("/")[0] for name in file_system.find(path))
 
 
-def _store(
-    operation: str, calls: list[int] | None, error: str, after: bool, delay_seconds: float, rank: int | None
+def store_of(
+    operation: str,
+    calls: list[int] | None = None,
+    error: str = "",
+    after: bool = False,
+    delay_seconds: float = 0.0,
+    rank: int | None = None,
 ) -> Callable[[Location, Workers], Store] | None:
+    """Return what makes a rank's stores, with a `Fault`; ``None`` where it has none."""
     if not operation or (rank is not None and rank != dist.get_rank()):
         return None
     errors: dict[str, Any] = {"": None, "OSError": lambda: PermissionError(13, "no"), "crash": crash}
@@ -186,6 +202,7 @@ def train(
     delay_seconds: float = 0.0,
     rank: int | None = None,
     by_hand: str = "",
+    unpicklable: int | None = None,
 ) -> Any:
     """Train with one of Lightning's sharding strategies, and tell what was seen.
 
@@ -206,13 +223,14 @@ def train(
         delay_seconds: the same.
         rank: whose store it is; ``None`` is everybody's.
         by_hand: where to save after the fit.
+        unpicklable: the rank whose part of the first save cannot be saved.
     """
     os.environ["LOCAL_RANK"] = os.environ["RANK"]  # the processes are there already
     pl = TREES[tree]
     told: dict[str, Any] = {"error": None, "kind": None}
     ours_here: list[Any] = []
     if ours:
-        store = _store(operation, calls, error, after, delay_seconds, rank)
+        store = store_of(operation, calls, error, after, delay_seconds, rank)
         given = {"store_factory": store} if store is not None else {}
         ours_here = [AsyncCheckpointIO(**given, **(options or {}))]
     saves = pl.callbacks.ModelCheckpoint(where, **(checkpoint or {"save_last": True}))
@@ -232,7 +250,7 @@ def train(
         callbacks=[saves, *(AsyncCheckpointCallback() for _ in ours_here)],
     )
     trainer.callbacks = [each for each in trainer.callbacks if type(each).__name__ != "FoundCallback"]
-    model = _model_of(pl, kind)
+    model = _model_of(pl, kind, is_broken=unpicklable == dist.get_rank())
     began = time.monotonic()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -243,7 +261,7 @@ def train(
             told["error"] = "".join(traceback.format_exception(failure))
     told["seconds"] = time.monotonic() - began
     told["warnings"] = [str(each.message) for each in warned if "AsyncCheckpointIO" in str(each.message)]
-    told["files"] = _names(where)
+    told["files"] = names_in(where)
     told["began_at"] = model.seen[0] if model.seen else None
     told["pending"] = model.pending
     told["step"] = trainer.global_step
@@ -251,7 +269,7 @@ def train(
     told["last"] = saves.last_model_path
     told["threads"] = [t.name for t in threading.enumerate() if t.name.startswith("async_ckpt")]
     if told["error"] is None:
-        told["sums"] = _sums(strategy, trainer.optimizers)
+        told["sums"] = sums(strategy, trainer.optimizers)
         if by_hand:
             trainer.save_checkpoint(by_hand)
             told["by hand"] = sorted(os.listdir(by_hand)) if os.path.isdir(by_hand) else []

@@ -102,6 +102,23 @@ def test_failure_of_one_rank_is_raised_by_all(tmp_path: Path, rank: int) -> None
     assert not (tmp_path / "run" / "epoch=0-step=4.ckpt" / ".metadata").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_state_of_one_rank_that_cannot_be_saved(tmp_path: Path, rank: int, epochs: int) -> None:
+    """It fails the save on both ranks, and both raise the same: at the next save, or at the end. The one that knows at
+    once goes with the other into Lightning's barrier, which is not a place to wait for it.
+    """
+    ranks = _train(tmp_path, "run", unpicklable=rank, epochs=epochs, checkpoint={"save_top_k": -1})
+    for told in ranks:
+        assert told["kind"] == "ShardedSaveError"
+        assert f"failed for all ranks: rank {rank}: UnpicklableStateError" in told["error"]
+        assert told["sum"] == 2.0
+        assert told["step"] == (4 if epochs == 1 else 8)
+        assert told["seconds"] < 30
+        assert told["threads"] == []
+    assert not (tmp_path / "run" / "epoch=0-step=4.ckpt" / ".metadata").exists()
+
+
 def test_failure_of_the_last_save_is_raised_by_all(tmp_path: Path) -> None:
     """So does it where there is no later save: at the end of training."""
     ranks = _train(

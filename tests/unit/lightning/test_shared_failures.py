@@ -49,7 +49,7 @@ def test_what_the_first_rank_alone_has_failed_with() -> None:
     shared = SharedFailures()
     told = shared.known("StoreError: no")
     assert told == Told(0, "StoreError: no")
-    with pytest.raises(RankError, match="rank 0, which removes the checkpoints, failed: StoreError: no"):
+    with pytest.raises(RankError, match="rank 0 failed in what no other rank does: StoreError: no"):
         shared.raise_others(told)
     shared.raise_others(Told(1, "ShardedSaveError: that"))
     try:

@@ -1,11 +1,11 @@
 """In place of ``torch.distributed.checkpoint``: ``import async_ckpt.dcp as dcp``.
 
-Guarantees: the same arguments as torch's, and no fewer; what cannot be honoured is refused by a sentence that says what
-to do instead, never passed over. What a save promises is what `CheckpointService.save_sharded` promises: no collective
+Guarantees: the functions take all of torch's arguments. One that cannot be honoured raises an error that says what to
+do instead; none is silently ignored. A save promises what `CheckpointService.save_sharded` promises: no collective
 operation, one commit, one verdict.
 
-``StorageWriter``, ``StorageReader`` and ``Stager`` are for programs that go on calling torch's own functions. Beside
-these, there are torch's own planners, metadata and errors, so that one import does.
+``StorageWriter``, ``StorageReader`` and ``Stager`` are for programs that keep calling torch's own functions. torch's
+planners, metadata and errors can be imported from here, too, so that one import is enough.
 
 What does not belong here: how a checkpoint is made (`sharded`).
 """

@@ -1,8 +1,8 @@
-"""What of torch's arguments can be honoured, and what is said where one cannot.
+"""Which of torch's arguments can be honoured, and the error for each that cannot.
 
-Guarantees: an argument that would be passed over is refused before anything is done.
+Guarantees: an argument that would be ignored is refused before anything is done.
 
-What does not belong here: doing it.
+What does not belong here: the saves and loads themselves (`functions`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ THREAD: Any = getattr(getattr(state_dict_saver, "AsyncCheckpointerType", None), 
 """How torch's ``async_save`` writes, unless told otherwise; ``None`` before torch 2.6, which knows one way only."""
 
 _USUAL = {"flatten_state_dict": True, "flatten_sharded_tensors": True, "dedup_save_to_lowest_rank": False}
-"""What a ``DefaultSavePlanner`` must be set to; how it caches plans makes no difference here."""
+"""The settings that a ``DefaultSavePlanner`` must have; how it caches plans makes no difference here."""
 
 
 def place(checkpoint_id: Any) -> Given:
-    """Return where a checkpoint is.
+    """Return the directory of a checkpoint.
 
     Raises:
-        OptionError: *checkpoint_id* says nothing.
+        OptionError: *checkpoint_id* is missing.
     """
     if checkpoint_id is None or os.fspath(checkpoint_id) == "":
         raise OptionError("checkpoint_id=None: give the checkpoint's directory, a local path or any URL")
@@ -55,11 +55,11 @@ def check_save(
         stager: the ``async_stager``.
 
     Raises:
-        OptionError: something would be passed over; the message says what to do instead.
+        OptionError: an argument would be ignored; the message says what to do instead.
     """
     if storage_writer is not None:
         raise OptionError(
-            f"storage_writer=<{_kind(storage_writer)}>: it is not used here, as what is saved goes to storage in "
+            f"storage_writer=<{_kind(storage_writer)}>: it is not used here, as the state is written to storage in "
             "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
         )
     _check_planner(planner)
@@ -71,8 +71,8 @@ def check_save(
         )
     if stager is not None:
         raise OptionError(
-            f"async_stager=<{_kind(stager)}>: it is not used here, as async_save takes a picture of the state by "
-            "itself, in memory that is kept from save to save. Leave it out"
+            f"async_stager=<{_kind(stager)}>: it is not used here, as async_save copies the state "
+            "itself, into memory that it reuses from save to save. Leave it out"
         )
 
 
@@ -80,7 +80,7 @@ def check_load(*, storage_reader: object, planner: object) -> None:
     """Refuse what a load cannot honour; the arguments are those of ``load``.
 
     Raises:
-        OptionError: something would be passed over; the message says what to do instead.
+        OptionError: an argument would be ignored; the message says what to do instead.
     """
     if storage_reader is not None:
         raise OptionError(
@@ -92,7 +92,7 @@ def check_load(*, storage_reader: object, planner: object) -> None:
 
 
 def check_collectives(use_collectives: object) -> None:
-    """Refuse what would make one checkpoint a rank.
+    """Refuse an option that would make each rank write a checkpoint of its own.
 
     Raises:
         OptionError: *use_collectives* is false.
@@ -120,7 +120,7 @@ def _check_planner(planner: object) -> None:
     for name, usual in _USUAL.items():
         if getattr(planner, name, usual) is not usual:
             raise OptionError(
-                f"planner=DefaultSavePlanner({name}={not usual}): only {name}={usual} can be had here. "
+                f"planner=DefaultSavePlanner({name}={not usual}): only {name}={usual} is supported here. "
                 f"Leave it out, or {advice}"
             )
 

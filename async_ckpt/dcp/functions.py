@@ -1,4 +1,4 @@
-"""The functions: torch's arguments in, requests of a service out.
+"""The functions: they turn torch's arguments into requests of a service.
 
 What does not belong here: which arguments can be honoured (`arguments`), which service it is (`services`).
 """
@@ -29,29 +29,30 @@ __all__ = ["async_save", "close", "configure", "load", "save"]
 def configure(**options: Any) -> None:
     """Set the options of saves and loads, such as ``queue_depth``, ``memory_limit``, ``storage_options``.
 
-    Called before the first save, on every rank alike; later it waits for the saves that are under way.
+    Call it before the first save, with the same options on every rank. A later call first waits for the saves that are
+    under way.
 
     Args:
-        **options: see ``ServiceOptions``; those that are not given take their defaults.
+        **options: see ``ServiceOptions``; an option that is not given gets its default.
 
     Raises:
-        OptionError: an option cannot work.
-        Exception: an earlier save failed and nobody has been told yet.
+        OptionError: an option is not valid.
+        Exception: an earlier save failed, and its error has not been raised yet.
     """
     shared.configure(options)
 
 
 def close(timeout: float | None = None) -> None:
-    """See everything to its end, and free threads, memory and connections; the next call takes them anew.
+    """Finish everything that was accepted, then free threads, memory and connections; the next call acquires them anew.
 
-    The interpreter's exit does as much. To be called before ``destroy_process_group``, as the ranks talk through
-    its store.
+    The end of the program does the same. Call it before ``destroy_process_group``, because the ranks communicate
+    through the store of the process group.
 
     Args:
         timeout: seconds; see ``CheckpointService.close``.
 
     Raises:
-        Exception: a save failed and nobody has been told yet; several come as one ``FlushError``.
+        Exception: a save failed, and its error has not been raised yet; several are raised as one ``FlushError``.
     """
     shared.close(timeout)
 
@@ -71,11 +72,11 @@ def save(
     Args:
         state_dict: this rank's part.
         checkpoint_id: the directory: a local path, any URL that fsspec knows, or a ``UPath``.
-        storage_writer: none, or a ``StorageWriter`` of ours, whose directory and service it is then.
-        planner: none, or a ``DefaultSavePlanner()``.
-        process_group: who saves; all ranks, if it is ``None``.
+        storage_writer: ``None``, or our own ``StorageWriter``, whose directory and service are used.
+        planner: ``None``, or a ``DefaultSavePlanner()``.
+        process_group: the ranks that save together; ``None`` means all.
         no_dist: this process saves by itself.
-        use_collectives: none is called.
+        use_collectives: must be true; no collective operation is called in either case.
 
     Returns:
         The checkpoint's metadata on the first rank, ``None`` on the others.
@@ -83,8 +84,8 @@ def save(
     Raises:
         OptionError: an argument cannot be honoured; the message says what to do instead.
         ShardedSaveError: the save is not durable; every rank raises the same.
-        Exception: as ``CheckpointService.save_sharded`` raises. An error of an earlier save, which nobody has been
-            told of, is raised when this one is durable.
+        Exception: as ``CheckpointService.save_sharded`` raises. The error of an earlier save that has not been raised
+            yet is raised once this one is durable.
     """
     ours = storage_writer if isinstance(storage_writer, StorageWriter) else None
     check_save(
@@ -117,21 +118,21 @@ def async_save(
     Args:
         state_dict: this rank's part.
         checkpoint_id: the directory: a local path, any URL that fsspec knows, or a ``UPath``.
-        storage_writer: none, or a ``StorageWriter`` of ours, whose directory and service it is then.
-        planner: none, or a ``DefaultSavePlanner()``.
-        process_group: who saves; all ranks, if it is ``None``.
+        storage_writer: ``None``, or our own ``StorageWriter``, whose directory and service are used.
+        planner: ``None``, or a ``DefaultSavePlanner()``.
+        process_group: the ranks that save together; ``None`` means all.
         async_checkpointer_type: ``AsyncCheckpointerType.THREAD``.
-        async_stager: none, or a ``Stager`` of ours, which does what is done anyway.
+        async_stager: ``None``, or our own ``Stager``, which is not needed: the state is copied anyway.
         no_dist: this process saves by itself.
-        use_collectives: none is called.
+        use_collectives: must be true; no collective operation is called in either case.
 
     Returns:
-        A future. Its result is that of ``save``; a failure of which nobody asks it is raised by the next call.
+        A future with the result of ``save``. If nobody asks it for its failure, the next call raises that.
 
     Raises:
         OptionError: an argument cannot be honoured; the message says what to do instead.
-        Exception: as ``CheckpointService.save_sharded`` raises, an error of an earlier save among them, of which
-            nobody has been told; this one is accepted all the same, and the next call tells of its failure, if any.
+        Exception: as ``CheckpointService.save_sharded`` raises. That may be the error of an earlier save that has not
+            been raised yet; this save is accepted all the same, and if it fails, the next call says so.
     """
     ours = storage_writer if isinstance(storage_writer, StorageWriter) else None
     check_save(
@@ -161,12 +162,12 @@ def load(
     Args:
         state_dict: this rank's part, sharded in any way.
         checkpoint_id: the directory, or a plain file of ``torch.save``; see ``save``.
-        storage_reader: none, or a ``StorageReader`` of ours, whose directory and service it is then.
-        planner: any; ``None`` takes torch's.
+        storage_reader: ``None``, or our own ``StorageReader``, whose directory and service are used.
+        planner: any ``LoadPlanner``; ``None`` uses torch's default.
         process_group: whose saves to wait for, as for ``save``.
         no_dist: as for ``save``.
-        weights_only: as for ``torch.load``, of what is no tensor; torch's own takes ``False``, which runs code that the
-            checkpoint names.
+        weights_only: as for ``torch.load``, for values that are not tensors. torch's own function uses ``False``,
+            which runs any code that the checkpoint names.
 
     Raises:
         OptionError: an argument cannot be honoured; the message says what to do instead.
@@ -182,7 +183,7 @@ def load(
 def _chosen(
     storage: StorageWriter | StorageReader | None, checkpoint_id: Any, process_group: Any, no_dist: bool
 ) -> tuple[CheckpointService, Given]:
-    """Return which service is meant, and where."""
+    """Return the service to use, and the directory."""
     url = place(checkpoint_id if storage is None else checkpoint_id or storage.checkpoint_id)
     if storage is None or storage.service is None:
         return shared.of(process_group, no_dist=no_dist), url

@@ -1,7 +1,7 @@
-"""The future of a save, for who expects one of ``concurrent.futures``, as torch's ``async_save`` gives it.
+"""The future of a save: a ``concurrent.futures.Future``, as torch's ``async_save`` returns one.
 
-Guarantees: a failure counts as told once somebody has asked for the result or the exception, and is raised by no later
-call then; where nobody asks, the next call raises it (E1). Callbacks may block: they run on a thread of their own.
+Guarantees: once somebody has asked for the result or the exception, no later call raises the failure again; if nobody
+asks, the next call raises it (E1). Callbacks may block: they run on a thread of their own.
 
 What does not belong here: how a save ends (`handle`).
 """
@@ -38,8 +38,8 @@ class SaveFuture(Future["Metadata | None"]):
     It cannot be cancelled: the other ranks count on this one.
 
     Args:
-        handle: of the save.
-        writer: which writes it.
+        handle: the save's handle.
+        writer: writes the save.
     """
 
     def __init__(self, handle: Handle, writer: ShardedWriter) -> None:
@@ -52,7 +52,7 @@ class SaveFuture(Future["Metadata | None"]):
 
     @property
     def handle(self) -> Handle:
-        """The save, as the service knows it: to be awaited, and to be asked where it stands."""
+        """The service's handle of the save: it can be awaited, and says how far the save has come."""
         return self._handle
 
     def result(self, timeout: float | None = None) -> Metadata | None:
@@ -77,9 +77,9 @@ class SaveFuture(Future["Metadata | None"]):
         return super().exception()
 
     def add_done_callback(self, fn: Callable[[Future[Metadata | None]], object]) -> None:
-        """Call *fn* with this future when the save has ended, on a thread that may be kept waiting, or at once."""
+        """Call *fn* with this future when the save has ended, on a thread where it may block; or else at once."""
         if not self.done() and self._waiter is None:
-            # Who has asked to be told is not to hear it from another call.
+            # The callback reports a failure, so no later call shall raise it.
             waiter = self._waiter = Waiter(lambda: True)
             self._handle._waiters[ref(waiter)] = None
         self._calls.append(fn)
@@ -87,10 +87,10 @@ class SaveFuture(Future["Metadata | None"]):
             self._call_all()
 
     def _settle(self, handle: Handle, writer: ShardedWriter) -> None:
-        """Have it take over how the save ended, on a thread of its own.
+        """Set the future to the outcome of the save, on a thread of its own.
 
-        This is the loop thread: it must wait neither for what the program's callbacks do, nor for a lock that a thread
-        may hold which a signal handler has interrupted (L1).
+        This is the loop thread. It must not wait for the program's callbacks, nor for a lock that is held by a thread
+        which a signal handler has interrupted (L1).
         """
 
         def settle() -> None:

@@ -1,7 +1,7 @@
 """The services behind the module's functions: one for each process group, made on first use.
 
-Guarantees: every rank of a group makes its services in the same order, as long as all make the same calls (O4). One
-whose group has ended is closed when the next is made; all are, when the interpreter ends (D4).
+Guarantees: all ranks of a group make their services in the same order if they make the same calls (O4). A service
+whose group was destroyed is closed when the next one is made; all are closed when the interpreter exits (D4).
 
 What does not belong here: what the services are asked to do.
 """
@@ -31,7 +31,7 @@ class _Entry:
 
 
 class Services:
-    """The services of one program; threads may share it."""
+    """The services of one program. Threads may share this object."""
 
     def __init__(self) -> None:
         self._options: dict[str, Any] = {}
@@ -39,10 +39,10 @@ class Services:
         self._lock = threading.RLock()  # as a signal handler may save, too
 
     def configure(self, options: dict[str, Any]) -> None:
-        """Have services made with *options* from now on; those that are there are closed first.
+        """Make services with *options* from now on; the present ones are closed first.
 
         Raises:
-            OptionError: an option cannot work; nothing is changed.
+            OptionError: an option is not valid; nothing has changed.
             Exception: as `close` raises.
         """
         ServiceOptions.of(options)
@@ -55,7 +55,7 @@ class Services:
         """Return the service of *process_group*, as torch's functions take it.
 
         Raises:
-            OptionError: this process is none of its ranks.
+            OptionError: this process is not one of its ranks.
         """
         group = _group(process_group, no_dist=no_dist)
         with self._lock:
@@ -65,17 +65,17 @@ class Services:
             is_default = group is not ALONE and group is dist.group.WORLD
             service = CheckpointService(process_group=None if is_default else group, **self._options)
             service.known_as = "async_ckpt.dcp: call its close()"
-            service.failures.keep_ambient_error()  # made on demand, maybe where training's error is handled
+            service.failures.keep_ambient_error()  # it may be made while an error of training is being handled
             self._take_over_from_ended(service)
-            # Weakly, as a group that was destroyed is not to live on, and another may come in its place.
+            # By a weak reference: a destroyed group must be freed, and another may take its place.
             self._entries.append(_Entry((lambda: ALONE) if group is ALONE else ref(group), service))
             return service
 
     def close(self, timeout: float | None) -> None:
-        """Close all, at most *timeout* seconds each.
+        """Close all services, within *timeout* seconds each.
 
         Raises:
-            Exception: a save failed and nobody has been told yet; several come as one ``FlushError``.
+            Exception: a save failed, and its error has not been raised yet; several are raised as one ``FlushError``.
         """
         with self._lock:
             entries, self._entries = self._entries, []
@@ -97,7 +97,9 @@ class Services:
         self._entries = [entry for entry in self._entries if entry.group() is not None]
         for service in ended:
             failures = service.failures
-            successor.failures.take_over(failures)  # lest closing raise them: this call is to be carried out
+            successor.failures.take_over(
+                failures
+            )  # otherwise, closing would raise them, and this call would fail
             service.close()
             successor.failures.take_over(failures)
 
@@ -107,10 +109,10 @@ def _group(process_group: Any, *, no_dist: bool) -> Any:
         return ALONE
     if dist.get_rank(process_group) < 0:
         raise OptionError(
-            "process_group: this process is none of its ranks; call it on those alone, or give no_dist=True"
+            "process_group: this process is not one of its ranks; call this on its ranks only, or give no_dist=True"
         )
     return dist.group.WORLD if process_group is None else process_group
 
 
 shared = Services()
-"""Those of the module's functions."""
+"""The services that the module's functions use."""

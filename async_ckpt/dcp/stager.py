@@ -1,9 +1,10 @@
-"""What ``torch.distributed.checkpoint.async_save`` copies the state by, for programs that go on calling torch's own.
+"""A stager: it copies the state for ``torch.distributed.checkpoint.async_save``, if a program keeps calling that.
 
-Guarantees: each copy has memory of its own, so no later one overwrites what is not written yet (S1). torch's
-``DefaultStager``, kept from save to save as its pages advise, does that. What tensors have in common stays so.
+Guarantees: each copy has memory of its own, so no later copy overwrites one that is not written yet (S1). torch's
+``DefaultStager`` does overwrite it if it is kept from save to save, as torch's documentation advises. Tensors that
+share memory share it in the copy.
 
-What does not belong here: ``async_ckpt.dcp.async_save``, which needs none.
+What does not belong here: ``async_ckpt.dcp.async_save``, which needs no stager.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Stager(AsyncStager):
         """Return a copy of *state_dict* that training does not change.
 
         Raises:
-            UnpicklableStateError: there is a ``ShardedTensor`` in it, which torch's planners take from its own
-                device only.
+            UnpicklableStateError: it contains a ``ShardedTensor``, which torch's planners accept only on its own
+                device.
         """
         copies = _Copies()
         with torch.no_grad():
@@ -43,18 +44,18 @@ class Stager(AsyncStager):
         return staged
 
     def synchronize_staging(self) -> None:
-        """Do nothing: `stage` returns when it has copied."""
+        """Do nothing: when `stage` returns, the copy is complete."""
 
     def close(self) -> None:
-        """Do nothing: the memory is that of what `stage` has returned."""
+        """Do nothing: the memory belongs to the copies that `stage` has returned."""
 
 
 class _Copies:
-    """What was copied in one call."""
+    """The copies of one call."""
 
     def __init__(self) -> None:
         self._known: dict[Any, torch.Tensor] = {}
-        self._kept: list[Any] = []  # whose identities the keys are
+        self._kept: list[Any] = []  # the keys above are their identities
         self.is_under_way = False
 
     def of(self, value: Any, where: str) -> Any:

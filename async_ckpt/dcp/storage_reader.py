@@ -1,9 +1,9 @@
-"""What ``torch.distributed.checkpoint.load`` reads by, for programs that go on calling torch's own function.
+"""A storage reader for ``torch.distributed.checkpoint.load``, for programs that keep calling torch's own function.
 
-Guarantees: only ranges that are needed are fetched, several at a time; what is fetched as a whole is compared with its
-checksum; nothing that the checkpoint names is run unless that is allowed.
+Guarantees: only the ranges that are needed are fetched, several at a time. Every tensor that is fetched as a whole is
+verified by its checksum. No code that the checkpoint names is run unless that is allowed.
 
-What does not belong here, as torch does it: who reads what, and that the ranks wait for each other by collective
+What does not belong here: torch decides which rank reads what, and makes the ranks wait for each other by collective
 operations.
 """
 
@@ -38,10 +38,10 @@ class StorageReader(storage.StorageReader):
     """Reads from any storage, for torch's own ``load``, with any planner.
 
     Args:
-        checkpoint_id: of the directory: a local path, any URL that fsspec knows, or a ``UPath``; ``None`` where torch's
-            function is given it.
-        service: whose options hold; ``None`` takes those of ``configure``.
-        weights_only: as for ``torch.load``, of what is no tensor; torch's own reader takes ``False``.
+        checkpoint_id: the directory: a local path, any URL that fsspec knows, or a ``UPath``; ``None`` if torch's
+            function gets it instead.
+        service: the service whose options are used; ``None`` uses those of ``configure``.
+        weights_only: as for ``torch.load``, for values that are not tensors; torch's own reader uses ``False``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StorageReader(storage.StorageReader):
 
     @property
     def checkpoint_id(self) -> Given | None:
-        """Where it reads."""
+        """The directory that it reads."""
         return self._checkpoint_id
 
     @property
@@ -76,7 +76,7 @@ class StorageReader(storage.StorageReader):
         self._metadata = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return what the checkpoint says of itself, after its pending saves.
+        """Return the metadata of the checkpoint, after its pending saves.
 
         Raises:
             IncompleteCheckpointError: there is no complete checkpoint.
@@ -96,19 +96,19 @@ class StorageReader(storage.StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Learn what is where."""
+        """Keep the metadata, which says where everything is."""
         self._metadata = metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave it as it is."""
+        """Return it unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave them as they are."""
+        """Return them unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what *plan* says, and have *planner* put it where it belongs."""
+        """Read the items of *plan* into the memory that *planner* provides."""
         assert self._metadata is not None, "torch sets a reader up before it reads"
         service = self._service
         with service.turn(self._location(service.options.storage_options)) as here:
@@ -126,5 +126,5 @@ class StorageReader(storage.StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it is a place that can be served."""
+        """Return whether a store serves this location."""
         return StorageWriter.validate_checkpoint_id(checkpoint_id)

@@ -1,11 +1,12 @@
-"""What ``torch.distributed.checkpoint.save`` writes by, for programs that go on calling torch's own function.
+"""A storage writer for ``torch.distributed.checkpoint.save``, for programs that keep calling torch's own function.
 
-Guarantees: what an object needs, it has from the stores: parts, checksums, retries, and nothing under its name before
-it is whole (D2). A checkpoint that is there stays whole until the ``.metadata`` of the new one takes its place (D5).
+Guarantees: each object is written as the stores write: in parts, with checksums and retries, and invisible under its
+name until it is whole (D2). An earlier checkpoint stays whole until the ``.metadata`` of the new one replaces its own
+(D5).
 
-What does not belong here, as torch does it: who writes what, how the ranks hear of each other, and that they wait for
-each other by collective operations. No rank is told to take back what it has written when another has failed; the next
-save to that directory deletes it, once the process that wrote it lives no more.
+What does not belong here: torch decides which rank writes what, how ranks communicate, and makes them wait for each
+other by collective operations. When a rank fails, the others are not told to delete what they have written; the next
+save to that directory deletes it, once the process that wrote it has ended.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ _numbers = count(1)
 class StorageWriter(storage.StorageWriter):
     """Writes to any storage, for torch's own ``save`` and ``async_save``, with any planner.
 
-    Each save that is under way needs one of its own: torch tells a writer nothing by which it could tell saves apart.
+    Use one for each save that is under way: torch gives a writer no means to tell one save from another.
 
     Args:
-        checkpoint_id: of the directory: a local path, any URL that fsspec knows, or a ``UPath``; ``None`` where torch's
-            function is given it.
-        service: whose options hold; ``None`` takes those of ``configure``.
+        checkpoint_id: the directory: a local path, any URL that fsspec knows, or a ``UPath``; ``None`` if torch's
+            function gets it instead.
+        service: the service whose options are used; ``None`` uses those of ``configure``.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class StorageWriter(storage.StorageWriter):
 
     @property
     def checkpoint_id(self) -> Given | None:
-        """Where it writes."""
+        """The directory that it writes."""
         return self._checkpoint_id
 
     @property
@@ -83,20 +84,20 @@ class StorageWriter(storage.StorageWriter):
             self._checkpoint_id = checkpoint_id
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn who this is."""
+        """Note which rank this is."""
         check_collectives(kwargs.get("use_collectives", True))
         rank = kwargs.get("rank")
-        if rank is None:  # torch before 2.9 does not say
+        if rank is None:  # torch before 2.9 does not pass it
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._rank = rank
-        self._number = next(_numbers)  # so that no object replaces one of the checkpoint that is there
+        self._number = next(_numbers)  # no object shall replace one of the present checkpoint
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave it as it is."""
+        """Return it unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Leave them as they are; refuse to replace a checkpoint where ``overwrite=False``."""
+        """Return them unchanged; refuse to replace a checkpoint where ``overwrite=False``."""
         service, location = self._service, self._location
         if not service.options.overwrite:
             holdings = service._holdings
@@ -128,7 +129,7 @@ class StorageWriter(storage.StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the directory a checkpoint, and delete what it has replaced."""
+        """Write ``.metadata``, which completes the checkpoint, and delete the objects that it has replaced."""
         metadata.storage_data = {each.index: each.storage_data for some in results for each in some}
         metadata.storage_meta = self.storage_meta()
         metadata.version = VERSION
@@ -145,12 +146,12 @@ class StorageWriter(storage.StorageWriter):
         self._service.submit(None, location, writer, tell=False).wait()
 
     def storage_meta(self) -> StorageMeta:
-        """Return what ``.metadata`` is to say of the save."""
+        """Return the description of the save for ``.metadata``."""
         return StorageMeta(checkpoint_id=self._location.url, save_id=self._save_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it is a place that can be served."""
+        """Return whether a store serves this location."""
         try:
             locate(checkpoint_id)
         except (StoreError, TypeError, ValueError):

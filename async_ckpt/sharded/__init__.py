@@ -1,13 +1,13 @@
 """Sharded checkpoints: a state that no single process holds, as a directory that torch's own DCP opens.
 
-* `writing`: each rank's part of a state becomes one object, and `.metadata`, written last, makes a checkpoint of all.
-* `agreement`: the ranks come to one verdict on it.
-* `reading`: any number of ranks fill their parts of a state from it, or from a plain file.
-* `consolidating`: it becomes one plain file.
-* `manifest` is what ``.metadata`` says, `latest` finds the newest checkpoint, `leftovers` what dead processes left.
+* `writing`: each rank writes its part of the state as one object; `.metadata`, written last, completes the checkpoint.
+* `agreement`: the ranks agree on one verdict for each save.
+* `reading`: any number of ranks fill their parts of a state from such a directory, or from a plain file.
+* `consolidating`: such a directory becomes one plain file.
+* `manifest` reads ``.metadata``, `latest` finds the newest checkpoint, `leftovers` finds what dead processes left.
 
-What does not belong here: the queue, memory, retries, how bytes get to storage. ``import async_ckpt`` imports nothing
-of this, and with it nothing of ``torch.distributed``.
+What does not belong here: the queue, memory, retries, how bytes get to storage. ``import async_ckpt`` imports neither
+this package nor ``torch.distributed``.
 """
 
 from __future__ import annotations

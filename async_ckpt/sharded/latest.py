@@ -1,8 +1,8 @@
-"""Which checkpoint of a directory is the newest.
+"""Finds the newest checkpoint in a directory.
 
-Guarantees: only what is complete counts: a plain checkpoint file, which is whole wherever it is seen (D2), or a
-directory that holds its marker, which is written last (D5). One look at the directory, and one at each directory in it,
-some at a time (B2).
+Guarantees: only complete checkpoints count: a plain file, which is whole whenever it is visible (D2), or a directory
+with its marker, which is written last (D5). The directory is listed once, and so is each directory in it, a few at a
+time (B2).
 
 What does not belong here: what is in a checkpoint.
 """
@@ -30,18 +30,18 @@ _NOT_OURS = frozenset({errno.EACCES, errno.EPERM})
 async def find_newest(store: Store, location: Location) -> str | None:
     """Return the name of the newest complete checkpoint right below *location*.
 
-    It is the one whose marker, or file, was written last; of several written at one time, or where storage tells no
-    time, the last by name, numbers in it taken as numbers.
+    It is the one whose marker, or file, was written last. If several have the same time, or storage tells no times, it
+    is the last by name, where numbers are compared as numbers.
 
     Args:
-        store: which serves it.
-        location: of the directory.
+        store: serves the directory.
+        location: the directory.
 
     Returns:
         The name; ``""`` if the directory is a checkpoint itself; None if there is none.
 
     Raises:
-        StoreError: storage cannot be asked.
+        StoreError: the directory cannot be listed.
     """
     found: list[Child] = []
     directories: list[str] = []
@@ -59,7 +59,7 @@ async def find_newest(store: Store, location: Location) -> str | None:
 
 
 async def _complete(store: Store, location: Location, directories: list[str]) -> list[Child]:
-    """Return those of *directories* that hold a marker, written when that was."""
+    """Return those of *directories* that have a marker, each with the time of its marker."""
     found: list[Child] = []
     errors: list[Exception] = []
 
@@ -91,7 +91,7 @@ async def _marker(store: Store, location: Location) -> Child | None:
                     if child.name == MARKER and not child.is_directory and child.nbytes != 0:
                         return child
     except StoreError as error:
-        if error.errno not in _NOT_OURS:  # nobody could load it from there
+        if error.errno not in _NOT_OURS:  # what cannot be listed cannot be loaded either
             raise
     return None
 

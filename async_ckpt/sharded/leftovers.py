@@ -1,10 +1,10 @@
-"""Objects in a directory that belong to no checkpoint, and never will: found by their names.
+"""Finds, by their names, the objects in a directory that belong to no checkpoint and never will.
 
-Guarantees: only objects with names of ours are told, and of those only what is surely nobody's (D2): of an earlier save
-of this very run, which has ended; of a run whose first process was one of this host and lives no more; or what was left
-for longer than ``ABANDONED_SECONDS``. Who decides over a save is in its id, so that no file has to say it.
+Guarantees: only objects that carry our names are found, and only if certainly nobody needs them (D2). That is so for
+objects of an earlier save of this run, which has ended; of a run whose first process was on this host and has ended;
+and for those that are older than ``ABANDONED_SECONDS``. The id of a save names its owner, so no file has to.
 
-What does not belong here: deleting; what a checkpoint refers to (`manifest`).
+What does not belong here: deleting them; which objects a checkpoint refers to (`manifest`).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _NAME = re.compile(
 
 
 def new_run() -> str:
-    """Return a word that no other run has, by which its first process is known."""
+    """Return an id that no other run has, and that identifies its first process."""
     return f"{owner_mark()}.{secrets.token_hex(4)}"
 
 
 async def find_leftovers(
     store: Store, directory: Location, *, run: str, number: int, kept: Collection[str]
 ) -> list[str]:
-    """Return the names of objects that are nobody's.
+    """Return the names of objects that nobody needs.
 
     Args:
-        store: which serves the directory.
-        directory: with a checkpoint that has just been written.
-        run: the word of this run.
-        number: of the save that has written it.
-        kept: the objects that it is made of.
+        store: serves the directory.
+        directory: holds a checkpoint that has just been written.
+        run: the id of this run.
+        number: the number of the save that has written the checkpoint.
+        kept: the names of the checkpoint's objects.
     """
     found = []
     async with aclosing(store.list(directory)) as pages:

@@ -1,10 +1,10 @@
-"""What ``.metadata`` says, which makes a directory a sharded checkpoint: DCP's description of it, a pickle.
+"""Reads ``.metadata``, the pickle in which DCP describes a sharded checkpoint; it makes a directory a checkpoint.
 
-Guarantees: nothing that the pickle names is imported, called or changed. It is read into records of ours, and what is
-not of the form that DCP gives it is refused, with its name; only then torch's own classes are made. Memory is bounded
-by the length of the file. A path in it leads nowhere but into the directory.
+Guarantees: nothing that the pickle names is imported, called or changed. It is read into records of our own first. If
+anything differs from the form that DCP writes, it is refused by name; only then torch's own classes are made. Memory is
+bounded by the length of the file. No path in it leads out of the directory.
 
-Beside this module only `items` knows DCP's format. What does not belong here: reading the file, and the other files.
+Only this module and `items` know DCP's format. What does not belong here: the other files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
 
-_LONGEST_BYTES = 4 << 30  # nobody could use a longer one: it takes ten times its length in memory
-_PROTOCOL = 4  # of any Python that torch runs on
+_LONGEST_BYTES = 4 << 30  # a longer one could not be used: it takes ten times its length in memory
+_PROTOCOL = 4  # known to every Python that torch runs on
 _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
 _MOST_DIMENSIONS = 64  # of a tensor of torch's
 
@@ -50,22 +50,22 @@ def write_manifest(metadata: Metadata) -> bytes:
 
 
 def save_id_of(metadata: Metadata) -> str | None:
-    """Return by what the save that wrote it is told from others."""
+    """Return the id of the save that wrote it, if it has one."""
     meta = getattr(metadata, "storage_meta", None)
     return None if meta is None else meta.save_id
 
 
 async def read_manifest(store: Store, location: Location, workers: Workers | None = None) -> Metadata:
-    """Return what the ``.metadata`` in a directory says.
+    """Return the parsed ``.metadata`` of a directory.
 
     Args:
-        store: which serves it.
-        location: of the directory.
-        workers: where it is taken apart, which takes a second for fifty thousand chunks; None does it here.
+        store: serves the directory.
+        location: the directory.
+        workers: parse it, which takes a second for fifty thousand chunks; None parses it on this thread.
 
     Raises:
         IncompleteCheckpointError: there is none.
-        CorruptCheckpointError: it is damaged, or no description of DCP's.
+        CorruptCheckpointError: it is damaged, or DCP has not written it.
         StoreError: it cannot be read.
     """
     data = await fetch_manifest(store, location)
@@ -75,7 +75,7 @@ async def read_manifest(store: Store, location: Location, workers: Workers | Non
 
 
 async def fetch_manifest(store: Store, location: Location) -> bytes:
-    """Return what is in the ``.metadata`` of a directory; see ``read_manifest``."""
+    """Return the bytes of the ``.metadata`` of a directory; see ``read_manifest``."""
     try:
         source = await store.source(location.below(MARKER))
     except FileNotFoundError as error:
@@ -97,14 +97,14 @@ async def fetch_manifest(store: Store, location: Location) -> bytes:
 
 @collector_held_back()
 def parse_manifest(data: bytes, url: str) -> Metadata:
-    """Return what a ``.metadata`` says; blocks.
+    """Parse a ``.metadata``; blocks.
 
     Args:
-        data: all that is in the file.
-        url: of the checkpoint, for messages.
+        data: the bytes of the file.
+        url: the checkpoint's, for messages.
 
     Raises:
-        CorruptCheckpointError: it is damaged, or no description of DCP's; the message names what is strange to it.
+        CorruptCheckpointError: it is damaged, or DCP has not written it; the message names what is wrong.
     """
     try:
         check_memo(data)
@@ -124,7 +124,7 @@ def _corrupt(url: str, reason: str) -> CorruptCheckpointError:
 
 
 class _OddError(ValueError):
-    """It is not of the form that DCP gives it."""
+    """Something is not as DCP writes it."""
 
 
 def _odd(what: str) -> NoReturn:
@@ -135,7 +135,7 @@ def _odd(what: str) -> NoReturn:
 
 
 class _Record:
-    """An object of the pickle, with the state that it is given there."""
+    """An object of the pickle, with the state that the pickle gives it."""
 
     __slots__ = ("state",)
 
@@ -170,15 +170,15 @@ _PATHS = frozenset({"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindo
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that DCP writes, and no others."""
+    """Accepts the names that DCP writes, and no others."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
-        # Classes of this pickle alone: it could change them.
+        # Classes for this pickle only, as it could change them.
         self._kinds: dict[tuple[str, str], type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name."""
+        """Return the object that is used for a name."""
         if name in _RECORDS.get(module, ()):
             if (kind := self._kinds.get((module, name))) is None:
                 kind = self._kinds[module, name] = type(name, (_Record,), {"__slots__": ()})
@@ -192,7 +192,7 @@ class _Unpickler(pickle.Unpickler):
         _odd(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse what is kept elsewhere."""
+        """Refuse references to anything outside of the pickle."""
         _odd("it refers to something outside of it")
 
 
@@ -217,7 +217,7 @@ def _metadata(found: Any) -> Metadata:
 
 
 def _known_to(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what torch's class of this release has no place for."""
+    """Drop the fields that the class does not have in this release of torch."""
     known = {each.name for each in fields(kind)}
     return {name: value for name, value in values.items() if name in known}
 

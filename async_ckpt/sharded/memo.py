@@ -1,8 +1,8 @@
-"""How much memory a pickle has Python's unpickler take for what it memorizes. Pure.
+"""Bounds the memory that Python's unpickler allocates for a pickle's memo. Pure.
 
-Guarantees: after `check_memo`, no more than the pickle is long, times the size of a few pointers.
+Guarantees: after `check_memo`, the memo takes at most a few pointers for each byte of the pickle.
 
-What does not belong here: what the pickle names (`manifest`, `items`).
+What does not belong here: which classes a pickle names (`manifest`, `items`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NoReturn
 __all__ = ["check_memo"]
 
 _MEMO_OPS = {"BINPUT": 1, "LONG_BINPUT": 4}
-_FIXED = [0] * 256  # by op: how long it is with what follows it, where that is always the same
-_PREFIXED = [0] * 256  # how long the number is that says how long the rest is
+_FIXED = [0] * 256  # by opcode: its length with its argument, if that is fixed
+_PREFIXED = [0] * 256  # by opcode: the length of the number that gives the argument's length
 for _op in pickletools.opcodes:
     if _op.name not in _MEMO_OPS:
         length = 0 if _op.arg is None else _op.arg.n
@@ -26,7 +26,7 @@ _STOP, _BINPUT, _LONG_BINPUT, _GLOBAL = b".qrc"
 
 
 def check_memo(data: bytes) -> None:
-    """Refuse a pickle that memorizes under high numbers: Python's unpickler makes room for all those below."""
+    """Refuse a pickle with high memo numbers: Python's unpickler allocates room for all numbers below them."""
     at, fixed, prefixed = 0, _FIXED, _PREFIXED
     while (op := data[at]) != _STOP:
         if length := fixed[op]:

@@ -1,7 +1,7 @@
-"""A file without the bytes of its storages, which come later, in any pieces.
+"""A checkpoint file whose storages' bytes come from elsewhere: everything around them, with the right checksums.
 
-Guarantees: once the CRC-32 of a storage is known, what depends on it is right: the file is what ``torch.save`` would
-write. Threads may share a frame: they write the same checksums.
+Guarantees: together with the bytes of the storages, it is the file that ``torch.save`` would write. Threads may share a
+frame: they write the same checksums.
 
 What does not belong here: where the bytes of the storages come from.
 """
@@ -23,17 +23,17 @@ __all__ = ["Frame"]
 
 
 class Frame:
-    """What torch's writer makes of records, some of which are storages that only have a length yet.
+    """The file that torch's writer makes of records, some of which are storages without bytes.
 
     Args:
-        records: of the archive; a number stands for a storage.
-        sizes: of the storages, in bytes.
+        records: the records of the archive; a number stands for a storage.
+        sizes: the sizes of the storages in bytes.
 
     Attributes:
-        nbytes: length of the file.
-        storages: their numbers, in the order in which they are in the file.
-        starts: where in the file each of them begins, in that order.
-        stops: where each of them ends.
+        nbytes: the length of the file.
+        storages: the numbers of the storages, in the order of the file.
+        starts: the offsets of their bytes in the file, in that order.
+        stops: the ends of their bytes.
     """
 
     def __init__(self, records: Sequence[Record], sizes: Sequence[int]) -> None:
@@ -56,13 +56,13 @@ class Frame:
         self._checksums: dict[int, int] = {}  # of the other records
 
     def fill(self, start: int, stop: int, memory: memoryview, checksum: Callable[[int], int]) -> None:
-        """Put the bytes *start* to *stop* into *memory*; what belongs to storages is left as it is.
+        """Put the bytes *start* to *stop* into *memory*, except for the bytes of storages.
 
         Args:
             start: the first byte.
             stop: the end, exclusive.
-            memory: of that length.
-            checksum: returns the CRC-32 of the bytes of a storage, given its number; called only where it is needed.
+            memory: as long as the range.
+            checksum: returns the CRC-32 of a storage, given its number; called for those that the range depends on.
         """
         self._seal(start, stop, checksum)
         at, hole = start, max(0, bisect_right(self.starts, start) - 1)

@@ -1,9 +1,9 @@
-"""How a sharded checkpoint becomes one ordinary file of ``torch.save``, in bounded memory.
+"""Makes one ordinary file of ``torch.save`` from a sharded checkpoint, in bounded memory.
 
-`state` makes the file but for the bytes of its tensors, `tensors` and `geometry` say in which items those are,
-`gathering` gets them, `content` is the file as a store reads it, part by part, and `consolidation` does all of it.
+`state` lays the file out without the bytes of its tensors, `tensors` and `geometry` say which items hold those bytes,
+`gathering` fetches them, `content` is the file as a store reads it, part by part, and `consolidation` runs it all.
 
-What does not belong here: how the file gets to its storage, all at once or not at all (`engine.writers`, `stores`).
+What does not belong here: how the file gets to its storage, as a whole or not at all (`engine.writers`, `stores`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""From a sharded checkpoint to one file, on the caller's thread.
+"""Makes one file from a sharded checkpoint, on the caller's thread.
 
-Guarantees: a checkpoint that is replaced while it is read is read again, from its beginning. What is damaged or not
-complete leaves nothing (D2): the file is committed when everything in it has been read, and its checksums compared.
-Nothing that a checkpoint names is run unless the caller asks for it.
+Guarantees: a checkpoint that is replaced while it is being read is read again from the start. A checkpoint that is
+damaged or incomplete leaves no file (D2): the file is committed only when all of it has been read and verified. No code
+that a checkpoint names is run unless the caller asks for it.
 
-What does not belong here: waiting for pending saves (service), how the file is written (`engine.writers`).
+What does not belong here: waiting for pending saves (service), writing the file (`engine.writers`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PART_BYTES = 16 << 20
 
 
 def parts_at_a_time(nbytes: int, most: int) -> int:
-    """Return how many parts of a file may be in memory at a time, which are the larger the longer the file is."""
+    """Return how many parts of a file may be in memory at the same time. The longer the file, the larger its parts."""
     part = max(PART_BYTES, -(-nbytes // _MOST_PARTS))
     return max(1, min(most, _PARTS_BYTES // part))
 
@@ -98,5 +98,5 @@ class _Reading:
                 failure = content.failure
                 if failure is None:
                     raise
-            if failure is not None:  # out here, so that it keeps its cause
+            if failure is not None:  # outside of the handler, so that it keeps its cause
                 raise failure

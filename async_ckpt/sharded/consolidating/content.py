@@ -1,10 +1,9 @@
-"""The one file, as a store reads it: each part is made when it is asked for.
+"""The file as a store reads it: each part is made when the store asks for it.
 
-Guarantees: what a part takes in memory it takes once, until the store has sent it. Each part is made once, unless the
-store asks for it again. A part that needs the checksums of others waits for them; they come, or it fails as they do.
+Guarantees: a part takes its length in memory, until the store has sent it. It is made once, unless the store asks for
+it again. A part that depends on the checksums of earlier parts waits for them, and fails if one of those fails.
 
-What does not belong here: when and in which order parts are asked for, which stores decide: in the order of the file,
-some at a time.
+What does not belong here: the order of parts. Stores begin them in the order of the file, some at a time.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ __all__ = ["Consolidated"]
 
 
 class _UnreadableError(Exception):
-    """A part could not be made: of no kind for which a store tries again, as what was read has been tried again."""
+    """A part could not be made. Stores do not retry it: the reads have been retried already."""
 
 
 class Consolidated:
     """A file of ``torch.save``; satisfies ``stores.base.Content``.
 
     Args:
-        frame: the file but for the bytes of the tensors.
-        tensors: those, by the numbers of their storages.
-        gatherer: gets the bytes.
+        frame: the file without the bytes of the tensors.
+        tensors: the tensors, by the numbers of their storages.
+        gatherer: fetches their bytes.
 
     Attributes:
-        failure: why a part could not be made.
+        failure: the error because of which a part could not be made, if there was one.
     """
 
     def __init__(self, frame: Frame, tensors: Sequence[Tensor], gatherer: Gatherer) -> None:
@@ -42,7 +41,7 @@ class Consolidated:
         self._frame = frame
         self._tensors = tensors
         self._gatherer = gatherer
-        self._made: dict[tuple[int, int], memoryview] = {}  # to be read
+        self._made: dict[tuple[int, int], memoryview] = {}  # between `crc32` and `read`
         self._checksums: dict[int, int] = {}
         self._changed = threading.Condition()
 
@@ -57,7 +56,7 @@ class Consolidated:
         return [(self._make(start, stop) if memory is None else memory).toreadonly()]
 
     def crc32(self, start: int, stop: int) -> int:
-        """Return their CRC-32, and keep them for the `read` that follows."""
+        """Return the CRC-32 of the bytes *start* to *stop*, and keep them for the `read` that follows."""
         memory = self._made[start, stop] = self._make(start, stop)
         return crc32(memory, 0)
 
@@ -76,7 +75,7 @@ class Consolidated:
         return memory
 
     def _ranges(self, start: int, stop: int, memory: memoryview) -> Iterator[Range]:
-        """Yield what of the tensors lies between *start* and *stop*."""
+        """Yield the ranges of tensors between *start* and *stop* in the file."""
         frame = self._frame
         for index in range(max(0, bisect_right(frame.starts, start) - 1), len(frame.starts)):
             begins = frame.starts[index]
@@ -92,7 +91,7 @@ class Consolidated:
                 )
 
     def _checksum(self, storage: int) -> int:
-        """Return the CRC-32 of a storage once all of it has come."""
+        """Return the CRC-32 of a storage; wait until all of it has been gathered."""
         value = self._checksums.get(storage)
         if value is None:
             sums, nbytes = self._tensors[storage].sums, self._tensors[storage].nbytes

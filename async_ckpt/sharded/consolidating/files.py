@@ -1,7 +1,7 @@
 """The files of a directory, kept open from one part to the next.
 
-Guarantees: at most so many are open beside those that are being read (B2). A file that is replaced is not read on with
-other bytes in it.
+Guarantees: files are not opened anew for each part, and a bounded number stays open beside those in use (B2). No file
+gets more reads at a time than its store allows.
 
 What does not belong here: which ranges are read (`reading.fetching`).
 """
@@ -21,11 +21,11 @@ _MOST_OPEN = 64
 
 
 class OpenFiles:
-    """Opens each file once, as long as there is room. For one thread, the loop's.
+    """Opens files and keeps them open. Used on the loop thread only.
 
     Args:
         open_source: opens a file by its path.
-        most: how many stay open.
+        most: how many files may stay open.
     """
 
     def __init__(self, open_source: Callable[[str], Awaitable[Source]], most: int = _MOST_OPEN) -> None:
@@ -35,7 +35,7 @@ class OpenFiles:
         self._given_back = anyio.Event()
 
     async def open(self, path: str) -> Source:
-        """Return a file, which is to be closed as any other."""
+        """Return an open file; close it like any other."""
         file = self._files.setdefault(path, _File())
         self._files.move_to_end(path)
         file.users += 1
@@ -52,14 +52,14 @@ class OpenFiles:
             raise
 
     async def give_back(self, file: _File) -> None:
-        """One user less; close those that have been of no use for longest."""
+        """Note that *file* has one user less; close the files that were used least recently, if there are too many."""
         file.users -= 1
         self._given_back.set()
         idle = [path for path, each in self._files.items() if not each.users]
         await self._close(idle[: max(0, len(self._files) - self._most)])
 
     async def aclose(self) -> None:
-        """Close all of them, once nobody reads them."""
+        """Close all files as soon as nobody uses them."""
         while any(file.users for file in self._files.values()):
             self._given_back = anyio.Event()
             await self._given_back.wait()
@@ -82,9 +82,9 @@ class _File:
 
 
 class _Borrowed:
-    """A file that stays open when it is closed."""
+    """A file that `aclose` leaves open."""
 
-    max_concurrent_reads = None  # seen to here, for all who read it
+    max_concurrent_reads = None  # `read_into` keeps to it, for all users together
 
     def __init__(self, source: Source, file: _File, files: OpenFiles) -> None:
         self.nbytes = source.nbytes
@@ -100,5 +100,5 @@ class _Borrowed:
             await self._source.read_into(start, *targets)
 
     async def aclose(self) -> None:
-        """Give it back."""
+        """Give the file back."""
         await self._files.give_back(self._file)

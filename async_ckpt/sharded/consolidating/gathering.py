@@ -1,11 +1,11 @@
-"""Ranges of tensors, gathered from the chunks of a sharded checkpoint.
+"""Gathers ranges of tensors from the chunks of a sharded checkpoint.
 
-Guarantees: of each chunk that has a part of a range, one run of bytes is fetched, and each byte once; only an item of
-up to 64 KiB that two ranges share is fetched for both. What is fetched aside is bounded, but for an item that was not
-saved row after row: that is loaded whole, and kept until all of it has been used (B2). The checksum of each item is
-compared, with the last of its runs at the latest. Threads may gather at the same time.
+Guarantees: of each chunk that is involved in a range, one run of bytes is fetched. No byte is fetched twice, except for
+items of up to 64 KiB that two ranges share. Memory beside the ranges is bounded, except for an item that was not saved
+row after row: it is loaded as a whole and kept until all of it has been used (B2). Each item is verified by its
+checksum, with the last of its runs at the latest. Threads may gather at the same time.
 
-What does not belong here: which ranges are wanted (`content`), how bytes come (`reading.fetching`).
+What does not belong here: which ranges are wanted (`content`), how bytes are fetched (`reading.fetching`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Range:
     """A part of a tensor that is wanted.
 
     Attributes:
-        tensor: of which.
+        tensor: the tensor.
         start: its first byte.
         stop: its end, exclusive.
-        memory: where it goes.
+        memory: where the bytes go.
     """
 
     tensor: Tensor
@@ -46,7 +46,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """What a chunk has of a range: its bytes *start* to *stop*."""
+    """The bytes *start* to *stop* of a chunk, which belong to a range."""
 
     chunk: Chunk
     start: int
@@ -55,11 +55,11 @@ class _Run:
 
     @property
     def is_all(self) -> bool:
-        """Whether it is all of the chunk."""
+        """Whether it is the whole chunk."""
         return self.stop - self.start == self.chunk.nbytes
 
     def copy(self, start: int, data: torch.Tensor) -> None:
-        """Copy bytes of the chunk from *start* on to where they belong."""
+        """Copy bytes of the chunk, from *start* on, to their places in the range."""
         self.chunk.copy(start, data, self.range.memory, self.range.start)
 
 
@@ -67,8 +67,8 @@ class Gatherer:
     """Gathers ranges.
 
     Args:
-        fetcher: of the directory.
-        url: of it, for messages.
+        fetcher: fetches from the directory.
+        url: the location of the directory, for messages.
     """
 
     def __init__(self, fetcher: Fetcher, url: str) -> None:
@@ -76,10 +76,10 @@ class Gatherer:
         self._url = url
 
     def gather(self, ranges: Iterable[Range]) -> None:
-        """Fill the memory of *ranges*, and note the checksums of what has come; blocks.
+        """Fill the memory of *ranges*, and note their checksums; blocks.
 
         Raises:
-            CorruptCheckpointError: a chunk is not what was written.
+            CorruptCheckpointError: a chunk is damaged, or its file is missing or too short.
             StoreError: a file cannot be read.
         """
         runs_of = {each: list(_runs_of(each)) for each in ranges}
@@ -103,7 +103,7 @@ class Gatherer:
             _sum_up(each, found)
 
     def _look(self, chunks: Iterable[Chunk]) -> None:
-        """Look where the bytes of chunks begin."""
+        """Find out where the bytes of *chunks* begin."""
         heads = []
         for chunk in chunks:
             nbytes = min(LONGEST_HEAD_BYTES, chunk.item.stop - chunk.item.start)
@@ -138,7 +138,7 @@ class Gatherer:
                 raise self._corrupt(chunk, error) from error
 
     def _segments(self, segments: list[Segment]) -> Iterator[Segment]:
-        """Yield segments as they come."""
+        """Fetch segments, and yield them as they arrive."""
         at_a_time = self._fetcher.at_a_time
         for request in self._fetcher.fetch(plan_requests(segments, at_a_time=at_a_time)):
             yield from request.segments
@@ -162,7 +162,7 @@ class Gatherer:
                 chunk.flat = None
 
     def _check(self, chunk: Chunk) -> None:
-        """Compare the checksum of a chunk, if all of it has come."""
+        """Verify the checksum of a chunk if all of it has been fetched."""
         if chunk.checksum is None or (found := chunk.sums.total(0, chunk.nbytes)) is None:
             return
         try:
@@ -182,7 +182,7 @@ def _runs_of(each: Range) -> Iterator[_Run]:
 
 
 def _is_read_whole(run: _Run) -> bool:
-    """Return whether all that belongs to the chunk is fetched at once: then no look is needed where its bytes begin."""
+    """Return whether the whole item is fetched at once; then it needs no request to find out where the bytes begin."""
     nbytes = run.chunk.item.stop - run.chunk.item.start
     return nbytes <= (BLOCK_BYTES if run.is_all else _SMALL_BYTES)
 
@@ -223,7 +223,7 @@ def _segment(
 def _checksum_in(chunk: Chunk, tail: bytes) -> int | None:
     try:
         return chunk.item.checksum(tail)
-    except Unusual:  # of more than these bytes
+    except Unusual:  # its storage holds more than these bytes
         return None
 
 
@@ -233,7 +233,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_up(each: Range, runs: list[_Run]) -> None:
-    """Note the checksum of a range: that of a single long run was computed as it came."""
+    """Note the checksum of a range. If the range is a single long run, it was computed as the run arrived."""
     value: int | None = None
     if len(runs) == 1 and runs[0].stop - runs[0].start == each.stop - each.start:
         value = runs[0].chunk.sums.total(runs[0].start, runs[0].stop)

@@ -1,9 +1,9 @@
-"""Where the bytes of a chunk go in the tensor that it is a part of. Pure.
+"""Where the elements of a chunk are in the tensor that it is a part of. Pure.
 
-Guarantees: the order of elements in a chunk is their order in the tensor. So the part of a chunk that falls into any
-range of the tensor is one range of the chunk, and each of its bytes is fetched once.
+A chunk is a box in the tensor, and its elements have the same order as in the tensor. Hence the elements of a chunk
+that fall into any range of the tensor are one range of the chunk too, and can be fetched as one run.
 
-All sizes may be in bytes: then the last dimension is that of the bytes of an element.
+To count in bytes, add a last dimension for the bytes of an element.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["Box", "boxes_of", "count_before", "place_of"]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Elements that follow each other in a chunk, and have the same distances in the tensor.
+    """Elements that are contiguous in a chunk, and have fixed strides in the tensor.
 
     Attributes:
         start: the first of them in the chunk.
-        shape: how many there are in each dimension.
-        place: where the first of them is in the tensor.
-        strides: their distances there, in each dimension.
+        shape: their shape.
+        place: the first of them in the tensor.
+        strides: their strides in the tensor.
     """
 
     start: int
@@ -36,10 +36,10 @@ def count_before(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence
     """Return how many elements of a chunk, which is not empty, come before element *at* of its tensor.
 
     Args:
-        sizes: of the tensor.
+        sizes: the sizes of the tensor.
         offsets: where the chunk begins in each dimension.
-        lengths: how far it goes.
-        at: up to the number of the tensor's elements.
+        lengths: the sizes of the chunk.
+        at: an element of the tensor, or the number of its elements.
     """
     whole, chunk, count = math.prod(sizes), math.prod(lengths), 0
     if at >= whole:
@@ -73,16 +73,16 @@ def boxes_of(
     """Yield the boxes that make up the elements *start* to *stop* of a chunk: at most two for each dimension.
 
     Args:
-        sizes: of the tensor.
+        sizes: the sizes of the tensor.
         offsets: where the chunk begins in each dimension.
-        lengths: how far it goes.
+        lengths: the sizes of the chunk.
         start: the first element.
         stop: the end, exclusive.
     """
     inner = [math.prod(lengths[dimension + 1 :]) for dimension in range(len(lengths))]
     strides = tuple(math.prod(sizes[dimension + 1 :]) for dimension in range(len(sizes)))
     while start < stop:
-        # The outermost dimension of which whole slices begin here.
+        # The outermost dimension of which a whole slice begins here and fits.
         dimension = next(
             each for each, count in enumerate(inner) if not start % count and count <= stop - start
         )

@@ -1,7 +1,7 @@
-"""The state that a sharded checkpoint holds, nested as it was saved, over tensors that have no memory.
+"""Lays out the file: the state of a sharded checkpoint, nested as it was saved, over tensors without memory.
 
-Guarantees: it is nested as torch's own ``dcp_to_torch_save`` does it. No page of the tensors is ever allocated: what
-torch pickles of them says where they are, and nothing reads them.
+Guarantees: the state is nested as torch's own ``dcp_to_torch_save`` nests it. The tensors are views of a mapping that
+nobody reads or writes, so none of its pages is ever allocated.
 
 What does not belong here: the bytes of the tensors (`chunks`).
 """
@@ -34,7 +34,7 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # has a name from Pytho
 
 
 def items_of_values(metadata: Metadata) -> list[ReadItem]:
-    """Return what is to be read of the values that are no tensors."""
+    """Return what has to be read for the values that are not tensors."""
     return [
         ReadItem(
             type=LoadItemType.BYTE_IO,
@@ -50,7 +50,7 @@ def items_of_values(metadata: Metadata) -> list[ReadItem]:
 
 
 class Values(LoadPlanner):
-    """Takes the values that are no tensors as they come.
+    """A planner that collects the values that are not tensors.
 
     Attributes:
         found: the values, by their names.
@@ -60,26 +60,26 @@ class Values(LoadPlanner):
         self.found: dict[str, Any] = {}
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Unpickle one; whether that is safe has been seen to."""
+        """Unpickle a value. The caller has checked that this is safe."""
         self.found[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=False)
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: what is to be read is known."""
+        """Do nothing: the items are known."""
 
     def create_local_plan(self) -> LoadPlan:
-        """Return nothing more to be read."""
+        """Return an empty plan."""
         return LoadPlan([])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Return it as it is."""
+        """Return it unchanged."""
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Return it as it is."""
+        """Return it unchanged."""
         return central_plan
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Refuse: tensors are read otherwise."""
+        """Refuse: tensors are not read by a planner."""
         raise NotImplementedError
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
@@ -87,15 +87,15 @@ class Values(LoadPlanner):
 
 
 def lay_out(metadata: Metadata, values: Mapping[str, Any], url: str) -> Frame:
-    """Return the file, which lacks the bytes of the tensors; the storage *n* is that of the *n*-th in *metadata*.
+    """Return the file without the bytes of its tensors; storage *n* belongs to the *n*-th tensor in *metadata*.
 
     Args:
-        metadata: what ``.metadata`` says.
-        values: what is no tensor, by name.
-        url: of the checkpoint, for messages.
+        metadata: the parsed ``.metadata``.
+        values: the values that are not tensors, by name.
+        url: the location of the checkpoint, for messages.
 
     Raises:
-        CorruptCheckpointError: the values are nested in a way that cannot be.
+        CorruptCheckpointError: ``.metadata`` nests the values in an impossible way.
     """
     tensors = {
         name: (described.size, described.properties.dtype)
@@ -111,7 +111,7 @@ def lay_out(metadata: Metadata, values: Mapping[str, Any], url: str) -> Frame:
     for name, content in asked:
         if isinstance(content, torch.UntypedStorage):
             number = stand_ins.find(content)
-            # Of a tensor inside of a value, which is in memory: a tuple of them is a value to DCP.
+            # Others belong to tensors inside of values, which are in memory: to DCP, a tuple of tensors is a value.
             records.append((name, _bytes_of(content) if number is None else number))
         else:
             records.append((name, content))
@@ -127,11 +127,11 @@ def _nested(leaves: Mapping[str, Any], metadata: Metadata, url: str) -> dict[str
             state[name] = value
             continue
         try:
-            # Each element of a list is a value at least, or holds one.
+            # A list has no more elements than there are values: each is a value or holds one.
             if not path or any(isinstance(step, int) and not 0 <= step < len(leaves) for step in path[1:]):
                 raise ValueError(f"there is no {path!r}")
             set_element(state, tuple(path), value)
-        except Exception as error:  # where there is a value on the way, of any kind
+        except Exception as error:  # of any kind, if a value is where a container should be
             raise CorruptCheckpointError(
                 f"{url!r} is corrupt: its .metadata does not say where its item {name!r} belongs ({error}). "
                 "Load an earlier checkpoint.",
@@ -147,7 +147,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> bytes:
 
 
 class _StandIns:
-    """Tensors of the right dtypes and sizes, without memory."""
+    """Tensors with the right dtypes and sizes, but without memory."""
 
     def __init__(self, kinds: Iterable[tuple[torch.Size, torch.dtype]]) -> None:
         self._kinds = list(kinds)
@@ -170,7 +170,7 @@ class _StandIns:
                 yield flat.view(dtype).view(size)
 
     def find(self, storage: torch.UntypedStorage) -> int | None:
-        """Return which of them a storage is that of."""
+        """Return the number of the tensor that a storage belongs to; None if it belongs to none of them."""
         offset = storage.data_ptr() - self._address
         if not storage.nbytes() or not 0 <= offset < len(self._memory):
             return None

@@ -1,4 +1,4 @@
-"""The CRC-32 of something whose pieces come in any order. Pure.
+"""The CRC-32 of bytes that arrive in pieces, in any order. Pure.
 
 What does not belong here: how a checksum is computed (`format.checksum`).
 """
@@ -11,18 +11,18 @@ __all__ = ["Sums"]
 
 
 class Sums:
-    """The CRC-32 of pieces, and of what they make together. Threads may add pieces at the same time."""
+    """The CRC-32 of pieces, and of ranges that consist of them. Threads may add pieces at the same time."""
 
     def __init__(self) -> None:
         self._pieces: dict[int, tuple[int, int]] = {}
 
     def add(self, start: int, stop: int, value: int) -> None:
-        """Note that of the bytes *start* to *stop*."""
+        """Note *value*, the CRC-32 of the bytes *start* to *stop*."""
         if start < stop:
             self._pieces[start] = stop, value
 
     def total(self, start: int, stop: int) -> int | None:
-        """Return that of the bytes *start* to *stop*; None as long as a piece is missing."""
+        """Return the CRC-32 of the bytes *start* to *stop*; None while a piece is missing."""
         value, at = 0, start
         while at < stop:
             end, piece = self._pieces.get(at, (stop + 1, 0))

@@ -1,8 +1,8 @@
-"""The tensors of a sharded checkpoint, and the chunks that it has of each. Sizes and offsets in them are in bytes.
+"""The tensors of a sharded checkpoint and their chunks. Everything is counted in bytes.
 
-Guarantees: the chunks of a tensor are all that it consists of, and each is as long as its item can be.
+Guarantees: a tensor is refused if its chunks together are shorter than it is, or if one is longer than its item.
 
-What does not belong here: fetching them (`gathering`).
+What does not belong here: fetching chunks (`gathering`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Tensor:
     """One tensor.
 
     Args:
-        sizes: in each dimension, the last of which is that of the bytes of an element.
-        chunks: that it consists of.
+        sizes: its sizes; the last dimension is that of the bytes of an element.
+        chunks: its chunks.
 
     Attributes:
-        nbytes: how long it is.
-        sums: of its bytes.
+        nbytes: its length.
+        sums: the checksums of the ranges that have been gathered.
     """
 
     def __init__(self, sizes: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
@@ -46,20 +46,20 @@ class Chunk:
     """A part of a tensor, which has at least one element, and is an item of the checkpoint.
 
     Args:
-        name: of the tensor.
-        item: where it is.
-        sizes: of the tensor.
+        name: the name of the tensor.
+        item: its place in a file.
+        sizes: the sizes of the tensor.
         offsets: where it begins in the tensor, in each dimension.
-        lengths: how far it goes.
+        lengths: its own sizes.
 
     Attributes:
-        nbytes: how long it is.
-        is_unusual: it is to be read whole, and by ``torch.load``.
-        checksum: of its bytes, as its item says, where that has come.
-        sums: of the bytes that have come.
-        lock: of what follows.
-        flat: the bytes of an unusual one, until all of them have been used.
-        left_nbytes: how many of them have not.
+        nbytes: its length.
+        is_unusual: whether it has to be read as a whole, by ``torch.load``.
+        checksum: the CRC-32 that its item holds, once that has been read.
+        sums: the checksums of the runs that have been fetched.
+        lock: guards the attributes below.
+        flat: the bytes of an unusual chunk, until all of them have been used.
+        left_nbytes: how many of those have not been used yet.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class Chunk:
         return place_of(self._sizes, self._offsets, self._lengths, at)
 
     def is_together(self, start: int, stop: int) -> bool:
-        """Return whether its bytes *start* to *stop* follow each other in the tensor, too."""
+        """Return whether its bytes *start* to *stop* are contiguous in the tensor, too."""
         return self.place_of(stop - 1) - self.place_of(start) == stop - 1 - start
 
     def copy(self, start: int, data: torch.Tensor, memory: memoryview, base: int) -> None:
-        """Copy its bytes from *start* on to where they belong.
+        """Copy some of its bytes to their places in the tensor.
 
         Args:
-            start: the first of them.
+            start: the first of these bytes in the chunk.
             data: these bytes.
-            memory: for a part of the tensor.
-            base: where in the tensor that begins.
+            memory: the memory for a range of the tensor.
+            base: where in the tensor that range begins.
         """
         target, stop = torch.frombuffer(memory, dtype=torch.uint8), start + data.numel()
         for box in boxes_of(self._sizes, self._offsets, self._lengths, start, stop):
@@ -115,7 +115,7 @@ def tensors_of(metadata: Metadata, origin: Directory, url: str) -> list[Tensor]:
     """Return the tensors, in the order of *metadata*.
 
     Raises:
-        CorruptCheckpointError: ``.metadata`` does not say of all their elements where they are.
+        CorruptCheckpointError: ``.metadata`` does not say where all of their elements are.
     """
     return [
         _tensor(described, name, origin, url)

@@ -1,7 +1,7 @@
-"""Which bytes of a file a part of a tensor is. Pure.
+"""Finds the bytes of a file that hold a part of a tensor. Pure.
 
-Guarantees: a part that lies together in the file is one run of bytes, and nothing beside it; any other part comes by
-blocks, each a run that covers whole rows, and no longer than asked for unless a single element is.
+Guarantees: a part that is contiguous in the file is one run of bytes, with no other bytes in it. Any other part is cut
+into blocks. Each is a run that covers whole rows, and is no longer than asked for, unless one element is.
 
 What does not belong here: fetching the bytes (`fetching`), and where they go (`filling`).
 """
@@ -22,12 +22,12 @@ __all__ = ["Block", "Extent", "Item", "Record", "blocks_of", "run_of"]
 
 
 def run_of(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> tuple[int, int] | None:
-    """Return where the elements of a part begin, row after row, and how many they are; None if others are among them.
+    """Return the first element and the number of elements of a part; None if the part is not contiguous.
 
     Args:
-        sizes: of the whole tensor.
+        sizes: the sizes of the whole tensor.
         offsets: where the part begins in each dimension.
-        lengths: how far it goes.
+        lengths: the sizes of the part.
     """
     start, stride, is_cut = 0, 1, False
     for size, offset, length in zip(reversed(sizes), reversed(offsets), reversed(lengths), strict=True):
@@ -40,13 +40,13 @@ def run_of(sizes: Sequence[int], offsets: Sequence[int], lengths: Sequence[int])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Rows that lie together in a tensor, and what of them is wanted.
+    """Contiguous rows of a tensor, and the section of them that is wanted.
 
     Attributes:
         start: its first element.
-        count: how many elements it has.
-        shape: of the rows.
-        cut: what of them is wanted: where it begins and how far it goes, in each dimension but the first.
+        count: its number of elements.
+        shape: the shape of the rows.
+        cut: the section that is wanted, as a slice of each dimension but the first.
         place: where that goes in the part: an index for each of the first dimensions, and a range in the next.
     """
 
@@ -63,10 +63,10 @@ def blocks_of(
     """Yield the blocks that cover a part of a tensor, in order.
 
     Args:
-        sizes: of the whole tensor.
+        sizes: the sizes of the whole tensor.
         offsets: where the part begins in each dimension.
-        lengths: how far it goes.
-        most: elements that a block should have.
+        lengths: the sizes of the part.
+        most: the number of elements that a block should have at most.
     """
     if not sizes:
         yield Block(start=0, count=1, shape=(), cut=(), place=())
@@ -99,55 +99,55 @@ def blocks_of(
 
 
 class Extent(Protocol):
-    """Where a tensor is in a file."""
+    """The place of a tensor in a file."""
 
     @property
     def path(self) -> str:
-        """Of the file."""
+        """The path of the file."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """The sizes of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensor."""
+        """The dtype of the tensor."""
 
     @property
     def start(self) -> int:
-        """Where what tells where its bytes are begins."""
+        """Where its header begins, which says where its bytes are."""
 
     @property
     def head_stop(self) -> int:
-        """Where that is expected to end."""
+        """Where the header is expected to end."""
 
     @property
     def data(self) -> int:
-        """Where the bytes are expected to begin; negative where nothing is known of it."""
+        """Where its bytes are expected to begin; negative if that is not known yet."""
 
     @property
     def stop(self) -> int:
-        """Where what belongs to it ends."""
+        """Where everything that belongs to it ends."""
 
     @property
     def is_scattered(self) -> bool:
-        """Whether its elements do not follow each other, row after row."""
+        """Whether its elements are not stored row after row."""
 
     @property
     def has_tail(self) -> bool:
-        """Whether what comes after the bytes says their checksum."""
+        """Whether a trailer after its bytes holds their checksum."""
 
     def find_data(self, head: bytes) -> int:
-        """Return where the bytes begin, by what stands before them; raises Unusual."""
+        """Return where its bytes begin, according to the header; raises Unusual."""
 
     def move(self, data: int) -> None:
-        """Expect the bytes there."""
+        """Expect its bytes at *data*."""
 
     def checksum(self, tail: bytes) -> int | None:
-        """Return the CRC-32 of the bytes, if it is known; raises Unusual or Damaged."""
+        """Return the CRC-32 of its bytes if the trailer holds it; raises Unusual or Damaged."""
 
     def tensor_of(self, data: memoryview) -> torch.Tensor:
-        """Return the tensor, from all that is between start and stop; raises Unusual or Damaged."""
+        """Return the tensor, given all bytes from start to stop; raises Unusual or Damaged."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,15 +173,15 @@ class Item:
         return self.start + where_is_data(head, self.dtype, self.sizes)
 
     def move(self, data: int) -> None:
-        """Expect its bytes there."""
+        """Expect its bytes at *data*."""
         self.data = data
 
     def checksum(self, tail: bytes) -> int | None:
-        """Return what its archive says."""
+        """Return the checksum in its archive."""
         return checksum_in(tail, self.stop - self.start, math.prod(self.sizes) * self.dtype.itemsize)
 
     def tensor_of(self, data: memoryview) -> torch.Tensor:
-        """Return what ``torch.load`` makes of it."""
+        """Return the tensor as ``torch.load`` reads it."""
         return load_tensor(data)
 
 
@@ -190,11 +190,11 @@ class Record:
     """A tensor in a storage that is a record of a plain file of ``torch.save``.
 
     Attributes:
-        entry: of the record.
-        offset: of the tensor's first element in the storage.
-        strides: of its elements there.
-        is_conj: the numbers that are meant are the conjugates of those that are there.
-        is_neg: the same, with their signs changed.
+        entry: the record's entry in the central directory.
+        offset: the tensor's first element in the storage.
+        strides: the tensor's strides in the storage.
+        is_conj: the tensor's values are the conjugates of the stored ones.
+        is_neg: the tensor's values are the negatives of the stored ones.
     """
 
     path: str
@@ -237,12 +237,12 @@ class Record:
         self.head_stop += data - self.data
 
     def checksum(self, tail: bytes) -> int | None:
-        """Return that of the record, if the tensor is all of it."""
+        """Return the record's checksum if the tensor is all of it."""
         whole = math.prod(self.sizes) * self.dtype.itemsize == self.entry.nbytes
         return self.entry.checksum or None if whole else None
 
     def tensor_of(self, data: memoryview) -> torch.Tensor:
-        """Return the tensor over the storage, as torch does of such a one."""
+        """Return the tensor over a copy of the storage."""
         start = self.find_data(bytes(data[: LOCAL_HEADER.size])) - self.offset * self.dtype.itemsize
         storage = torch.frombuffer(bytearray(data[start - self.start :]), dtype=torch.uint8).untyped_storage()
         tensor = torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.sizes, self.strides)

@@ -1,10 +1,10 @@
-"""Ranges of many files, several at a time, some straight into memory that is given.
+"""Fetches ranges of many files, several at a time, some of them straight into the caller's memory.
 
-Guarantees: what is fetched beside that memory is bounded; ranges that are near each other in a file are one request
-(B2). What is under way ends with its service, and with who waits for it. Memory that is given is kept alive for a read
-that storage holds up.
+Guarantees: the memory for all other ranges is bounded; ranges that are close together in a file become one request
+(B2). Requests end when their service is closed or their caller stops waiting. The caller's memory stays alive for a
+read that storage does not answer.
 
-What does not belong here: what the bytes are.
+What does not belong here: what the bytes mean.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from async_ckpt.stores.base import Source
 __all__ = ["BLOCK_BYTES", "Fetcher", "Request", "Segment", "plan_requests"]
 
 BLOCK_BYTES = 8 << 20
-"""How much a segment that has no memory of its own should be at most."""
+"""The longest segment that a caller should ask for without giving memory for it."""
 
-_ROOM_BYTES = 48 << 20  # for all such segments that are under way, or have come and are not used yet
-_WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
+_ROOM_BYTES = 48 << 20  # for all such segments that are under way or not used yet
+_WIDEST_GAP_BYTES = 64 << 10  # to fetch what is in between costs less than another request
 _LONGEST_BYTES = 32 << 20
 _LEAST_BYTES = 4 << 20
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Segment:
-    """Bytes of a file that somebody wants.
+    """A range of a file that somebody wants.
 
     Attributes:
-        path: of the file.
-        start: where they begin.
-        nbytes: how many they are.
-        memory: where they go; None lets the request have memory for them, as long as it lasts.
-        alone: that memory is to be its own, and with that aligned.
-        owner: who wants them.
-        what: what they are to the owner.
+        path: the path of the file.
+        start: its first byte.
+        nbytes: its length.
+        memory: where the bytes go. If it is None, the request provides memory until the next one is asked for.
+        alone: whether that memory must not be shared with other segments, so that it is aligned.
+        owner: what wants the bytes.
+        what: a note of the owner's.
     """
 
     path: str
@@ -59,11 +59,11 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """Where they end."""
+        """Its end, exclusive."""
         return self.start + self.nbytes
 
     def cut(self, room: int) -> tuple[Segment, Segment]:
-        """Return the first *room* bytes and the rest, of a segment with memory."""
+        """Split a segment that has memory after *room* bytes."""
         assert self.memory is not None
         common = {"path": self.path, "owner": self.owner, "what": self.what}
         return (
@@ -77,11 +77,11 @@ class Request:
     """One range of a file.
 
     Attributes:
-        path: of the file.
-        start: where it begins.
-        stop: where it ends.
-        segments: what is wanted of it, in order.
-        aside_nbytes: how much memory it takes of its own.
+        path: the path of the file.
+        start: its first byte.
+        stop: its end, exclusive.
+        segments: the segments in it, in order.
+        aside_nbytes: how much memory it allocates.
     """
 
     path: str
@@ -91,17 +91,17 @@ class Request:
     aside_nbytes: int = 0
 
     def add(self, segment: Segment) -> None:
-        """Have it cover *segment* as well, which begins where it ends, or a little further on."""
+        """Extend it by *segment*, which begins at its end or a little later."""
         gap = segment.start - self.stop
         self.aside_nbytes += gap + (segment.nbytes if segment.memory is None else 0)
         self.segments.append(segment)
         self.stop = segment.stop
 
     def make_targets(self) -> list[memoryview]:
-        """Return where the bytes go, one after the other, and give the segments what is theirs of that."""
+        """Return the memory for its bytes, in order, and give each segment its share."""
         targets: list[memoryview] = []
         at = self.start
-        shared: list[tuple[int, Segment | None, int]] = []  # in the next memory that several share
+        shared: list[tuple[int, Segment | None, int]] = []  # in the next buffer that several segments share
 
         def flush() -> None:
             if shared:
@@ -135,9 +135,10 @@ def plan_requests(segments: Iterable[Segment], *, at_a_time: int, first: int = 0
     """Return the requests that fetch *segments*.
 
     Args:
-        segments: what is wanted, in any order.
-        at_a_time: how many requests will be under way.
-        first: with which of the files, in the order of their names, to begin; so that not everybody begins with one.
+        segments: the segments, in any order.
+        at_a_time: how many requests will run at the same time.
+        first: the number of the file to begin with, in the order of their names, so that ranks begin with different
+            files.
     """
     by_path: dict[str, list[Segment]] = {}
     total = 0
@@ -186,7 +187,7 @@ def _takes(request: Request, segment: Segment, longest: int) -> bool:
 
 
 class _Room:
-    """Memory for what is fetched aside; what is more than all of it has it alone. For one thread, the loop's."""
+    """A bound on the memory of requests; one that exceeds it alone runs alone. Used on the loop thread only."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
@@ -194,20 +195,20 @@ class _Room:
         self._changed = anyio.Event()
 
     async def take(self, nbytes: int) -> None:
-        """Wait for so much room."""
+        """Wait until *nbytes* fit, and take them."""
         while self._used and self._used + nbytes > self._nbytes:
             await self._changed.wait()
         self._used += nbytes
 
     def give(self, nbytes: int) -> None:
-        """Give it back."""
+        """Give *nbytes* back."""
         self._used -= nbytes
         self._changed.set()
         self._changed = anyio.Event()
 
 
 class _File:
-    """One file while requests for it are left."""
+    """A file that there are requests left for."""
 
     def __init__(self, path: str, requests: int) -> None:
         self.path = path
@@ -221,11 +222,11 @@ class Fetcher:
     """Fetches from one directory, or one file.
 
     Args:
-        open_source: opens a file by its path there.
-        loads: what the service has under way.
-        runtime: where everything awaits.
-        at_a_time: how many requests may be under way.
-        url: for messages.
+        open_source: opens a file by its path in the directory.
+        loads: the loads of the service.
+        runtime: runs the requests.
+        at_a_time: how many requests may run at the same time.
+        url: the location, for messages.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class Fetcher:
         self.at_a_time = at_a_time
 
     def fetch(self, requests: Sequence[Request]) -> Iterator[Request]:
-        """Yield the requests as they are answered, in any order; when the next is asked for, one has been dealt with.
+        """Yield the requests as they are answered, in any order. The memory of one is freed when the next is asked for.
 
         Raises:
             CorruptCheckpointError: a file is not there, or too short.
@@ -267,7 +268,7 @@ class Fetcher:
 
 
 class _Run:
-    """The awaiting side of one `Fetcher.fetch`, on the loop thread."""
+    """One `Fetcher.fetch` on the loop thread."""
 
     def __init__(
         self,
@@ -277,7 +278,7 @@ class _Run:
         at_a_time: int,
         url: str,
     ) -> None:
-        self.room: _Room  # as everything that awaits, made on the loop
+        self.room: _Room  # made on the loop, as it is awaited there
         self._files: dict[str, _File]
         self._requests = requests
         self._answered = answered

@@ -1,10 +1,10 @@
-"""A part of a tensor on its way from a file into the memory of a state.
+"""Puts parts of tensors from a file into the memory of a state.
 
-Guarantees: what lies together in the file and in the state's memory goes straight there; anything else by blocks. That
-the bytes were where they were expected is checked by what stands before them; the checksum of a tensor is, where all of
-it has come. Where they were elsewhere, it is to be read again, from there.
+Guarantees: a part that is contiguous in the file and in the state's memory goes straight there; any other part goes by
+blocks. The header before the bytes is checked: if the bytes are not where they were expected, they are read again from
+where they are. A tensor that is read as a whole is verified by its checksum.
 
-What does not belong here: which parts are wanted (`reader`), how bytes come (`fetching`).
+What does not belong here: which parts are wanted (`reader`), how bytes are fetched (`fetching`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Wanted:
     """A part of a tensor, which has at least one element.
 
     Attributes:
-        name: of the tensor, for messages.
-        extent: where it is.
-        offsets: where the part begins in it, in each dimension.
-        lengths: how far it goes.
-        resolve: returns the memory that it is for.
-        commit: is told when that is filled.
-        late: that memory is not there until it is needed.
-        unusual: it is to be read whole, and by ``torch.load``.
+        name: the tensor's name, for messages.
+        extent: the tensor's place in a file.
+        offsets: where the part begins in each dimension.
+        lengths: the sizes of the part.
+        resolve: returns the tensor to fill.
+        commit: called with that tensor once it is filled.
+        late: `resolve` must not be called before the bytes are there.
+        unusual: the tensor has to be read as a whole, by ``torch.load``.
     """
 
     name: str
@@ -62,22 +62,22 @@ class Wanted:
 
     @property
     def is_read_whole(self) -> bool:
-        """Whether all that belongs to the tensor is read at once; then no guess is needed where its bytes begin."""
+        """Whether the tensor is read together with its header, so that nothing is expected of where its bytes begin."""
         return self.unusual or self.extent.stop - self.extent.start <= _SMALL_BYTES
 
     def head(self) -> Segment:
-        """Return what tells where the bytes begin."""
+        """Return the segment of the header, which says where the bytes begin."""
         nbytes = min(LONGEST_HEAD_BYTES, self.extent.stop - self.extent.start)
         return self._segment(self.extent.start, nbytes, _HEAD)
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for tensors whose bytes begin alike, for pickle writes their sizes by as many bytes."""
+        """Equal for tensors with headers of one length: those whose sizes take the same number of bytes in a pickle."""
         sizes = (*self.extent.sizes, math.prod(self.extent.sizes))
         return (self.extent.dtype, *(len(pickle.dumps(size, 2)) for size in sizes))
 
     def learn(self, head: Segment) -> int | None:
-        """Return how much stands before the bytes; None if that cannot be told."""
+        """Return the length of the header; None if it cannot be read."""
         assert head.memory is not None
         try:
             return self.extent.find_data(bytes(head.memory)) - self.extent.start
@@ -86,11 +86,11 @@ class Wanted:
             return None
 
     def expect(self, head_nbytes: int) -> None:
-        """Expect so much before the bytes."""
+        """Expect a header of that length."""
         self.extent.move(self.extent.start + head_nbytes)
 
     def segments(self) -> list[Segment]:
-        """Return what is to be fetched."""
+        """Return the segments to fetch."""
         extent = self.extent
         self._found = self._checksum = None
         self._again = False
@@ -111,7 +111,7 @@ class Wanted:
         return found
 
     def arrived(self, segment: Segment) -> bool:
-        """Take what has come; return whether that was all.
+        """Take a segment that has arrived; return whether it was the last one.
 
         Raises:
             Damaged: it is not what was written.
@@ -133,7 +133,7 @@ class Wanted:
         return not self._left_nbytes
 
     def finish(self) -> bool:
-        """Now that all has come, tell whether it was what is wanted; else it is to be fetched again.
+        """Finish, once everything has arrived; return False if it has to be fetched again from elsewhere.
 
         Raises:
             Damaged: it is not what was written.
@@ -150,14 +150,14 @@ class Wanted:
                 value = joined_crc32(value, piece, nbytes)
             compare(self._checksum, value)
         target = self._resolved()
-        if not target.is_inference():  # tell autograd that it has changed, where its memory was written to
+        if not target.is_inference():  # its memory was written to: let autograd know
             with torch.no_grad():
                 target.reshape(-1)[:0].zero_()
         self.commit(target)
         self._target = None
         return True
 
-    # -- what is fetched
+    # -- what to fetch
 
     def _data(self) -> Iterator[Segment]:
         extent, itemsize = self.extent, self.extent.dtype.itemsize
@@ -191,7 +191,7 @@ class Wanted:
         return self._target
 
     def _memory(self) -> memoryview | None:
-        """Return the memory of the target, if the bytes of the file can go there as they are."""
+        """Return the memory of the target if the bytes of the file can go there unchanged."""
         target = self._resolved()
         plain = (
             type(target) in (torch.Tensor, torch.nn.Parameter)
@@ -208,7 +208,7 @@ class Wanted:
         memory.owner = target  # kept alive for a read that hangs
         return memoryview(memory).cast("B")
 
-    # -- what has come
+    # -- what has arrived
 
     def _look(self, head: bytes) -> None:
         try:
@@ -218,15 +218,13 @@ class Wanted:
 
     def _expect(self, tail: bytes) -> None:
         if self._again or self._found not in (None, self.extent.data):
-            return  # it begins, and ends, elsewhere
+            return  # it is elsewhere
         try:
             self._checksum = self.extent.checksum(tail)
         except Unusual:
             self.unusual = self._again = True
         except Damaged:
-            if (
-                self._found is None
-            ):  # what stands before the bytes has not come: it may be that they are elsewhere
+            if self._found is None:  # the header has not arrived: the bytes may be elsewhere
                 self.unusual = self._again = True
             else:
                 raise
@@ -249,12 +247,12 @@ class Wanted:
 
 
 def whole_tensor(extent: Extent, memory: memoryview, *, unusual: bool = False) -> torch.Tensor:
-    """Return a tensor, given all that belongs to it.
+    """Return a tensor, given all of its bytes.
 
     Args:
-        extent: where it is.
-        memory: all that is between start and stop there.
-        unusual: leave it to ``torch.load`` in any case.
+        extent: its place in a file.
+        memory: the bytes from start to stop there.
+        unusual: have ``torch.load`` read it in any case.
 
     Raises:
         Damaged: it is not what was written.

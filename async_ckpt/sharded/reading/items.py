@@ -1,8 +1,8 @@
 """One item of a sharded checkpoint: an archive of ``torch.save`` with one tensor, as DCP puts them into its files.
 
-Guarantees: of an archive nothing is run; where the tensor's bytes are is believed only where the archive's own headers
-say it, and that they are this tensor's, row after row, only where its pickle does. Everything else is `Unusual`, and
-left to ``torch.load``. Pure, but for `load_tensor` and `load_value`.
+Guarantees: no code in an archive is run. The place of the tensor's bytes is taken from the archive's own headers, and
+that they are this tensor, row after row, from its pickle. Anything else is `Unusual`, and left to ``torch.load``. Pure,
+except for `load_tensor` and `load_value`.
 
 What does not belong here: which part of an item is wanted (`extents`), fetching it (`fetching`).
 """
@@ -43,21 +43,21 @@ __all__ = [
 ]
 
 LONGEST_HEAD_BYTES = 4096
-"""What comes before a tensor's bytes is never that long."""
+"""More than the header before a tensor's bytes ever takes."""
 
 _MAGIC = b"PK\x03\x04"
 _MOST_KNOWN = 1024
 
 _known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[bytes, int]] = {}
-"""What stood before the bytes of the last tensor of a kind, and how much that was."""
+"""By dtype and sizes, the header of the last such tensor, and where its bytes begin."""
 
 
 class Unusual(Exception):
-    """It may be right, but is not how torch lays out a tensor row by row."""
+    """It is not a tensor that torch wrote row after row, but it may be valid."""
 
 
 class Damaged(Exception):
-    """It is not what was written."""
+    """It differs from what was written."""
 
 
 def corrupt_item(url: str, name: str, reason: str) -> CorruptCheckpointError:
@@ -73,16 +73,16 @@ def where_is_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
     """Return where in an item the bytes of its tensor begin.
 
     Args:
-        head: the beginning of the item, up to these bytes at least.
-        dtype: what the tensor should be of.
-        sizes: what it should have.
+        head: the beginning of the item, at least up to these bytes.
+        dtype: the dtype that the tensor should have.
+        sizes: the sizes that it should have.
 
     Raises:
-        Unusual: it cannot be told from this.
+        Unusual: *head* does not say so.
     """
     kind = dtype, tuple(sizes)
     known = _known.get(kind)
-    if known is not None and head.startswith(known[0]):  # of a model's many layers, most are alike
+    if known is not None and head.startswith(known[0]):  # most layers of a model are alike
         return known[1]
     found = _find_data(head, dtype, sizes)
     if len(_known) >= _MOST_KNOWN:
@@ -111,22 +111,22 @@ def _find_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
             at = start
     except Unusual:
         raise
-    except Exception as error:  # of what is no archive, or no pickle
+    except Exception as error:  # it is not an archive, or not a pickle
         raise Unusual(f"{type(error).__name__}: {error}") from error
     raise Unusual("it has no record of a storage")
 
 
 def checksum_in(tail: bytes, nbytes: int, data_nbytes: int) -> int | None:
-    """Return the CRC-32 that an item gives for the bytes of its tensor; None if it gives none.
+    """Return the CRC-32 that an item holds for the bytes of its tensor; None if it holds none.
 
     Args:
-        tail: the end of the item, from the end of these bytes on.
-        nbytes: length of the item.
-        data_nbytes: how many the bytes are.
+        tail: the rest of the item after these bytes.
+        nbytes: the length of the item.
+        data_nbytes: the number of these bytes.
 
     Raises:
-        Unusual: it has other bytes than these.
-        Damaged: it has no such end as an archive has.
+        Unusual: its storage has another length.
+        Damaged: it does not end as an archive does.
     """
     try:
         start, stop = find_directory(tail, nbytes)
@@ -137,14 +137,14 @@ def checksum_in(tail: bytes, nbytes: int, data_nbytes: int) -> int | None:
     found = [entry for entry in entries if entry.name.endswith("/data/0")]
     if len(found) != 1 or found[0].method or found[0].nbytes != data_nbytes:
         raise Unusual("its storage holds more than the tensor")
-    return found[0].checksum or None  # torch writes 0 where its user wants no checksums
+    return found[0].checksum or None  # torch writes 0 if its user has switched checksums off
 
 
 def check_archive(data: bytes | memoryview) -> None:
-    """Compare the checksums in a whole archive; what is none is passed over.
+    """Verify the checksums in a whole archive; data that is not an archive is accepted.
 
     Raises:
-        Damaged: one is wrong.
+        Damaged: a checksum is wrong.
     """
     if bytes(data[: len(_MAGIC)]) != _MAGIC:
         return
@@ -166,7 +166,7 @@ def _compare(data: bytes | memoryview, entry: Entry) -> None:
 
 
 def load_tensor(data: bytes | memoryview) -> torch.Tensor:
-    """Return the tensor of a whole item, as ``torch.load`` makes it, and makes nothing but tensors.
+    """Return the tensor of a whole item, loaded by ``torch.load`` with ``weights_only=True``.
 
     Raises:
         Damaged: it cannot be loaded.
@@ -182,10 +182,10 @@ def load_tensor(data: bytes | memoryview) -> torch.Tensor:
 
 
 def load_value(data: bytes | memoryview) -> Any:
-    """Return the value of a whole item that is no tensor, as far as that needs nothing but what is safe.
+    """Return the value of a whole item that is not a tensor, loaded with ``weights_only=True``.
 
     Raises:
-        pickle.UnpicklingError: it does, as torch says.
+        pickle.UnpicklingError: it needs more than that allows.
         Damaged: it cannot be loaded.
     """
     check_archive(data)
@@ -210,7 +210,7 @@ class _Tensor:
 
 
 def _rebuild(storage: Any, offset: Any, sizes: Any, strides: Any, *others: Any) -> _Tensor:
-    # requires_grad, hooks and then, in the newer form, the dtype of its own, and last what is odd about the tensor.
+    # The rest is requires_grad and hooks, then the dtype, in the newer form, and finally what is odd about the tensor.
     dtype, count = storage
     marks = others[2:]
     if marks and isinstance(marks[0], torch.dtype):
@@ -229,16 +229,16 @@ _CALLS: Mapping[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what ``torch.save`` writes of one tensor."""
+    """Accepts the names that ``torch.save`` writes for one tensor."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name."""
+        """Return the object that is used for a name."""
         if (call := _CALLS.get((module, name))) is not None:
             return call
         if (module, name) == ("torch.storage", "UntypedStorage"):
-            return torch.uint8  # of whose elements there are as many as bytes
+            return torch.uint8  # its length is in bytes
         found = getattr(torch, name.removesuffix("Storage"), None) if module == "torch" else None
-        if isinstance(found, torch.dtype):  # of a tensor of a newer kind
+        if isinstance(found, torch.dtype):  # of a dtype without a storage class
             return found
         if module == "torch" and (dtype := _TYPED.get(name)) is not None:
             return dtype

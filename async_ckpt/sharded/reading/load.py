@@ -1,6 +1,6 @@
-"""One load into a sharded state, on the caller's thread.
+"""Loads into a sharded state, on the caller's thread.
 
-Guarantees: a checkpoint that is replaced while it is read is read again, from its beginning.
+Guarantees: a checkpoint that is replaced while it is being read is read again from the start.
 
 What does not belong here: waiting for pending saves (service).
 """
@@ -41,10 +41,10 @@ class Loading:
     """What a load needs of its service.
 
     Attributes:
-        store: which serves the place.
-        runtime: where everything awaits.
-        loads: what is under way.
-        at_a_time: requests at a time.
+        store: serves the location.
+        runtime: runs the requests.
+        loads: the loads of the service.
+        at_a_time: how many requests may run at the same time.
     """
 
     store: Store
@@ -54,7 +54,7 @@ class Loading:
 
     @classmethod
     def of(cls, holdings: Holdings, location: Location) -> Loading:
-        """Return what a load from *location* needs."""
+        """Return what a load from *location* needs of the service that has *holdings*."""
         return cls(
             store=holdings.store(location),
             runtime=holdings.running(),
@@ -95,11 +95,11 @@ class Loading:
         *,
         weights_only: bool,
     ) -> None:
-        """Fill a state from a plain file, if one is there."""
+        """Fill a state from a plain file if there is one; otherwise raise *otherwise*."""
         url = location.url
         try:
             with self.loads.kept_open(self.runtime, partial(self.store.source, location)) as source:
-                # Of one and the same file: what is in its pickle, and what is in its tensors.
+                # The pickle and the tensors must come from one and the same file.
                 async def borrow(_: str = "") -> Source:
                     return _Borrowed(source)
 
@@ -121,13 +121,13 @@ class Loading:
             raise
 
     def manifest(self, location: Location) -> bytes:
-        """Return what is in the ``.metadata`` of a directory."""
+        """Return the bytes of the ``.metadata`` of a directory."""
         return self.loads.run(self.runtime, partial(fetch_manifest, self.store, location))
 
     def fetcher(
         self, location: Location, borrow: Callable[[str], Awaitable[Source]] | None = None
     ) -> Fetcher:
-        """Return what fetches from the files of a directory, or from the one file of *borrow*."""
+        """Return a fetcher for the files of a directory; *borrow* opens them in place of the store."""
 
         async def open_source(path: str) -> Source:
             return await self.store.source(location.below(path))
@@ -142,7 +142,7 @@ class Loading:
 
 
 class _Borrowed:
-    """A file that stays open when it is closed."""
+    """A file that `aclose` leaves open."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

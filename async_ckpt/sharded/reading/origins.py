@@ -1,8 +1,8 @@
-"""What a state is read from: a directory of DCP's, or a plain file of ``torch.save``.
+"""Where a state is read from: a directory that DCP wrote, or a plain file of ``torch.save``.
 
-Guarantees: what its description says of an item is believed only as far as it can be true.
+Guarantees: a description that cannot be true is refused before anything is read by it.
 
-What does not belong here: reading it.
+What does not belong here: reading the bytes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Directory:
     """A sharded checkpoint.
 
     Args:
-        metadata: what its ``.metadata`` says.
-        url: for messages.
+        metadata: its parsed ``.metadata``.
+        url: its location, for messages.
     """
 
     def __init__(self, metadata: Metadata, url: str) -> None:
@@ -47,7 +47,7 @@ class Directory:
         self._url = url
 
     def extent(self, item: ReadItem) -> Item:
-        """Return where the tensor is that *item* is a part of."""
+        """Return the place of the tensor that *item* is a part of."""
         index = item.storage_index
         info = self._info(index)
         tensor = self.metadata.state_dict_metadata[index.fqn]
@@ -64,7 +64,7 @@ class Directory:
         )
 
     def value(self, item: ReadItem) -> Segment:
-        """Return where the pickle of a value is."""
+        """Return the place of a pickled value."""
         info = self._info(item.storage_index)
         return Segment(path=info.relative_path, start=info.offset, nbytes=info.length)
 
@@ -96,11 +96,11 @@ class Directory:
 
 
 class PlainFile:
-    """A state in one file; each of its tensors is taken for one chunk.
+    """A state in one file; each of its tensors counts as one chunk.
 
     Args:
-        skeleton: the state.
-        url: for messages.
+        skeleton: the state without the bytes of its tensors.
+        url: its location, for messages.
     """
 
     def __init__(self, skeleton: Skeleton, url: str) -> None:
@@ -112,7 +112,7 @@ class PlainFile:
         self.metadata = Metadata({name: _described(value) for name, value in self._flat.items()}, paths)
 
     def extent(self, item: ReadItem) -> Record:
-        """Return where the tensor is that *item* is a part of."""
+        """Return the place of the tensor that *item* is a part of."""
         name = item.storage_index.fqn
         tensor = self._flat[name]
         kind = type(tensor)
@@ -136,7 +136,7 @@ class PlainFile:
         )
 
     def value(self, item: ReadItem) -> bytes:
-        """Return a value that is no tensor, pickled."""
+        """Return a pickled value that is not a tensor."""
         name = item.storage_index.fqn
         try:
             pickled = io.BytesIO()

@@ -1,7 +1,7 @@
-"""From a sharded checkpoint, or a plain file, into a state that is sharded in any way, in place.
+"""Reads a sharded checkpoint, or a plain file, into a state that is sharded in any way, in place.
 
-Guarantees: no rank waits for another, and none fetches rows that it does not need. torch's own planner says what goes
-where. Beside the state, a load takes up to 64 MiB, and what the description of the checkpoint takes. Nothing that a
+Guarantees: no rank waits for another, and no rank fetches rows that it does not need. torch's own planner decides what
+goes where. Beside the state, a load takes up to 64 MiB and the memory of the checkpoint's description. No code that a
 checkpoint names is run unless the caller asks for it.
 
 What does not belong here: where checkpoints are, and who may read them now.
@@ -43,17 +43,17 @@ _ATTEMPTS = 3
 
 
 class Origin(Protocol):
-    """Where a state is read from."""
+    """A checkpoint, or a file, that a state is read from."""
 
     @property
     def metadata(self) -> Metadata:
-        """What there is, in DCP's words."""
+        """What it contains, as DCP describes it."""
 
     def extent(self, item: ReadItem) -> Extent:
         """Return where the tensor is that *item* is a part of."""
 
     def value(self, item: ReadItem) -> Segment | bytes:
-        """Return where the pickle of a value is that is no tensor; or the pickle itself."""
+        """Return the place of a pickled value that is not a tensor, or the pickle itself."""
 
 
 def fill(
@@ -88,7 +88,7 @@ def read_items(
     weights_only: bool,
     planner: LoadPlanner,
 ) -> None:
-    """Read *items*, and have *planner*, which has been set up, put them where they belong."""
+    """Read *items* into the memory that *planner* provides; the planner has been set up."""
     _Filling(origin, fetcher, url, weights_only, planner).read(items)
 
 
@@ -137,7 +137,7 @@ class _Filling:
             segments = []
         raise self._corrupt(wanted[0].name, "where its bytes are cannot be told")
 
-    # -- what is to be read
+    # -- what to read
 
     @collector_held_back()
     def _plan(self) -> Sequence[ReadItem]:
@@ -148,7 +148,7 @@ class _Filling:
         except RuntimeError as error:
             self._refuse_missing(error)
             raise
-        # As torch does where there are no collectives: a load of one rank.
+        # As torch does without collectives: for this rank alone.
         return planner.finish_plan(planner.create_global_plan([local])[0]).items
 
     def _refuse_missing(self, cause: RuntimeError) -> None:
@@ -204,7 +204,7 @@ class _Filling:
         )
 
     def _value(self, item: ReadItem) -> Segment | None:
-        """Return what is to be fetched for a value; None where it is there already."""
+        """Return the segment to fetch for a value; None if the value is there already."""
         found = self._origin.value(item)
         if isinstance(found, bytes):
             self._planner.load_bytes(item, io.BytesIO(found))
@@ -215,7 +215,7 @@ class _Filling:
     # -- reading
 
     def _guess(self, wanted: Iterable[Wanted]) -> None:
-        """Look where the bytes begin in one tensor of each kind: that of others is laid out alike."""
+        """Find out where the bytes begin in one tensor of each kind, and expect the same of the others."""
         by_kind: dict[object, list[Wanted]] = {}
         for each in wanted:
             if not each.is_read_whole and each.extent.data < 0:
@@ -233,7 +233,7 @@ class _Filling:
                 each.expect(found.get(id(kind[0]), usual))
 
     def _fetch(self, segments: Sequence[Segment]) -> list[Wanted]:
-        """Fetch and use them; return what must be read again."""
+        """Fetch *segments* and use them; return the tensors that must be read again."""
         again = []
         requests = plan_requests(segments, at_a_time=self._fetcher.at_a_time, first=_rank())
         for request in self._fetcher.fetch(requests):
@@ -254,7 +254,7 @@ class _Filling:
         name, data = item.storage_index.fqn, bytes(segment.memory)
         if self._weights_only:
             try:
-                # What torch's restricted unpickler takes makes nothing else when it is unpickled without.
+                # What torch's restricted unpickler accepts gives the same without restrictions.
                 load_value(data)
             except pickle.UnpicklingError as error:
                 raise pickle.UnpicklingError(
@@ -269,7 +269,7 @@ class _Filling:
 
 
 def _has_memory(planner: LoadPlanner) -> bool:
-    """Return whether the planner gives out the state's own memory, at any time."""
+    """Return whether the planner gives out the memory of the state itself, at any time."""
     kind = type(planner)
     usual = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
     return isinstance(planner, DefaultLoadPlanner) and all(

@@ -49,7 +49,7 @@ def test_groups(tmp_path: Path) -> None:
         assert told["firsts"] == [rank % 2 == 0, rank == 0, True]
         assert told["pair"], told["alone"]
         assert told["all"] == []
-        assert "none of its ranks" in told["refused"]
+        assert "not one of its ranks" in told["refused"]
 
 
 def test_a_callback_that_blocks(tmp_path: Path) -> None:

@@ -59,11 +59,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a planner of its own": ({"planner": Planner()}, "torch.distributed.checkpoint's own function"),
     "a planner that nests": (
         {"planner": torch_dcp.DefaultSavePlanner(flatten_state_dict=False)},
-        "flatten_state_dict=True can be had",
+        "flatten_state_dict=True is supported",
     ),
     "a planner that has one rank write": (
         {"planner": torch_dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)},
-        "dedup_save_to_lowest_rank=False can be had",
+        "dedup_save_to_lowest_rank=False is supported",
     ),
     "checkpoints of each rank": ({"use_collectives": False}, "no_dist=True"),
 }

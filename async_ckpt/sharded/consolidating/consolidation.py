@@ -30,7 +30,7 @@ __all__ = ["consolidate", "parts_at_a_time"]
 _log = logging.getLogger("async_ckpt.sharded")
 
 _ATTEMPTS = 3
-_PARTS_BYTES = 64 << 20
+_PARTS_BYTES = 48 << 20  # a store that paces its requests prepares one more part
 _MOST_PARTS = 9_000  # fewer than any store takes
 
 PART_BYTES = 16 << 20

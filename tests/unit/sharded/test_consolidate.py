@@ -32,6 +32,7 @@ from async_ckpt import (
 )
 from async_ckpt.format import checksum
 from async_ckpt.format.central_directory import LOCAL_HEADER, data_start, find_directory, list_entries
+from async_ckpt.sharded.consolidating.consolidation import parts_at_a_time
 from async_ckpt.sharded.consolidating.files import OpenFiles
 from async_ckpt.sharded.manifest import write_manifest
 from async_ckpt.stores import open_store
@@ -167,6 +168,16 @@ def test_each_byte_is_fetched_about_once(tmp_path: Path) -> None:
         service.consolidate(tmp_path / "it", tmp_path / "it.pt")
     assert differences(state, torch.load(tmp_path / "it.pt")) == []
     assert stores[0].nbytes <= 1.1 * sum(path.stat().st_size for path in (tmp_path / "it").iterdir())
+
+
+@pytest.mark.parametrize("mib", [1, 1_000, 100_000, 150_000, 300_000, 400_000])
+def test_parts_under_way_are_bounded(mib: int) -> None:
+    """The longer the file, the larger its parts and the fewer of them: but for one more, they have at most 48 MiB."""
+    at_a_time = parts_at_a_time(mib << 20, 4)
+    part_bytes = max(16 << 20, (mib << 20) // 10_000)
+    assert at_a_time == 1 or at_a_time * part_bytes <= 48 << 20
+    assert part_bytes <= 48 << 20
+    assert parts_at_a_time(mib << 20, 1) == 1
 
 
 # -- what comes before it

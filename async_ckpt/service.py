@@ -111,6 +111,7 @@ class CheckpointService:
         self._pid = process_id()
         self._own = Submission(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
         self._sharded: ShardedSaves | None = None
+        self._is_opening = False
 
     @property
     def _submission(self) -> Submission:
@@ -602,8 +603,18 @@ class CheckpointService:
 
         holdings = self._holdings
         if self._sharded is None:
-            self._sharded = ShardedSaves.open(*self._group, self._options)
-            holdings.attached["rendezvous"] = self._sharded.rendezvous
+            if self._is_opening:  # of two that are opened, the other ranks would have one (O4)
+                raise RuntimeError(
+                    "this signal handler interrupted the service's first sharded save; save after the handler"
+                )
+            self._is_opening = True
+            try:
+                if self._sharded is None:  # still: a handler may have come before
+                    saves = ShardedSaves.open(*self._group, self._options)
+                    holdings.attached["rendezvous"] = saves.rendezvous
+                    self._sharded = saves
+            finally:
+                self._is_opening = False
         return self._sharded
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:

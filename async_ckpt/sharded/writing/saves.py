@@ -8,8 +8,8 @@ What does not belong here: the agreement itself (`rendezvous`), what is written 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from async_ckpt.engine.resources import Holdings
@@ -39,8 +39,9 @@ class ShardedSaves:
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rendezvous = rendezvous
         self._plans = Plans()
-        self._lock = threading.Lock()
-        self._count = 0
+        self._numbers = count(
+            1
+        )  # in one step, and without a lock: a signal handler may save at any line (L1)
 
     def save(
         self,
@@ -64,7 +65,7 @@ class ShardedSaves:
         Raises:
             Exception: nothing was accepted, and the save fails on all ranks.
         """
-        number = self._next()
+        number = next(self._numbers)
         try:
             store = holdings.store(location)
             writer = ShardedWriter(
@@ -92,12 +93,7 @@ class ShardedSaves:
 
     def refuse(self, error: Exception) -> None:
         """Tell the others of a call that fails before there is anything to queue; it counts as one of theirs (O4)."""
-        self.rendezvous.fail(self._next(), _why(error))
-
-    def _next(self) -> int:
-        with self._lock:
-            self._count += 1
-            return self._count
+        self.rendezvous.fail(next(self._numbers), _why(error))
 
 
 def _why(error: BaseException) -> str:

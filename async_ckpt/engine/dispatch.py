@@ -20,13 +20,19 @@ from anyio.abc import TaskGroup
 
 from async_ckpt.engine.execution import Executor
 from async_ckpt.engine.queue import (
+    LINK,
+    LOAD,
+    QUEUED,
+    REMOVE,
+    RUNNING,
+    SAVE,
+    STAGING,
+    WAITING,
     Action,
     Admit,
     Cancel,
     Drop,
-    Kind,
     Op,
-    Phase,
     Queue,
     Refuse,
     Start,
@@ -100,7 +106,7 @@ class Dispatcher:
         for name in names:
             op = self._queue.changing(name)
             if op is not None:
-                found[name] = op.target if op.kind is Kind.LINK and op.key == name else None
+                found[name] = op.target if op.kind is LINK and op.key == name else None
         return found
 
     def is_changing(self, location: Location) -> bool:
@@ -144,7 +150,7 @@ class Dispatcher:
         if request.shares_buffer:
             request.op.nbytes = 0
         self._queue.add(request.op)
-        if request.op.kind is Kind.LOAD and self.would_deadlock(request.op, request.op.thread):
+        if request.op.kind is LOAD and self.would_deadlock(request.op, request.op.thread):
             request.answer(deadlock(request.location.url))
             self.withdraw(request)
             return
@@ -165,14 +171,14 @@ class Dispatcher:
         if request not in self.registry:  # rejected meanwhile
             return
         request.snapshot = snapshot
-        request.op.phase = Phase.QUEUED
+        request.op.phase = QUEUED
         request.emit(Staged, stall_seconds=request.stall_seconds, time_seconds=request.staged_at_seconds)
         self._pump()
 
     def withdraw(self, request: Request) -> None:
         """The caller of an unfinished request has gone: interrupted while it waited, or done reading."""
         op = request.op
-        handed_over = op.kind is Kind.SAVE and op.phase not in (Phase.WAITING, Phase.STAGING)
+        handed_over = op.kind is SAVE and op.phase not in (WAITING, STAGING)
         if request not in self.registry:
             self.registry.disregard(request)
             self.unshare_buffer(request)
@@ -181,7 +187,7 @@ class Dispatcher:
             return
         if request in self._preadmitted:
             self._preadmitted.remove(request)
-        elif op.phase is Phase.STAGING:
+        elif op.phase is STAGING:
             request.emit(Abandoned)
         self._queue.withdraw(op)
         self.registry.forget(request)
@@ -199,7 +205,7 @@ class Dispatcher:
         accepted = [
             op
             for op in self._queue.live(account.lane)
-            if op.kind is not Kind.LOAD and op.phase in (Phase.QUEUED, Phase.RUNNING)
+            if op.kind is not LOAD and op.phase in (QUEUED, RUNNING)
         ]
         suspended = [op for op in accepted if self._queue.would_deadlock(op, thread)]
         drained = self.registry.drain(set(accepted).difference(suspended))
@@ -215,23 +221,21 @@ class Dispatcher:
         for request in self._live(account):
             op = request.op
             waits = (
-                op.phase is Phase.WAITING
-                or (op.kind is Kind.LOAD and op.phase is Phase.QUEUED)
+                op.phase is WAITING
+                or (op.kind is LOAD and op.phase is QUEUED)
                 or request in self._preadmitted
             )
-            if waits or (op.phase is Phase.STAGING and op.thread == thread):
+            if waits or (op.phase is STAGING and op.thread == thread):
                 request.claim()
                 if waits:
                     request.answer(ServiceClosedError("the service was closed meanwhile"))
                 self._reject(request)
-        return self.registry.drain(op for op in self._queue.live(account.lane) if op.kind is not Kind.LOAD)
+        return self.registry.drain(op for op in self._queue.live(account.lane) if op.kind is not LOAD)
 
     def handles(self, account: Account) -> list[Handle]:
         """Return the handles of what *account* has accepted and not ended, oldest first."""
         live = [
-            op
-            for op in self._queue.live(account.lane)
-            if op.kind is not Kind.LOAD and op.phase is not Phase.WAITING
+            op for op in self._queue.live(account.lane) if op.kind is not LOAD and op.phase is not WAITING
         ]
         return [self.registry.of(op).handle for op in live]
 
@@ -249,13 +253,13 @@ class Dispatcher:
         running = []
         for request in self._live(account):
             op = request.op
-            if op.kind is Kind.LOAD:
+            if op.kind is LOAD:
                 continue
-            if op.phase is Phase.RUNNING and request.scope is not None:
+            if op.phase is RUNNING and request.scope is not None:
                 request.abandoned_because = reason
                 request.scope.cancel()
                 running.append(op)
-            elif op.phase is Phase.STAGING and request.claim():
+            elif op.phase is STAGING and request.claim():
                 self._reject(request)
             else:  # queued, or about to be; or it has not begun
                 self._fail(request, AbandonedError(f"{request.location.url!r}: {reason}"))
@@ -266,7 +270,7 @@ class Dispatcher:
         """End the requests of *account* whose work did not even stop when told to."""
         for request in self._live(account):
             op = request.op
-            if op.kind is not Kind.LOAD:
+            if op.kind is not LOAD:
                 self._fail(request, AbandonedError(f"{request.location.url!r}: its storage does not answer"))
         self._pump()
 
@@ -295,8 +299,8 @@ class Dispatcher:
         request = self.registry.of(action.op)
         match action:
             case Start(op):
-                op.phase = Phase.RUNNING
-                if op.kind is Kind.LOAD:
+                op.phase = RUNNING
+                if op.kind is LOAD:
                     request.answer()
                 else:
                     self._executor.start(request)
@@ -311,7 +315,7 @@ class Dispatcher:
                 request.emit(Superseded if superseded else Cancelled)
                 self.registry.finish(request, State.SUPERSEDED if superseded else State.CANCELLED, error)
             case Drop(op, _):
-                done = "linked" if op.kind is Kind.LINK else "deleted"
+                done = "linked" if op.kind is LINK else "deleted"
                 message = f"{request.location.url!r} was not {done}: a save before it did not become durable"
                 self._drop(request, RemovalDroppedError(message))
 
@@ -323,7 +327,7 @@ class Dispatcher:
             except (OSError, MemoryError) as error:  # the limit allows it, the system does not
                 self._refuse(request, request.refusal(str(error)))
                 return
-        op.phase = Phase.STAGING
+        op.phase = STAGING
         request.emit(Accepted, nbytes=op.nbytes)
         request.answer()
 
@@ -336,19 +340,19 @@ class Dispatcher:
         """A save, a removal or a link has run to its end."""
         kind = request.op.kind
         if error is not None:
-            if isinstance(error, RemovalDroppedError) and kind is Kind.REMOVE:
+            if isinstance(error, RemovalDroppedError) and kind is REMOVE:
                 self._drop(request, error)
             else:
                 self._fail(request, error)
         else:
             self._queue.durable(request.op)
-            if kind is Kind.REMOVE:
+            if kind is REMOVE:
                 request.emit(Removed)
-            elif kind is Kind.LINK:
+            elif kind is LINK:
                 request.emit(Linked)
             else:
                 request.emit(Durable, nbytes=nbytes, seconds=monotonic() - request.started_seconds)
-            state = State.REMOVED if kind is Kind.REMOVE else State.DURABLE
+            state = State.REMOVED if kind is REMOVE else State.DURABLE
             self.registry.finish(request, state, nbytes=nbytes)
         self._pump()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import anyio
 from anyio.abc import TaskGroup
 
-from async_ckpt.engine.queue import Kind
+from async_ckpt.engine.queue import REMOVE, SAVE
 from async_ckpt.engine.request import Account, Request
 from async_ckpt.engine.writers import Linker
 from async_ckpt.errors import AbandonedError
@@ -44,7 +44,7 @@ class Executor:
     def start(self, request: Request) -> None:
         """Let *request* run, soon."""
         account = request.account
-        if request.op.kind is Kind.SAVE:
+        if request.op.kind is SAVE:
             self._tasks.start_soon(self._run_save, request)
             return
         account.removals.append(request)
@@ -92,7 +92,7 @@ async def _carry_out(request: Request) -> int:
     if isinstance(writer, Linker):
         await writer.link(request.location)
         return 0
-    if request.op.kind is Kind.REMOVE:
+    if request.op.kind is REMOVE:
         await writer.delete(request.location)
         return 0
     assert request.snapshot is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from time import monotonic
 
-from async_ckpt.engine.queue import Kind, Lane, Op
+from async_ckpt.engine.queue import LINK, Lane, Op
 from async_ckpt.engine.request import Account, Request
 from async_ckpt.handle import Failure, Outcome, Report, State
 
@@ -35,14 +35,14 @@ class Registry:
 
     def announce(self, request: Request) -> None:
         """Note that *request* is about to be sent here; on any thread."""
-        if request.op.kind is Kind.LINK:
+        if request.op.kind is LINK:
             self.announced_links.add(request)  # first: who sees the one sees the other
         self.announced.add(request)
 
     def disregard(self, request: Request) -> None:
         """Note that *request* does not come, or has ended."""
         self.announced.discard(request)
-        if request.op.kind is Kind.LINK:
+        if request.op.kind is LINK:
             self.announced_links.discard(request)
 
     def add(self, request: Request) -> None:

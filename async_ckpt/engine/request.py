@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from async_ckpt.engine.failures import Failures
-from async_ckpt.engine.queue import Kind, Lane, Op
+from async_ckpt.engine.queue import LOAD, SAVE, Lane, Op
 from async_ckpt.engine.writers import Linker, Writer
 from async_ckpt.errors import (
     BackPressureError,
@@ -119,7 +119,7 @@ class Request:
         self.writer = writer
         self.outcome: Outcome[Report] = Outcome()
         self.handle = Handle(location.address, self.outcome, shown_url=location.url)
-        self._admission = Admission() if op.kind in (Kind.SAVE, Kind.LOAD) else None
+        self._admission = Admission() if op.kind in (SAVE, LOAD) else None
         self.buffer: HostBuffer | None = None
         self.shares_buffer = False
         self.snapshot: Snapshot | None = None

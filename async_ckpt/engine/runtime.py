@@ -25,16 +25,15 @@ import os
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from contextvars import Context, copy_context
 from importlib import import_module
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 
 from async_ckpt.engine.dispatch import Dispatcher
+from async_ckpt.engine.inbox import Inbox
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
 from async_ckpt.system import threads
@@ -119,14 +118,8 @@ class Runtime:
     def __init__(self) -> None:
         self.tenants: set[Tenant] = set()
         self.stop_seconds = STOP_SECONDS  # for its end; less where somebody has left something behind
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._context: Context | None = (
-            None  # of the loop; a caller's would be inherited by the tasks it begins
-        )
+        self._inbox = Inbox()
         self._stop_requested = asyncio.Event()
-        self._stopping = False
-        self._ended = False
         self._ready: Outcome[None] = Outcome()
         self._over: Outcome[None] = Outcome()
         self._thread = threading.Thread(target=self._main, name="async_ckpt-loop", daemon=True)
@@ -155,28 +148,12 @@ class Runtime:
             self._over.set_result(None)
 
     async def _run(self) -> None:
-        self._context = copy_context()
-        self._loop = asyncio.get_running_loop()  # first: who stops it before says so by the flag alone
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self.dispatcher = Dispatcher(tasks)
-            self._ready.set_result(None)
-            try:
-                if not self._stopping:
-                    await self._stop_requested.wait()
-            finally:
-                self._ended = True
-                self._read_inbox()
-
-    def _wake(self) -> None:
-        if self._stopping:
-            self._stop_requested.set()
-        if not self._ended:
-            self._read_inbox()
-
-    def _read_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+            with self._inbox.open():
+                self._ready.set_result(None)
+                await self._stop_requested.wait()
 
     def post(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Have *function* called on the loop thread, soon and in order; return at once."""
@@ -188,7 +165,7 @@ class Runtime:
                 with suppress(Exception):  # what a log handler of the program's raises must not end the loop
                     logger.exception("internal error in %r; please report it", function)
 
-        self._schedule(call)
+        self._inbox.send(call)
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Have *function* called on the loop thread and wait for what it returns or raises.
@@ -205,7 +182,7 @@ class Runtime:
             except BaseException as error:
                 answer.set_exception(error)
 
-        self._schedule(call)
+        self._inbox.send(call)
         return answer.result()
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -218,21 +195,11 @@ class Runtime:
         def start() -> None:
             self._tasks.start_soon(function)
 
-        self._schedule(start)
+        self._inbox.send(start)
 
     def refuse_loop_thread(self) -> None:
         """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""
         _refuse_loop_threads()
-
-    def _schedule(self, call: Callable[[], None]) -> None:
-        self._inbox.append(call)
-        if self._ended:  # too late, unless the last look into the inbox was later still
-            try:
-                self._inbox.remove(call)
-            except ValueError:
-                return
-            raise ServiceClosedError("the service was closed meanwhile")
-        self._wake_up()
 
     def call_async(
         self, function: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -253,13 +220,13 @@ class Runtime:
 
     def end(self) -> None:
         """Let the loop thread end once everything on it has."""
-        self._stopping = True
-        self._wake_up()
+        with suppress(ServiceClosedError):  # it is ending
+            self._inbox.send(self._stop_requested.set)
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
         """Have the loop thread end, and wait for that, for *seconds* at the most. Again, if it was interrupted."""
         self.end()
-        if self._thread.ident is None:  # it was interrupted as it started, and will see the flag
+        if self._thread.ident is None:  # it was interrupted as it started, and will read that
             return
         try:
             self._over.result(seconds)
@@ -267,11 +234,6 @@ class Runtime:
             logger.info("what storage holds up is left behind, and ends when it can")
         else:
             self._thread.join()
-
-    def _wake_up(self) -> None:
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._wake, context=self._context)
 
 
 _here = threading.local()

@@ -18,7 +18,7 @@ from time import monotonic, time
 from typing import Any, TypeVar
 
 from async_ckpt.engine import runtime as runtimes
-from async_ckpt.engine.queue import Kind, Op, Phase
+from async_ckpt.engine.queue import LINK, LOAD, QUEUED, REMOVE, SAVE, WAITING, Kind, Op
 from async_ckpt.engine.request import Request
 from async_ckpt.engine.resources import Holdings
 from async_ckpt.engine.runtime import Runtime
@@ -64,7 +64,7 @@ class Submission:
             if is_local(location):
                 location = with_directory_seen(location)
             writer = self.holdings.writer(location)
-        request = self._request(Kind.SAVE, location, writer)
+        request = self._request(SAVE, location, writer)
         try:
             self._capturing.append(request)
             with collector_held_back():
@@ -96,14 +96,14 @@ class Submission:
         for request in list(self._capturing):
             if request.op.thread == threading.get_ident():  # this is a signal handler in the midst of it
                 runtime.post(runtime.dispatcher.preadmit, request)
-        return self._submit(self._request(Kind.REMOVE, location, writer), runtime)
+        return self._submit(self._request(REMOVE, location, writer), runtime)
 
     def link(self, location: Location, target: Location) -> Handle:
         """Queue a link; see ``CheckpointService.submit_link``."""
         runtime = self.holdings.running()
         location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
         linker = Linker(target, self.holdings.links, self.holdings.workers)
-        return self._submit(self._request(Kind.LINK, location, linker, target=target.key), runtime)
+        return self._submit(self._request(LINK, location, linker, target=target.key), runtime)
 
     def read(self, location: Location, function: Callable[[Location], T]) -> T:
         """Return what *function* makes of what is to be read at *location*; see ``CheckpointService.load``.
@@ -140,7 +140,7 @@ class Submission:
             yield
             return
         runtime = self.holdings.running()
-        request = self._request(Kind.LOAD, location, None)
+        request = self._request(LOAD, location, None)
         try:
             _post(request, runtime)
             patience = self.holdings.patience()
@@ -218,9 +218,9 @@ class Submission:
             lane=self._account.lane,
             kind=kind,
             key=location.key,
-            through=location.links if kind is Kind.LOAD else (),
+            through=location.links if kind is LOAD else (),
             place=location.group,
-            phase=Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED,
+            phase=WAITING if kind is SAVE else QUEUED,
             thread=threading.get_ident(),
             group=None if writer is None else writer.group,
             nbytes=nbytes,

@@ -66,6 +66,7 @@ class HostBuffer:
         self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pid = os.getpid()
         self._pinned: bool | None = None
+        self._shown = True
         self.show_to_children(False)
 
     @property
@@ -97,7 +98,7 @@ class HostBuffer:
         if self._pinned is None:
             status = int(torch.cuda.cudart().cudaHostRegister(self.as_tensor().data_ptr(), self.nbytes, 0))
             self._pinned = status == 0
-            self.show_to_children(self._shown)
+            self._advise()
             if not self._pinned:
                 logger.warning(
                     "cannot page-lock %d bytes of host memory (CUDA error %d): copies from the GPU will be "
@@ -114,10 +115,14 @@ class HostBuffer:
         gap in the child's address space: another mapping may be put there, and be unmapped with the object that the
         child inherits. If CUDA has set that, it is undone.
         """
-        self._shown = shown
+        if shown != self._shown:
+            self._shown = shown
+            self._advise()
+
+    def _advise(self) -> None:
         if sys.platform == "linux":
             with suppress(OSError):  # an older kernel
-                self.memory.madvise(_KEEP_ON_FORK if shown else _WIPE_ON_FORK)
+                self.memory.madvise(_KEEP_ON_FORK if self._shown else _WIPE_ON_FORK)
                 self.memory.madvise(mmap.MADV_DOFORK)
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ def read_address(given: Given) -> Address:
         raise OptionError(f"{redacted_text(text)!r} contains a null character")
     _refuse_chained(text)
     refuse_mangled(text)
-    if isinstance(given, UniversalPath) and not _is_local(given) and "://" not in text:
+    if "://" not in text and isinstance(given, UniversalPath) and not _is_local(given):
         raise OptionError(
             f"{redacted_text(text)!r} is of {given.protocol!r} and no URL; nothing is saved to such"
         )

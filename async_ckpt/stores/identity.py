@@ -14,6 +14,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -104,7 +105,8 @@ def _of_any(file_system: Any, protocol: str, options: Mapping[str, Any]) -> dict
     return {name: value if isinstance(value, (str, int)) else repr(value) for name, value in chosen.items()}
 
 
-def _defaults(file_system: Any) -> dict[str, Any]:
+@lru_cache(maxsize=16)  # a signature takes ten times as long as the rest of a URL
+def _defaults(file_system: Any) -> Mapping[str, Any]:
     try:
         parameters = inspect.signature(file_system.__init__).parameters.values()
     except (TypeError, ValueError):

@@ -10,6 +10,14 @@ from __future__ import annotations
 
 from async_ckpt.engine.queue.history import History
 from async_ckpt.engine.queue.operation import (
+    LINK,
+    LOAD,
+    QUEUED,
+    REMOVE,
+    RUNNING,
+    SAVE,
+    STAGING,
+    WAITING,
     Action,
     Admit,
     Cancel,
@@ -25,6 +33,14 @@ from async_ckpt.engine.queue.operation import (
 from async_ckpt.engine.queue.queue import Queue
 
 __all__ = [
+    "LINK",
+    "LOAD",
+    "QUEUED",
+    "REMOVE",
+    "RUNNING",
+    "SAVE",
+    "STAGING",
+    "WAITING",
     "Action",
     "Admit",
     "Cancel",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from async_ckpt.engine.queue.operation import Barrier, Kind, Lane, Op
+from async_ckpt.engine.queue.operation import LINK, REMOVE, Barrier, Lane, Op
 
 __all__ = ["Barriers"]
 
@@ -73,7 +73,7 @@ class Barriers:
     def has_link_waiting_for(self, op: Op) -> bool:
         """Return whether a link waits for *op*."""
         alone = (barrier for barrier in self._held_up_by(op) if barrier.lane is None)
-        return any(waiter.kind is Kind.LINK for barrier in alone for waiter in barrier.waiters.values())
+        return any(waiter.kind is LINK for barrier in alone for waiter in barrier.waiters.values())
 
     def ended(self, op: Op) -> list[Op]:
         """Have nobody wait for *op* any more; return those that now wait for nothing."""
@@ -108,8 +108,8 @@ class Barriers:
     def would_gain(self, op: Op, by: Op) -> Iterator[tuple[Callable[[Op], bool], Iterator[Op]]]:
         """Yield who would wait for more than before if *by* took the place of *op*, as a test, and for what more."""
         for holding in self._held_up_by(op):
-            barrier = by.barrier if by.kind is Kind.REMOVE else None
-            if by.kind is not Kind.REMOVE:
+            barrier = by.barrier if by.kind is REMOVE else None
+            if by.kind is not REMOVE:
                 yield partial(_waits_behind, holding, None), iter((by,))
             elif barrier is not None and not holding.covers(barrier):
                 in_row = holding.is_before(barrier)

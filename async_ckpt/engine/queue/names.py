@@ -86,7 +86,9 @@ class Names(Generic[T]):
         if not at:
             return []
         found = [at[key]] if key in at else []
-        found += [at[place] for place in _above(key) if place in at]
+        for place in _above(key):
+            if place in at:
+                found.append(at[place])
         if key in self._below:
             found.append(self._below[key])
         return found

@@ -14,6 +14,14 @@ from async_ckpt.engine.queue.history import History
 from async_ckpt.options import Overflow
 
 __all__ = [
+    "LINK",
+    "LOAD",
+    "QUEUED",
+    "REMOVE",
+    "RUNNING",
+    "SAVE",
+    "STAGING",
+    "WAITING",
     "Action",
     "Admit",
     "Barrier",
@@ -45,6 +53,11 @@ class Phase(Enum):
     STAGING = "staging"  # admitted; its caller is taking the snapshot
     QUEUED = "queued"
     RUNNING = "running"
+
+
+# The members by their own names: before Python 3.12, finding one in its class takes longer than comparing it.
+SAVE, LINK, REMOVE, LOAD = Kind
+WAITING, STAGING, QUEUED, RUNNING = Phase
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

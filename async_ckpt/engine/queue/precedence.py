@@ -15,7 +15,7 @@ from itertools import chain
 from operator import is_
 
 from async_ckpt.engine.queue.names import Names, lies_in
-from async_ckpt.engine.queue.operation import Kind, Op, Phase
+from async_ckpt.engine.queue.operation import LOAD, QUEUED, RUNNING, SAVE, STAGING, WAITING, Op
 
 __all__ = ["Precedence", "is_suspended_beneath"]
 
@@ -39,14 +39,14 @@ class Precedence:
 
     def add(self, op: Op) -> None:
         """Take in *op*, and have what it interrupted come after it (rule 6)."""
-        if op.thread in self._by_thread and op.kind is not Kind.LOAD:
+        if op.thread in self._by_thread and op.kind is not LOAD:
             self._overtake(op)
-        if op.kind is Kind.LOAD:
+        if op.kind is LOAD:
             for key in op.keys:
                 self.loads.add(key, op.id, op)
         else:
             self.writes.add(op.key, op.id, op)
-        if op.kind is Kind.SAVE or op.kind is Kind.LOAD:
+        if op.kind is SAVE or op.kind is LOAD:
             self._by_thread.setdefault(op.thread, {})[op.id] = op
 
     def staged(self, op: Op) -> None:
@@ -57,7 +57,7 @@ class Precedence:
 
     def started(self, op: Op) -> None:
         """*op* runs from now on."""
-        if op.kind is Kind.LOAD:
+        if op.kind is LOAD:
             for key in op.keys:
                 self._running_loads.add(key, op.id, op)
         else:
@@ -65,14 +65,14 @@ class Precedence:
 
     def discard(self, op: Op) -> None:
         """*op* has ended."""
-        if op.kind is Kind.LOAD:
+        if op.kind is LOAD:
             for key in op.keys:
                 self.loads.discard(key, op.id)
                 self._running_loads.discard(key, op.id)
         else:
             self.writes.discard(op.key, op.id)
             self._running_writes.discard(op.key, op.id)
-        if op.kind is Kind.SAVE or op.kind is Kind.LOAD:
+        if op.kind is SAVE or op.kind is LOAD:
             self.staged(op)
 
     # -- what holds an operation up
@@ -122,11 +122,11 @@ class Precedence:
             for found in chain((writes.at(key),), writes.above(key)):
                 for number, other in found.items():
                     yield other
-                    if other.phase is Phase.QUEUED or other.phase is Phase.RUNNING:
+                    if other.phase is QUEUED or other.phase is RUNNING:
                         limit = number if limit is None else min(limit, number)
                         break
             further = [writes.below(key)]
-            if op.kind is not Kind.LOAD and loads:
+            if op.kind is not LOAD and loads:
                 further += loads.related(key)
             for found in further:
                 for number, other in found.items():
@@ -165,20 +165,20 @@ class Precedence:
         """Have what *op* interrupted come after it, where it does not come after that by way of another thread's."""
         for other in self.suspended(op):
             related = lies_in(other.key, op.key) or lies_in(op.key, other.key)
-            if other.kind is not Kind.LOAD and related and not self.any_depends((op,), partial(is_, other)):
+            if other.kind is not LOAD and related and not self.any_depends((op,), partial(is_, other)):
                 other.overtaken_by += (op,)
 
 
 def is_suspended_beneath(other: Op, op: Op) -> bool:
     """Return whether *other*'s caller cannot go on before *op*'s caller has returned (rule 6)."""
     return other.thread == op.thread and (
-        other.phase in (Phase.WAITING, Phase.STAGING) or (other.kind is Kind.LOAD and other is not op)
+        other.phase in (WAITING, STAGING) or (other.kind is LOAD and other is not op)
     )
 
 
 def _meeting(op: Op, writes: Names[Op], loads: Names[Op]) -> list[OrderedDict[int, Op]]:
     """Return, location by location, the operations that must not run beside *op*; itself, too."""
-    if op.kind is not Kind.LOAD:
+    if op.kind is not LOAD:
         found = writes.related(op.key)
         return found + loads.related(op.key) if loads else found
     return [found for key in op.keys for found in writes.related(key)]
@@ -186,7 +186,7 @@ def _meeting(op: Op, writes: Names[Op], loads: Names[Op]) -> list[OrderedDict[in
 
 def _comes_first(earlier: Op, op: Op) -> bool:
     return (
-        earlier.phase is not Phase.WAITING
+        earlier.phase is not WAITING
         and not is_suspended_beneath(earlier, op)
         and op not in earlier.overtaken_by
     )

@@ -35,14 +35,19 @@ from async_ckpt.engine.queue.history import History
 from async_ckpt.engine.queue.lanes import LaneState
 from async_ckpt.engine.queue.names import lies_in
 from async_ckpt.engine.queue.operation import (
+    LINK,
+    LOAD,
+    QUEUED,
+    REMOVE,
+    SAVE,
+    STAGING,
+    WAITING,
     Action,
     Admit,
     Cancel,
     Drop,
-    Kind,
     Lane,
     Op,
-    Phase,
     Refuse,
     Start,
     Supersede,
@@ -103,7 +108,7 @@ class Queue:
         """Return the last live operation that decides what is at the location *name*, a link maybe."""
         writes = self._precedence.writes
         found = chain(writes.at(name).values(), *(each.values() for each in writes.above(name)))
-        return max((op for op in found if op.phase is not Phase.WAITING), key=lambda op: op.id, default=None)
+        return max((op for op in found if op.phase is not WAITING), key=lambda op: op.id, default=None)
 
     def is_changing(self, key: str) -> bool:
         """Return whether a live operation may change whether *key* can be saved to."""
@@ -120,25 +125,25 @@ class Queue:
         share = self._lanes.get(op.lane)
         if share is None:
             share = self._lanes[op.lane] = LaneState(op.lane)
-        if op.kind is Kind.SAVE:
+        if op.kind is SAVE:
             op.urgent = bool(self._precedence.suspended(op))
             share.waiting[op.id] = op
             self._waiting[op.lane] = share
-        elif op.kind is Kind.REMOVE:
+        elif op.kind is REMOVE:
             self._wait_for_saves(op, share)
             op.failed_before = op.lane.history.last_failure
             share.after_failure += bool(op.failed_before)
             op.lane.history.forget_failures(op.key)
-        elif op.kind is Kind.LINK:
+        elif op.kind is LINK:
             save = self._newest_save(op)
             self._barriers.wait_for(op, () if save is None else (save,))
-            op.failed_save = op.lane.history.failure(Kind.SAVE, op.target or "") if save is None else None
+            op.failed_save = op.lane.history.failure(SAVE, op.target or "") if save is None else None
             share.accepted[op.id] = op
             self._barriers.accept(op)
         self._ops[op.id] = op
         share.live[op.id] = op
         self._precedence.add(op)
-        if op.kind is Kind.REMOVE:
+        if op.kind is REMOVE:
             before = self._precedence.nearest_predecessor(op)
             op.before = 0 if before is None else before.id
         self._recheck(op)
@@ -162,20 +167,20 @@ class Queue:
         """Take in a save and admit it, whatever the bounds: what interrupted it counts on it (rule 6)."""
         self.add(op)
         self._admit(op, self._lanes[op.lane])
-        op.phase = Phase.STAGING
+        op.phase = STAGING
 
     def durable(self, op: Op) -> None:
         """The operation has taken effect."""
         history = op.lane.history
         history.succeeded(op.kind, op.key, op.id)
-        if op.kind is Kind.SAVE:
+        if op.kind is SAVE:
             history.durable(op.key, op.id)
             self._histories.add(ref(history, self._histories.discard))
         self._end(op)
 
     def failed(self, op: Op) -> None:
         """The operation has failed: what waits for it, and removals that come later, must not run (D3)."""
-        if op.kind in (Kind.SAVE, Kind.LINK):
+        if op.kind in (SAVE, LINK):
             op.lane.history.failed(op.kind, op.key, op.id)
         for other in self._barriers.waiting_for(op):
             other.failed_save = op.id
@@ -187,19 +192,19 @@ class Queue:
 
         Where it was accepted, or took another's place, what waits for it fares as after a failure.
         """
-        if op.phase is Phase.WAITING and not self._barriers.is_awaited(op):
+        if op.phase is WAITING and not self._barriers.is_awaited(op):
             self._end(op)
         else:
             self.failed(op)
 
     def replaced(self, op: Op, by: Op) -> None:
         """The queued save *op* ended in favour of *by*: what waited for it waits for what *by* stands for (rule 4)."""
-        if by.kind is Kind.REMOVE:
+        if by.kind is REMOVE:
             self._barriers.cancelled(op, by)
         else:
             self._barriers.superseded(op, by)
         self._end(op)
-        if by.kind is Kind.REMOVE:  # what it cancelled may have stood before another that it makes needless
+        if by.kind is REMOVE:  # what it cancelled may have stood before another that it makes needless
             before = self._precedence.nearest_predecessor(by)
             by.before = 0 if before is None else before.id
 
@@ -225,12 +230,12 @@ class Queue:
         if op.id not in self._ops:
             return False
         if isinstance(decision, Start):
-            return op.phase is Phase.QUEUED
-        return op.phase is Phase.WAITING or not isinstance(decision, Admit)
+            return op.phase is QUEUED
+        return op.phase is WAITING or not isinstance(decision, Admit)
 
     def _decide(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
         if self._staging:
-            for op in [op for op in self._staging.values() if op.phase is Phase.QUEUED]:
+            for op in [op for op in self._staging.values() if op.phase is QUEUED]:
                 self._staged(op)
         action: Action | None = None
         if self._to_end:
@@ -253,11 +258,11 @@ class Queue:
     def _next_ending(self) -> Action | None:
         while (number := self._to_end.pop()) is not None:
             op = self._ops.get(number)
-            if op is None or op.phase is not Phase.QUEUED:
+            if op is None or op.phase is not QUEUED:
                 continue
             if op.failed_save is not None:
                 return Drop(op, op.failed_save)
-            if op.kind is Kind.REMOVE:
+            if op.kind is REMOVE:
                 if _is_safe(op):
                     victim = self._replaceable_save(op)
                     if victim is not None:
@@ -270,13 +275,13 @@ class Queue:
     def _next_start(self) -> Action | None:
         while (number := self._next_to_try()) is not None:
             op = self._ops.get(number)
-            if op is None or op.phase is not Phase.QUEUED or op.barrier is not None:
+            if op is None or op.phase is not QUEUED or op.barrier is not None:
                 continue
             if self._precedence.is_blocked(op):
                 continue
-            if op.kind is Kind.REMOVE and not _is_safe(op):
+            if op.kind is REMOVE and not _is_safe(op):
                 return Drop(op, op.failed_before)
-            if (op.kind is not Kind.SAVE and op.group is None) or self._takes_slots(op):
+            if (op.kind is not SAVE and op.group is None) or self._takes_slots(op):
                 self._start(op)
                 return Start(op)
         return None
@@ -292,14 +297,15 @@ class Queue:
 
     def _takes_slots(self, op: Op) -> bool:
         needed = []
-        if op.kind is Kind.SAVE:
+        if op.kind is SAVE:
             needed.append(self._lanes[op.lane].slots)
         if op.group is not None:
             needed.append(self._groups.setdefault(op.group, Slots(1)))
         for slots in needed:
             if not slots.admits(op.id):
                 slots.wait(op.id)
-                self._freed[slots] = None  # unless it is full, an older one comes first
+                if slots.has_room:  # an older one comes first
+                    self._freed[slots] = None
                 return False
         for slots in needed:
             slots.take(op.id)
@@ -307,7 +313,7 @@ class Queue:
 
     def _start(self, op: Op) -> None:
         self._precedence.started(op)
-        if op.kind is Kind.REMOVE:
+        if op.kind is REMOVE:
             for known in self._histories.copy():
                 history = known()
                 if history is not None:
@@ -361,14 +367,14 @@ class Queue:
     def _replaceable_save(self, by: Op) -> Op | None:
         """Return a save that has not started and that *by* makes needless, if ending it harms nobody."""
         # Where another comes between the two, somebody counts on the save: a load, a removal.
-        op = self._ops.get(by.before) if by.kind is Kind.REMOVE else self._precedence.nearest_predecessor(by)
-        if op is None or op.kind is not Kind.SAVE or op.phase is not Phase.QUEUED or op.key != by.key:
+        op = self._ops.get(by.before) if by.kind is REMOVE else self._precedence.nearest_predecessor(by)
+        if op is None or op.kind is not SAVE or op.phase is not QUEUED or op.key != by.key:
             return None
         if op.place != by.place:
             return None  # the same location, as far as anybody can tell, but reached with other options
-        if by.kind is Kind.SAVE and op.lane is not by.lane:
+        if by.kind is SAVE and op.lane is not by.lane:
             return None  # its removals do not wait for our saves, nor is its memory ours
-        if by.kind is Kind.REMOVE and self._barriers.has_link_waiting_for(op):
+        if by.kind is REMOVE and self._barriers.has_link_waiting_for(op):
             return None
         return None if self._would_make_cycle(op, by) else op
 
@@ -381,20 +387,21 @@ class Queue:
 
     def _recheck(self, op: Op) -> None:
         """Have what may be done about *op* now decided anew."""
-        if op.phase is Phase.QUEUED:
-            if op.kind is Kind.REMOVE or op.kind is Kind.LINK:
+        if op.phase is QUEUED:
+            if op.kind is REMOVE or op.kind is LINK:
                 self._to_end.add(op.id)
-            self._to_start.add(op.id)
+            if op.barrier is None:  # else this comes again when it has gone
+                self._to_start.add(op.id)
 
     def _end(self, op: Op) -> None:
         share = self._lanes[op.lane]
         del self._ops[op.id], share.live[op.id]
-        if op.kind is Kind.REMOVE:
+        if op.kind is REMOVE:
             share.after_failure -= bool(op.failed_before)
-        elif op.kind is not Kind.LOAD:
+        elif op.kind is not LOAD:
             self._no_longer_waits(op, share)
             if share.accepted.pop(op.id, None) is not None:
-                share.accepted_saves -= op.kind is Kind.SAVE
+                share.accepted_saves -= op.kind is SAVE
             self._staging.pop(op.id, None)
         self._precedence.discard(op)
         self._release_slots(op, share)
@@ -413,9 +420,10 @@ class Queue:
             del self._waiting[op.lane]
 
     def _release_slots(self, op: Op, share: LaneState) -> None:
-        if op.kind is Kind.SAVE:
+        if op.kind is SAVE:
             share.slots.release(op.id)
-            self._freed[share.slots] = None
+            if share.slots.has_room:
+                self._freed[share.slots] = None
         if op.group is not None and op.group in self._groups:
             slots = self._groups[op.group]
             slots.release(op.id)
@@ -426,7 +434,7 @@ class Queue:
 
 
 def _is_accepted_save(op: Op) -> bool:
-    return op.kind is Kind.SAVE and op.phase is not Phase.WAITING
+    return op.kind is SAVE and op.phase is not WAITING
 
 
 def _is_safe(removal: Op) -> bool:

@@ -1,0 +1,81 @@
+"""The calls that other threads send to the loop thread.
+
+Guarantees: calls are made on the loop thread, in the order in which they were sent, in a context of the loop's, not the
+sender's. Sending takes no lock and does not wait, so a signal handler may send while its own thread is sending (L1).
+Once the loop has ended, calls are refused; a call that was not refused is made.
+
+What does not belong here: what the calls do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from async_ckpt.errors import ServiceClosedError
+
+__all__ = ["Inbox"]
+
+_MOST_BYTES = 4096
+
+
+class Inbox:
+    """Calls to be made on one loop.
+
+    A byte in a socket wakes the loop. ``call_soon_threadsafe`` does the same at twice the cost: asyncio reads its own
+    socket twice each time, and each read hands the GIL over.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], object]] = deque()
+        self._bell: socket.socket | None = None
+        self._is_closed = False
+
+    def send(self, call: Callable[[], object]) -> None:
+        """Have *call*, which raises nothing, made on the loop thread; return at once.
+
+        Raises:
+            ServiceClosedError: the loop has ended.
+        """
+        self._calls.append(call)
+        if self._is_closed:
+            try:
+                self._calls.remove(call)
+            except ValueError:  # the loop thread read the inbox once more
+                return
+            raise ServiceClosedError("the service was closed meanwhile")
+        bell = self._bell
+        if bell is not None:  # else the loop reads the inbox when it begins
+            with suppress(OSError):  # full, so the loop is about to wake; or the loop has just ended
+                bell.send(b"\0")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the calls on the running loop, until the end of the body; also those that were sent before."""
+        loop = asyncio.get_running_loop()
+        ear, bell = socket.socketpair()
+        try:
+            ear.setblocking(False)
+            bell.setblocking(False)
+            loop.add_reader(ear, self._wake, ear)
+            self._bell = bell
+            self._make_calls()
+            yield
+        finally:
+            self._is_closed = True
+            self._make_calls()
+            loop.remove_reader(ear)
+            bell.close()
+            ear.close()
+
+    def _wake(self, ear: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            ear.recv(_MOST_BYTES)  # first: what is sent from here on rings again
+        self._make_calls()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()

@@ -21,6 +21,7 @@ from weakref import ref
 import anyio
 
 from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.system import priority
 from async_ckpt.system.processes import process_id
 
 __all__ = ["Failure", "Handle", "Outcome", "Report", "State", "Waiter", "await_outcome", "deadlock"]
@@ -85,7 +86,10 @@ class Outcome(Generic[T]):
                 self._callbacks[number] = ring
                 if self._done:
                     return self._error
-                bell.get(timeout=None if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+                with priority.waiting():
+                    bell.get(
+                        timeout=None if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+                    )
             except queue.Empty:
                 raise TimeoutError from None
             finally:
@@ -324,7 +328,8 @@ async def await_outcome(outcome: Outcome[Any]) -> None:
     """Wait under asyncio or trio until *outcome* is set; needs no thread and does not take the result."""
     event = anyio.Event()
     outcome.add_done_callback(_threadsafe_set(event))
-    await event.wait()
+    with priority.waiting():
+        await event.wait()
 
 
 def _liveness_of_loop() -> Callable[[], bool]:

@@ -25,6 +25,7 @@ __all__ = [
     "InPlace",
     "OnError",
     "Overflow",
+    "Priority",
     "ServiceOptions",
     "SnapshotStrategy",
     "check_direct_saves",
@@ -34,6 +35,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Priority = Literal["normal", "background"]
 Overflow = Literal["block", "raise", "supersede"]
 OnError = Literal["raise", "warn"]
 Durability = Literal["fsync", "process"]
@@ -94,6 +96,9 @@ class ServiceOptions:
         snapshot: how the snapshot is taken: ``"copy"`` copies into reused host buffers; ``"auto"`` chooses the best
             method.
         max_concurrent_saves: how many saves are written at the same time.
+        priority: of writes to local disks, on Linux: ``"background"`` leaves most of busy CPUs to training until
+            somebody waits for a save, or it is late; until then, the save may take seconds more. It needs a right that
+            few users have; without it, nothing changes.
         part_size: the largest number of bytes in one storage request, as an int or ``"128MiB"``. A store uses more if a
             very large file needs it, and less if a connection would otherwise be idle.
         max_concurrent_parts: how many storage requests of one save run at the same time; on local disks at most half
@@ -130,6 +135,7 @@ class ServiceOptions:
     overflow: Overflow = "block"
     snapshot: SnapshotStrategy = "auto"
     max_concurrent_saves: int = 1
+    priority: Priority = "normal"
     part_size: int | str = "128MiB"
     max_concurrent_parts: int = 4
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -151,6 +157,7 @@ class ServiceOptions:
                 raise OptionError(f"{name}={value!r}: must be an int of at least 1")
         _one_of(self, "overflow", ("block", "raise", "supersede"))
         _one_of(self, "snapshot", ("auto", "copy", "cow"))
+        _one_of(self, "priority", ("normal", "background"))
         _one_of(self, "durability", ("fsync", "process"))
         _one_of(self, "in_place", ("refuse", "allow"))
         _one_of(self, "on_error", ("raise", "warn"))

@@ -64,9 +64,9 @@ class CheckpointService:
         store: a ``torch.distributed.Store`` that these ranks share, to agree through; ``None`` takes the one
             that ``init_process_group`` was given or made.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
-            ``max_concurrent_saves``, ``part_size``, ``max_concurrent_parts``, ``retry``, ``durability``,
-            ``overwrite``, ``in_place``, ``on_error``, ``flush_timeout``, ``flush_deadline``, ``storage_options``,
-            ``observer``.
+            ``max_concurrent_saves``, ``priority``, ``part_size``, ``max_concurrent_parts``, ``retry``,
+            ``durability``, ``overwrite``, ``in_place``, ``on_error``, ``flush_timeout``, ``flush_deadline``,
+            ``storage_options``, ``observer``.
 
     Attributes:
         known_as: for a plugin's service: what messages call it, and how to close it.

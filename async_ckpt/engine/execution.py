@@ -9,8 +9,10 @@ written (writers, stores).
 
 from __future__ import annotations
 
+import asyncio
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import anyio
 from anyio.abc import TaskGroup
@@ -21,12 +23,17 @@ from async_ckpt.engine.writers import Linker
 from async_ckpt.errors import AbandonedError
 from async_ckpt.events import Writing
 from async_ckpt.handle import State
+from async_ckpt.system.priority import background
 from async_ckpt.telemetry.patience import moving
 
-__all__ = ["MOST_REMOVALS", "Executor"]
+__all__ = ["LATE_BYTES_A_SECOND", "LATE_SECONDS", "MOST_REMOVALS", "Executor"]
 
 MOST_REMOVALS = 16
 """How many removals and links of one service run at a time: as many requests as a store's connections serve well."""
+
+LATE_SECONDS = 5.0
+LATE_BYTES_A_SECOND = 100e6
+"""After this long, and what its bytes take at this rate, a save that training goes before is late."""
 
 
 class Executor:
@@ -53,7 +60,7 @@ class Executor:
             self._tasks.start_soon(self._run_removals, account)
 
     async def _run_save(self, request: Request) -> None:
-        with moving(request.account.progress), anyio.CancelScope() as scope:
+        with moving(request.account.progress), _giving_way(request), anyio.CancelScope() as scope:
             await self._run(request, scope)
 
     async def _run_removals(self, account: Account) -> None:
@@ -83,6 +90,22 @@ class Executor:
             error = _failure_of(request, raised)
         if not request.is_over:  # else it was left behind, and has been reported as such
             self._ended(request, nbytes, error)
+
+
+@contextmanager
+def _giving_way(request: Request) -> Iterator[None]:
+    """Have training go before a save, where its service says so, until the save is late."""
+    if not request.account.gives_way:
+        yield
+        return
+    seconds = LATE_SECONDS + request.op.nbytes / LATE_BYTES_A_SECOND
+    loop = asyncio.get_running_loop()
+    with background() as work:
+        late = loop.call_later(seconds, work.hurry)
+        try:
+            yield
+        finally:
+            late.cancel()
 
 
 async def _carry_out(request: Request) -> int:

@@ -54,6 +54,7 @@ class Account:
         newest: the save that was staged last; its memory may serve another save.
         removals: removals and links that may run, and wait for a task that is free.
         removers: how many tasks carry those out.
+        gives_way: whether training goes before the bulk work of its saves.
     """
 
     lane: Lane
@@ -65,6 +66,7 @@ class Account:
     newest: tuple[Request, Snapshot] | None = None
     removals: deque[Request] = field(default_factory=deque)
     removers: int = 0
+    gives_way: bool = False
 
 
 class Admission(Outcome[None]):

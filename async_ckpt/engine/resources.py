@@ -97,6 +97,7 @@ class Holdings:
             pool=HostPool(Budget(options.memory_limit_bytes)),
             observer=options.observer,
             failures=Failures(warn=options.on_error == "warn"),
+            gives_way=options.priority == "background",
         )
         # No thread starts before it is needed. Made here, so that threads which come first together share them.
         self.loads = Loads(options.max_concurrent_parts)

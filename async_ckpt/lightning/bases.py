@@ -37,6 +37,7 @@ _MOST_LAYERS = 32
 # Options that only our own writer honours, and how to get their effective value.
 _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
     "part_size": lambda options: options.part_size_bytes,
+    "priority": lambda options: options.priority,
     "max_concurrent_parts": lambda options: options.max_concurrent_parts,
     "retry": lambda options: options.retry,
     "in_place": lambda options: options.in_place,

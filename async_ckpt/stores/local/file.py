@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from async_ckpt.stores.base import Part
 from async_ckpt.stores.disk import Disk
+from async_ckpt.system.priority import bulk_work
 
 __all__ = ["LocalFile"]
 
@@ -70,7 +71,9 @@ class LocalFile:
             with self._lock:
                 if part.start != self._end:
                     raise OSError(errno.EINVAL, f"part {part.index} is written out of order")
-                written = self._disk.write(self._descriptor(), pieces, part.start)
+                fd = self._descriptor()
+                with bulk_work(part.nbytes):
+                    written = self._disk.write(fd, pieces, part.start)
                 self._end += written
                 self._note(part, written)
             return
@@ -78,7 +81,8 @@ class LocalFile:
         with self._lock:
             fd = self._disk.duplicate(self._descriptor())
         try:
-            written = self._disk.write(fd, pieces, part.start)
+            with bulk_work(part.nbytes):
+                written = self._disk.write(fd, pieces, part.start)
             if self._fsync:
                 self._disk.start_writeback(fd, part.start, part.nbytes)
         finally:

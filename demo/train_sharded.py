@@ -98,6 +98,7 @@ def _run(world_size: int, folder: str, steps: int, killed_at: int = 0) -> list[_
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "PYTHONWARNINGS": "ignore",
     }
     processes = [

@@ -451,6 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("throttled requests use up attempts", {"do_throttled_count": True}),
             ("each rank keeps to its share of S3's rate", {"is_paced": True}),
             ("one rank dies", {"deaths": 1}),
+            ("one in a hundred dies", {"deaths": max(1, world // 100)}),
         ):
             result = simulate(Setting(world=world, seed=options.seed, **more))
             first, later = result.bytes_per_rank

@@ -35,7 +35,7 @@ from async_ckpt.sharded.memo import check_memo
 from async_ckpt.stores.base import MARKER, Location, Store, Workers
 from async_ckpt.system.garbage import collector_held_back
 
-__all__ = ["fetch_manifest", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
+__all__ = ["fetch_manifest", "known_to", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
 
 _LONGEST_BYTES = 4 << 30  # a longer one could not be used: it takes ten times its length in memory
 _PROTOCOL = 4  # known to every Python that torch runs on
@@ -213,11 +213,11 @@ def _metadata(found: Any) -> Metadata:
         "storage_meta": None if storage_meta is None else _storage_meta(storage_meta),
         "version": _optional_text(state.get("version")),
     }
-    return Metadata(**_known_to(Metadata, made))
+    return Metadata(**known_to(Metadata, made))
 
 
-def _known_to(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Drop the fields that the class does not have in this release of torch."""
+def known_to(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Drop the fields that the dataclass *kind* of torch does not have in this release."""
     known = {each.name for each in fields(kind)}
     return {name: value for name, value in values.items() if name in known}
 
@@ -323,7 +323,7 @@ def _storage_meta(found: Any) -> StorageMeta:
     made = {name: _optional_text(state.get(name)) for name in ("checkpoint_id", "save_id", "load_id")} | {
         "modules": [_text(each) for each in modules]
     }
-    return StorageMeta(**_known_to(StorageMeta, made))
+    return StorageMeta(**known_to(StorageMeta, made))
 
 
 def _planner_data(found: Any) -> dict[str, tuple[str | int, ...]] | None:

@@ -72,8 +72,9 @@ class Directory:
         info = self.metadata.storage_data.get(index)
         if info is None:
             raise self._corrupt(index.fqn, "its .metadata does not say where it is")
-        if info.transform_descriptors:
-            how = ", ".join(info.transform_descriptors)
+        transforms = getattr(info, "transform_descriptors", None)  # not before torch 2.7
+        if transforms:
+            how = ", ".join(transforms)
             raise StoreError(
                 f"cannot read {self._url!r}: its items went through extensions of torch's writer ({how}). "
                 "Load it by torch.distributed.checkpoint, with the same extensions, and save it without.",

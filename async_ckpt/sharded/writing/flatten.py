@@ -154,6 +154,12 @@ def _box(name: str, tensor: Any) -> _Box | None:
         )
     if tensor.device_mesh.get_coordinate() is None:
         return None
+    if not hasattr(tensor, "__create_chunk_list__"):  # torch 2.4, where nothing holds more than one
+        utils = import_module("torch.distributed._tensor._utils")
+        sizes, offsets = utils.compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return tuple(offsets), tuple(sizes)
     chunks = tensor.__create_chunk_list__()
     if len(chunks) != 1:
         raise UnpicklableStateError(

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from async_ckpt.sharded.manifest import known_to
 from async_ckpt.sharded.writing.archive import template
 from async_ckpt.sharded.writing.flatten import Form
 from async_ckpt.system.garbage import collector_held_back
@@ -110,7 +111,8 @@ class GlobalPlan:
                 stored[index] = _StorageInfo(name, at, length)
                 at += length
         about = StorageMeta(checkpoint_id=location, save_id=save_id)
-        return replace(self._metadata, storage_data=stored, storage_meta=about, version=VERSION)
+        new = {"storage_data": stored, "storage_meta": about, "version": VERSION}
+        return replace(self._metadata, **known_to(Metadata, new))
 
 
 def make_global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:

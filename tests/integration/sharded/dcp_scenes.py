@@ -19,6 +19,7 @@ from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing import Fault, FaultyStore
 from tests.integration.sharded.states import Training, differences, every_kind, whole
+from tests.integration.sharded.torch_names import ALONE
 
 
 def save_for_torch(folder: Path, url: str) -> Any:
@@ -112,7 +113,7 @@ def groups(folder: Path) -> Any:
     loaded: dict[str, Any] = {"number": torch.zeros(3), "name": ""}
     torch_dcp.load(loaded, checkpoint_id=str(folder / f"pair-{rank // 2}"), process_group=mine)
     alone = {"rank": -1}
-    torch_dcp.load(alone, checkpoint_id=str(folder / f"alone-{rank}"), no_dist=True)
+    torch_dcp.load(alone, checkpoint_id=str(folder / f"alone-{rank}"), **ALONE)
     everybody = every_kind(4.0)
     torch_dcp.load(everybody, checkpoint_id=str(folder / "all"))
     try:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.integration.sharded.torch_names import IS_TORCH_24
+
 PATIENCE_SECONDS = 120.0
 _SCENES = "tests.integration.sharded.scenes"
 
@@ -77,6 +79,7 @@ def play(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         **(env or {}),
     }
     processes = []
@@ -130,4 +133,5 @@ def _act(scene: str, folder: Path, env: dict[str, str], arguments: dict[str, Any
     scenes = import_module(f"{__package__}.{module}" if module else _SCENES)
     told = getattr(scenes, name)(folder, **arguments)
     (folder / f"told-{scene}-{rank}.json").write_text(json.dumps(told))
-    dist.destroy_process_group()
+    if not IS_TORCH_24:  # where gloo does not end while another rank is there
+        dist.destroy_process_group()

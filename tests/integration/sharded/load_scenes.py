@@ -13,13 +13,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from async_ckpt import CheckpointService
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Source, Store, Workers
 from tests.integration.sharded.states import Training, differences, every_kind, spread, whole
+from tests.integration.sharded.torch_names import DTensor, Shard, distribute_tensor, fully_shard
 
 
 def write(folder: Path, url: str, by: str) -> None:

@@ -8,9 +8,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tests.integration.sharded.torch_names import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    fully_shard,
+    local_part,
+)
 
 
 def every_kind(seed: float, *, with_planes: bool = True) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def every_kind(seed: float, *, with_planes: bool = True) -> dict[str, Any]:
 
 def spread(tensor: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
     """Return this rank's part of *tensor*, which each rank has: ``distribute_tensor`` without a collective."""
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    sizes, offsets = local_part(tensor.shape, mesh, placements)
     local = tensor[
         tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
     ].contiguous()

@@ -10,6 +10,7 @@ import torch
 from stress.servers.process import Server
 from tests.integration.sharded.launching import all_well, play
 from tests.integration.sharded.load_scenes import large
+from tests.integration.sharded.torch_names import needs_fsdp2
 from tests.servers import fresh_bucket
 
 pytestmark = pytest.mark.integration
@@ -26,6 +27,7 @@ def test_every_kind_of_state_by_any_writer(tmp_path: Path, by: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["torch", "ours"])
+@needs_fsdp2
 def test_a_model_goes_from_four_ranks_to_two_three_and_one(tmp_path: Path, by: str) -> None:
     """FSDP2 with AdamW, on a plane of ranks and on lines, goes on where it was, with the same weights and moments."""
     url = str(tmp_path / "it")
@@ -59,6 +61,7 @@ def test_rows_of_others_are_not_fetched(tmp_path: Path) -> None:
     ]
 
 
+@needs_fsdp2
 def test_a_plain_file_into_sharded_states(tmp_path: Path) -> None:
     """What one process has saved as a file, two ranks and four, on a plane, load bit for bit, and go on from it."""
     url = str(tmp_path / "last.ckpt")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.sharded.launching import all_well, play
+from tests.integration.sharded.torch_names import needs_fsdp2
 
 pytestmark = pytest.mark.integration
 
@@ -18,6 +19,7 @@ def test_torch_loads_every_kind_of_state(tmp_path: Path, world_size: int) -> Non
         assert told == []
 
 
+@needs_fsdp2
 def test_overlapping_saves_hold_their_own_step(tmp_path: Path) -> None:
     """Eight saves, two at a time, and weights that change right after each call: each directory has its own (S1)."""
     for told in all_well(play("overlapping_saves", 3, tmp_path, saves=8)):

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import staging, state_dict_saver
 
 import async_ckpt.dcp as dcp
 from async_ckpt import OptionError
+from tests.integration.sharded.torch_names import ALONE
 
 FUNCTIONS = ["save", "async_save", "load"]
 
@@ -121,7 +122,7 @@ def test_the_usual_planner_is_honoured(tmp_path: Path) -> None:
     )
     dcp.close()
     loaded = {"step": 0}
-    torch_dcp.load(loaded, checkpoint_id=tmp_path / "it", no_dist=True)
+    torch_dcp.load(loaded, checkpoint_id=tmp_path / "it", **ALONE)
     assert loaded == {"step": 1}
 
 

@@ -21,6 +21,7 @@ from async_ckpt.events import Event
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.stores.local.upload import LocalUpload
+from tests.integration.sharded.torch_names import ALONE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as torch's own load says
 
@@ -34,7 +35,7 @@ def as_it_was() -> Iterator[None]:
 
 def loaded(path: Path, like: dict[str, Any]) -> dict[str, Any]:
     """Return what torch finds at *path*."""
-    torch_dcp.load(like, checkpoint_id=path, no_dist=True)
+    torch_dcp.load(like, checkpoint_id=path, **ALONE)
     return like
 
 

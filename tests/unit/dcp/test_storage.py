@@ -17,6 +17,7 @@ import async_ckpt.dcp as dcp
 from async_ckpt import CheckpointService, OptionError, UnpicklableStateError
 from async_ckpt.stores import open_store
 from async_ckpt.testing import Fault, FaultyStore
+from tests.integration.sharded.torch_names import ALONE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as torch's functions say
 
@@ -45,7 +46,7 @@ def numbers(seed: float) -> dict[str, Any]:
 def found(path: object, seed: float) -> list[str]:
     """Return what torch does not find at *path* as it is in a state."""
     state = numbers(-1.0)
-    torch_dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    torch_dcp.load(state, checkpoint_id=str(path), **ALONE)
     return [
         name
         for name, value in numbers(seed).items()
@@ -126,7 +127,7 @@ def test_any_planner(tmp_path: Path) -> None:
         {"w": torch.arange(9.0)}, storage_writer=dcp.StorageWriter(tmp_path / "it"), planner=Halving()
     )
     loaded = {"w": torch.zeros(9, dtype=torch.float16)}
-    torch_dcp.load(loaded, checkpoint_id=str(tmp_path / "it"), no_dist=True)
+    torch_dcp.load(loaded, checkpoint_id=str(tmp_path / "it"), **ALONE)
     assert torch.equal(loaded["w"], torch.arange(9.0).half())
 
 
@@ -175,7 +176,7 @@ def test_a_kept_stager_tears_nothing(tmp_path: Path) -> None:
     for step, future in enumerate(futures):
         future.result(60)  # type: ignore[union-attr]
         loaded: dict[str, Any] = {"weight": torch.zeros(1_000_000), "tied": torch.zeros(10), "steps": [-1]}
-        torch_dcp.load(loaded, checkpoint_id=str(tmp_path / str(step)), no_dist=True)
+        torch_dcp.load(loaded, checkpoint_id=str(tmp_path / str(step)), **ALONE)
         assert loaded["steps"] == [step]
         assert torch.equal(loaded["weight"], torch.full((1_000_000,), float(step)))
         assert torch.equal(loaded["tied"], torch.full((10,), float(step)))

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from async_ckpt import CheckpointService, ShardedSaveError, StoreError, UnpicklableStateError
 from async_ckpt.stores import locate, open_store
 from async_ckpt.stores.base import Location, Source, Store, Upload, Workers
+from tests.integration.sharded.torch_names import ALONE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -63,7 +64,7 @@ def _file(folder: Path) -> Any:
 def _item(folder: Path) -> tuple[float, Any]:
     """Return what torch finds in the checkpoint: of the state, and of the extra."""
     state: dict[str, Any] = {"weight": torch.zeros(4), "meta.pt": None}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder, **ALONE)
     return state["weight"][0].item(), state["meta.pt"]
 
 

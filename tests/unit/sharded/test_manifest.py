@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from async_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError
-from async_ckpt.sharded.manifest import parse_manifest, read_manifest, save_id_of, write_manifest
+from async_ckpt.sharded.manifest import known_to, parse_manifest, read_manifest, save_id_of, write_manifest
 from async_ckpt.stores import locate
 from async_ckpt.stores.local.store import LocalStore
 from async_ckpt.testing import ThreadWorkers
@@ -79,10 +79,12 @@ def small(path: str = "__0_0.distcp", **changes: Any) -> Metadata:
         },
         "planner_data": {"a": ("a",), "b": ("b", 0)},
         "storage_data": {MetadataIndex("a", torch.Size((0, 0)), 0): _StorageInfo(path, 0, 1000)},
-        "storage_meta": StorageMeta(checkpoint_id=Path("/run/step-7"), save_id="id", modules=["x"]),
+        "storage_meta": StorageMeta(
+            **known_to(StorageMeta, {"checkpoint_id": Path("/run/step-7"), "save_id": "id", "modules": ["x"]})
+        ),
         "version": "1.0.0",
     }
-    return Metadata(**{**values, **changes})
+    return Metadata(**known_to(Metadata, {**values, **changes}))
 
 
 @pytest.mark.parametrize("options", [{}, {"thread_count": 2}, {"single_file_per_rank": False}])

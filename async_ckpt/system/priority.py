@@ -26,6 +26,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from weakref import ref
 
 from async_ckpt.system import threads
 
@@ -43,12 +44,18 @@ class Background:
     @property
     def may_wait(self) -> bool:
         """Whether its threads are to be lowered now."""
-        return not self._is_late and not _waiters
+        return not self._is_late and all(waiter() is None for waiter in _waiters.copy())
 
     def hurry(self) -> None:
         """Go on at normal priority from now on; on any thread."""
         self._is_late = True
         _raise_all()
+
+
+class _Waiter:
+    """Somebody who waits, as long as this lives."""
+
+    __slots__ = ("__weakref__",)
 
 
 NICE = 10
@@ -58,7 +65,7 @@ _LEAST_BYTES = 1 << 20  # they take longer than all that is done here
 
 _work: ContextVar[Background | None] = ContextVar("async_ckpt_background", default=None)
 _lowered: dict[int, int] = {}  # threads within `bulk_work`, by native id, and the nice value to go back to
-_waiters: set[object] = set()
+_waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be taken out
 _may_lower: bool | None = None  # None: not known yet
 
 
@@ -76,13 +83,14 @@ def background() -> Iterator[Background]:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Have all threads at normal priority: the body waits for what they do."""
-    here = object()
+    here = _Waiter()
+    known = ref(here)
     try:
-        _waiters.add(here)  # first: a thread that is about to be lowered looks after it
+        _waiters.add(known)  # first: a thread that is about to be lowered looks after it
         _raise_all()
         yield
     finally:
-        _waiters.discard(here)
+        _waiters.discard(known)
 
 
 @contextmanager

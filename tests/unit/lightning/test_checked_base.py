@@ -64,6 +64,7 @@ class Elsewhere(Base):
     [
         {"part_size": "1MiB"},
         {"max_concurrent_parts": 7},
+        {"priority": "background"},
         {"retry": RetryPolicy(attempts=1)},
         {"storage_options": {"key": "secret-key"}},
         {"store_factory": lambda location, workers: None},

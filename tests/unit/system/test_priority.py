@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from async_ckpt.system import priority
 from async_ckpt.system.priority import NICE, background, bulk_work, waiting
 from tests.held_disk import USUAL, may_rise, nice_of
 from tests.support import PATIENCE_SECONDS, python
@@ -104,6 +109,7 @@ def test_a_forked_child_waits_for_nobody() -> None:
     """Who waits in the parent does not wait in a child that is forked meanwhile."""
     done = python("""
 import os, threading
+from async_ckpt.system import priority
 from async_ckpt.system.priority import NICE, background, bulk_work, waiting
 
 with waiting():
@@ -113,3 +119,37 @@ with waiting():
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """)
     assert done.stdout.strip() == str(NICE), done.stderr
+
+
+def test_an_interrupted_wait_is_forgotten() -> None:
+    """Ctrl-C at any line of a wait leaves nobody who waits for ever."""
+    for line in itertools.count(1):
+        was_interrupted = waits_until_interrupted_at(line)
+        with background(), bulk_work(LONG):
+            assert here() == NICE, f"interrupted at line {line}"
+        if not was_interrupted:
+            break
+    assert line > 5
+
+
+def waits_until_interrupted_at(number: int) -> bool:
+    """Wait for a moment; return whether that was interrupted at its line of that number."""
+    lines = itertools.count(1)
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != priority.__file__:
+            return None
+        if event == "line" and next(lines) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with waiting():
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from async_ckpt.engine.failures import Failures
-from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Holdings, StoreFactory
+from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Resources, StoreFactory
 from async_ckpt.engine.submission import Submission
 from async_ckpt.engine.writers import Writer
 from async_ckpt.errors import FlushTimeoutError, OptionError
@@ -96,12 +96,12 @@ class CheckpointService:
         # The garbage collector may call this: on any thread, at any line, under any lock.
         if is_finalizing() or "_own" not in self.__dict__ or process_id() != self._pid:
             return
-        holdings = self._own.holdings
-        was_closed = holdings.is_closed
+        resources = self._own.resources
+        was_closed = resources.is_closed
         try:
-            left = holdings.retire()
+            left = resources.retire()
         except BaseException:  # Ctrl-C, which Python swallows here
-            holdings.retire()
+            resources.retire()
             raise
         if left and not was_closed:  # last, as a filter may raise it
             told = f"unclosed {self.known_as or f'{self!r}: close it'}; what it has accepted goes on"
@@ -109,7 +109,7 @@ class CheckpointService:
 
     def _reset(self) -> None:
         self._pid = process_id()
-        self._own = Submission(Holdings(self._options, self._store_factory, self._abandon_grace_seconds))
+        self._own = Submission(Resources(self._options, self._store_factory, self._abandon_grace_seconds))
         self._sharded: ShardedSaves | None = None
         self._is_opening = False
 
@@ -121,8 +121,8 @@ class CheckpointService:
         return self._own
 
     @property
-    def _holdings(self) -> Holdings:
-        return self._submission.holdings
+    def _resources(self) -> Resources:
+        return self._submission.resources
 
     @property
     def options(self) -> ServiceOptions:
@@ -248,14 +248,14 @@ class CheckpointService:
         """
         # By its name: the target of a link may change until this load's turn.
         location = locate(url, storage_options=self._options.storage_options, follow=False)
-        holdings = self._holdings
-        store = holdings.store(location)
+        resources = self._resources
+        store = resources.store(location)
 
         def read(here: Location) -> Any:
-            return holdings.loads.read(
+            return resources.loads.read(
                 here,
                 store,
-                holdings.running(),
+                resources.running(),
                 map_location=map_location,
                 keys=keys,
                 progress=progress,
@@ -302,7 +302,7 @@ class CheckpointService:
         from async_ckpt.sharded.reading.load import Loading  # and with it torch.distributed
 
         location = locate(url, storage_options=self._options.storage_options, follow=False)
-        loading = Loading.of(self._holdings, location)
+        loading = Loading.of(self._resources, location)
 
         def read(here: Location) -> None:
             loading.load(state, here, strict=strict, weights_only=weights_only, planner=planner)
@@ -349,7 +349,7 @@ class CheckpointService:
         if target.key == source.key:
             raise OptionError(f"{source.url!r} is the checkpoint itself; give the file another name")
         check_target(target, in_place=options.in_place == "allow")
-        loading = Loading.of(self._holdings, source)
+        loading = Loading.of(self._resources, source)
 
         def write(content: Content) -> None:
             at_a_time = consolidation.parts_at_a_time(content.nbytes, options.max_concurrent_parts)
@@ -379,9 +379,9 @@ class CheckpointService:
         from async_ckpt.sharded.latest import find_newest  # few programs ask
 
         location = locate(url, storage_options=self._options.storage_options)
-        holdings = self._holdings
-        store = holdings.store(location)
-        return holdings.loads.run(holdings.running(), partial(find_newest, store, location))
+        resources = self._resources
+        store = resources.store(location)
+        return resources.loads.run(resources.running(), partial(find_newest, store, location))
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything accepted so far has ended.
@@ -407,28 +407,28 @@ class CheckpointService:
         self.failures.raise_or_add()
 
     def _await_drained(self, timeout: float | None) -> None:
-        holdings = self._holdings
-        patience = holdings.patience(self._limit(timeout))
+        resources = self._resources
+        patience = resources.patience(self._limit(timeout))
         try:
-            drained, held_up = holdings.drained()
+            drained, held_up = resources.drained()
             patience.wait(drained)
         except TimeoutError:
-            raise holdings.timeout_error(patience) from None
+            raise resources.timeout_error(patience) from None
         if held_up:
-            raise holdings.deadlock_error(held_up)
+            raise resources.deadlock_error(held_up)
 
     async def flush(self, timeout: float | None = None) -> None:
         """Like ``wait``, awaited under asyncio or trio, without blocking the event loop."""
-        holdings = self._holdings
-        patience = holdings.patience(self._limit(timeout))
-        drained, held_up = holdings.drained()
+        resources = self._resources
+        patience = resources.patience(self._limit(timeout))
+        drained, held_up = resources.drained()
         while not drained.done() and (left := patience.left()) > 0:
             with anyio.move_on_after(left):
                 await await_outcome(drained)
         if not drained.done():
-            raise holdings.timeout_error(patience)
+            raise resources.timeout_error(patience)
         if held_up:
-            raise holdings.deadlock_error(held_up)
+            raise resources.deadlock_error(held_up)
         self.failures.raise_all()
 
     def _limit(self, timeout: float | None) -> Limit:
@@ -436,12 +436,12 @@ class CheckpointService:
 
     def patience(self, timeout: float | None = None, **options: Any) -> Patience:
         """Return a ``Patience``, made with *options*, that lets a plugin wait as long as ``wait`` does."""
-        return self._holdings.patience(self._limit(timeout), **options)
+        return self._resources.patience(self._limit(timeout), **options)
 
     @property
     def pending(self) -> tuple[Handle, ...]:
         """The handles of all saves and removals that have not ended, oldest first."""
-        return self._holdings.pending()
+        return self._resources.pending()
 
     def close(self, timeout: float | None = None) -> None:
         """Finish everything that was accepted, then free threads, memory and connections.
@@ -458,27 +458,27 @@ class CheckpointService:
                 ``FlushError``. An error that is already in flight is not replaced: ours is logged and added to its
                 notes (E2).
         """
-        self._holdings.close(self._limit(timeout))
+        self._resources.close(self._limit(timeout))
         self.failures.raise_or_add()
 
     @property
     def is_running(self) -> bool:
         """Whether it holds threads, memory or connections."""
-        return self._holdings.is_held
+        return self._resources.is_held
 
     def rest(self) -> None:
         """Free threads, memory and connections, unless a request is pending or its failure is yet to be reported.
 
         The next request acquires them anew. No other thread may be making a request now.
         """
-        holdings = self._holdings
+        resources = self._resources
         limit = self._limit(None)
-        holdings.close_predecessor(limit)
-        if holdings.is_idle():
-            successor = holdings.successor()
+        resources.close_predecessor(limit)
+        if resources.is_idle():
+            successor = resources.successor()
             # In one step: a signal handler sees either the old runtime or none (L1).
             self._own = Submission(successor)
-            successor.is_closed = holdings.is_closed  # by a signal handler, just now
+            successor.is_closed = resources.is_closed  # by a signal handler, just now
             successor.close_predecessor(limit)
 
     async def aclose(self, timeout: float | None = None) -> None:
@@ -487,12 +487,12 @@ class CheckpointService:
         If it is cancelled, it returns at once, and the closing goes on in a thread; failures are then logged.
         """
         # Not anyio.to_thread: it starts no thread for a caller that is already cancelled, as an ``async with`` may be.
-        holdings, limit = self._holdings, self._limit(timeout)
+        resources, limit = self._resources, self._limit(timeout)
         closed: Outcome[None] = Outcome()
 
         def close() -> None:
             try:
-                holdings.close(limit)
+                resources.close(limit)
             except BaseException as error:
                 closed.set_exception(error)
             else:
@@ -589,7 +589,7 @@ class CheckpointService:
         def submit(writer: Writer) -> Handle:
             return submission.save(state, location, writer, share_unpicklable=False, tell=False)
 
-        handle, writer = saves.save(location, submission.holdings, submit, extras=extras)
+        handle, writer = saves.save(location, submission.resources, submit, extras=extras)
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer
@@ -601,7 +601,7 @@ class CheckpointService:
     def _sharded_saves(self) -> ShardedSaves:
         from async_ckpt.sharded.writing.saves import ShardedSaves
 
-        holdings = self._holdings
+        resources = self._resources
         if self._sharded is None:
             if self._is_opening:  # of two that are opened, the other ranks would have one (O4)
                 raise RuntimeError(
@@ -611,7 +611,7 @@ class CheckpointService:
             try:
                 if self._sharded is None:  # still: a handler may have come before
                     saves = ShardedSaves.open(*self._group, self._options)
-                    holdings.attached["rendezvous"] = saves.rendezvous
+                    resources.attached["rendezvous"] = saves.rendezvous
                     self._sharded = saves
             finally:
                 self._is_opening = False
@@ -637,10 +637,10 @@ class CheckpointService:
             content: the file.
             location: from ``locate``.
         """
-        holdings = self._holdings
+        resources = self._resources
         with self.turn(location):
-            stream = partial(holdings.writer(location).stream, content, location, _tell_nobody)
-            holdings.loads.run(holdings.running(), stream)
+            stream = partial(resources.writer(location).stream, content, location, _tell_nobody)
+            resources.loads.run(resources.running(), stream)
 
     def turn(self, location: Location) -> AbstractContextManager[Location]:
         """Reserve *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).
@@ -661,10 +661,10 @@ class CheckpointService:
     @property
     def failures(self) -> Failures:
         """The failures that have not been reported yet."""
-        return self._holdings.account.failures
+        return self._resources.account.failures
 
     def workers(self) -> Workers:
         """Return the service's worker threads, for blocking calls."""
-        holdings = self._holdings
-        holdings.running()
-        return holdings.workers
+        resources = self._resources
+        resources.running()
+        return resources.workers

@@ -406,7 +406,7 @@ def wait_until_one_waits(service: CheckpointService, kind: Kind = Kind.SAVE) -> 
 
 def one_waits(service: CheckpointService, kind: Kind) -> bool:
     """Tell whether some thread's save waits for admission, or its load for its turn."""
-    runtime = service._holdings.held()
+    runtime = service._resources.held()
     assert runtime is not None
     live = runtime.call(lambda: [(op.kind, op.phase) for op in runtime.dispatcher._queue._ops.values()])
     return (kind, Phase.WAITING if kind is Kind.SAVE else Phase.QUEUED) in live

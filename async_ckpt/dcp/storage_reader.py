@@ -87,7 +87,7 @@ class StorageReader(storage.StorageReader):
         with service.turn(self._location(service.options.storage_options)) as here:
             if kwargs.get("rank") is not None:  # torch looks for a checkpoint of this rank's own
                 raise IncompleteCheckpointError.at(here.url)
-            metadata = parse_manifest(Loading.of(service._holdings, here).manifest(here), here.url)
+            metadata = parse_manifest(Loading.of(service._resources, here).manifest(here), here.url)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = str(uuid.uuid4())
@@ -115,7 +115,7 @@ class StorageReader(storage.StorageReader):
             read_items(
                 plan.items,
                 Directory(self._metadata, here.url),
-                Loading.of(service._holdings, here).fetcher(here),
+                Loading.of(service._resources, here).fetcher(here),
                 url=here.url,
                 weights_only=self.weights_only,
                 planner=planner,

@@ -100,9 +100,9 @@ class StorageWriter(storage.StorageWriter):
         """Return them unchanged; refuse to replace a checkpoint where ``overwrite=False``."""
         service, location = self._service, self._location
         if not service.options.overwrite:
-            holdings = service._holdings
-            look = partial(holdings.store(location).exists, location.below(MARKER))
-            if holdings.loads.run(holdings.running(), look):
+            resources = service._resources
+            look = partial(resources.store(location).exists, location.below(MARKER))
+            if resources.loads.run(resources.running(), look):
                 raise exists_already("begin", location)
         return plans
 
@@ -134,12 +134,12 @@ class StorageWriter(storage.StorageWriter):
         metadata.storage_meta = self.storage_meta()
         metadata.version = VERSION
         location = self._location
-        holdings = self._service._holdings
+        resources = self._service._resources
         writer = ManifestWriter(
             self._streaming(location),
             metadata,
-            store=holdings.store(location),
-            workers=holdings.workers,
+            store=resources.store(location),
+            workers=resources.workers,
             run=self._run,
             number=self._number,
         )
@@ -159,5 +159,5 @@ class StorageWriter(storage.StorageWriter):
         return True
 
     def _streaming(self, location: Location) -> StreamingWriter:
-        holdings = self._service._holdings
-        return StreamingWriter(holdings.store(location), holdings.workers, holdings.options)
+        resources = self._service._resources
+        return StreamingWriter(resources.store(location), resources.workers, resources.options)

@@ -1,10 +1,10 @@
-"""Carries out what the queue decides, for all services of the process. Everything here runs on the loop thread.
+"""Carries out the decisions of the queue, for all services of the process. Everything here runs on the loop thread.
 
-Guarantees: what a caller sends is answered, and takes effect in the order in which it comes. Being on one thread, it
-needs no lock.
+Guarantees: each message from a caller is answered, and messages take effect in the order of their arrival. No lock is
+needed, as there is only one thread.
 
-What does not belong here: which operation may run (queue), how it runs (execution), how a request ends (registry),
-what a caller is told (service).
+What does not belong here: which operation may run (queue), how it runs (execution), how a request ends (registry), what
+a caller is told (service).
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _ids = count(1)
 
 
 class Dispatcher:
-    """The requests under way, and the queue that decides about them.
+    """The requests in progress, and the queue that decides about them.
 
     Args:
-        tasks: where the operations run.
+        tasks: the task group that runs the operations.
 
     Attributes:
         registry: the requests that have not ended.
@@ -78,13 +78,13 @@ class Dispatcher:
         self.registry = Registry()
         self._queue = Queue()
         self._executor = Executor(tasks, self._ended)
-        self._preadmitted: set[Request] = set()  # they have their place, and have not been enqueued
-        self._comparing: set[Request] = set()  # they share memory, and have not been enqueued
+        self._preadmitted: set[Request] = set()  # admitted before they were enqueued
+        self._comparing: set[Request] = set()  # they share memory, but are not enqueued yet
 
     # -- messages from callers
 
     def share_buffer(self, request: Request, owner: Request, snapshot: Snapshot) -> bool:
-        """Let *request*, not enqueued yet, hold the memory of *snapshot*; return whether that is still there."""
+        """Let *request*, which is not enqueued yet, share the memory of *snapshot*; return whether it still exists."""
         if owner.snapshot is not snapshot or owner.buffer is None:
             return False
         request.account.pool.share(owner.buffer)
@@ -94,14 +94,14 @@ class Dispatcher:
         return True
 
     def unshare_buffer(self, request: Request) -> None:
-        """End what `share_buffer` began; where nothing is shared, do nothing."""
+        """Undo `share_buffer`; do nothing if nothing is shared."""
         self._comparing.discard(request)
         if request.shares_buffer:
             request.release_buffer()
             self._pump()
 
     def pending_changes(self, names: Iterable[str]) -> dict[str, str | None]:
-        """Tell which of *names* are about to become something else: a link to another key, or no link."""
+        """Return those of *names* that will change: by name, the key that it will link to, or ``None`` for no link."""
         found: dict[str, str | None] = {}
         for name in names:
             op = self._queue.changing(name)
@@ -110,22 +110,22 @@ class Dispatcher:
         return found
 
     def is_changing(self, location: Location) -> bool:
-        """Return whether something pending may change whether *location* can be saved to."""
+        """Return whether a pending operation may change whether *location* can be saved to."""
         return self._queue.is_changing(location.key)
 
     def preadmit(self, request: Request) -> None:
-        """Give a save its place that a signal handler on its thread has interrupted before it was enqueued (L1).
+        """Admit a save that a signal handler on its thread interrupted before it was enqueued (L1).
 
-        What the handler asks for next may have to come after it; it is let in, whatever is there by then.
+        The handler's next request may have to wait for that save, so it is admitted whatever the bounds.
         """
-        if request.account.closed or request.op.id:  # it has been enqueued, or has its place
+        if request.account.closed or request.op.id:  # it is enqueued or admitted already
             return
         self._preadmitted.add(request)
         self._number(request)
         self._queue.preadmit(request.op)
 
     def enqueue(self, request: Request) -> None:
-        """Queue a new request; ``request.admission`` tells when its caller may go on."""
+        """Add a new request to the queue; ``request.admission`` is set when its caller may go on."""
         if request.rejected:  # before it came here
             self.registry.disregard(request)
             self.unshare_buffer(request)
@@ -136,7 +136,7 @@ class Dispatcher:
             self._admit(request)
             return
         if request.account.closed or self._queue.has_waiting_save(request.account.lane):
-            # First come, first served: a save that waits for that memory would wait for ever for one behind it.
+            # First come, first served: an earlier save may wait for that memory, maybe forever.
             self.unshare_buffer(request)
         self._comparing.discard(request)
         if request.account.closed:
@@ -158,7 +158,7 @@ class Dispatcher:
             other.account is request.account and other.op.thread == request.op.thread
             for other in self._comparing
         ):
-            request.op.urgent = True  # it interrupted that one, whose memory comes free only after it (L1)
+            request.op.urgent = True  # it interrupted that save, which frees its memory only afterwards (L1)
         self._pump()
 
     def _number(self, request: Request) -> None:
@@ -167,7 +167,7 @@ class Dispatcher:
         self.registry.add(request)
 
     def staged(self, request: Request, snapshot: Snapshot) -> None:
-        """The snapshot is complete; from here on the save is the service's own affair."""
+        """Note that the snapshot is complete; from now on, the save does not depend on its caller."""
         if request not in self.registry:  # rejected meanwhile
             return
         request.snapshot = snapshot
@@ -176,7 +176,7 @@ class Dispatcher:
         self._pump()
 
     def withdraw(self, request: Request) -> None:
-        """The caller of an unfinished request has gone: interrupted while it waited, or done reading."""
+        """Remove an unfinished request whose caller was interrupted as it waited, or has finished reading."""
         op = request.op
         handed_over = op.kind is SAVE and op.phase not in (WAITING, STAGING)
         if request not in self.registry:
@@ -200,7 +200,8 @@ class Dispatcher:
     def drain(self, account: Account, *, thread: int) -> tuple[Outcome[None], list[Handle]]:
         """Return an outcome that is set when everything that *account* has accepted so far has ended.
 
-        And the handles of what it does not stand for, as it comes after a call that is suspended on *thread* (L1).
+        Also return the handles of requests that it does not include, because they have to wait for a call that is
+        suspended on *thread* (L1).
         """
         accepted = [
             op
@@ -212,10 +213,10 @@ class Dispatcher:
         return drained, [self.registry.of(op).handle for op in suspended]
 
     def close(self, account: Account, *, thread: int) -> Outcome[None]:
-        """Let nothing more in; return an outcome that is set when everything of *account* has ended.
+        """Accept nothing more; return an outcome that is set when everything of *account* has ended.
 
-        A caller that waits for admission, or to load, is rejected, and so is one whose snapshot cannot be
-        completed because it is suspended on *thread*, beneath the one that closes (L1).
+        Callers that wait for admission, or to load, are rejected. So are callers that cannot complete their snapshot,
+        because they are suspended on *thread*, which is closing (L1).
         """
         account.closed = True
         for request in self._live(account):
@@ -233,23 +234,23 @@ class Dispatcher:
         return self.registry.drain(op for op in self._queue.live(account.lane) if op.kind is not LOAD)
 
     def handles(self, account: Account) -> list[Handle]:
-        """Return the handles of what *account* has accepted and not ended, oldest first."""
+        """Return the handles of the pending requests of *account*, oldest first."""
         live = [
             op for op in self._queue.live(account.lane) if op.kind is not LOAD and op.phase is not WAITING
         ]
         return [self.registry.of(op).handle for op in live]
 
     def progress_seconds(self, account: Account) -> float:
-        """Tell when something last got on that *account* waits for: its own, or another's that it is behind."""
+        """Return the time of the last progress of *account*, or of a request that it may be queued behind."""
         accounts = self.registry.accounts(self._queue.related_lanes(account.lane))
         return max(each.progress.seconds for each in accounts | {account})
 
     def is_idle(self, account: Account) -> bool:
-        """Return whether nothing is under way, loads and who waits to be let in included."""
+        """Return whether nothing is in progress, including loads and saves that wait for admission."""
         return not any(True for _ in self._queue.live(account.lane))
 
     def cancel_all(self, account: Account, reason: str) -> Outcome[None]:
-        """End everything of *account*; return an outcome that is set when what was running has cleaned up."""
+        """Abandon everything of *account*; return an outcome that is set when running operations have cleaned up."""
         running = []
         for request in self._live(account):
             op = request.op
@@ -261,13 +262,13 @@ class Dispatcher:
                 running.append(op)
             elif op.phase is STAGING and request.claim():
                 self._reject(request)
-            else:  # queued, or about to be; or it has not begun
+            else:  # queued, about to be queued, or not begun yet
                 self._fail(request, AbandonedError(f"{request.location.url!r}: {reason}"))
         self._pump()
         return self.registry.drain(running)
 
     def abandon_all(self, account: Account) -> None:
-        """End the requests of *account* whose work did not even stop when told to."""
+        """End the requests of *account* that did not stop when they were cancelled."""
         for request in self._live(account):
             op = request.op
             if op.kind is not LOAD:
@@ -275,7 +276,7 @@ class Dispatcher:
         self._pump()
 
     def _live(self, account: Account) -> Iterator[Request]:
-        """Yield what has not ended, not even by what was done about an earlier one."""
+        """Yield the requests that have not ended; the body may end others of them."""
         for op in list(self._queue.live(account.lane)):
             if self._queue.is_live(op):
                 yield self.registry.of(op)
@@ -337,7 +338,7 @@ class Dispatcher:
         request.answer(refusal)
 
     def _ended(self, request: Request, nbytes: int, error: Exception | None) -> None:
-        """A save, a removal or a link has run to its end."""
+        """Note that a save, a removal or a link has ended."""
         kind = request.op.kind
         if error is not None:
             if isinstance(error, RemovalDroppedError) and kind is REMOVE:
@@ -357,7 +358,7 @@ class Dispatcher:
         self._pump()
 
     def _drop(self, request: Request, error: RemovalDroppedError) -> None:
-        """End a removal, or a link, that is not carried out; it is told, and stops nobody."""
+        """End a removal or a link without carrying it out; this is reported, but fails no other request."""
         self._queue.withdraw(request.op)
         with suppress(Exception):  # of the program's own log handlers
             logger.warning("%s", error)

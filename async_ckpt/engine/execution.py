@@ -1,9 +1,9 @@
-"""Carries operations out: a task for each save, and a few for all removals and links of a service.
+"""Runs operations: one task for each save, and a few tasks for all removals and links of a service.
 
-Guarantees: each that was started is reported once, unless it is given up before it has begun; nothing that it raises
-reaches the loop. However many removals may run, `MOST_REMOVALS` of a service do at a time (B2).
+Guarantees: each operation that is started is reported once, unless it is abandoned before it begins. No exception of an
+operation reaches the loop. At most `MOST_REMOVALS` removals and links of a service run at a time (B2).
 
-What does not belong here: which operation may run (queue), what its end means to others (dispatch), how bytes are
+What does not belong here: which operation may run (queue), what its end means for others (dispatch), how bytes are
 written (writers, stores).
 """
 
@@ -29,7 +29,7 @@ from async_ckpt.telemetry.patience import moving
 __all__ = ["LATE_BYTES_A_SECOND", "LATE_SECONDS", "MOST_REMOVALS", "Executor"]
 
 MOST_REMOVALS = 16
-"""How many removals and links of one service run at a time: as many requests as a store's connections serve well."""
+"""How many removals and links of one service run at a time: enough to keep the connections of a store busy."""
 
 LATE_SECONDS = 5.0
 LATE_BYTES_A_SECOND = 100e6
@@ -40,8 +40,8 @@ class Executor:
     """Runs operations on the loop.
 
     Args:
-        tasks: where their tasks live.
-        ended: called with a request when it has run to its end, with the length of its file and what it failed with.
+        tasks: the task group that runs them.
+        ended: called when a request has ended, with the request, the length of its file, and its error if it failed.
     """
 
     def __init__(self, tasks: TaskGroup, ended: Callable[[Request, int, Exception | None], object]) -> None:
@@ -49,7 +49,7 @@ class Executor:
         self._ended = ended
 
     def start(self, request: Request) -> None:
-        """Let *request* run, soon."""
+        """Schedule *request*."""
         account = request.account
         if request.op.kind is SAVE:
             self._tasks.start_soon(self._run_save, request)
@@ -64,7 +64,7 @@ class Executor:
             await self._run(request, scope)
 
     async def _run_removals(self, account: Account) -> None:
-        """Run what waits for a task, one after the other: to make a task costs more than to remove a file."""
+        """Run waiting removals one after the other: creating a task costs more than removing a file."""
         with moving(account.progress):
             while account.removals:
                 with anyio.CancelScope() as scope:
@@ -73,7 +73,7 @@ class Executor:
         account.removers -= 1
 
     async def _run(self, request: Request, scope: anyio.CancelScope) -> None:
-        if request.is_over:  # it was given up before it had begun
+        if request.is_over:  # it was abandoned before it began
             return
         request.scope = scope
         error: Exception | None = None
@@ -88,7 +88,7 @@ class Executor:
             raise
         except BaseException as raised:  # a SystemExit would end the loop
             error = _failure_of(request, raised)
-        if not request.is_over:  # else it was left behind, and has been reported as such
+        if not request.is_over:  # else it was left behind, and has already been reported
             self._ended(request, nbytes, error)
 
 
@@ -109,7 +109,7 @@ def _giving_way(request: Request) -> Iterator[None]:
 
 
 async def _carry_out(request: Request) -> int:
-    """Do what the request asks for; return the length of the file, 0 if there is none or it is unknown."""
+    """Carry out *request*; return the length of the file, or 0 if there is none or it is unknown."""
     writer = request.writer
     assert writer is not None
     if isinstance(writer, Linker):
@@ -125,7 +125,7 @@ async def _carry_out(request: Request) -> int:
 
 
 def _failure_of(request: Request, raised: BaseException) -> Exception:
-    """Return what to fail with: what was raised, if it is an ordinary error."""
+    """Return the error to report: the one that was raised, or a substitute for a ``BaseException``."""
     _forget_locals(raised)
     if isinstance(raised, Exception):
         return raised
@@ -135,7 +135,7 @@ def _failure_of(request: Request, raised: BaseException) -> Exception:
 
 
 def _forget_locals(error: BaseException) -> None:
-    """Empty the frames of the tracebacks: their variables would keep the snapshot's memory, uncounted (B1)."""
+    """Clear the frames of the tracebacks: their variables would keep the snapshot's memory, uncounted (B1)."""
     chain: list[BaseException | None] = [error]
     seen: set[int] = set()
     while chain:

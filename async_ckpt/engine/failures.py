@@ -1,10 +1,10 @@
-"""What failed and has not been told yet, and how it is told.
+"""Failures that have not been reported yet, and how they are reported.
 
-Guarantees: each failure is raised, warned of, logged or printed once (E1), twice at the most where Ctrl-C comes while
-it is told: that it has been is noted last. An error that is in flight is never replaced (E2). Nothing here waits for a
-lock, so a signal handler may come at any line (L1).
+Guarantees: each failure is raised, warned of, logged or printed once (E1); or twice if Ctrl-C interrupts the report, as
+a failure is marked as reported last. An error in flight is never replaced (E2). Nothing here waits for a lock, so a
+signal handler may interrupt any line (L1).
 
-What does not belong here: what fails, and when somebody asks.
+What does not belong here: what fails, and when failures are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MARK = "_async_ckpt_ambient"
 
 
 class _Mark:
-    """What an error carries that was being handled as a service was made; it goes no further than that error."""
+    """Marks an error that was being handled when a service was made; it is not pickled with the error."""
 
     __slots__ = ("__weakref__",)
 
@@ -44,69 +44,69 @@ def _no_mark() -> None:
 def _mark_current_error() -> Callable[[], _Mark | None]:
     """Return a weak reference to the mark of the error that is being handled.
 
-    An error cannot be referred to weakly, and strongly would keep what its frames hold; an id is another one's later.
+    There are no weak references to errors, a strong one would keep the objects in its frames, and an id is reused.
     """
     error = sys.exc_info()[1]
     if error is None:
         return _no_mark
-    mark = vars(error).get(_MARK)  # another service's
+    mark = vars(error).get(_MARK)  # of another service
     if mark is None:
         mark = vars(error)[_MARK] = _Mark()
     return weakref.ref(mark)
 
 
 class Failures:
-    """The failures of one service, oldest first. The loop thread adds them, any thread may collect.
+    """The unreported failures of one service. The loop thread adds them; any thread may report them.
 
     Args:
-        warn: warn of a failure where it would be raised.
+        warn: warn of failures instead of raising them.
     """
 
     def __init__(self, *, warn: bool) -> None:
         self._warn = warn
-        self._unreported: set[Failure] = set()  # those that a handle has told may be among them
+        self._unreported: set[Failure] = set()  # may include failures that a handle has reported
         self._ambient_mark = _mark_current_error()
 
     def __bool__(self) -> bool:
-        """Whether there is anything that nobody has been told of."""
+        """Whether there is an unreported failure."""
         return not all(failure.is_reported for failure in self._unreported.copy())
 
     def untold(self) -> list[Exception]:
-        """Return what nobody has been told of, oldest first; it stays untold."""
+        """Return the unreported errors, oldest first; they stay unreported."""
         return [failure.error for failure in self._in_order()]
 
     def add(self, failure: Failure) -> None:
-        """Take in a failure that nobody has been told of."""
+        """Add an unreported failure."""
         self._unreported.add(failure)
 
     def take_over(self, other: Failures) -> None:
-        """Tell from now on of what *other* has not told."""
+        """Take over the unreported failures of *other*."""
         failures = other._in_order()
         self._unreported.update(failures)
         other._mark_reported(failures)
 
     def keep_ambient_error(self) -> None:
-        """Count an error that was being handled when this was made as in flight, like later ones (E2).
+        """Treat an error that was being handled when this was made as in flight, like later ones (E2).
 
-        For owners that are made on demand, maybe while they handle an error that they will raise again.
+        For objects made on demand, perhaps while an error is handled that will be raised again.
         """
         self._ambient_mark = _no_mark
 
     def raise_all(self) -> None:
-        """Raise what was not collected, for callers that ask whether all is well."""
+        """Raise the unreported failures."""
         self.raise_claimed(self.claim())
 
     def raise_unless_in_flight(self, *, but: Handle) -> None:
-        """Raise what was not collected; where an error is in flight, leave ours for the next call.
+        """Raise the unreported failures; if an error is in flight, leave them for the next call.
 
         Args:
-            but: a request that its caller is about to get the handle of, however soon it failed.
+            but: a request whose handle is about to be returned; its failure is left to the handle.
         """
         if self._in_flight() is None:
             self.raise_claimed(self.claim(but))
 
     def raise_or_add(self) -> None:
-        """Raise what was not collected; where an error is in flight, log ours and add it to that error's notes."""
+        """Raise the unreported failures; if an error is in flight, log them and add them to its notes."""
         failures, in_flight = self.claim(), self._in_flight()
         if failures and in_flight is not None:
             error = _as_one(failures)
@@ -118,10 +118,10 @@ class Failures:
             self.raise_claimed(failures)
 
     def claim(self, but: Handle | None = None) -> list[Failure]:
-        """Return what this thread has to raise, and no other will; where a warning is wished for instead, warn.
+        """Return the failures that this thread, and no other, has to raise; none if it warns of them instead.
 
         Args:
-            but: a request whose failure is to stay.
+            but: a request whose failure is not claimed.
         """
         failures = self._claimed(but)
         if failures and self._warn:
@@ -130,7 +130,7 @@ class Failures:
         return failures
 
     def raise_claimed(self, failures: list[Failure]) -> None:
-        """Raise what `claim` returned, if anything; a caller who does no more after it loses nothing to Ctrl-C."""
+        """Raise the failures that `claim` returned, if any. Called last, so that Ctrl-C loses none of them."""
         if not failures:
             return
         error = _as_one(failures)
@@ -141,13 +141,13 @@ class Failures:
                 self._mark_reported(failures)
 
     def log(self) -> None:
-        """Log what was not collected, where nobody is there to be told."""
+        """Log the unreported failures, if there is no caller to raise them to."""
         if failures := self._claimed():
             logger.error("%s", _described(failures), exc_info=_as_one(failures))
             self._mark_reported(failures)
 
     def print_at_exit(self) -> bool:
-        """Print what nobody has been told, waiters or not; return whether that means that the program failed."""
+        """Print the unreported failures, even those with waiters; return whether the program has failed."""
         failures = self._in_order()
         for failure in failures:
             lines = traceback.format_exception(
@@ -161,23 +161,23 @@ class Failures:
         error = sys.exc_info()[1]
         mark = self._ambient_mark()
         if mark is not None and error is not None and vars(error).get(_MARK) is mark:
-            return None  # it was being handled before there was a service: the program has caught it already
+            return None  # it was being handled before the service existed, so the program has caught it
         return error
 
     def _claimed(self, but: Handle | None = None) -> list[Failure]:
-        """Take what no handle's waiter is about to be told, and no other thread is telling; *but* one."""
+        """Claim the failures that no waiter and no other thread is about to report, without that of *but*."""
         return [
             failure
             for failure in self._in_order()
             if not failure.handle.is_waited_for
             and failure.handle is not but
             and failure.claim()
-            and failure in self._unreported  # still: a signal handler may have told of it
+            and failure in self._unreported  # still: a signal handler may have reported it
         ]
 
     def _in_order(self) -> list[Failure]:
-        """Return what nobody has been told, oldest first."""
-        untold = self._unreported.copy()  # in one step, whoever adds
+        """Return the unreported failures, oldest first."""
+        untold = self._unreported.copy()  # in one step, as other threads may add to it
         self._mark_reported([failure for failure in untold if failure.is_reported])
         return sorted(
             (failure for failure in untold if not failure.is_reported), key=lambda failure: failure.number
@@ -191,18 +191,18 @@ class Failures:
         logger.warning("%s", _described(failures), exc_info=error)
         try:
             warnings.warn(f"{_described(failures)}: {error}", RuntimeWarning, stacklevel=_depth_of_caller())
-        except RuntimeWarning:  # the program has it raised
+        except RuntimeWarning:  # the program turns warnings into errors
             self._mark_reported(failures)
             raise
         self._mark_reported(failures)
 
 
 def tell(message: str) -> None:
-    """Tell the user on standard error, when nothing else is left to tell him by; in the log where nobody reads that."""
+    """Print a message to standard error, or log it if that fails; for the exit, when there is no call to raise it."""
     try:
         sys.stderr.write(f"async_ckpt: {message}\n")
         sys.stderr.flush()
-    except Exception:  # there is none; it is closed; its reader has gone; it is the program's own, and raises
+    except Exception:  # there is none, it is closed or unread, or the program replaced it
         with suppress(Exception):
             logger.error("%s", message)
 

@@ -1,7 +1,7 @@
-"""The loads of one service that are under way.
+"""The loads of one service that are in progress.
 
-Guarantees: a load ends with its service, whoever is closing it, and leaves nothing open, but for a read that storage
-holds up: that is waited for a moment, and then left behind (B2).
+Guarantees: a load ends with its service, whichever thread closes it, and leaves nothing open. Only a read that hangs in
+storage is left behind, after a moment (B2).
 
 What does not belong here: waiting for pending saves (service), reading (format).
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 
-from async_ckpt.engine.errand import Errand
+from async_ckpt.engine.loop_task import LoopTask
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
@@ -39,16 +39,16 @@ C = TypeVar("C", bound=_Closable)
 
 
 class Reading(Protocol):
-    """Something that is read on the loop thread."""
+    """A read in progress on the loop thread."""
 
     def stop(self, reason: BaseException) -> None:
-        """Have it end, from any thread; who waits for it gets *reason*."""
+        """Stop it, from any thread; code that waits for it gets *reason*."""
 
     def end(self, reason: BaseException) -> bool:
-        """Do that, and wait for the end, but not for long; return whether it has come."""
+        """Stop it and wait a moment for its end; return whether it has ended."""
 
     def when_ended(self, callback: Callable[[], object]) -> None:
-        """Call *callback* once nothing is under way any more."""
+        """Call *callback* once it has ended."""
 
     def close(self) -> None:
         """End it for good."""
@@ -58,7 +58,7 @@ class Loads:
     """Reads checkpoints; threads may share it.
 
     Args:
-        max_concurrent_reads: requests at a time of one load.
+        max_concurrent_reads: how many requests of one load run at a time.
     """
 
     def __init__(self, max_concurrent_reads: int) -> None:
@@ -92,32 +92,32 @@ class Loads:
                 keys=None if keys is None else as_patterns(keys),
                 progress=progress,
             )
-        except Exception as error:  # torch.load's own, of many kinds, which name no file
+        except Exception as error:  # torch.load raises many types, which do not name the file
             if sys.version_info >= (3, 11):
                 error.add_note(f"while {location.url!r} was read")
             raise
 
     def run(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> T:
-        """Return what the coroutine *function* returns, which runs on the loop thread, as a part of a load."""
-        errand = Errand(runtime, function)
-        with self.held(errand):
-            errand.start()
-            return errand.outcome.result()
+        """Run the coroutine *function* on the loop thread, as a part of a load, and return its result."""
+        task = LoopTask(runtime, function)
+        with self.held(task):
+            task.start()
+            return task.outcome.result()
 
     def end(self) -> bool:
-        """End every load, now and later ones as well; return whether nothing of them is under way any more.
+        """End every load, present and future; return whether all have ended.
 
-        May be called again, by several threads.
+        May be called repeatedly, by several threads.
         """
         self._is_over = True
         readings = list(self._readings)
-        for reading in readings:  # all of them first: they are waited for together
+        for reading in readings:  # all of them first, so that they end at the same time
             reading.stop(_closed())
         return all(reading.end(_closed()) for reading in readings)
 
     @contextmanager
     def kept_open(self, runtime: Runtime, open_it: Callable[[], Awaitable[C]]) -> Iterator[C]:
-        """Hold something open, such as a file, from which several things are read."""
+        """Keep something open on the loop, such as a file, during the body."""
         opened: Outcome[C] = Outcome()
 
         async def keep_open() -> None:
@@ -130,14 +130,14 @@ class Loads:
                     await source.aclose()
 
         def tell() -> None:
-            error = errand.outcome.exception()
+            error = task.outcome.exception()
             if error is not None and not opened.done():
                 opened.set_exception(error)
 
-        errand = Errand(runtime, keep_open)
-        with self.held(errand):
-            errand.outcome.add_done_callback(tell)
-            errand.start()
+        task = LoopTask(runtime, keep_open)
+        with self.held(task):
+            task.outcome.add_done_callback(tell)
+            task.start()
             yield opened.result()
 
     @contextmanager
@@ -148,7 +148,7 @@ class Loads:
         runtime: Runtime,
         moved: Callable[[int], None] = lambda _: None,
     ) -> Iterator[CheckpointFile]:
-        """Give a file, not started yet, that tells *moved* how many bytes have come."""
+        """Yield a checkpoint file that is not opened yet, and that calls *moved* with the number of bytes read."""
         from async_ckpt.format.reading.file import CheckpointFile
         from async_ckpt.format.reading.readahead import CHUNK_BYTES, ReadAhead
 
@@ -166,15 +166,15 @@ class Loads:
 
     @contextmanager
     def held(self, reading: Reading) -> Iterator[None]:
-        """Have *reading*, which has not begun, end with the service, and at the end of this at the latest."""
+        """End *reading*, which has not begun, with the service, or at the latest after the body."""
         self._readings.append(reading)
         try:
-            if self._is_over:  # just now, by one who does not know of it
+            if self._is_over:  # the service was just closed
                 raise _closed()
             yield
         finally:
             reading.close()
-            # Last: who interrupts this leaves it to the service.
+            # Last: if this is interrupted, the service ends it.
             reading.when_ended(partial(self._readings.remove, reading))
 
 

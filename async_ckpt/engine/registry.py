@@ -1,10 +1,10 @@
-"""The requests that have not ended, and the one place in which they end.
+"""The requests that have not ended, and the only place where requests end.
 
-Guarantees: a request ends exactly once (D4), and in this order: it is no longer known here, its memory goes back, its
-handle is set, and whoever waits until its service is drained is told. An error goes to whoever waits on the handle,
-else to the service (E1).
+Guarantees: a request ends exactly once (D4), in this order: it is removed from here, its memory is released, its handle
+is set, and callers that wait for its service to drain are notified. Its error is given to those who wait on the handle,
+or else to the service (E1).
 
-What does not belong here: the queue's place of a request, which the dispatcher has given up before.
+What does not belong here: the request's place in the queue, which the dispatcher removes first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["Registry"]
 
 
 class Registry:
-    """All requests that are under way, by the number of their operation.
+    """All requests in progress, by the id of their operation.
 
     Attributes:
-        announced: those that were sent here, in the queue already or not; callers add to it.
+        announced: requests that were sent to the loop, whether or not they are in the queue yet; callers add to it.
         announced_links: the links among them.
     """
 
@@ -34,19 +34,19 @@ class Registry:
         self._drains: list[tuple[set[int], Outcome[None]]] = []
 
     def announce(self, request: Request) -> None:
-        """Note that *request* is about to be sent here; on any thread."""
+        """Note that *request* is about to be sent to the loop; called on any thread."""
         if request.op.kind is LINK:
-            self.announced_links.add(request)  # first: who sees the one sees the other
+            self.announced_links.add(request)  # first: code that sees it in one set sees it in the other
         self.announced.add(request)
 
     def disregard(self, request: Request) -> None:
-        """Note that *request* does not come, or has ended."""
+        """Note that *request* will not arrive, or has ended."""
         self.announced.discard(request)
         if request.op.kind is LINK:
             self.announced_links.discard(request)
 
     def add(self, request: Request) -> None:
-        """Take in a request, whose operation has its number now."""
+        """Add a request whose operation has been given its id."""
         self._requests[request.op.id] = request
 
     def __contains__(self, request: Request) -> bool:
@@ -57,11 +57,11 @@ class Registry:
         return self._requests[op.id]
 
     def accounts(self, lanes: set[Lane]) -> set[Account]:
-        """Return those that have requests under way, as far as they are in *lanes*."""
+        """Return the accounts in *lanes* that have requests in progress."""
         return {request.account for request in self._requests.values() if request.account.lane in lanes}
 
     def finish(self, request: Request, state: State, error: Exception | None = None, nbytes: int = 0) -> None:
-        """End a request whose handle tells what it came to."""
+        """End a request, and set its handle."""
         self._release(request)
         request.handle._state = state
         if error is not None:
@@ -78,14 +78,14 @@ class Registry:
         self._notify_drains(request)
 
     def fail(self, request: Request, error: Exception) -> None:
-        """End a request with an error that somebody has to be told of."""
+        """End a request with an error that has to be reported."""
         failure = Failure(request.handle, error)
         request.handle._failure = failure
         request.account.failures.add(failure)
         self.finish(request, State.FAILED, error)
 
     def forget(self, request: Request) -> None:
-        """End a request whose handle nobody holds."""
+        """End a request whose handle was never returned."""
         self._release(request)
         self._notify_drains(request)
 

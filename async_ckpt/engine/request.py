@@ -1,7 +1,6 @@
-"""One request as the service and the loop thread know it together, and what its caller is told where it has no effect.
+"""The internal record of a request, shared by the caller's thread and the loop thread; the handle is its public side.
 
-Guarantees: the loop thread alone ends a request; what the caller's thread sets, it sets before it hands the request
-over. The handle is its public half.
+Guarantees: only the loop thread ends a request. The caller's thread sets its attributes before it sends the request.
 
 What does not belong here: deciding (queue), carrying out (dispatch).
 """
@@ -47,13 +46,13 @@ class Account:
     Attributes:
         lane: its share of the queue.
         pool: its host memory.
-        observer: whom it tells of events.
-        failures: what it has not told yet.
+        observer: receives its events.
+        failures: those not reported yet.
         progress: of its requests.
-        closed: whether it lets nothing more in.
-        newest: the save that was staged last; its memory may serve another save.
-        removals: removals and links that may run, and wait for a task that is free.
-        removers: how many tasks carry those out.
+        closed: whether it accepts nothing more.
+        newest: the save that was staged last; another save may share its memory.
+        removals: removals and links that may run, and wait for a free task.
+        removers: the number of tasks that run those.
         gives_way: whether training goes before the bulk work of its saves.
     """
 
@@ -79,7 +78,7 @@ class Admission(Outcome[None]):
         self._claimed = threading.Lock()  # never waited for: only a flag that one thread can win
 
     def claim(self) -> bool:
-        """Decide what becomes of the call; only the first, caller or loop, does and gets ``True``."""
+        """Claim the decision about the call; only the first to ask, caller or loop, gets ``True``."""
         return self._claimed.acquire(blocking=False)
 
 
@@ -87,11 +86,11 @@ class Request:
     """One operation from its arrival to its end. Thousands may be pending, so it is kept small.
 
     Attributes:
-        outcome: what it came to.
-        buffer: the memory of its snapshot; another save's as well where it *shares_buffer*.
-        scope: of what runs it.
-        rejected: the service was closed beneath the caller, who returns no handle.
-        abandoned_because: why it runs no longer, where its service has been closed.
+        outcome: its report or its error.
+        buffer: the memory of its snapshot; with *shares_buffer*, also that of another save.
+        scope: the cancel scope that it runs in.
+        rejected: whether the service was closed during the call, which returns no handle.
+        abandoned_because: why it was cancelled, if its service was closed.
         staged_at_seconds: since the epoch.
     """
 
@@ -134,8 +133,8 @@ class Request:
 
     @property
     def admission(self) -> Admission:
-        """What the caller of a save or a load waits for before it goes on."""
-        assert self._admission is not None, "nobody waits where a removal or a link is accepted"
+        """Set when the caller of a save or a load may go on."""
+        assert self._admission is not None, "callers of removals and links do not wait"
         return self._admission
 
     @property
@@ -144,14 +143,14 @@ class Request:
         return self.outcome.done()
 
     def claim(self) -> bool:
-        """Decide whether its caller returns a handle; only the first, caller or loop, does and gets ``True``.
+        """Claim the decision whether the call returns a handle; only the first to ask, caller or loop, gets ``True``.
 
-        The caller does so when it has handed the snapshot over: whatever becomes of that, the handle tells.
+        The caller asks once it has sent the snapshot; from then on, the handle reports what happens.
         """
         return self.admission.claim()
 
     def answer(self, refusal: Exception | None = None) -> None:
-        """Tell its caller that it may go on, or why not; who asks for a removal or a link does not wait for that."""
+        """Let its caller go on, or refuse it; callers of removals and links do not wait."""
         if self._admission is None:
             return
         if refusal is None:
@@ -160,17 +159,17 @@ class Request:
             self._admission.set_exception(refusal)
 
     def release_buffer(self) -> None:
-        """Give its memory back, if it has any."""
+        """Release its memory, if it has any."""
         buffer, self.buffer = self.buffer, None
         if buffer is None:
             return
         self.account.pool.release(buffer)
         self.shares_buffer = False
-        if self.account.closed:  # nobody else will look after it
+        if self.account.closed:  # nothing else will free it
             self.account.pool.close()
 
     def emit(self, event: type[Event], **values: Any) -> None:
-        """Tell the service's observer; what it raises goes no further."""
+        """Send an event to the service's observer, whose exceptions are logged."""
         self.account.progress.note()
         observer = self.account.observer
         if observer is None:
@@ -182,7 +181,7 @@ class Request:
                 logger.exception("the observer failed on %s of %r", event.__name__, self.location.url)
 
     def refusal(self, lacking: str) -> BackPressureError:
-        """Return why there is no room for it: in the queue, in memory, or as the system says."""
+        """Return the error for a lack of room: in the queue, in memory, or in the system."""
         url, nbytes = self.location.url, self.op.nbytes
         if lacking == "queue":
             return QueueFullError(
@@ -199,7 +198,7 @@ class Request:
         )
 
     def replacement(self, *, superseded: bool) -> NotDurableError:
-        """Return what took its place before it had started."""
+        """Return the error of a save that was superseded, or cancelled by a removal, before it started."""
         url = self.location.url
         if superseded:
             return SupersededError(f"a newer save of {url!r} took its place before it had started")

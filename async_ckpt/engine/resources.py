@@ -1,8 +1,8 @@
-"""What one service holds while it has something to do: its place on the loop, threads, host memory, connections.
+"""The resources of one service: its use of the loop thread, worker threads, host memory, and connections.
 
-Guarantees: it is taken with the first request, and given back by `Holdings.close`, when the service is dropped, or when
-the interpreter ends (B2, D4); what is under way comes to its end before, within a deadline where somebody waits. Every
-step of that may be interrupted and taken again, by this thread or another (L1).
+Guarantees: they are acquired by the first request, and released by `Resources.close`, when the service is garbage
+collected, or when the interpreter exits (B2, D4). Before that, requests in progress end; where somebody waits, within a
+deadline. Each step may be interrupted and repeated, by this thread or another (L1).
 
 What does not belong here: requests (submission), what a caller is told (service).
 """
@@ -25,7 +25,7 @@ from async_ckpt.engine.failures import Failures, tell
 from async_ckpt.engine.loading import Loads
 from async_ckpt.engine.queue import Lane
 from async_ckpt.engine.request import Account
-from async_ckpt.engine.runtime import Runtime, Tenant
+from async_ckpt.engine.runtime import Runtime, RuntimeUser
 from async_ckpt.engine.workers import PoolWorkers
 from async_ckpt.engine.writers import StreamingWriter
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError
@@ -39,47 +39,47 @@ from async_ckpt.stores.local.link import Links
 from async_ckpt.stores.redaction import presentable
 from async_ckpt.telemetry.patience import Limit, Patience
 
-__all__ = ["ABANDON_GRACE_SECONDS", "Holdings", "StoreFactory"]
+__all__ = ["ABANDON_GRACE_SECONDS", "Resources", "StoreFactory"]
 
 logger = logging.getLogger(__name__)
 
 ABANDON_GRACE_SECONDS = 10.0
-"""How long work that was told to stop may take before it is left behind."""
+"""How long cancelled work may take to stop before it is left behind."""
 
 FREE_SECONDS = 10.0
-"""How long stores and threads may take to be closed, all of them together."""
+"""How long closing all stores and threads may take."""
 
 SILENT_EXIT_SECONDS = 1.0
-"""How long the interpreter's exit waits for pending saves before it says so."""
+"""How long the interpreter's exit waits for pending saves before it prints a message."""
 
 
 StoreFactory: TypeAlias = Callable[[Location, Workers], Store]
-"""Makes the store that serves a location; it is asked once for each ``location.group``."""
+"""Makes the store for a location; called once for each ``location.group``."""
 
 
 class Closable(Protocol):
-    """What is to be closed on the loop."""
+    """An object that is closed on the loop."""
 
     async def aclose(self) -> None:
-        """Close it, in a few seconds."""
+        """Close it, within a few seconds."""
 
 
-class Holdings:
-    """What one service holds of one process; a forked child makes its own.
+class Resources:
+    """The resources of one service in one process; a forked child makes its own.
 
     Args:
         options: of the service.
         store_factory: makes the stores; ``None`` makes those that fsspec knows.
-        abandon_grace_seconds: how long work that was told to stop may take to clean up before it is left behind.
+        abandon_grace_seconds: how long cancelled work may take to clean up before it is left behind.
 
     Attributes:
-        has_own_stores: nothing is known of what they can be asked for.
+        has_own_stores: whether the stores come from the user's factory, so that their limits are unknown.
         account: the service as the dispatcher knows it.
-        is_closed: nothing more comes in.
-        loads: those that are under way.
-        workers: the threads for what blocks.
-        links: what makes the links.
-        attached: what is closed with the service, by name: before the stores, and not where it only rests.
+        is_closed: whether no more requests are accepted.
+        loads: those in progress.
+        workers: the threads for blocking calls.
+        links: creates links.
+        attached: other objects to close with the service, by name; before the stores, and not in ``rest``.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Holdings:
             failures=Failures(warn=options.on_error == "warn"),
             gives_way=options.priority == "background",
         )
-        # No thread starts before it is needed. Made here, so that threads which come first together share them.
+        # No thread starts before it is needed. Made here, so that concurrent first requests share them.
         self.loads = Loads(options.max_concurrent_parts)
         self.workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
         self.links = Links(options.durability)
@@ -108,13 +108,13 @@ class Holdings:
         self.attached: dict[str, Closable] = {}
         self._stores: dict[str, Store] = {}
         self._writers: dict[str, StreamingWriter] = {}
-        self._tenant = Tenant(self)
+        self._runtime_user = RuntimeUser(self)
         self._runtime: Runtime | None = None
-        self._predecessor: Holdings | None = None
+        self._predecessor: Resources | None = None
 
-    def successor(self) -> Holdings:
-        """Return what takes over: it holds nothing but this, and knows what is durable and what failed."""
-        successor = Holdings(self.options, self._store_factory, self._abandon_grace_seconds)
+    def successor(self) -> Resources:
+        """Return a replacement that has acquired nothing yet, but knows what is durable and what failed."""
+        successor = Resources(self.options, self._store_factory, self._abandon_grace_seconds)
         lane = self.account.lane
         successor.account.lane.history = lane.history
         successor.account.failures = self.account.failures
@@ -122,10 +122,10 @@ class Holdings:
         successor._predecessor = self
         return successor
 
-    # -- taking
+    # -- acquiring
 
     def running(self) -> Runtime:
-        """Return the runtime, taken if need be.
+        """Return the runtime; acquire it first if necessary.
 
         Raises:
             ServiceClosedError: the service is closed, or the interpreter is ending.
@@ -135,22 +135,22 @@ class Holdings:
             raise ServiceClosedError("the service has been closed; make a new one")
         runtime = self._runtime
         if runtime is None:
-            runtime = self._runtime = runtimes.acquire(self._tenant)
+            runtime = self._runtime = runtimes.acquire(self._runtime_user)
             if self.is_closed:  # meanwhile, by a signal handler or another thread
                 self._runtime = None
-                runtimes.release(runtime, self._tenant)
+                runtimes.release(runtime, self._runtime_user)
                 raise ServiceClosedError("the service was closed meanwhile")
         runtime.refuse_loop_thread()
         return runtime
 
     def held(self) -> Runtime | None:
-        """Return the runtime if it has been taken, also where that was interrupted."""
+        """Return the runtime if it has been acquired, even if acquiring it was interrupted."""
         if self._runtime is None:
-            self._runtime = runtimes.held_by(self._tenant)
+            self._runtime = runtimes.held_by(self._runtime_user)
         return self._runtime
 
     def store(self, location: Location) -> Store:
-        """Return the store that serves *location*, made if need be."""
+        """Return the store for *location*; make it first if necessary."""
         store = self._stores.get(location.group)
         if store is None:
             self.running()
@@ -159,7 +159,7 @@ class Holdings:
         return store
 
     def writer(self, location: Location) -> StreamingWriter:
-        """Return our own writer to where *location* is; all of its requests share it."""
+        """Return our own writer for *location*; all requests of the same store share it."""
         store = self.store(location)
         writer = self._writers.get(location.group)
         if writer is None:
@@ -184,13 +184,13 @@ class Holdings:
 
     @property
     def is_held(self) -> bool:
-        """Whether there is anything to give back."""
+        """Whether there is anything to release."""
         return self.held() is not None or self._predecessor is not None
 
-    # -- what is under way
+    # -- requests in progress
 
     def is_idle(self) -> bool:
-        """Return whether it is held and open, nothing is under way, and nothing waits to be told."""
+        """Return whether it is acquired and open, nothing is in progress, and there is no failure to report."""
         runtime = self.held()
         if runtime is None or self.is_closed or self.account.failures:
             return False
@@ -199,11 +199,12 @@ class Holdings:
     def drained(self) -> tuple[Outcome[None], list[Handle]]:
         """Return an outcome that is set when everything that has been accepted so far has ended.
 
-        And the handles of what it does not stand for, as it comes after a call that is suspended on this thread (L1).
+        Also return the handles of requests that it does not include, because they have to wait for a call that is
+        suspended on this thread (L1).
         """
         runtime = self.held()
         if runtime is not None:
-            with suppress(ServiceClosedError):  # another thread has closed it just now
+            with suppress(ServiceClosedError):  # another thread has just closed it
                 thread = threading.get_ident()
                 return runtime.call(runtime.dispatcher.drain, self.account, thread=thread)
         nothing: Outcome[None] = Outcome()
@@ -211,7 +212,7 @@ class Holdings:
         return nothing, []
 
     def pending(self) -> tuple[Handle, ...]:
-        """Return the handles of what has not ended, oldest first."""
+        """Return the handles of pending requests, oldest first."""
         runtime = self.held()
         handles: list[Handle] = []
         if runtime is not None:
@@ -220,41 +221,41 @@ class Holdings:
         return tuple(handle for handle in handles if not handle.done())
 
     def pending_urls(self) -> str:
-        """Return what has not ended, as text."""
+        """Return the locations of pending requests, for messages."""
         return ", ".join(repr(handle.shown_url) for handle in self.pending())
 
     def patience(self, limit: Limit | None = None, **options: Any) -> Patience:
-        """Return a wait for what is pending, from now on; without *limit*, as the options have it."""
+        """Return a wait for pending requests that begins now; the options give the default of *limit*."""
         return Patience(limit or self.options.limit(None), self._progress_seconds, **options)
 
     def _progress_seconds(self) -> float:
         runtime = self.held()
         if runtime is not None:
-            with suppress(ServiceClosedError):  # by another thread, just now
+            with suppress(ServiceClosedError):  # another thread has just closed it
                 return runtime.call(runtime.dispatcher.progress_seconds, self.account)
         return -math.inf
 
     def timeout_error(self, patience: Patience) -> FlushTimeoutError:
-        """Return what to raise where *patience* is over."""
+        """Return the error to raise when *patience* has run out."""
         what = f"still pending{patience.told}, and going on until its service is closed"
         return FlushTimeoutError(f"{what}: {self.pending_urls()}")
 
     def deadlock_error(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
-        """Return what to raise where everything has ended but *held_up*, for which waiting would last for ever."""
+        """Return the error to raise when only *held_up* are pending, for which waiting would never end."""
         urls = ", ".join(repr(handle.shown_url) for handle in held_up)
         return FlushTimeoutError(f"still pending, until the call goes on that you interrupted: {urls}")
 
-    # -- giving back
+    # -- releasing
 
     def close_predecessor(self, limit: Limit) -> None:
-        """Close what this took over from; again, where that was interrupted."""
+        """Close the one that this replaced; again, if that was interrupted."""
         predecessor = self._predecessor
         if predecessor is not None:
             predecessor.close(limit)
             self._predecessor = None
 
     def close(self, limit: Limit) -> None:
-        """See everything to its end, abandon what is not done within *limit*, and give everything back."""
+        """Wait for pending requests, abandon those that do not end within *limit*, and release everything."""
         self.close_predecessor(limit)
         runtime = self.held()
         if runtime is not None:
@@ -263,7 +264,7 @@ class Holdings:
         if runtime is None:
             return
         stuck = False
-        with suppress(ServiceClosedError):  # the loop has ended: this comes again, after an interruption
+        with suppress(ServiceClosedError):  # the loop has ended: this call repeats one that was interrupted
             drained = runtime.call(runtime.dispatcher.close, self.account, thread=threading.get_ident())
             patience = self.patience(limit)
             try:
@@ -273,7 +274,7 @@ class Holdings:
         self._free(runtime, stuck=stuck)
 
     def drain_at_exit(self) -> bool:
-        """End everything because the interpreter exits (D4); print what nobody has collected (E1)."""
+        """End everything because the interpreter exits (D4); print unreported failures (E1)."""
         limit = self.options.limit(None)
         seconds = min(limit.idle_seconds, limit.total_seconds)
         try:
@@ -299,7 +300,7 @@ class Holdings:
         return not self.account.failures.print_at_exit()
 
     def _abandon(self, runtime: Runtime, reason: str) -> bool:
-        """Give up what is not done; return whether a thread is stuck in storage and had to be left behind."""
+        """Abandon pending requests; return whether a thread is stuck in storage and was left behind."""
         stopped = runtime.call(runtime.dispatcher.cancel_all, self.account, reason)
         try:
             stopped.result(self._abandon_grace_seconds)
@@ -309,29 +310,29 @@ class Holdings:
         return False
 
     def _free(self, runtime: Runtime, *, stuck: bool) -> None:
-        # Each step may be taken twice: by two threads, or again after an interruption.
+        # Each step may run twice: on two threads, or again after an interruption.
         until = monotonic() + FREE_SECONDS
         try:
             with suppress(ServiceClosedError):  # another thread was faster
-                ended = self.loads.end()  # whatever else hangs: who loads is told
+                ended = self.loads.end()  # whatever else hangs, loads are ended
                 if not stuck:
-                    # It may well end a read that hangs.
+                    # Closing a store may end a read that hangs.
                     closed = runtime.call_async(_close_all, self.attached, self._stores)
                     stuck = not (_in_time(closed, until) and ended)
                 runtime.call(self.account.pool.close)
         finally:
             left = 0.0 if stuck else max(0.0, until - monotonic())
             stuck = not self.workers.close(left)
-            runtimes.release(runtime, self._tenant, seconds=0.0 if stuck else left)
+            runtimes.release(runtime, self._runtime_user, seconds=0.0 if stuck else left)
             self._runtime = None
 
     def retire(self) -> bool:
-        """Like `close`, for a service that the program has dropped: without waiting, and with no deadline.
+        """Like `close`, for a service that was garbage collected: without waiting, and without a deadline.
 
         The garbage collector may call this at any line of any thread, so nothing here waits, not even for a lock.
 
         Returns:
-            Whether there was anything to give back.
+            Whether there was anything to release.
         """
         if self._predecessor is not None:
             self._predecessor.retire()
@@ -339,15 +340,15 @@ class Holdings:
         if runtime is None:
             return False
         self.is_closed = True
-        self._tenant.keep(self)
+        self._runtime_user.keep(self)
         try:
             runtime.spawn(self._retire)
         except ServiceClosedError:  # the loop has ended, and everything on it
-            self._tenant.let_go()
+            self._runtime_user.let_go()
         return True
 
     async def _retire(self) -> None:
-        """See everything to its end and give it back, on the loop thread."""
+        """Wait for pending requests and release everything, on the loop thread."""
         runtime = self._runtime
         if runtime is None:  # the exit was faster
             return
@@ -361,13 +362,13 @@ class Holdings:
         finally:
             self.workers.close(0.0)
             runtimes.report_at_exit(self.account.failures)
-            await runtimes.leave(runtime, self._tenant)
-            self._tenant.let_go()
+            await runtimes.leave(runtime, self._runtime_user)
+            self._runtime_user.let_go()
             self._runtime = None
 
 
 def _in_time(outcome: Outcome[None], until: float) -> bool:
-    """Return whether *outcome* is set by then."""
+    """Return whether *outcome* is set before the time *until*."""
     try:
         outcome.exception(until - monotonic())
     except TimeoutError:

@@ -1,16 +1,15 @@
-"""The one loop thread of the process, shared by every service, and what happens when the process ends.
+"""The loop thread, which all services of the process share, and what happens when the process exits.
 
 Guarantees:
 
-* One dispatcher for all services, so that order per location holds across them (O1). It is touched on the
-  loop thread only; other threads send calls and wait for a future of their own, never for a shared lock, so
-  a signal handler may call a service that it interrupted (L1).
-* The thread lives while it has a tenant. The last one that leaves joins it, or where nobody can wait, lets it end by
-  itself (B2). What storage holds up is left behind after a deadline, ends when it can, and holds up neither the
-  interpreter's exit nor the next service.
-* A forked child starts without it; what the parent has under way stays the parent's.
-* When the interpreter exits, every open service is drained first, within its own deadline (D4), and what a
-  service that is gone had nobody to tell of is told (E1).
+* There is one dispatcher for all services, so the order per location holds across them (O1). Only the loop thread
+  touches it. Other threads send calls and wait for a future of their own, never for a shared lock, so a signal handler
+  may call a service that it interrupted (L1).
+* The thread runs while it has users. The last user joins it, or lets it end by itself where it must not wait (B2). Work
+  that hangs in storage is left behind after a deadline; it delays neither the interpreter's exit nor the next service.
+* A forked child starts without it; requests of the parent stay with the parent.
+* When the interpreter exits, every open service is drained first, within its own deadline (D4), and unreported failures
+  of services that no longer exist are printed (E1).
 
 What does not belong here: anything about checkpoints.
 """
@@ -44,7 +43,7 @@ __all__ = [
     "Drainable",
     "Reportable",
     "Runtime",
-    "Tenant",
+    "RuntimeUser",
     "acquire",
     "current",
     "held_by",
@@ -56,7 +55,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
-"""How long what is on the loop may take to end when nobody holds it any more, before it is left behind."""
+"""How long the tasks on the loop may take to end after its last user has released it, before they are left behind."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,30 +65,30 @@ _PAUSE_SECONDS = 0.01
 
 
 class Drainable(Protocol):
-    """What has work under way."""
+    """An object that has work in progress."""
 
     def drain_at_exit(self) -> bool:
         """End everything within a deadline; return whether all errors had been collected. Must not raise."""
 
 
 class Reportable(Protocol):
-    """What nobody may have been told of."""
+    """Failures that may not have been reported."""
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
 
     def print_at_exit(self) -> bool:
-        """Print it; return whether the program has failed by it. Must not raise."""
+        """Print them; return whether they make the program fail. Must not raise."""
 
 
-class Tenant:
-    """One who keeps the runtime running.
+class RuntimeUser:
+    """A user of the runtime, which runs as long as it has one.
 
-    It knows its owner weakly, so that the runtime keeps alive no service that the program has dropped, nor what
-    that service's observer refers to; strongly once it is to `keep` who has been dropped.
+    The reference to the owner is weak, so that the runtime does not keep alive a service that the program has dropped,
+    or objects of its observer. `keep` makes it strong.
 
     Args:
-        owner: what is to be drained when the interpreter exits.
+        owner: drained when the interpreter exits.
     """
 
     def __init__(self, owner: Drainable) -> None:
@@ -98,26 +97,26 @@ class Tenant:
 
     @property
     def owner(self) -> Drainable | None:
-        """The owner, if it lives."""
+        """The owner, if it still exists."""
         return self._owner() if self._kept is None else self._kept
 
     def keep(self, owner: Drainable) -> None:
-        """Keep *owner* alive until it has left, although the program has dropped it."""
+        """Keep *owner* alive until it has released the runtime, although the program has dropped it."""
         self._kept = owner
 
     def let_go(self) -> None:
-        """End what `keep` began."""
+        """Undo `keep`."""
         self._kept = None
 
 
 class Runtime:
-    """The loop thread and what runs on it. Made by ``acquire`` alone."""
+    """The loop thread and what runs on it. Only ``acquire`` makes one."""
 
     dispatcher: Dispatcher
 
     def __init__(self) -> None:
-        self.tenants: set[Tenant] = set()
-        self.stop_seconds = STOP_SECONDS  # for its end; less where somebody has left something behind
+        self.users: set[RuntimeUser] = set()
+        self.stop_seconds = STOP_SECONDS  # less if a user has left something behind
         self._inbox = Inbox()
         self._stop_requested = asyncio.Event()
         self._ready: Outcome[None] = Outcome()
@@ -125,8 +124,8 @@ class Runtime:
         self._thread = threading.Thread(target=self._main, name="async_ckpt-loop", daemon=True)
 
     def start(self) -> None:
-        """Start the loop thread; leave none behind where that fails or is interrupted."""
-        # Here, and not on the loop thread: a child that is forked as that imports it could never import it.
+        """Start the loop thread; leave none behind if that fails or is interrupted."""
+        # Not on the loop thread: a child that is forked during that import could never import it.
         import_module("anyio._backends._asyncio")
         try:
             threads.start(self._thread)
@@ -162,7 +161,7 @@ class Runtime:
             try:
                 function(*args, **kwargs)
             except Exception:
-                with suppress(Exception):  # what a log handler of the program's raises must not end the loop
+                with suppress(Exception):  # an exception of the program's log handler must not end the loop
                     logger.exception("internal error in %r; please report it", function)
 
         self._inbox.send(call)
@@ -198,7 +197,7 @@ class Runtime:
         self._inbox.send(start)
 
     def refuse_loop_thread(self) -> None:
-        """Raise RuntimeError on the loop thread, where waiting for the loop would last for ever."""
+        """Raise RuntimeError on the loop thread, where waiting for the loop would never end."""
         _refuse_loop_threads()
 
     def call_async(
@@ -219,14 +218,14 @@ class Runtime:
         return answer
 
     def end(self) -> None:
-        """Let the loop thread end once everything on it has."""
+        """Let the loop thread end once all its tasks have."""
         with suppress(ServiceClosedError):  # it is ending
             self._inbox.send(self._stop_requested.set)
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """Have the loop thread end, and wait for that, for *seconds* at the most. Again, if it was interrupted."""
+        """End the loop thread, and wait for that for up to *seconds*; call it again if it was interrupted."""
         self.end()
-        if self._thread.ident is None:  # it was interrupted as it started, and will read that
+        if self._thread.ident is None:  # starting it was interrupted; it will end at once
             return
         try:
             self._over.result(seconds)
@@ -242,7 +241,7 @@ _current: Runtime | None = None
 _exit_hooked = False
 _exiting = False
 _inherited: list[tuple[Runtime, list[Drainable | None]]] = []
-"""What a parent had under way; never collected here, see `_forget_in_child`."""
+"""Runtimes of the parent process; never garbage collected here, see `_forget_in_child`."""
 _unreported: list[Reportable] = []
 
 
@@ -251,35 +250,35 @@ def current() -> Runtime | None:
     return _current
 
 
-def acquire(tenant: Tenant) -> Runtime:
-    """Return the process's runtime, started if need be, and keep it running for *tenant*.
+def acquire(user: RuntimeUser) -> Runtime:
+    """Return the process's runtime, started if need be, and keep it running for *user*.
 
     Raises:
-        ServiceClosedError: the interpreter is ending, and nobody would wait for what *tenant* starts (D4).
+        ServiceClosedError: the interpreter is ending, and nobody would wait for what *user* starts (D4).
         RuntimeError: called on a loop thread, as by an observer.
     """
     global _current
-    _refuse_loop_threads()  # first: nobody would give back what is taken for a call that is refused
+    _refuse_loop_threads()  # first: a refused call must acquire nothing
     with _lock:
         _hook_exit()
         if _current is None:
-            _begin(tenant)
+            _begin(user)
         assert _current is not None
-        _current.tenants.add(tenant)
+        _current.users.add(user)
         return _current
 
 
-def _begin(tenant: Tenant) -> None:
-    """Start the process's runtime; leave no other behind, interrupted or not."""
+def _begin(user: RuntimeUser) -> None:
+    """Start the process's runtime; leave no second one behind, even if interrupted."""
     global _current
     runtime = Runtime()
-    runtime.tenants.add(tenant)  # first: nobody else would stop it
+    runtime.users.add(user)  # first: nothing else would stop it
     try:
         runtime.start()
         if _current is None:
             _current = runtime
     finally:
-        if _current is not runtime:  # interrupted, or a signal handler came between and made its own
+        if _current is not runtime:  # interrupted, or a signal handler made another one meanwhile
             runtime.stop()
 
 
@@ -288,47 +287,47 @@ def _refuse_loop_threads() -> None:
         raise RuntimeError("an observer or a callback must not call the service that calls it, nor another")
 
 
-def held_by(tenant: Tenant) -> Runtime | None:
+def held_by(user: RuntimeUser) -> Runtime | None:
     """Return what ``acquire`` has returned, or was about to return when it was interrupted."""
     runtime = _current
-    return runtime if runtime is not None and tenant in runtime.tenants else None
+    return runtime if runtime is not None and user in runtime.users else None
 
 
-def release(runtime: Runtime, tenant: Tenant, *, seconds: float = STOP_SECONDS) -> None:
-    """Give *runtime* back; the last one stops it. Does nothing if the tenant does not hold it.
+def release(runtime: Runtime, user: RuntimeUser, *, seconds: float = STOP_SECONDS) -> None:
+    """Give *runtime* back; the last one stops it. Does nothing if the user does not hold it.
 
     Args:
         runtime: what ``acquire`` returned.
-        tenant: what ``acquire`` was called with.
+        user: what ``acquire`` was called with.
         seconds: how long to wait for its end, where this is the last one or a later one is; the next one gets a
             fresh runtime.
     """
     global _current
     with _lock:
-        if tenant not in runtime.tenants:
+        if user not in runtime.users:
             return
         runtime.stop_seconds = min(runtime.stop_seconds, seconds)
-        if _current is runtime and len(runtime.tenants) == 1:
+        if _current is runtime and len(runtime.users) == 1:
             _current = None
-        if len(runtime.tenants) > 1:  # maybe only just now, by a signal handler (L1)
+        if len(runtime.users) > 1:  # maybe only just now, by a signal handler (L1)
             _current = _current or runtime
-            runtime.tenants.discard(tenant)
+            runtime.users.discard(user)
             return
     runtime.stop(runtime.stop_seconds)
-    runtime.tenants.clear()  # last, so that who was interrupted can do it again
+    runtime.users.clear()  # last, so that who was interrupted can do it again
 
 
-async def leave(runtime: Runtime, tenant: Tenant) -> None:
-    """Like `release`, on the loop thread, which cannot join itself: it ends when it has nothing to do."""
+async def leave(runtime: Runtime, user: RuntimeUser) -> None:
+    """Like `release`, on the loop thread, which cannot join itself: it ends when it has no more tasks."""
     global _current
-    # Whoever has the lock may be waiting for this very thread (L1).
+    # The thread that holds the lock may be waiting for this one (L1).
     while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a lock of threads tells no loop
         await anyio.sleep(_PAUSE_SECONDS)
     try:
-        if tenant not in runtime.tenants:
+        if user not in runtime.users:
             return
-        runtime.tenants.discard(tenant)
-        if runtime.tenants:
+        runtime.users.discard(user)
+        if runtime.users:
             return
         if _current is runtime:
             _current = None
@@ -338,21 +337,21 @@ async def leave(runtime: Runtime, tenant: Tenant) -> None:
 
 
 def report_at_exit(untold: Reportable) -> None:
-    """Have what is still in *untold* then printed when the interpreter exits (E1)."""
+    """Print the failures that are still unreported when the interpreter exits (E1)."""
     _unreported[:] = [each for each in (*_unreported, untold) if each]
 
 
 def _forget_in_child() -> None:
-    """The parent's threads do not exist in a forked child (L1).
+    """Reset the module in a forked child, where the parent's threads do not exist (L1).
 
-    Its connections do. Were their owners collected here, they would be taken out of the epoll that the parent's loop
-    still waits with, and the parent would not hear of answers any more.
+    Its connections do exist. If their owners were garbage collected here, they would be removed from the epoll object
+    that the parent's loop still uses, and the parent would miss answers.
     """
     global _lock, _current
     _lock = threading.RLock()
     if _current is not None:
-        # And its tenants, with their stores.
-        _inherited.append((_current, [tenant.owner for tenant in _current.tenants]))
+        # And its users, with their stores.
+        _inherited.append((_current, [user.owner for user in _current.users]))
     _unreported.clear()
     _current = None
     _here.is_loop = False  # whoever forked is the child's only thread
@@ -362,7 +361,7 @@ os.register_at_fork(before=finish_imports, after_in_child=_forget_in_child)
 
 
 def _hook_exit() -> None:
-    """Drain before the interpreter joins threads and refuses new ones: atexit itself would be too late."""
+    """Register the drain at exit, before the interpreter joins threads and refuses new ones: atexit is too late."""
     global _exit_hooked
     ending = ServiceClosedError("the interpreter is ending; save and load before it does")
     if _exiting:
@@ -380,14 +379,14 @@ def _drain_at_exit() -> None:
     _exiting = True
     runtime = _current
     clean = True
-    for tenant in list(runtime.tenants) if runtime is not None else ():
-        owner = tenant.owner
+    for user in list(runtime.users) if runtime is not None else ():
+        owner = user.owner
         if owner is not None:  # else it has left just now
             clean = owner.drain_at_exit() and clean
     for untold in list(_unreported):
         clean = not untold.print_at_exit() and clean
-    if runtime is not None and not runtime.tenants:
-        runtime.stop(runtime.stop_seconds)  # again: an interruption may have kept it from its tenant
+    if runtime is not None and not runtime.users:
+        runtime.stop(runtime.stop_seconds)  # again: an interruption may have kept it from its user
     if clean:
         return
     if multiprocessing.parent_process() is not None:
@@ -396,10 +395,10 @@ def _drain_at_exit() -> None:
 
 
 def _exit_with_failure() -> None:
-    """Tell by the exit code that a checkpoint was lost (E1).
+    """Exit with an error code, because a checkpoint was lost (E1).
 
-    Python offers no way to change its exit code from an exit handler, so the handlers that are left are
-    run here, and then the process is ended.
+    An exit handler cannot change Python's exit code, so the remaining handlers are run here, and then the process is
+    ended.
     """
     atexit.unregister(_exit_with_failure)
     atexit._run_exitfuncs()

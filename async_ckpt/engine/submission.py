@@ -1,10 +1,10 @@
-"""How a caller's request comes in: the snapshot, the wait for a place, memory or a turn, and the handing over.
+"""Submits requests: takes the snapshot, waits for admission or for the turn of a load, and sends the request.
 
-Everything here runs on the caller's thread. Guarantees: where a call raises, nothing was accepted, but for an
-*earlier* failure that it tells of (E1, E2); a caller who is interrupted at any line takes its request back, or has
-handed it over (D4, L1).
+Everything here runs on the caller's thread. Guarantees: if a call raises, nothing was accepted, unless it reports an
+*earlier* failure (E1, E2). A call that is interrupted, at any line, either withdraws its request or has submitted it
+(D4, L1).
 
-What does not belong here: which request may run (queue), what becomes of it (dispatch), how bytes are written
+What does not belong here: which request may run (queue), what happens to it (dispatch), how bytes are written
 (writers).
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from async_ckpt.engine import runtime as runtimes
 from async_ckpt.engine.queue import LINK, LOAD, QUEUED, REMOVE, SAVE, WAITING, Kind, Op
 from async_ckpt.engine.request import Request
-from async_ckpt.engine.resources import Holdings
+from async_ckpt.engine.resources import Resources
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.engine.writers import Linker, Writer
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
@@ -36,34 +36,34 @@ __all__ = ["Submission"]
 T = TypeVar("T")
 
 _TRIES = 8
-"""How often a load looks for the end of links that change before its turn."""
+"""How often a load resolves links that change before its turn."""
 
 
 class Submission:
-    """Takes the requests of one service in.
+    """Submits the requests of one service.
 
     Args:
-        holdings: of the service.
+        resources: of the service.
     """
 
-    def __init__(self, holdings: Holdings) -> None:
-        self.holdings = holdings
-        self._account = holdings.account
-        self._failures = holdings.account.failures
-        self._capturing: list[Request] = []  # saves whose state is being looked at
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+        self._account = resources.account
+        self._failures = resources.account.failures
+        self._capturing: list[Request] = []  # saves whose state is being captured
 
     def save(
         self, state: Any, location: Location, writer: Writer | None, *, share_unpicklable: bool, tell: bool
     ) -> Handle:
         """Take a snapshot of *state* and queue it; see ``CheckpointService.submit``."""
-        runtime = self.holdings.running()
+        runtime = self.resources.running()
         location = _as_it_will_be(location, runtime)
         if writer is None:
-            if is_local(location) or not self.holdings.has_own_stores:
-                _check_target(location, runtime, in_place=self.holdings.options.in_place == "allow")
+            if is_local(location) or not self.resources.has_own_stores:
+                _check_target(location, runtime, in_place=self.resources.options.in_place == "allow")
             if is_local(location):
                 location = with_directory_seen(location)
-            writer = self.holdings.writer(location)
+            writer = self.resources.writer(location)
         request = self._request(SAVE, location, writer)
         try:
             self._capturing.append(request)
@@ -81,7 +81,7 @@ class Submission:
                 self._capturing.remove(request)
             with suppress(ServiceClosedError):
                 runtime.post(runtime.dispatcher.withdraw, request)
-            if request.rejected and isinstance(error, Exception):  # closed beneath us, memory and all
+            if request.rejected and isinstance(error, Exception):  # the service was closed meanwhile
                 raise ServiceClosedError("the service was closed meanwhile") from error
             raise
         if tell:
@@ -90,26 +90,26 @@ class Submission:
 
     def remove(self, location: Location, writer: Writer | None) -> Handle:
         """Queue a deletion; see ``CheckpointService.submit_removal``."""
-        runtime = self.holdings.running()
+        runtime = self.resources.running()
         location = _as_it_will_be(location, runtime)
-        writer = self.holdings.writer(location) if writer is None else writer
+        writer = self.resources.writer(location) if writer is None else writer
         for request in list(self._capturing):
-            if request.op.thread == threading.get_ident():  # this is a signal handler in the midst of it
+            if request.op.thread == threading.get_ident():  # this is a signal handler that interrupted it
                 runtime.post(runtime.dispatcher.preadmit, request)
         return self._submit(self._request(REMOVE, location, writer), runtime)
 
     def link(self, location: Location, target: Location) -> Handle:
         """Queue a link; see ``CheckpointService.submit_link``."""
-        runtime = self.holdings.running()
+        runtime = self.resources.running()
         location, target = _as_it_will_be(location, runtime), _as_it_will_be(target, runtime)
-        linker = Linker(target, self.holdings.links, self.holdings.workers)
+        linker = Linker(target, self.resources.links, self.resources.workers)
         return self._submit(self._request(LINK, location, linker, target=target.key), runtime)
 
     def read(self, location: Location, function: Callable[[Location], T]) -> T:
-        """Return what *function* makes of what is to be read at *location*; see ``CheckpointService.load``.
+        """Return the result of *function* for *location*, in its turn; see ``CheckpointService.load``.
 
-        It is called again where it finds nothing because another process has had a link lead elsewhere, and then
-        removed what that had led to: the link led to something all the time (D2).
+        *function* is called again if it finds no file because another process changed a link and then removed its old
+        target: there was a file behind the link all the time (D2).
         """
         for _ in range(_TRIES):
             with self.turn(location) as here:
@@ -128,7 +128,7 @@ class Submission:
         for tried in range(1, tries + 1):
             here = _where_it_leads(location)
             with self._turn(here):
-                # What was pending may have changed a link on the way; so may another process, again and again.
+                # A pending request, or another process, may have changed a link on the path.
                 if tried == tries or _where_it_leads(location) == here:
                     yield here
                     return
@@ -136,32 +136,32 @@ class Submission:
     @contextmanager
     def _turn(self, location: Location) -> Iterator[None]:
         self._failures.raise_all()
-        if runtimes.current() is None:  # nothing is under way in this process
+        if runtimes.current() is None:  # nothing is in progress in this process
             yield
             return
-        runtime = self.holdings.running()
+        runtime = self.resources.running()
         request = self._request(LOAD, location, None)
         try:
             _post(request, runtime)
-            patience = self.holdings.patience()
+            patience = self.resources.patience()
             try:
                 patience.wait(request.admission)
             except TimeoutError:
-                raise self.holdings.timeout_error(patience) from None
+                raise self.resources.timeout_error(patience) from None
             request.admission.result()
             failures = self._failures.claim()
             if not failures:
                 yield
         finally:
-            with suppress(ServiceClosedError):  # closed while we read: nobody waits for the end of our turn
+            with suppress(ServiceClosedError):  # closed while we read: nothing waits for the end of our turn
                 runtime.post(runtime.dispatcher.withdraw, request)
-        # Else the content from before a failed save would pass for the new one. Here, as telling comes last (E1).
+        # Otherwise, the content from before a failed save would pass for the new one. Last, as reporting must be (E1).
         self._failures.raise_claimed(failures)
 
     # -- the steps of a save
 
     def _share_buffer(self, request: Request, captured: Capture, runtime: Runtime) -> None:
-        """Have *request* hold the memory of the newest snapshot, if that is of the very same bytes (S1)."""
+        """Let *request* share the memory of the newest snapshot, if that contains the very same bytes (S1)."""
         newest = self._account.newest
         if newest is None or not captured.resembles(newest[1]):
             return
@@ -171,19 +171,19 @@ class Submission:
                 runtime.post(runtime.dispatcher.unshare_buffer, request)
 
     def _await_admission(self, request: Request) -> None:
-        """Wait for a place and memory, as the user's own bounds say, but not for ever (B2)."""
-        patience = self.holdings.patience()
+        """Wait for a place in the queue and for memory, within the user's time limits (B2)."""
+        patience = self.resources.patience()
         try:
             patience.wait(request.admission)
         except TimeoutError:
             raise FlushTimeoutError(
                 f"{request.location.url!r} was not accepted: no room{patience.told}; "
-                f"pending: {self.holdings.pending_urls()}"
+                f"pending: {self.resources.pending_urls()}"
             ) from None
         request.admission.result()
 
     def _stage(self, request: Request, captured: Capture, runtime: Runtime, *, only_reads: bool) -> None:
-        """Take the snapshot and hand it over."""
+        """Take the snapshot and send it to the loop."""
         shares, buffer = request.shares_buffer, request.buffer  # in this order: closing takes both away
         if buffer is None:
             raise ServiceClosedError("the service was closed meanwhile")
@@ -197,7 +197,7 @@ class Submission:
         if not request.claim():
             raise ServiceClosedError("the service was closed meanwhile")
 
-    # -- what they have in common
+    # -- shared by all requests
 
     def _submit(self, request: Request, runtime: Runtime) -> Handle:
         _post(request, runtime)
@@ -214,7 +214,7 @@ class Submission:
         target: str | None = None,
     ) -> Request:
         op = Op(
-            id=0,  # it gets one where it comes in
+            id=0,  # the dispatcher assigns it
             lane=self._account.lane,
             kind=kind,
             key=location.key,
@@ -236,7 +236,7 @@ def _post(request: Request, runtime: Runtime) -> None:
 
 
 class _WouldDeadlock:
-    """Tells whether waiting for *op* on this thread would last for ever (L1); one small object for each request."""
+    """Returns whether waiting for *op* on this thread would never end (L1); one small object per request."""
 
     __slots__ = ("_op", "_runtime")
 
@@ -245,7 +245,7 @@ class _WouldDeadlock:
         self._runtime = runtime
 
     def __call__(self) -> bool:
-        with suppress(ServiceClosedError):  # then nothing is under way
+        with suppress(ServiceClosedError):  # then nothing is in progress
             return self._runtime.call(
                 self._runtime.dispatcher.would_deadlock, self._op, threading.get_ident()
             )
@@ -253,7 +253,7 @@ class _WouldDeadlock:
 
 
 def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
-    """Return where *location* leads once what is pending has ended: links on its way may be about to change (O1)."""
+    """Return *location* as it will be once pending requests have ended: they may change links on its path (O1)."""
     known: set[str] = set()
     changes: dict[str, str | None] = {}
     while runtime.dispatcher.registry.announced and (
@@ -268,21 +268,21 @@ def _as_it_will_be(location: Location, runtime: Runtime) -> Location:
 
 
 def _names_that_may_lead_on(location: Location, runtime: Runtime) -> set[str]:
-    """Return the links on the way to *location*, and its own name where some link is yet to be made."""
+    """Return the links on the path of *location*, and its own name if any link is pending."""
     links_are_made = bool(runtime.dispatcher.registry.announced_links)
     return {*location.links, location.key} if location.follows and links_are_made else set(location.links)
 
 
 def _where_it_leads(location: Location) -> Location:
-    """Return what is read at *location* now."""
+    """Return *location* with its links resolved now."""
     if is_local(location):
-        with suppress(StoreError):  # it leads back to itself, as the reader will say
+        with suppress(StoreError):  # a cycle of links, which the reader will report
             return relocate(replace(location, follows=True), {})
     return location
 
 
 def _check_target(location: Location, runtime: Runtime, *, in_place: bool) -> None:
-    """Refuse what no save could end in, unless something pending may change that: then it shows at the save's turn."""
+    """Refuse a location that cannot be saved to, unless a pending request may change that."""
     try:
         check_target(location, in_place=in_place)
     except StoreError:

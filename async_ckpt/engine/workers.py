@@ -1,10 +1,10 @@
-"""A bounded pool of threads for what blocks; see ``stores.base.Workers``.
+"""A bounded pool of threads for blocking calls; see ``stores.base.Workers``.
 
 Guarantees:
 
-* What is reported as failed for want of a thread is never carried out later.
-* Closing waits for no thread that storage holds up, and neither does the interpreter's exit (B2): the threads are
-  daemons. What such a thread has to clean up when storage answers again, it does.
+* A call that was reported as failed because no thread could be started is never made later.
+* Neither closing nor the interpreter's exit waits for a thread that hangs in storage (B2): the threads are daemons.
+  Such a thread still cleans up when storage answers again.
 
 What does not belong here: the loop thread (runtime).
 """
@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 
 class PoolWorkers:
-    """Threads that are started as they are needed. ``run`` is called on one loop thread, ``close`` on any.
+    """Threads that are started when needed. ``run`` is called on the loop thread, ``close`` on any.
 
     Args:
-        most: how many run at a time.
+        most: the largest number of threads.
         start: starts a thread.
     """
 
@@ -52,7 +52,7 @@ class PoolWorkers:
         """Call *function* in a worker. Cancellation waits until the call has returned.
 
         Raises:
-            RuntimeError: the system allows no thread, and there is none; *function* is not called.
+            RuntimeError: there is no thread, and the system refuses to start one; *function* is not called.
         """
         job = _Job(partial(copy_context().run, partial(function, *args, **kwargs)))
         self._wanted += 1
@@ -71,21 +71,21 @@ class PoolWorkers:
         return result
 
     def close(self, seconds: float) -> bool:
-        """Let the threads end, and wait for them, for *seconds* at the most; return whether all of them have.
+        """End the threads, and wait for them for up to *seconds*; return whether all have ended.
 
-        Who calls `run` after that is one that was left behind, and gets a thread of its own.
+        Only code that was left behind calls `run` after that; it gets a new thread.
         """
         until = monotonic() + seconds
         self._is_closed = True
         self._jobs.put(None)
         running = list(self._threads)
         for thread in running:
-            with suppress(RuntimeError):  # it is about to start, and will find nothing to do
+            with suppress(RuntimeError):  # it is about to start, and will end at once
                 thread.join(max(0.0, until - monotonic()))
         return not any(thread.is_alive() for thread in running)
 
     def _start_thread(self) -> None:
-        """Start a thread if there are too few: one, for one call."""
+        """Start a thread if there are too few, at most one for each call."""
         if len(self._threads) >= min(self._wanted, self._most):
             return
         thread = threading.Thread(target=self._work, name="async_ckpt-worker", daemon=True)
@@ -102,20 +102,20 @@ class PoolWorkers:
             try:
                 job = self._jobs.get(block=not self._is_closed)
             except Empty:
-                self._threads.discard(here)  # first: who brings a job from here on starts another thread
+                self._threads.discard(here)  # first: a job that arrives from now on starts another thread
                 if self._jobs.empty():
                     break
                 self._threads.add(here)
                 continue
             if job is not None:
                 job.do()
-            del job  # with what it has brought
+            del job  # it refers to its arguments
         if self._threads:
-            self._jobs.put(None)  # have the next one look whether it is to end
+            self._jobs.put(None)  # let the next one check whether it should end
 
 
 class _Job:
-    """One call, made at the most once."""
+    """One call, made at most once."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -123,14 +123,14 @@ class _Job:
         self._claimed = threading.Lock()  # never waited for: only a flag that one thread can win
 
     def claim(self) -> bool:
-        """Return whether the caller is the first that asks, and decides what becomes of it."""
+        """Return whether the caller is the first to ask; only the first may make or drop the call."""
         return self._claimed.acquire(blocking=False)
 
     def do(self) -> None:
-        """Call the function, unless it has been given up, and hand over what comes of it."""
+        """Call the function, unless it was dropped, and set the answer."""
         if not self.claim():
             return
-        function, self._function = self._function, None  # with it, memory of the caller's
+        function, self._function = self._function, None  # it may hold memory of the caller
         assert function is not None
         try:
             result = function()
@@ -148,5 +148,5 @@ class _Job:
             if not self.answer.done():
                 settle(value)
 
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        with suppress(RuntimeError):  # the loop has ended, so nothing waits any more
             self.answer.get_loop().call_soon_threadsafe(settle_if_awaited)

@@ -1,10 +1,9 @@
-"""The two ways in which a snapshot becomes a checkpoint; one protocol, so the dispatcher knows no difference.
+"""The two writers of checkpoints, behind one protocol, so that the dispatcher need not distinguish them.
 
 * ``StreamingWriter`` lays the file out, streams its parts to a store and commits.
 * ``DelegatingWriter`` gives the snapshot, as an ordinary state, to any base CheckpointIO in a worker.
 
-Both run on the loop thread and return only when the checkpoint is durable (D1). They start no save of
-their own accord and know nothing of the queue.
+Both run on the loop thread and return only when the checkpoint is durable (D1). They do not use the queue.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ logger = logging.getLogger(__name__)
 
 
 class Emit(Protocol):
-    """Tells observers of one stage of one save."""
+    """Sends an event of one save to the observer."""
 
     def __call__(self, event: type[Event], **values: Any) -> None:
-        """Tell of one *event*, made with *values*."""
+        """Send an *event*, made with *values*."""
 
 
 class Writer(Protocol):
-    """What turns a snapshot into a durable checkpoint, and deletes checkpoints.
+    """Writes snapshots as durable checkpoints, and deletes checkpoints.
 
     Attributes:
         only_reads: the snapshot's memory is neither changed nor kept, so that another save may share it.
@@ -62,22 +61,22 @@ class Writer(Protocol):
     only_reads: bool
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
-        """Take stock of *state*, on the caller's thread, for what is written here."""
+        """Capture *state*, on the caller's thread."""
 
     @property
     def group(self) -> str | None:
-        """Saves and removals of the same group run one at a time; ``None`` sets no such bound."""
+        """Saves and removals of the same group run one at a time; with ``None``, there is no such limit."""
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Write *snapshot* to *location*, durably; return the length of the file, 0 if unknown."""
 
     async def delete(self, location: Location) -> None:
-        """Delete what is at *location*; nothing there is not an error."""
+        """Delete the checkpoint at *location*; do nothing if there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
-    """A committed file, for a later one over the same memory."""
+    """A committed file, from which a later save of the same memory may copy."""
 
     store: Store
     layout: Layout
@@ -86,7 +85,7 @@ class _Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """The parts of a file; *copies*: by number, where in the file *stored* each begins that can be had from there."""
+    """The parts of a file; *copies*: offsets, in the file *stored*, of parts that can be copied from it, by index."""
 
     parts: tuple[Part, ...]
     copies: dict[int, int] = field(default_factory=dict)
@@ -104,14 +103,14 @@ class StreamingWriter:
         self._workers = workers
         self._part_size = options.part_size_bytes
         self._max_concurrent_parts = options.max_concurrent_parts
-        # One layer of retries only: they would multiply.
+        # Retries in one layer only: two would multiply.
         once = RetryPolicy(attempts=1)
         self._retry_part, self._retry_file = (
             (options.retry, once) if store.repeats_parts else (once, options.retry)
         )
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
-        """Take stock of *state* for a file."""
+        """Capture *state* for a file."""
         return capture(state)
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
@@ -143,7 +142,7 @@ class StreamingWriter:
     async def _send(
         self, content: Content, location: Location, emit: Emit, written: object
     ) -> tuple[Upload, list[Receipt]]:
-        """Send the whole file, all but the commit."""
+        """Send the whole file, without the commit."""
         upload = await self._store.begin(location, content.nbytes)
         async with aborted_on_error(upload):
             if upload.swept:
@@ -154,7 +153,7 @@ class StreamingWriter:
             return upload, await self._put_all(upload, plan, content, emit)
 
     async def _plan(self, upload: Upload, content: Content, written: object) -> _Plan:
-        """Cut the file, so that what *written* has of it need not be sent where the store can copy."""
+        """Cut the file into parts; if the store can copy, those that the file *written* contains need not be sent."""
         part_size = upload.part_size or self._part_size
         known = isinstance(written, _Written) and written.store is self._store
         if known and isinstance(content, Layout) and hasattr(upload, "copy"):
@@ -168,7 +167,7 @@ class StreamingWriter:
         return _Plan(parts=plan_parts(content.nbytes, part_size))
 
     async def _put(self, upload: Upload, plan: _Plan, part: Part, content: Content) -> Receipt:
-        """Have the store copy a part from the other file; send it where that cannot be or is there no more."""
+        """Let the store copy a part from the other file; send it if that is impossible or the file is gone."""
         if part.index in plan.copies:
             try:
                 copy, start = cast(Copying, upload).copy, plan.copies[part.index]
@@ -176,11 +175,11 @@ class StreamingWriter:
             except StoreError as error:
                 logger.info("sending what could not be copied: %s", error)
                 plan.copies.clear()  # nor can the others
-        progress = getattr(upload, "progress", int)  # `Continuing`; what got on has not failed
+        progress = getattr(upload, "progress", int)  # see `Continuing`: progress resets the attempts
         return await Retrying(self._retry_part).advance(progress, upload.put, part, content)
 
     async def _put_all(self, upload: Upload, plan: _Plan, content: Content, emit: Emit) -> list[Receipt]:
-        """Put every part, a bounded number at a time; the first error ends the others and is raised as it is."""
+        """Put all parts, a bounded number at a time; the first error cancels the others and is raised unchanged."""
         receipts: list[Receipt] = []
         errors: list[BaseException] = []
         remaining: Iterator[Part] = iter(plan.parts)
@@ -207,13 +206,13 @@ class StreamingWriter:
 
 
 class DelegatingWriter:
-    """Any base CheckpointIO, run in a worker with the snapshot as its state.
+    """Calls any base CheckpointIO in a worker, with the snapshot as its state.
 
-    Its errors are raised as they are. Where it wrote to a local disk, the bytes are synced after it (D1);
-    whether a file of its is ever partly visible is the base's own affair.
+    Its errors are raised unchanged. If it writes to a local disk, the file is synced afterwards (D1). Whether its files
+    are ever partly visible depends on the base.
     """
 
-    only_reads = False  # the base may do with its state what it likes
+    only_reads = False  # the base may change its state
 
     def __init__(
         self,
@@ -231,16 +230,16 @@ class DelegatingWriter:
         self._durability = durability
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
-        """Take stock of the objects of *state*."""
+        """Capture the objects of *state*."""
         return capture_objects(state, share_unpicklable=share_unpicklable)
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
-        """Give the snapshot to the base and wait until it has returned."""
+        """Save the snapshot with the base."""
         await self._workers.run(self._write, snapshot, location)
         return 0
 
     async def delete(self, location: Location) -> None:
-        """Have the base delete."""
+        """Delete the checkpoint with the base."""
         await self._workers.run(self._delete)
 
     def _write(self, snapshot: Snapshot, location: Location) -> None:
@@ -250,7 +249,7 @@ class DelegatingWriter:
 
 
 class Linker:
-    """What gives a checkpoint on a local disk a second name."""
+    """Creates a link to a checkpoint on a local disk."""
 
     group = None
 
@@ -261,7 +260,7 @@ class Linker:
         self._asked_ns = time_ns()
 
     async def link(self, location: Location) -> None:
-        """Let *location* lead to the checkpoint, durably."""
+        """Make *location* a link to the checkpoint, durably."""
         await self._workers.run(self._links.make, location, self._target, asked_ns=self._asked_ns)
 
 

@@ -59,7 +59,7 @@ PROGRAMS: dict[str, Program] = {each.__name__: each for each in (removals, rotat
 def seconds(program: Program, number: int) -> tuple[float, float]:
     """Return the CPU seconds of the loop thread and the caller's, from the first of *number* operations to the end."""
     with held_up(number) as (service, gate):
-        runtime = service._holdings.running()
+        runtime = service._resources.running()
         began, called = runtime.call(time.thread_time), time.thread_time()
         program(service, number)
         calls = time.thread_time() - called

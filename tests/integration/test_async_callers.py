@@ -198,7 +198,7 @@ async def test_aclose_does_not_block_the_loop() -> None:
         handle = harness.service.save(state(1), "memory://a")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(harness.service.aclose)
-            await until(lambda: harness.service._holdings.is_closed)
+            await until(lambda: harness.service._resources.is_closed)
             gate.open()
         assert handle.state is State.DURABLE
 
@@ -227,11 +227,11 @@ async def test_a_cancelled_aclose_goes_on(early: bool) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(harness.service.aclose)
                 if not early:
-                    await until(lambda: harness.service._holdings.is_closed)
+                    await until(lambda: harness.service._resources.is_closed)
                     scope.cancel()
         assert not handle.done()
         gate.open()
-        await until(lambda: harness.service._holdings.held() is None)
+        await until(lambda: harness.service._resources.held() is None)
         assert handle.state is State.DURABLE
 
 

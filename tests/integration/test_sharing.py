@@ -218,7 +218,7 @@ def test_a_base_shares_with_nobody() -> None:
 
 def two_wait(service: async_ckpt.CheckpointService, or_else: threading.Event) -> None:
     """Return once two saves wait for admission, or *or_else* is set."""
-    runtime = service._holdings.held()
+    runtime = service._resources.held()
     assert runtime is not None
     waiting = 0
     while waiting < 2 and not or_else.is_set():

@@ -1,9 +1,9 @@
-"""The write-behind queue: who may come in, who may start, who is not needed any more.
+"""The write-behind queue: decides which operations are admitted, started, superseded, cancelled or dropped.
 
-It decides and does nothing else: no thread, no clock, no storage, no awaiting. What is to be done comes back as a
-plain record; the rules are in ``queue.queue``.
+It only decides: there are no threads, clocks, storage or awaits here. A decision is returned as a plain record. The
+rules are in ``queue.queue``.
 
-What does not belong here: carrying out (dispatch).
+What does not belong here: carrying out decisions (dispatch).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What removals and links wait for before they run: that certain saves, and links, are durable (D3).
+"""Barriers: they hold up removals and links until certain saves and links are durable (D3).
 
-A removal waits for everything that its service has accepted before it. Removals between which nothing was accepted
-share a barrier, and each barrier of a service stands behind the one before it: an operation is listed once, in the
-first barrier that it holds up, however many removals wait for it.
+A removal waits for everything that its service accepted before it. Removals share a barrier if nothing was accepted
+between them. The barriers of a service form a chain, so each pending operation is listed only once, in the first
+barrier that it holds up, however many removals wait for it.
 
-Guarantees: taking in, ending and replacing an operation costs the same, on average, however many wait.
+Guarantees: adding, ending and replacing an operation takes constant time on average, however many wait.
 
-What does not belong here: what becomes of those that wait (queue).
+What does not belong here: what happens to the waiting operations (queue).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Barriers:
         self._accepted: dict[Lane, dict[int, Op]] = {}  # since the last barrier of the lane
 
     def accept(self, op: Op) -> None:
-        """Have later removals of its lane wait for *op*."""
+        """Let later removals of its lane wait for *op*."""
         if not any(barrier.lane is op.lane for barrier in self._held_up_by(op)):  # it inherited that
             self._accepted.setdefault(op.lane, {})[op.id] = op
 
     def wait_for_all(self, op: Op) -> None:
-        """Have *op* wait for everything that its lane has accepted and that has not ended."""
+        """Let *op* wait for everything that is accepted in its lane and has not ended."""
         last = self._last.get(op.lane)
         accepted = self._accepted.pop(op.lane, None)
         if accepted:
@@ -45,7 +45,7 @@ class Barriers:
         op.barrier = last
 
     def wait_for(self, op: Op, others: Iterable[Op]) -> None:
-        """Have *op* wait for *others* alone."""
+        """Let *op* wait only for *others*."""
         pending = {other.id: other for other in others}
         if pending:
             op.barrier = Barrier(None, pending)
@@ -54,7 +54,7 @@ class Barriers:
                 self._holding.setdefault(number, []).append(op.barrier)
 
     def leave(self, op: Op) -> None:
-        """Have *op*, which has ended, wait no longer."""
+        """Remove *op*, which has ended, from the waiters."""
         barrier, op.barrier = op.barrier, None
         if barrier is not None:
             del barrier.waiters[op.id]
@@ -66,7 +66,7 @@ class Barriers:
         return op.id in self._holding
 
     def waiting_for(self, op: Op) -> Iterator[Op]:
-        """Yield those that wait for *op*."""
+        """Yield the operations that wait for *op*."""
         for barrier in self._held_up_by(op):
             yield from barrier.all_waiters()
 
@@ -76,7 +76,7 @@ class Barriers:
         return any(waiter.kind is LINK for barrier in alone for waiter in barrier.waiters.values())
 
     def ended(self, op: Op) -> list[Op]:
-        """Have nobody wait for *op* any more; return those that now wait for nothing."""
+        """Let nothing wait for *op* any more; return the operations that now wait for nothing."""
         accepted = self._accepted.get(op.lane)
         if accepted is not None and accepted.pop(op.id, None) is not None and not accepted:
             del self._accepted[op.lane]
@@ -87,12 +87,12 @@ class Barriers:
         return passed
 
     def superseded(self, op: Op, by: Op) -> None:
-        """Have those that wait for *op* wait for the save *by*, too."""
+        """Let those that wait for *op* also wait for the save *by*."""
         for barrier in self._held_up_by(op):
             self._hold(barrier, by)
 
     def cancelled(self, op: Op, by: Op) -> None:
-        """Have those that wait for *op* wait for everything that the removal *by* waits for, too."""
+        """Let those that wait for *op* also wait for everything that the removal *by* waits for."""
         for holding in [*self._held_up_by(op)]:
             barrier = by.barrier
             if barrier is None or holding.covers(barrier):
@@ -106,7 +106,7 @@ class Barriers:
                     self._hold(holding, other)
 
     def would_gain(self, op: Op, by: Op) -> Iterator[tuple[Callable[[Op], bool], Iterator[Op]]]:
-        """Yield who would wait for more than before if *by* took the place of *op*, as a test, and for what more."""
+        """Yield what would wait for more if *by* replaced *op*, as a test, and what it would wait for."""
         for holding in self._held_up_by(op):
             barrier = by.barrier if by.kind is REMOVE else None
             if by.kind is not REMOVE:
@@ -125,7 +125,7 @@ class Barriers:
             self._holding.setdefault(op.id, []).append(barrier)
 
     def _remove_passed(self, barrier: Barrier | None) -> list[Op]:
-        """Remove *barrier*, and those behind it, as far as nothing is pending; return who waited there."""
+        """Remove *barrier* and those behind it, until one has something pending; return their waiters."""
         passed: list[Op] = []
         while barrier is not None and not barrier.pending and barrier.before is None:
             for waiter in barrier.waiters.values():
@@ -139,7 +139,7 @@ class Barriers:
         return passed
 
     def _merge(self, one: Barrier, other: Barrier) -> Barrier:
-        """Make one barrier of *one* and *other*, the next behind it, and return it; the larger one stays."""
+        """Merge *one* and *other*, the next behind it, into the larger of them; return that."""
         before, behind, position = one.before, other.behind, other.position
         stays, goes = (other, one) if _size(one) <= _size(other) else (one, other)
         for number, op in goes.pending.items():
@@ -160,13 +160,13 @@ class Barriers:
 
 
 def _waits_behind(one: Barrier, other: Barrier | None, op: Op) -> bool:
-    """Return whether *op* waits for what *one* stands for, but not for all that *other*, further behind, does."""
+    """Return whether *op* waits at *one* or behind it, but before *other*."""
     barrier = op.barrier
     return barrier is not None and barrier.covers(one) and not (other is not None and barrier.covers(other))
 
 
 def _between(one: Barrier, other: Barrier) -> Iterator[Op]:
-    """Yield what *other* stands for beside what *one*, before it, does."""
+    """Yield what is pending behind *one*, up to *other*."""
     barrier: Barrier | None = other
     while barrier is not None and barrier is not one:
         yield from barrier.pending.values()

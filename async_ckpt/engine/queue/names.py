@@ -1,7 +1,7 @@
-"""Which of many things concern a location: those at it, those it lies in, and those that lie in it.
+"""An index of things by location: finds those at a location, above it, and below it.
 
-Guarantees: each question costs as much as the location is deep, and what is found is in the order in which it came,
-however many things there are.
+Guarantees: a lookup costs time in proportion to the depth of the location, not to the number of things. Results are in
+the order of addition.
 
 What does not belong here: what a location is called (stores).
 """
@@ -26,14 +26,14 @@ def lies_in(key: str, place: str) -> bool:
 
 
 def _above(key: str) -> tuple[str, ...]:
-    """Return what *key* lies in, innermost first."""
+    """Return the locations that *key* lies in, innermost first."""
     end = key.rfind("/")
     return _from(key[:end]) if end > 0 else ()
 
 
 @lru_cache(maxsize=4096)
 def _from(place: str) -> tuple[str, ...]:
-    """Return *place* and what it lies in, innermost first."""
+    """Return *place* and the locations that it lies in, innermost first."""
     places = []
     end = len(place)
     while end > 0:
@@ -46,7 +46,7 @@ class Names(Generic[T]):
     """Things with a number, by the location that each concerns."""
 
     def __init__(self) -> None:
-        # Ordered ones, where to find the first stays cheap when many before it have gone.
+        # OrderedDict, as finding the first item stays cheap after many have been removed.
         self._at: dict[str, OrderedDict[int, T]] = {}
         self._below: dict[str, OrderedDict[int, T]] = {}
 
@@ -55,33 +55,33 @@ class Names(Generic[T]):
         return bool(self._at)
 
     def add(self, key: str, number: int, item: T) -> None:
-        """Take in *item*."""
+        """Add *item*."""
         _add(self._at, key, number, item)
         for place in _above(key):
             _add(self._below, place, number, item)
 
     def discard(self, key: str, number: int) -> None:
-        """Let go of what `add` was given; where there is no such thing, do nothing."""
+        """Remove an item; do nothing if it is not there."""
         if _discard(self._at, key, number):
             for place in _above(key):
                 _discard(self._below, place, number)
 
     def at(self, key: str) -> OrderedDict[int, T]:
-        """Return what concerns the location itself, by number."""
+        """Return the items at *key*, by number."""
         return self._at.get(key, _NOTHING)
 
     def above(self, key: str) -> Iterator[OrderedDict[int, T]]:
-        """Yield what concerns each of the locations that *key* lies in."""
+        """Yield the items at each location that *key* lies in."""
         for place in _above(key):
             if place in self._at:
                 yield self._at[place]
 
     def below(self, key: str) -> OrderedDict[int, T]:
-        """Return what concerns the locations that lie in *key*, by number."""
+        """Return the items at locations that lie in *key*, by number."""
         return self._below.get(key, _NOTHING)
 
     def related(self, key: str) -> list[OrderedDict[int, T]]:
-        """Return all of these, location by location, but for those where there is nothing."""
+        """Return the items at, above and below *key*, without empty results."""
         at = self._at
         if not at:
             return []
@@ -102,7 +102,7 @@ def _add(index: dict[str, OrderedDict[int, T]], key: str, number: int, item: T) 
 
 
 def _discard(index: dict[str, OrderedDict[int, T]], key: str, number: int) -> bool:
-    """Let go of it; return whether it was there."""
+    """Remove an item; return whether it was there."""
     found = index.get(key)
     if found is None or found.pop(number, None) is None:
         return False

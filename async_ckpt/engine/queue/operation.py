@@ -1,4 +1,4 @@
-"""The records of the queue: an operation, the share of a service, and what may be decided about them.
+"""The records of the queue: an operation, one service's lane, and the possible decisions.
 
 What does not belong here: deciding (queue).
 """
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Kind(Enum):
-    """What is asked for."""
+    """The kinds of operation."""
 
     SAVE = "save"
     LINK = "link"
@@ -47,7 +47,7 @@ class Kind(Enum):
 
 
 class Phase(Enum):
-    """How far a live operation is. One that has ended is no longer in the queue."""
+    """The phases of a live operation. One that has ended is no longer in the queue."""
 
     WAITING = "waiting"  # a save that is not admitted; its caller is blocked
     STAGING = "staging"  # admitted; its caller is taking the snapshot
@@ -65,7 +65,7 @@ class Lane:
     """One service's share of the queue.
 
     Attributes:
-        history: what its saves came to.
+        history: how its saves ended.
     """
 
     queue_depth: int
@@ -79,21 +79,22 @@ class Op:
     """One operation.
 
     Attributes:
-        id: rises in order of arrival; given by whoever adds the operation, as it does so.
-        key: of the location. One that begins with another and a slash lies in that one.
-        through: for a load, the keys of the links that it passes on its way to the location.
-        group: operations with the same group never run at the same time; ``None`` has no such bound.
-        place: names the file system, with all its options, where one location may be reached by several.
+        id: increases in order of arrival; assigned when the operation is added.
+        key: of the location. A key that begins with another one and a slash lies in that one.
+        through: for a load, the keys of the links on the path to its location.
+        group: operations of the same group never run at the same time; with ``None``, there is no such limit.
+        place: identifies the file system with all its options, as several may reach the same location.
         nbytes: host bytes that a save's snapshot needs.
         thread: the caller's thread.
-        urgent: admitted whatever the bounds: its caller interrupted another save on the same thread,
-            whose memory and place cannot come free before the caller returns. The queue finds out.
-        overtaken_by: what interrupted it on its thread at a related location, and so comes first; the queue's own.
-        target: for a link, the key of the location that it leads to.
-        before: for a removal, the last of what had to come first when it came, 0 where nothing had to; the queue's own.
-        barrier: for a removal and a link, what must be durable first, until it is; the queue's own.
-        failed_save: one of those that did not become durable.
-        failed_before: for a removal, the last save or link that had failed when it came; 0 where none had.
+        urgent: whether it is admitted whatever the bounds, because its caller interrupted another save on the same
+            thread, which cannot free its memory and its place before the caller returns. Set by the queue.
+        overtaken_by: operations at related locations that interrupted it on its thread, and so go first. Set by the
+            queue.
+        target: for a link, the key of its target.
+        before: for a removal, the id of its last predecessor when it arrived, or 0. Set by the queue.
+        barrier: for a removal or a link, what still has to become durable first. Set by the queue.
+        failed_save: the id of one of those that failed.
+        failed_before: for a removal, the id of the last save or link that had failed when it arrived, or 0.
     """
 
     id: int
@@ -116,19 +117,19 @@ class Op:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All locations that it concerns."""
+        """The keys of all locations that it concerns."""
         return (self.key, *self.through)
 
 
 class Barrier:
-    """Stands until everything that is pending here, and at the barriers before it, has ended.
+    """Holds up its waiters until its pending operations, and those of the barriers before it, have ended.
 
     Attributes:
-        lane: of the row that it stands in; ``None`` for one that stands alone.
-        pending: operations, by id.
-        waiters: who waits here, by id.
-        before: the one before it in its row.
-        behind: the one behind it.
+        lane: the lane whose chain of barriers it belongs to; ``None`` if it is not in a chain.
+        pending: operations that have not ended, by id.
+        waiters: operations that wait for them, by id.
+        before: the previous barrier of the chain.
+        behind: the next barrier of the chain.
     """
 
     __slots__ = ("before", "behind", "lane", "pending", "position", "waiters")
@@ -145,22 +146,22 @@ class Barrier:
             self.position = before.position + 1
 
     def is_before(self, other: Barrier) -> bool:
-        """Return whether *other* stands behind it in one row, so that who waits there waits for this one, too."""
+        """Return whether *other* is behind it in the same chain, so that its waiters wait for this one, too."""
         return self.lane is not None and self.lane is other.lane and self.position < other.position
 
     def covers(self, other: Barrier) -> bool:
-        """Return whether who waits here waits for all that *other* stands for."""
+        """Return whether waiters of this one wait for everything that waiters of *other* wait for."""
         return self is other or other.is_before(self)
 
     def all_pending(self) -> Iterator[Op]:
-        """Yield all that it stands for."""
+        """Yield all operations that its waiters wait for."""
         barrier: Barrier | None = self
         while barrier is not None:
             yield from barrier.pending.values()
             barrier = barrier.before
 
     def all_waiters(self) -> Iterator[Op]:
-        """Yield all who wait for what is pending here."""
+        """Yield all operations that wait for what is pending here."""
         barrier: Barrier | None = self
         while barrier is not None:
             yield from barrier.waiters.values()
@@ -169,14 +170,14 @@ class Barrier:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Give the save its place and its memory."""
+    """Admit the save: give it its place and its memory."""
 
     op: Op
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """There is no room of the kind named, and the lane does not wait."""
+    """Refuse the save: there is no room, and its lane does not wait."""
 
     op: Op
     lacking: Literal["queue", "memory"]
@@ -200,7 +201,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """End the removal or link *op* without effect: the save *failed_save* failed."""
+    """End the removal or link *op* without effect, because the save *failed_save* failed."""
 
     op: Op
     failed_save: int
@@ -208,7 +209,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Let the operation run."""
+    """Start the operation."""
 
     op: Op
 

@@ -1,9 +1,9 @@
-"""Who waits for whom: which operations come first at a location, and which an operation depends on in the end.
+"""Precedence: which operations go first at a location, and which an operation depends on, directly or not.
 
-Guarantees: a question about one operation costs as much as its location is deep and as much as is found, however many
-are pending; but for `any_depends`, which walks what is found.
+Guarantees: a query costs time in proportion to the depth of the location and the number of results, not to the number
+of pending operations; except `any_depends`, which follows the dependencies.
 
-What does not belong here: what is decided for it (queue), what deletions wait for beside it (barriers).
+What does not belong here: decisions (queue), what removals wait for besides (barriers).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Precedence", "is_suspended_beneath"]
 
 
 class Precedence:
-    """The live operations by location, loads apart (they may meet each other, rule 2), and by thread.
+    """The live operations by location and thread; loads separately, as they may run side by side (rule 2).
 
     Attributes:
         writes: everything but loads.
@@ -33,12 +33,12 @@ class Precedence:
         self.loads: Names[Op] = Names()
         self._running_writes: Names[Op] = Names()
         self._running_loads: Names[Op] = Names()
-        self._by_thread: dict[int, dict[int, Op]] = {}  # what may be suspended: saves not staged, and loads
+        self._by_thread: dict[int, dict[int, Op]] = {}  # may be suspended: loads, and saves not staged
 
     # -- messages
 
     def add(self, op: Op) -> None:
-        """Take in *op*, and have what it interrupted come after it (rule 6)."""
+        """Add *op*, and order operations that it interrupted after it (rule 6)."""
         if op.thread in self._by_thread and op.kind is not LOAD:
             self._overtake(op)
         if op.kind is LOAD:
@@ -50,13 +50,13 @@ class Precedence:
             self._by_thread.setdefault(op.thread, {})[op.id] = op
 
     def staged(self, op: Op) -> None:
-        """The caller of *op* is suspended no longer."""
+        """Note that the caller of *op* can no longer be suspended in the call."""
         ops = self._by_thread.get(op.thread)
         if ops is not None and ops.pop(op.id, None) is not None and not ops:
             del self._by_thread[op.thread]
 
     def started(self, op: Op) -> None:
-        """*op* runs from now on."""
+        """Note that *op* has started."""
         if op.kind is LOAD:
             for key in op.keys:
                 self._running_loads.add(key, op.id, op)
@@ -64,7 +64,7 @@ class Precedence:
             self._running_writes.add(op.key, op.id, op)
 
     def discard(self, op: Op) -> None:
-        """*op* has ended."""
+        """Remove *op*, which has ended."""
         if op.kind is LOAD:
             for key in op.keys:
                 self.loads.discard(key, op.id)
@@ -75,10 +75,10 @@ class Precedence:
         if op.kind is SAVE or op.kind is LOAD:
             self.staged(op)
 
-    # -- what holds an operation up
+    # -- what an operation waits for
 
     def is_blocked(self, op: Op) -> bool:
-        """Return whether something comes first, or a *later* operation runs that had to pass *op* by (rule 6)."""
+        """Return whether a predecessor is live, or a *later* operation runs that had to overtake *op* (rule 6)."""
         for _ in self.predecessors(op):
             return True
         for found in _meeting(op, self._running_writes, self._running_loads):
@@ -88,10 +88,10 @@ class Precedence:
         return False
 
     def predecessors(self, op: Op) -> Iterator[Op]:
-        """Yield the earlier operations of the same and related locations that *op* has to let go first (O1).
+        """Yield the earlier operations at the same or related locations that have to go before *op* (O1).
 
-        Not those that wait for admission: their callers have nothing after them yet, and two services whose
-        accepted saves waited for each other's unaccepted ones would wait for ever.
+        Those that wait for admission are not among them: their callers have submitted nothing after them yet, and two
+        services whose accepted saves waited for each other's waiting ones would deadlock.
         """
         for found in _meeting(op, self.writes, self.loads):
             for number, other in found.items():
@@ -100,11 +100,11 @@ class Precedence:
                 if _comes_first(other, op):
                     yield other
         for other in op.overtaken_by:
-            if other.id in self.writes.at(other.key):  # it lives
+            if other.id in self.writes.at(other.key):  # it has not ended
                 yield other
 
     def nearest_predecessor(self, op: Op) -> Op | None:
-        """Return the last of those."""
+        """Return the last of the `predecessors`."""
         nearest: Op | None = None
         for found in _meeting(op, self.writes, self.loads):
             for number, other in reversed(found.items()):
@@ -115,7 +115,7 @@ class Precedence:
         return nearest
 
     def successors(self, op: Op) -> Iterator[Op]:
-        """Yield what may have waited for *op*, which has ended: no further than something else comes first."""
+        """Yield operations that may have waited for *op*, which has ended; none that still wait for a later one."""
         writes, loads = self.writes, self.loads
         for key in op.keys:
             limit: int | None = None
@@ -135,9 +135,9 @@ class Precedence:
                     yield other
 
     def any_depends(self, ops: Iterable[Op], on: Callable[[Op], bool]) -> bool:
-        """Return whether one of *ops* waits for one for which *on* is true, or for one that does, and so on."""
+        """Return whether *on* is true for one of *ops*, or for one that they wait for, directly or not."""
         seen: set[int] = set()
-        stack = list(ops)[::-1]  # the newest first: they are the most likely
+        stack = list(ops)[::-1]  # newest first, as they are most likely
         while stack:
             op = stack.pop()
             if on(op):
@@ -152,7 +152,7 @@ class Precedence:
     # -- what is suspended (rule 6)
 
     def suspended(self, op: Op) -> list[Op]:
-        """Return what is suspended beneath *op*."""
+        """Return the operations that are suspended beneath *op*."""
         others = self._by_thread.get(op.thread)
         return [other for other in others.values() if is_suspended_beneath(other, op)] if others else []
 
@@ -162,7 +162,7 @@ class Precedence:
         return bool(suspended) and self.any_depends((op,), lambda other: other.id in suspended)
 
     def _overtake(self, op: Op) -> None:
-        """Have what *op* interrupted come after it, where it does not come after that by way of another thread's."""
+        """Order operations that *op* interrupted after it, unless *op* depends on them through another thread's."""
         for other in self.suspended(op):
             related = lies_in(other.key, op.key) or lies_in(op.key, other.key)
             if other.kind is not LOAD and related and not self.any_depends((op,), partial(is_, other)):
@@ -170,14 +170,14 @@ class Precedence:
 
 
 def is_suspended_beneath(other: Op, op: Op) -> bool:
-    """Return whether *other*'s caller cannot go on before *op*'s caller has returned (rule 6)."""
+    """Return whether the caller of *other* cannot go on before the caller of *op* has returned (rule 6)."""
     return other.thread == op.thread and (
         other.phase in (WAITING, STAGING) or (other.kind is LOAD and other is not op)
     )
 
 
 def _meeting(op: Op, writes: Names[Op], loads: Names[Op]) -> list[OrderedDict[int, Op]]:
-    """Return, location by location, the operations that must not run beside *op*; itself, too."""
+    """Return, for each location, the operations that must not run beside *op*, including itself."""
     if op.kind is not LOAD:
         found = writes.related(op.key)
         return found + loads.related(op.key) if loads else found

@@ -1,27 +1,26 @@
 """The rules of the write-behind queue.
 
-1. Saves are admitted first come, first served, while fewer than ``queue_depth`` are accepted and their
-   memory fits (B1).
-2. Operations on one location take effect in the order in which they came, whichever service they came
-   through; loads with no other operation between them run side by side. So do operations of which one is on
-   what the other's location lies in, as a directory is, or on a link that the other passes. Other locations do
-   not wait for each other (O1, O2).
-3. A removal cancels a queued save of its location (O3). It runs once every save accepted before it in its
-   service is durable, and is dropped when one of them fails (D3), or had failed already and no newer
-   checkpoint, but what is to be removed, is durable by then.
-4. Where a queued save is cancelled or superseded, removals that waited for it wait for what its replacer
-   waits for. So the last good checkpoint outlives any sequence of the above. A save supersedes only one of
-   its own service, and only where that lets it in: nothing that is accepted ever waits for what is not (D4).
-5. A link to a location, which makes it known by a second name, runs once the newest save of that location is
-   durable, and is dropped when it fails. Removals that come later wait for it as for a save (D3), so what the
-   second name has stood for until then is not deleted beneath it.
-6. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that
-   interrupted ``save`` may save, wait and load (L1). A removal does, but for what lies in what it removes, as it
-   would delete the last good checkpoint before the next is durable (D3); ``would_deadlock`` tells who
-   may not wait for it.
+1. Saves are admitted first come, first served, while fewer than ``queue_depth`` are accepted and their memory fits
+   (B1).
+2. Operations at one location take effect in order of arrival, whichever service they came through. The same holds if
+   the location of one lies in that of the other, as a file in a directory, or is a link on its path. Loads run side
+   by side if there is no other operation between them. Operations at other locations do not wait for each other (O1,
+   O2).
+3. A removal cancels a queued save of its location (O3). It runs once every save that was accepted before it in its
+   service is durable. It is dropped if one of them fails; or if one had failed before, and no newer checkpoint, apart
+   from those to be removed, is durable by then (D3).
+4. If a queued save is cancelled or superseded, removals that waited for it wait for what its replacement waits for.
+   So the last good checkpoint survives any sequence of operations. A save supersedes only a save of its own service,
+   and only if it is admitted by that: no accepted operation ever waits for one that is not accepted (D4).
+5. A link runs once the newest save of its target is durable, and is dropped if that save fails. Later removals wait
+   for a link as for a save (D3), so the previous target of the link is not deleted too early.
+6. An operation never waits for one that is suspended beneath it on its own thread: a signal handler that interrupted
+   ``save`` may save, wait and load (L1). Only a removal does wait, except for a save in the location that it removes:
+   it would delete the last good checkpoint before the next is durable (D3). ``would_deadlock`` finds the operations
+   for which a thread must not wait.
 
-``decide`` looks only at what a message since the last call may have changed: what has ended leaves word with those
-that it held up. So a message costs the same, on average, however many operations are pending.
+``decide`` checks only operations that may be affected by messages since the last call: one that ends lists those that
+it held up. So a message costs constant time on average, however many operations are pending.
 """
 
 from __future__ import annotations
@@ -68,18 +67,18 @@ class Queue:
         self._groups: dict[str, Slots] = {}
         self._barriers = Barriers()
         self._staging: dict[int, Op] = {}
-        self._histories: set[ref[History]] = set()  # those that know of something durable
+        self._histories: set[ref[History]] = set()  # those that contain durable checkpoints
         self._to_end = WorkList()
         self._to_start = WorkList()
         self._freed: dict[Slots, None] = {}
-        self._waiting: dict[Lane, LaneState] = {}  # where saves wait for admission
+        self._waiting: dict[Lane, LaneState] = {}  # lanes with saves that wait for admission
         self._decision: Action | None = None
 
     def __len__(self) -> int:
         return len(self._ops)
 
     def is_live(self, op: Op) -> bool:
-        """Return whether *op* is here, and has not ended."""
+        """Return whether *op* has been added and has not ended."""
         return op.id in self._ops
 
     def live(self, lane: Lane) -> Iterator[Op]:
@@ -93,7 +92,7 @@ class Queue:
         return share is not None and bool(share.waiting)
 
     def related_lanes(self, lane: Lane) -> set[Lane]:
-        """Return *lane*, and those of which it may have to wait for an operation."""
+        """Return *lane*, and the lanes whose operations it may have to wait for."""
         if len(self._lanes) <= 1:
             return {lane}
         ops = list(self.live(lane))
@@ -105,7 +104,7 @@ class Queue:
         return met | {op.lane for op in self._ops.values() if op.group in groups} | {lane}
 
     def changing(self, name: str) -> Op | None:
-        """Return the last live operation that decides what is at the location *name*, a link maybe."""
+        """Return the last live operation that determines what the location *name* is, perhaps a link."""
         writes = self._precedence.writes
         found = chain(writes.at(name).values(), *(each.values() for each in writes.above(name)))
         return max((op for op in found if op.phase is not WAITING), key=lambda op: op.id, default=None)
@@ -121,7 +120,7 @@ class Queue:
     # -- messages
 
     def add(self, op: Op) -> None:
-        """Take in a new operation. A removal or a link learns here which saves it has to wait for (D3)."""
+        """Add a new operation. For a removal or a link, this determines which saves it waits for (D3)."""
         share = self._lanes.get(op.lane)
         if share is None:
             share = self._lanes[op.lane] = LaneState(op.lane)
@@ -149,7 +148,7 @@ class Queue:
         self._recheck(op)
 
     def _wait_for_saves(self, removal: Op, share: LaneState) -> None:
-        """Have *removal* wait for all that was accepted before it, but for what waits for what it interrupted."""
+        """Let *removal* wait for everything accepted before it, except what depends on saves that it interrupted."""
         beneath = [
             other
             for other in self._precedence.suspended(removal)
@@ -164,13 +163,13 @@ class Queue:
             self._barriers.wait_for_all(removal)
 
     def preadmit(self, op: Op) -> None:
-        """Take in a save and admit it, whatever the bounds: what interrupted it counts on it (rule 6)."""
+        """Add a save and admit it, whatever the bounds, as a handler that interrupted it depends on it (rule 6)."""
         self.add(op)
         self._admit(op, self._lanes[op.lane])
         op.phase = STAGING
 
     def durable(self, op: Op) -> None:
-        """The operation has taken effect."""
+        """End *op*, which has taken effect."""
         history = op.lane.history
         history.succeeded(op.kind, op.key, op.id)
         if op.kind is SAVE:
@@ -179,7 +178,7 @@ class Queue:
         self._end(op)
 
     def failed(self, op: Op) -> None:
-        """The operation has failed: what waits for it, and removals that come later, must not run (D3)."""
+        """End *op*, which has failed: operations that wait for it, and later removals, must not run (D3)."""
         if op.kind in (SAVE, LINK):
             op.lane.history.failed(op.kind, op.key, op.id)
         for other in self._barriers.waiting_for(op):
@@ -188,9 +187,9 @@ class Queue:
         self._end(op)
 
     def withdraw(self, op: Op) -> None:
-        """The operation came to nothing: refused, dropped, or its caller was interrupted.
+        """End *op* without effect: it was refused or dropped, or its caller was interrupted.
 
-        Where it was accepted, or took another's place, what waits for it fares as after a failure.
+        If it was accepted, or replaced another, this counts as a failure for operations that wait for it.
         """
         if op.phase is WAITING and not self._barriers.is_awaited(op):
             self._end(op)
@@ -198,26 +197,26 @@ class Queue:
             self.failed(op)
 
     def replaced(self, op: Op, by: Op) -> None:
-        """The queued save *op* ended in favour of *by*: what waited for it waits for what *by* stands for (rule 4)."""
+        """End the queued save *op*; what waited for it now waits for *by*, or for what *by* waits for (rule 4)."""
         if by.kind is REMOVE:
             self._barriers.cancelled(op, by)
         else:
             self._barriers.superseded(op, by)
         self._end(op)
-        if by.kind is REMOVE:  # what it cancelled may have stood before another that it makes needless
+        if by.kind is REMOVE:  # it may also cancel the save before that one
             before = self._precedence.nearest_predecessor(by)
             by.before = 0 if before is None else before.id
 
     # -- decisions
 
     def decide(self, fits: Callable[[Op, Op | None], bool]) -> Action | None:
-        """Return the next thing to do, or ``None`` if nothing can be done now.
+        """Return the next action, or ``None`` if there is none now.
 
         Args:
-            fits: tells whether the memory for the waiting save given first can be had now, or could be if the
-                accepted save given second ended.
+            fits: returns whether there is memory for the waiting save given first; or would be, if the accepted save
+                given second ended.
 
-        The action is not carried out here; ask again once it has been. Until then it stays the same.
+        The caller carries the action out, and calls this again. Until then, it returns the same action.
         """
         decision = self._decision
         if decision is None or not self._is_open(decision):
@@ -225,7 +224,7 @@ class Queue:
         return decision
 
     def _is_open(self, decision: Action) -> bool:
-        """Return whether *decision* is yet to be carried out."""
+        """Return whether *decision* has not been carried out yet."""
         op = decision.op
         if op.id not in self._ops:
             return False
@@ -268,7 +267,7 @@ class Queue:
                     if victim is not None:
                         self._to_end.add(number)
                         return Cancel(victim, op)
-                elif op.barrier is None:  # nothing may yet make up for it
+                elif op.barrier is None:  # no newer checkpoint can become durable first
                     return Drop(op, op.failed_before)
         return None
 
@@ -340,8 +339,8 @@ class Queue:
             return Admit(op)
         if lane.overflow == "raise":
             return Refuse(op, "memory" if room else "queue")
-        # Not for one that would still have to wait: it may wait for memory that a save behind a removal
-        # holds, and that removal would inherit the wait for it, and wait for ever.
+        # Not if it would still have to wait: it could wait for memory of a save behind a removal, and that removal,
+        # which would inherit the wait for it, would deadlock.
         if lane.overflow == "supersede" and share.accepted_saves <= lane.queue_depth:
             victim = self._replaceable_save(op)
             if victim is not None and fits(op, victim):
@@ -358,20 +357,20 @@ class Queue:
     # -- replacing
 
     def _newest_save(self, link: Op) -> Op | None:
-        """Return the newest accepted save of what *link* leads to, in its own lane and not beneath it (rule 6)."""
+        """Return the newest accepted save of the target of *link*, in its lane and not beneath it (rule 6)."""
         for op in reversed(self._precedence.writes.at(link.target or "").values()):
             if op.lane is link.lane and _is_accepted_save(op) and not is_suspended_beneath(op, link):
                 return op
         return None
 
     def _replaceable_save(self, by: Op) -> Op | None:
-        """Return a save that has not started and that *by* makes needless, if ending it harms nobody."""
-        # Where another comes between the two, somebody counts on the save: a load, a removal.
+        """Return a save that has not started and that *by* can replace, if no other operation depends on it."""
+        # An operation between the two, such as a load or a removal, depends on the save.
         op = self._ops.get(by.before) if by.kind is REMOVE else self._precedence.nearest_predecessor(by)
         if op is None or op.kind is not SAVE or op.phase is not QUEUED or op.key != by.key:
             return None
         if op.place != by.place:
-            return None  # the same location, as far as anybody can tell, but reached with other options
+            return None  # probably the same location, but reached with other options
         if by.kind is SAVE and op.lane is not by.lane:
             return None  # its removals do not wait for our saves, nor is its memory ours
         if by.kind is REMOVE and self._barriers.has_link_waiting_for(op):
@@ -379,18 +378,18 @@ class Queue:
         return None if self._would_make_cycle(op, by) else op
 
     def _would_make_cycle(self, op: Op, by: Op) -> bool:
-        """Return whether what inherits from *op* would wait for a save that itself waits for the heir."""
+        """Return whether an operation that inherits the waits of *op* would then wait for itself."""
         depends = self._precedence.any_depends
         return any(depends(more, is_heir) for is_heir, more in self._barriers.would_gain(op, by))
 
     # -- bookkeeping
 
     def _recheck(self, op: Op) -> None:
-        """Have what may be done about *op* now decided anew."""
+        """List *op* to be checked by the next decisions."""
         if op.phase is QUEUED:
             if op.kind is REMOVE or op.kind is LINK:
                 self._to_end.add(op.id)
-            if op.barrier is None:  # else this comes again when it has gone
+            if op.barrier is None:  # otherwise, this is called again once it is gone
                 self._to_start.add(op.id)
 
     def _end(self, op: Op) -> None:

@@ -1,4 +1,4 @@
-"""Small records of who is to be looked at next, and of what only so many may have at a time.
+"""A work list of operations to check, and slots that bound how many run at a time.
 
 What does not belong here: what makes an operation fit to run (queue).
 """
@@ -11,14 +11,14 @@ __all__ = ["Slots", "WorkList"]
 
 
 class WorkList:
-    """Operations to be looked at, each once, oldest first."""
+    """Ids of operations to check, each once, oldest first."""
 
     def __init__(self) -> None:
         self._heap: list[int] = []
         self._listed: set[int] = set()
 
     def add(self, number: int) -> None:
-        """List an operation, if it is not listed."""
+        """Add an operation, unless it is listed already."""
         if number not in self._listed:
             self._listed.add(number)
             heappush(self._heap, number)
@@ -29,11 +29,11 @@ class WorkList:
 
     @property
     def first(self) -> int | None:
-        """The oldest; ``None`` where there is none."""
+        """The oldest; ``None`` if there is none."""
         return self._heap[0] if self._heap else None
 
     def pop(self) -> int | None:
-        """Return the oldest, and strike it off; ``None`` where there is none."""
+        """Remove and return the oldest; ``None`` if there is none."""
         if not self._heap:
             return None
         number = heappop(self._heap)
@@ -42,10 +42,10 @@ class WorkList:
 
 
 class Slots:
-    """So many operations run at a time; those that found no room wait, oldest first.
+    """A bounded number of running operations; others wait, oldest first.
 
     Args:
-        number: how many.
+        number: how many may run at a time.
     """
 
     def __init__(self, number: int) -> None:
@@ -55,31 +55,31 @@ class Slots:
 
     @property
     def is_used(self) -> bool:
-        """Whether any runs, or waits."""
+        """Whether any operation runs or waits."""
         return bool(self._running) or self._waiting.first is not None
 
     @property
     def has_room(self) -> bool:
-        """Whether one more may run."""
+        """Whether a slot is free."""
         return len(self._running) < self._number
 
     def admits(self, number: int) -> bool:
-        """Return whether an operation may run now: nothing older waits."""
+        """Return whether an operation may run now: a slot is free, and nothing older waits."""
         first = self._waiting.first
         return self.has_room and (first is None or first >= number)
 
     def wait(self, number: int) -> None:
-        """Have an operation wait for room."""
+        """Let an operation wait for a slot."""
         self._waiting.add(number)
 
     def pop(self) -> int | None:
-        """Return the oldest of those that wait, which does so no longer, where there is room for it."""
+        """If a slot is free, remove and return the oldest waiting operation."""
         return self._waiting.pop() if self.has_room else None
 
     def take(self, number: int) -> None:
-        """Let an operation run."""
+        """Give an operation a slot."""
         self._running.add(number)
 
     def release(self, number: int) -> None:
-        """End an operation, running or not."""
+        """Free the slot of an operation, if it has one."""
         self._running.discard(number)

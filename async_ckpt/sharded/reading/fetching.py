@@ -18,8 +18,8 @@ from typing import Any
 
 import anyio
 
-from async_ckpt.engine.errand import Errand
 from async_ckpt.engine.loading import Loads
+from async_ckpt.engine.loop_task import LoopTask
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import CorruptCheckpointError
 from async_ckpt.stores.base import Source
@@ -255,16 +255,16 @@ class Fetcher:
             return
         answered: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         run = _Run(requests, answered, self._open_source, self.at_a_time, self._url)
-        errand = Errand(self._runtime, run)
-        with self._loads.held(errand):
-            errand.outcome.add_done_callback(partial(answered.put, None))
-            errand.start()
+        task = LoopTask(self._runtime, run)
+        with self._loads.held(task):
+            task.outcome.add_done_callback(partial(answered.put, None))
+            task.start()
             while (request := answered.get()) is not None:
                 yield request
                 for segment in request.segments:
                     segment.memory = None
                 self._runtime.post(run.room.give, request.aside_nbytes)
-            errand.outcome.result()
+            task.outcome.result()
 
 
 class _Run:

@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from async_ckpt.engine.loading import Loads
-from async_ckpt.engine.resources import Holdings
+from async_ckpt.engine.resources import Resources
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import IncompleteCheckpointError, StoreError
 from async_ckpt.format.reading.reader import read_skeleton
@@ -53,13 +53,13 @@ class Loading:
     at_a_time: int
 
     @classmethod
-    def of(cls, holdings: Holdings, location: Location) -> Loading:
-        """Return what a load from *location* needs of the service that has *holdings*."""
+    def of(cls, resources: Resources, location: Location) -> Loading:
+        """Return what a load from *location* needs of the service that has *resources*."""
         return cls(
-            store=holdings.store(location),
-            runtime=holdings.running(),
-            loads=holdings.loads,
-            at_a_time=holdings.options.max_concurrent_parts,
+            store=resources.store(location),
+            runtime=resources.running(),
+            loads=resources.loads,
+            at_a_time=resources.options.max_concurrent_parts,
         )
 
     def load(

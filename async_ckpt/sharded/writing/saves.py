@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from async_ckpt.engine.resources import Holdings
+from async_ckpt.engine.resources import Resources
 from async_ckpt.engine.writers import StreamingWriter
 from async_ckpt.handle import Handle
 from async_ckpt.options import ServiceOptions
@@ -46,7 +46,7 @@ class ShardedSaves:
     def save(
         self,
         location: Location,
-        holdings: Holdings,
+        resources: Resources,
         submit: Callable[[ShardedWriter], Handle],
         *,
         extras: Mapping[str, Any] | None = None,
@@ -55,7 +55,7 @@ class ShardedSaves:
 
         Args:
             location: a directory.
-            holdings: of the service.
+            resources: of the service.
             submit: queues what is written by the writer that it is given.
             extras: values to have files of their own, by name; see `ShardedWriter`.
 
@@ -67,15 +67,15 @@ class ShardedSaves:
         """
         number = next(self._numbers)
         try:
-            store = holdings.store(location)
+            store = resources.store(location)
             writer = ShardedWriter(
-                StreamingWriter(store, holdings.workers, holdings.options),
+                StreamingWriter(store, resources.workers, resources.options),
                 store=store,
-                workers=holdings.workers,
+                workers=resources.workers,
                 rendezvous=self.rendezvous,
                 plans=self._plans,
                 number=number,
-                overwrite=holdings.options.overwrite,
+                overwrite=resources.options.overwrite,
                 extras=extras,
             )
             handle = submit(writer)

@@ -25,15 +25,15 @@ class Holder:
 @pytest.fixture
 def running() -> Iterator[Runtime]:
     """A runtime that one holder keeps."""
-    tenant = runtime.Tenant(Holder())
-    held = runtime.acquire(tenant)
+    user = runtime.RuntimeUser(Holder())
+    held = runtime.acquire(user)
     yield held
-    runtime.release(held, tenant)
+    runtime.release(held, user)
 
 
 def test_one_thread_for_all_holders() -> None:
     """All holders share one loop thread; it ends when the last one lets go, and a new one can begin (B2)."""
-    one, two = runtime.Tenant(Holder()), runtime.Tenant(Holder())
+    one, two = runtime.RuntimeUser(Holder()), runtime.RuntimeUser(Holder())
     first = runtime.acquire(one)
     assert runtime.acquire(two) is first
     assert runtime.acquire(two) is first
@@ -94,9 +94,9 @@ def test_coroutines_run_on_the_loop(running: Runtime) -> None:
 
 def test_what_comes_too_late_is_refused() -> None:
     """After the loop has ended, calls raise ServiceClosedError; none waits for ever (B2)."""
-    tenant = runtime.Tenant(Holder())
-    ended = runtime.acquire(tenant)
-    runtime.release(ended, tenant)
+    user = runtime.RuntimeUser(Holder())
+    ended = runtime.acquire(user)
+    runtime.release(ended, user)
     with pytest.raises(ServiceClosedError):
         ended.call(lambda: 1)
     with pytest.raises(ServiceClosedError):
@@ -106,8 +106,8 @@ def test_what_comes_too_late_is_refused() -> None:
 def test_calls_while_it_ends_are_answered_or_refused() -> None:
     """Calls that race with the end of the loop either get their answer or ServiceClosedError (B2)."""
     for _ in range(30):
-        tenant = runtime.Tenant(Holder())
-        ending = runtime.acquire(tenant)
+        user = runtime.RuntimeUser(Holder())
+        ending = runtime.acquire(user)
         ends: list[str] = []
 
         def call(ending: Runtime = ending, ends: list[str] = ends) -> None:
@@ -120,7 +120,7 @@ def test_calls_while_it_ends_are_answered_or_refused() -> None:
         callers = [threading.Thread(target=call) for _ in range(3)]
         for caller in callers:
             caller.start()
-        runtime.release(ending, tenant)
+        runtime.release(ending, user)
         for caller in callers:
             caller.join(PATIENCE_SECONDS)
             assert not caller.is_alive()

@@ -44,10 +44,10 @@ class Holder:
 @pytest.fixture(scope="module")
 def loop() -> Iterator[Runtime]:
     """The loop thread."""
-    tenant = runtimes.Tenant(Holder())
-    runtime = runtimes.acquire(tenant)
+    user = runtimes.RuntimeUser(Holder())
+    runtime = runtimes.acquire(user)
     yield runtime
-    runtimes.release(runtime, tenant)
+    runtimes.release(runtime, user)
 
 
 class Bytes:

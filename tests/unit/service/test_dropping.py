@@ -90,7 +90,7 @@ def test_nothing_of_it_is_kept() -> None:
     def use() -> None:
         harness = Harness(memory=True)
         harness.service.save(state(1), "memory://a").wait(PATIENCE_SECONDS)
-        kept.extend(weakref.ref(each) for each in (harness.store, harness.service._holdings.account.pool))
+        kept.extend(weakref.ref(each) for each in (harness.store, harness.service._resources.account.pool))
 
     dropped(use)
     threads_end()
@@ -165,7 +165,7 @@ def test_dropped_on_the_loop_thread() -> None:
     def use() -> None:
         services = [Harness(memory=True).service]
         services[0].save(state(1), "memory://a").wait(PATIENCE_SECONDS)
-        loop = services[0]._holdings.running()
+        loop = services[0]._resources.running()
 
         def drop() -> None:
             services.clear()

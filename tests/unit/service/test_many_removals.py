@@ -14,7 +14,7 @@ MANY = 3 * MOST_REMOVALS
 
 def deleted(harness: Harness) -> int:
     """Return how many removals have come to the store, once no more of them are on their way there."""
-    runtime = harness.service._holdings.running()
+    runtime = harness.service._resources.running()
     before = -1
     while before != (now := harness.store.calls["delete"]) or not now:
         before = now

@@ -74,7 +74,7 @@ def test_wait_is_for_what_was_accepted_before() -> None:
         harness.service.save(state(1), "memory://a")
         waiting = pool.submit(harness.service.wait)
         reached(first)
-        runtime = harness.service._holdings.held()
+        runtime = harness.service._resources.held()
         assert runtime is not None
         while not runtime.call(lambda: list(runtime.dispatcher.registry._drains)):
             pass

@@ -32,7 +32,7 @@ WAITS: dict[str, Callable[[CheckpointService], object]] = {
     "a save that needs its place": lambda service: service.save(state(2), "memory://b").wait(
         PATIENCE_SECONDS
     ),
-    "the exit": lambda service: service._holdings.drain_at_exit(),
+    "the exit": lambda service: service._resources.drain_at_exit(),
 }
 
 

@@ -1,9 +1,8 @@
-"""One coroutine on the loop thread, for which a caller waits.
+"""A coroutine on the loop thread for which a caller on another thread waits.
 
-Guarantees: it ends with its service, whoever is closing that, and with its caller; what storage holds up is waited for
-a moment, and then left behind (B2).
+Guarantees: it ends with its service and with its caller. If it hangs in storage, it is left behind after a moment (B2).
 
-What does not belong here: what it does.
+What does not belong here: what the coroutine does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
 
-__all__ = ["Errand"]
+__all__ = ["LoopTask"]
 
 T = TypeVar("T")
 
@@ -29,15 +28,15 @@ _log = logging.getLogger("async_ckpt.engine")
 _END_SECONDS = 1.0
 
 
-class Errand(Generic[T]):
+class LoopTask(Generic[T]):
     """A coroutine that runs once.
 
     Args:
-        runtime: where.
+        runtime: runs it.
         function: makes the coroutine.
 
     Attributes:
-        outcome: what it returned or raised, or why it was stopped.
+        outcome: its result or its error; if it was stopped, the reason.
     """
 
     def __init__(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> None:
@@ -51,19 +50,19 @@ class Errand(Generic[T]):
         self._end_by: float | None = None
 
     def start(self) -> None:
-        """Have it run, from any thread but the loop's; call once."""
+        """Start it, from any thread but the loop's; called once."""
         self._started = True
         self._runtime.spawn(self._run)
 
     def stop(self, reason: BaseException) -> None:
-        """Have it end, from any thread; who waits for its outcome gets *reason*."""
+        """Stop it, from any thread; its outcome becomes *reason*."""
         if self._end_by is None:
             self._end_by = monotonic() + _END_SECONDS
         with suppress(ServiceClosedError):  # the loop has ended
             self._runtime.call(self._stop, reason)
 
     def end(self, reason: BaseException) -> bool:
-        """Do that, and wait until it has ended, but not for long; return whether that is so."""
+        """Stop it and wait a moment for its end; return whether it has ended."""
         self.stop(reason)
         if self._started and self._end_by is not None:
             try:
@@ -74,16 +73,16 @@ class Errand(Generic[T]):
         return True
 
     def when_ended(self, callback: Callable[[], object]) -> None:
-        """Call *callback* once nothing of it is under way: at once, or on the loop thread."""
+        """Call *callback* once it has ended: at once, or on the loop thread."""
         if self._started:
             self._ended.add_done_callback(callback)
         else:
             callback()
 
     def close(self) -> None:
-        """End it, if it is still under way."""
+        """End it, if it is still running."""
         if self._started and not self._ended.done():
-            self.end(ServiceClosedError("nobody waits for it any more"))
+            self.end(ServiceClosedError("nothing waits for it any more"))
 
     # -- on the loop thread
 

@@ -47,7 +47,7 @@ __all__ = ["Coordinator", "Phase"]
 
 
 class Phase(Enum):
-    """How far a save is, on the coordinator."""
+    """The phases of a save on the coordinator."""
 
     GATHERING = auto()  # not all ranks have come
     PLANNING = auto()
@@ -94,7 +94,7 @@ class Coordinator:
         self._commit_failure = ""
 
     def receive(self, message: ToCoordinator) -> None:
-        """Take note of *message*, a `Ready` with its plan; `tick` says what is to be done about it."""
+        """Record *message*, a `Ready` with its plan; `tick` returns the actions."""
         rank = message.rank
         self._last_seconds[rank] = self._count.seconds
         match message:
@@ -113,7 +113,7 @@ class Coordinator:
                 self._heard.add(rank)
 
     def beat(self) -> list[Action]:
-        """Say that this rank's loop is alive, if it is time to."""
+        """Send a heartbeat of this rank's loop, if one is due."""
         if self.phase is Phase.OVER or not self._is_due():
             return []
         self._beaten_seconds = self._count.seconds
@@ -158,7 +158,7 @@ class Coordinator:
         return []
 
     def planned(self, works: Mapping[int, bytes] | None) -> list[Action]:
-        """Go: each rank has its work, or all the work of last time (``None``)."""
+        """Let the ranks write: each has its own work, or all repeat the last work (``None``)."""
         if self.phase is not Phase.PLANNING:
             return []
         plans = self._plans
@@ -187,7 +187,7 @@ class Coordinator:
         ]
 
     def failed(self, why: str) -> list[Action]:
-        """Planning failed; no rank has begun to write."""
+        """Note that planning failed; no rank has begun to write."""
         self._failures.setdefault(COORDINATOR, why)
         return self._act()
 
@@ -205,11 +205,11 @@ class Coordinator:
         )
 
     def committed(self) -> list[Action]:
-        """It is durable."""
+        """Note that the checkpoint is durable."""
         return self._decide(Verdict({})) if self.phase is Phase.COMMITTING else []
 
     def commit_failed(self, why: str) -> list[Action]:
-        """Look whether it is durable all the same, as an answer that got lost may mean."""
+        """Check whether the checkpoint is durable after all: only the answer may have been lost."""
         if self.phase is not Phase.COMMITTING:
             return []
         self.phase = Phase.LOOKING
@@ -218,7 +218,7 @@ class Coordinator:
         return [LookUp(self._save_id)]
 
     def looked_up(self, found: bool | None) -> list[Action]:
-        """Decide by what storage shows."""
+        """Decide by what is in storage."""
         if self.phase is not Phase.LOOKING:
             return []
         if found:
@@ -278,7 +278,7 @@ class Coordinator:
 
 
 def _other_locations(readies: Mapping[int, Ready]) -> dict[int, str]:
-    """Return whom to name where ranks were told different locations: the first, and who differs from it."""
+    """Return the ranks to name if they were given different locations: the first, and those that differ from it."""
     first = min(readies)
     location = readies[first].location
     others = {rank: ready.location for rank, ready in sorted(readies.items()) if ready.location != location}

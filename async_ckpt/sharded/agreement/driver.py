@@ -61,28 +61,28 @@ __all__ = ["Driver", "Executor", "Offer", "Replies"]
 logger = logging.getLogger(__name__)
 
 _PAUSES_SECONDS = (0.002, 0.02)
-"""Between two looks: the shortest, while something is going on; the longest, when nothing has for a while."""
+"""The time between two polls: the shortest, while something happens; the longest, after a while without news."""
 _LOOKS_PER_SECOND = 20_000
-"""How many looks of all ranks together the store's host may be asked for."""
+"""How many polls per second the host of the store may receive from all ranks together."""
 _LAST_WORDS_SECONDS = 2.0
-"""How long what is still to be sent may take when there is nothing else."""
+"""How long sending the remaining messages may take when nothing else is left."""
 _REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """What tells the agreement what came of an action: that it is *done*, with its result, or why it *failed*."""
+    """Reports the outcome of an action to the agreement: *done* takes its result, *failed* its error."""
 
     done: Callable[..., list[Action]]
     failed: Callable[[str], list[Action]]
 
 
 class Offer(Protocol):
-    """What a rank says of itself as it comes to a save."""
+    """What a rank announces when it begins a save."""
 
     @property
     def location(self) -> str:
-        """Where it was told to save, fit to be shown."""
+        """The location of the save, without secrets."""
 
     @property
     def fingerprint(self) -> bytes:
@@ -90,10 +90,10 @@ class Offer(Protocol):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bytes of each pickled item."""
+        """The size of each pickled item in bytes."""
 
     def plan(self) -> bytes:
-        """Return what it saves; called only where the coordinator does not know it."""
+        """Return the plan; called only if the coordinator does not know it."""
 
 
 class Executor(Protocol):
@@ -103,7 +103,7 @@ class Executor(Protocol):
     offer: Offer
 
     def deliver(self, action: Action, replies: Replies | None) -> None:
-        """Have *action* done on the loop, and what came of it told by one of *replies*. Must not raise."""
+        """Perform *action* on the loop, and report its outcome by one of *replies*. Must not raise."""
 
 
 class Driver:
@@ -153,14 +153,14 @@ class Driver:
 
     @property
     def is_running(self) -> bool:
-        """Whether anything is under way."""
+        """Whether anything is in progress."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
     # -- for all threads
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have *call* made on the thread; return at once."""
+        """Schedule *call* on the thread; return at once."""
         self._inbox.put(call)
         if self._running.acquire(blocking=False):
             try:
@@ -192,24 +192,24 @@ class Driver:
         self._carry_out(number, actions)
 
     def refuse(self, number: int, why: str) -> None:
-        """Say that this rank takes no part in save *number*."""
+        """Announce that this rank takes no part in save *number*."""
         if self._rank == COORDINATOR:
             self._coordinate(number)
         self._carry_out(number, [Send(Failed(self._rank, why))])
 
     def beat(self, number: int) -> None:
-        """Know that the event loop turns on which a save runs."""
+        """Note that the event loop of a save is alive."""
         if number in self._parts:
             self._carry_out(number, self._parts[number][1].beat())
         if number in self._coordinators:
             self._carry_out(number, self._coordinators[number].beat())
 
     def reply(self, number: int, actions: Callable[[], list[Action]]) -> None:
-        """Know what came of an action."""
+        """Receive the outcome of an action."""
         self._carry_out(number, actions())
 
     def give_up(self, number: int, why: str, then: Callable[[], None]) -> None:
-        """End a part that waits no longer; call *then* when it has been said."""
+        """End a part whose caller no longer waits; call *then* once that has been sent."""
         known = self._parts.pop(number, None)
         if known is not None:
             self._carry_out(number, known[1].give_up(why))
@@ -222,7 +222,7 @@ class Driver:
             self._store_thread.send(lambda wire: then)
 
     def leave(self) -> None:
-        """Take no more part in anything, ever."""
+        """Stop taking part in saves, for good."""
         if self._wire is not None and self._wire.is_used:
             self._send(Wire.leave)
 
@@ -431,7 +431,7 @@ class Driver:
         self._the_store_thread().send(job)
 
     def _look(self) -> Look:
-        """Return what looks for news, on the store thread."""
+        """Return the function that polls for messages, on the store thread."""
         numbers = tuple(self._parts)
         is_coordinator = self._rank == COORDINATOR
 
@@ -448,6 +448,6 @@ class Driver:
             hear(number, message)
 
     def _cut_off(self) -> None:
-        """Know that the store did not answer."""
+        """Note that the store did not answer."""
         for owner in list(self._claims):
             self._claimed(owner, None)

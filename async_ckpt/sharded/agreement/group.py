@@ -24,11 +24,11 @@ from async_ckpt.errors import OptionError
 __all__ = ["ALONE", "Group", "find_group"]
 
 ALONE = object()
-"""Given as a process group: this process by itself, whatever group it is in."""
+"""As a process group: only this process, whatever group it is in."""
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 1.0
-"""What a wait for a key may take at the most: none is ever meant."""
+"""The time limit of a wait for a key; we never wait for one on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def _default_store(distributed: Any) -> Any:
 
 
 def _name(distributed: Any, process_group: Any) -> str:
-    """Return what no other group of this store is called."""
+    """Return a name that is unique among the groups of this store."""
     if process_group is None:
         return "world"
     try:
@@ -130,7 +130,7 @@ def _number(store: Any, name: str) -> int:
 
 
 def _connect(store: Any, prefix: str) -> Any:
-    """Return a connection to *store* of our own, where that can be had; a blocked call blocks all on the same one."""
+    """Return a connection of our own to *store*, if possible: a blocked call blocks all others on its connection."""
     if store is None:
         raise ConnectionError("the process group has ended")
     distributed = _torch_distributed()
@@ -147,7 +147,7 @@ def _connect(store: Any, prefix: str) -> Any:
 
 
 def _cloned(store: Any) -> Any:
-    """Return a clone of *store*, or ``None`` where torch, or the kind of store, has none."""
+    """Return a clone of *store*, or ``None`` if torch, or this kind of store, does not support that."""
     try:
         return _impatient(store.clone())
     except (AttributeError, NotImplementedError):
@@ -164,7 +164,7 @@ def _dialed(store: Any) -> Any:
 
 
 def _impatient(store: Any) -> Any:
-    """Have waits on *store* end soon, if it is a connection that nobody else uses."""
+    """Set a short time limit for waits on *store*, if nothing else uses the connection."""
     bottom = store
     while hasattr(bottom, "underlying_store"):
         bottom = bottom.underlying_store

@@ -58,14 +58,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Wrote:
-    """What a rank was to write is durable."""
+    """A rank's part is durable."""
 
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A rank cannot, or will not, do its part."""
+    """A rank cannot, or will not, write its part."""
 
     rank: int
     why: str
@@ -131,7 +131,7 @@ _LENGTH_BYTES = 4
 
 
 def encode(number: int, message: ToCoordinator | FromCoordinator) -> bytes:
-    """Return what goes over the wire for a *message* about save *number*."""
+    """Encode a *message* about save *number*."""
     head: list[Any]
     body: bytes | None = None
     match message:
@@ -190,5 +190,5 @@ def encode_failures(failures: Mapping[int, str]) -> str:
 
 
 def decode_failures(text: str) -> dict[int, str]:
-    """Return what `encode_failures` was given."""
+    """Decode the result of `encode_failures`."""
     return {int(rank): str(why) for rank, why in json.loads(text)}

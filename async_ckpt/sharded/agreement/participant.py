@@ -44,7 +44,7 @@ __all__ = ["Participant", "Step"]
 
 
 class Step(Enum):
-    """How far a save is, on a rank."""
+    """The phases of a save on a rank."""
 
     WAITING = auto()
     WRITING = auto()
@@ -85,7 +85,7 @@ class Participant:
     def begin(
         self, *, location: str, fingerprint: bytes, plan: Callable[[], bytes], sizes: tuple[int, ...]
     ) -> list[Action]:
-        """Say that this rank has come. *plan* is called only if the coordinator does not know it."""
+        """Announce that this rank has begun. *plan* is called only if the coordinator does not know it."""
         sent_plan = self._sent_plan
         self._fingerprint = fingerprint
         if sent_plan.fingerprint == fingerprint and sent_plan.is_known:
@@ -96,14 +96,14 @@ class Participant:
         return [Send(ready)]
 
     def beat(self) -> list[Action]:
-        """Say that this rank's loop is alive, if it is time to."""
+        """Send a heartbeat of this rank's loop, if one is due."""
         if self.step is Step.ENDED or self._count.seconds - self._beaten_seconds < self._bounds.beat_seconds:
             return []
         self._beaten_seconds = self._count.seconds
         return [Send(Heartbeat(self.rank))]
 
     def receive(self, message: FromCoordinator) -> list[Action]:
-        """Do what the coordinator says."""
+        """Follow a message of the coordinator."""
         if self.step is Step.ENDED:
             return []
         self._has_heard = True
@@ -126,7 +126,7 @@ class Participant:
         return []
 
     def wrote(self) -> list[Action]:
-        """Say that this rank's part is durable."""
+        """Report that this rank's part is durable."""
         if self.step is not Step.WRITING:
             return []
         self.step = Step.WROTE
@@ -134,14 +134,14 @@ class Participant:
         return [Send(Wrote(self.rank))]
 
     def failed(self, why: str) -> list[Action]:
-        """Say that this rank cannot do its part."""
+        """Report that this rank cannot write its part."""
         if self.step not in (Step.WAITING, Step.WRITING):
             return []
         self.step = Step.FAILED
         return [Send(Failed(self.rank, why))]
 
     def give_up(self, why: str) -> list[Action]:
-        """Say that this rank waits no longer, whatever the others do; nothing follows."""
+        """Report that this rank no longer waits, whatever the others do; its last message."""
         if self.step is Step.ENDED:
             return []
         self.step = Step.ENDED
@@ -176,7 +176,7 @@ class Participant:
         return []
 
     def claimed(self, holder: ClaimHolder) -> list[Action]:
-        """End if it is certain that nobody commits; else look."""
+        """End if it is certain that no rank commits; otherwise check storage."""
         if self.step is not Step.CLAIMING:
             return []
         if isinstance(holder, Mapping) or not self._wrote:  # without this rank nobody can have committed
@@ -185,7 +185,7 @@ class Participant:
         return self._look_up(self._failures)
 
     def looked_up(self, found: bool | None) -> list[Action]:
-        """End by what storage shows."""
+        """End according to what is in storage."""
         if self.step is not Step.LOOKING:
             return []
         if found:

@@ -63,7 +63,7 @@ COORDINATOR = 0
 """The rank that decides."""
 
 COMMIT = "commit"
-"""Who holds the claim if the coordinator does."""
+"""The value of the claim if the coordinator holds it."""
 
 ClaimHolder = str | Mapping[int, str] | None
 """Whose claim holds: `COMMIT`, or the failures that another rank claimed; ``None`` if the store did not say."""
@@ -97,21 +97,21 @@ class Scatter:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Claim the decision in the group's store, `COMMIT` or failures, and tell `claimed` who holds it."""
+    """Claim the decision in the group's store, `COMMIT` or failures; report the claim that holds to `claimed`."""
 
     claim: str | Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Make of what the ranks have what each is to write; tell `planned`."""
+    """Plan what each rank writes; report to `planned`."""
 
     readies: Mapping[int, Ready]
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Write this rank's part; tell `wrote` or `failed`."""
+    """Write this rank's part; report to `wrote` or `failed`."""
 
     work: bytes | None
     save_id: str
@@ -119,21 +119,21 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make the checkpoint exist; tell `committed` or `commit_failed`."""
+    """Commit the checkpoint; report to `committed` or `commit_failed`."""
 
     readies: Mapping[int, Ready]
 
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
-    """Ask storage whether the checkpoint exists; tell `looked_up`."""
+    """Check storage for the checkpoint; report to `looked_up`."""
 
     save_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Stop whatever is being done for this save on this rank, and wait for its end."""
+    """Cancel the work for this save on this rank, and wait for its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +181,12 @@ class Bounds:
 
     @property
     def beat_seconds(self) -> float:
-        """How often to say that one is alive: a few may be lost."""
+        """The interval of heartbeats; a few may be lost."""
         return self.silence_seconds / 6
 
     @property
     def longest_look_seconds(self) -> float:
-        """What the time between two looks counts for at the most."""
+        """The longest time that the time between two polls counts for."""
         return self.silence_seconds / 10
 
 
@@ -199,7 +199,7 @@ class SentPlan:
         self.planned: int | None = None  # the save whose planning gave the last work
 
     def forget(self) -> None:
-        """Send it again, next time."""
+        """Send it again with the next save."""
         self.fingerprint, self.is_known, self.planned = None, False, None
 
 
@@ -228,7 +228,7 @@ class PlanCache:
 
 
 class Count:
-    """Seconds, counted from look to look."""
+    """A clock that advances from poll to poll."""
 
     def __init__(self, bounds: Bounds, now: float) -> None:
         self.seconds = 0.0
@@ -236,16 +236,16 @@ class Count:
         self._last = now
 
     def look(self, now: float) -> None:
-        """Count on to *now*."""
+        """Advance to *now*."""
         self.seconds += min(max(now - self._last, 0.0), self._most)
         self._last = now
 
 
 def late(bounds: Bounds) -> str:
-    """Return why a rank is at fault that has not come."""
+    """Return the failure message of a rank that has not begun the save."""
     return f"did not begin this save within {bounds.lateness_seconds:g} s"
 
 
 def silent(bounds: Bounds) -> str:
-    """Return why a rank is at fault of which nothing is heard any more."""
+    """Return the failure message of a rank that has fallen silent."""
     return f"nothing was heard of it for {bounds.silence_seconds:g} s: it has ended, hangs, or is cut off"

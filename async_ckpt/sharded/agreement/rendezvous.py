@@ -67,7 +67,7 @@ class Task(Protocol):
         """Write this rank's object, and return when it is durable. ``None`` is the work that came last."""
 
     async def commit(self, readies: Mapping[int, Ready]) -> None:
-        """Make the checkpoint exist, and return when that is durable. On the coordinator alone."""
+        """Commit the checkpoint, and return when that is durable. Called only on the coordinator."""
 
     async def look_up(self, save_id: str) -> bool | None:
         """Return whether the checkpoint that storage shows is that save; ``None`` if storage does not say."""
@@ -127,12 +127,12 @@ class Rendezvous:
 
     @property
     def run(self) -> str:
-        """A word that no other run has, the same on all ranks; known once the first save may write."""
+        """A name that is unique to this run and equal on all ranks; known once the first save may write."""
         assert self._run is not None, "no save has come to its writing"
         return self._run
 
     def save_id(self, number: int) -> str:
-        """Return what no other save has; known once it may write."""
+        """Return a name that is unique to this save; known once it may write."""
         return f"{self.run}-{number}"
 
     async def agree(self, number: int, task: Task) -> None:
@@ -156,12 +156,12 @@ class Rendezvous:
             raise ShardedSaveError.of(location, failures) from part.error
 
     def fail(self, number: int, why: str) -> None:
-        """Tell the others that this rank takes no part in save *number*; from any thread, at once."""
+        """Tell the other ranks that this one takes no part in save *number*; from any thread, without waiting."""
         if self._process == process_id():
             self._driver.post(partial(self._driver.refuse, number, why))
 
     async def aclose(self) -> None:
-        """Wait, a bounded time, until the others know what this rank has to tell, and end what runs here."""
+        """Wait, for a bounded time, until this rank's messages are sent, and end its saves."""
         if self._process != process_id():
             return
         with anyio.move_on_after(self._close_seconds):
@@ -179,7 +179,7 @@ class Rendezvous:
 
 
 class _TaskExecutor:
-    """One save on one rank, on the service's loop: has done what the agreement says."""
+    """One save on one rank, on the service's loop: performs the actions of the agreement."""
 
     def __init__(self, number: int, task: Task, driver: Driver, know_save: Callable[[str], None]) -> None:
         self.number = number
@@ -195,14 +195,14 @@ class _TaskExecutor:
         self._is_idle.set()
 
     def deliver(self, action: Action, replies: Replies | None) -> None:
-        """Have *action* done; for the driver's thread."""
+        """Schedule *action*; called on the driver's thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (action, replies))
         except RuntimeError:  # the loop has ended, and with it who would have wanted to know
             logger.debug("nobody is left to do %s", type(action).__name__)
 
     async def run(self, beat_seconds: float) -> Mapping[int, str]:
-        """Return the failures, none if it is durable."""
+        """Return the failures; empty if the checkpoint is durable."""
         self._driver.post(partial(self._driver.begin, self))
         try:
             async with anyio.create_task_group() as tasks:
@@ -251,7 +251,7 @@ class _TaskExecutor:
             done.set()
 
     async def _done(self, action: Action) -> tuple[Any, ...]:
-        """Do *action*, and return what came of it."""
+        """Perform *action*, and return its outcome."""
         task = self._task
         match action:
             case Plan(readies):
@@ -280,7 +280,7 @@ class _TaskExecutor:
             logger.warning("a part of a failed sharded save stays at %r: %s", self.offer.location, error)
 
     async def _give_up(self, why: str) -> None:
-        """Tell the others; wait for it a bounded time."""
+        """Send this to the other ranks; wait for that for a bounded time."""
         said = asyncio.Event()
 
         def then() -> None:

@@ -72,7 +72,7 @@ class Template:
     _fingerprint: int | None
 
     def head(self, checksum: Callable[[], int]) -> bytes:
-        """Return what comes before the bytes of the tensor; *checksum*, their CRC-32, is called for if it is there."""
+        """Return the bytes before those of the tensor; *checksum* returns their CRC-32, and is called if needed."""
         if self._records.checksum_offsets[self._data] >= self.head_nbytes + self.data_nbytes:
             return self._head
         head = bytearray(self._head)
@@ -80,7 +80,7 @@ class Template:
         return bytes(head)
 
     def tail(self, checksum: int) -> bytes:
-        """Return what comes after the bytes of the tensor, given their CRC-32."""
+        """Return the bytes after those of the tensor, given their CRC-32."""
         records, start = self._records, self.head_nbytes + self.data_nbytes
         tail = bytearray(self._tail)
         _seal(tail, start, records, self._data, checksum)
@@ -95,14 +95,14 @@ class Template:
 
 
 def _seal(piece: bytearray, start: int, records: Records, record: int, checksum: int) -> None:
-    """Put a checksum where it belongs in that piece of the file that begins at *start*."""
+    """Write a checksum to its place in the piece of the file that begins at *start*."""
     for where in (records.checksum_offsets[record], records.central_offsets[record]):
         if 0 <= where - start < len(piece):
             piece[where - start : where - start + 4] = checksum.to_bytes(4, "little")
 
 
 class _Blank:
-    """A storage of a size, with no memory."""
+    """A storage of a given size, without memory."""
 
     def __init__(self, nbytes: int) -> None:
         self.storages = Storages([nbytes], ["cpu"], [0])
@@ -127,7 +127,7 @@ def _made(dtype: torch.dtype, sizes: tuple[int, ...], stride: tuple[int, ...]) -
 
 
 def _untouched(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that takes none, for as many elements as there are in so many bytes."""
+    """Return a tensor over *nbytes* of virtual memory that occupies no physical memory."""
     if nbytes == 0:
         return torch.empty(0, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

@@ -222,7 +222,7 @@ def _described(tensor: torch.Tensor) -> str:
 
 
 def _blob(name: str, value: Any) -> bytes:
-    """Return *value* as a file of ``torch.save``; of what cannot change, such as a number, the one made before."""
+    """Return *value* as a file of ``torch.save``; for immutable values, such as numbers, it is cached."""
     key = _as_key(value)
     known = None if key is None else _blobs.get(key)
     if known is None:

@@ -30,7 +30,7 @@ from async_ckpt.stores.base import MARKER, Location, Store, Workers
 __all__ = ["ManifestWriter", "ObjectWriter", "Value", "make_object"]
 
 Value = bytes | Callable[[], torch.Tensor]
-"""One item: a value that is a file of ``torch.save`` already, or what gives a tensor, each time the same."""
+"""One item: a value as a file of ``torch.save``, or a function that returns a tensor, the same each time."""
 
 
 def make_object(values: Sequence[tuple[str, Value]]) -> tuple[Shard, list[int]]:
@@ -64,16 +64,16 @@ class ObjectWriter:
         self._content = content
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
-        """Take no picture: who calls holds the tensors still."""
+        """Copy nothing: the caller does not change the tensors."""
         return capture_regions([], overhead=0)[0]
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
-        """Write it."""
+        """Write the object."""
         await self._streaming.stream(self._content, location, emit)
         return self._content.nbytes
 
     async def delete(self, location: Location) -> None:
-        """Delete it."""
+        """Delete the object."""
         await self._streaming.delete(location)
 
 
@@ -160,4 +160,4 @@ def _dense(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _mute(event: type[Event], **values: Any) -> None:
-    """Tell nobody: the stages of a save are those of its object."""
+    """Ignore events: the stages of a save are those of its object."""

@@ -68,12 +68,12 @@ class LocalPlan:
 
     @collector_held_back()
     def to_bytes(self) -> bytes:
-        """Return it as it is sent."""
+        """Encode the plan."""
         return pickle.dumps((self.plan, self.lengths))
 
     @classmethod
     def from_bytes(cls, sent: bytes) -> LocalPlan:
-        """Return what another rank of the same program has sent."""
+        """Decode a plan that another rank of the same program has sent."""
         plan, lengths = pickle.loads(sent)
         return cls(plan=plan, lengths=lengths)
 
@@ -144,7 +144,7 @@ def object_name(rank: int, save_id: str) -> str:
 
 
 def _pickled_numbers(lengths: Sequence[int]) -> dict[int, int]:
-    """Return, by an item's number, which of the pickled values it is."""
+    """Return the index among the pickled values, by item."""
     pickled = [number for number, length in enumerate(lengths) if length == _PICKLED]
     return {number: place for place, number in enumerate(pickled)}
 

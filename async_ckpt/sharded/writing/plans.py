@@ -48,7 +48,7 @@ class Structure:
 
 @dataclass(slots=True)
 class _Known:
-    """A plan of the coordinator's; *is_known* once every rank has been told."""
+    """A plan of the coordinator; *is_known* once it was sent to every rank."""
 
     number: bytes
     plan: GlobalPlan
@@ -67,7 +67,7 @@ class Plans:
 
     @collector_held_back()
     def structure(self, flattened: Flattened) -> Structure:
-        """Return the structure of a state: that of a save before where nothing was changed."""
+        """Return the structure of a state; that of an earlier save if nothing has changed."""
         with self._lock:
             for known in self._structures.values():
                 if known.forms == flattened.forms and known.mappings == flattened.mappings:
@@ -110,7 +110,7 @@ class Plans:
             return [known.number + b"\0" + items.tobytes() for items in known.plan.work]
 
     def decided(self, numbers: Sequence[bytes]) -> GlobalPlan:
-        """Return the plan for ranks of these structures; every rank has been told of it by now."""
+        """Return the plan for ranks with these structures; it has been sent to every rank."""
         with self._lock:
             known = self._global[tuple(numbers)]
             known.is_known = True
@@ -141,7 +141,7 @@ def _structure(number: bytes, flattened: Flattened) -> Structure:
 
 
 def _keep(known: dict[K, V], key: K, value: V) -> V:
-    """Add *value*, and let go of what was added first where there are too many."""
+    """Add *value*, and remove the oldest value if there are too many."""
     while len(known) >= _KEPT:
         del known[next(iter(known))]
     known[key] = value

@@ -92,7 +92,7 @@ class ShardedSaves:
         return handle, writer
 
     def refuse(self, error: Exception) -> None:
-        """Tell the others of a call that fails before there is anything to queue; it counts as one of theirs (O4)."""
+        """Tell the other ranks of a call that failed before anything was queued; it counts as one of the saves (O4)."""
         self.rendezvous.fail(next(self._numbers), _why(error))
 
 

@@ -21,40 +21,40 @@ from async_ckpt.snapshot.regions import Region
 __all__ = ["Item", "Memory", "Shard", "TensorItem"]
 
 _SUMMED_BYTES = 32 << 20
-"""How much is asked for at a time where only its checksum is wanted: it may have to be fetched from a device."""
+"""How many bytes are read at a time for a checksum: they may have to be fetched from a device."""
 
 _SMALL_BYTES = 16 << 10
-"""Pieces up to this length are put together: thousands of them would be thousands of pieces to send."""
+"""Pieces up to this length are joined, to send fewer of them."""
 
 
 class TensorItem(NamedTuple):
-    """A tensor: where its bytes are, and what is around them."""
+    """A tensor: the place of its bytes, and the file around them."""
 
     template: Template
     region: Region
 
     @property
     def nbytes(self) -> int:
-        """Length of its file."""
+        """The length of its file."""
         return self.template.nbytes
 
 
 Item: TypeAlias = TensorItem | bytes
-"""One item of the object; a value that is pickled is a file already."""
+"""One item of the object; a pickled value is a file already."""
 
 
 class Bytes(Protocol):
-    """Bytes that may be anywhere until they are asked for."""
+    """Bytes that are fetched when they are read."""
 
     def __getitem__(self, which: slice, /) -> memoryview:
-        """Return some of them."""
+        """Return a range of them."""
 
 
 class Memory(Protocol):
-    """What tensors are read from; a snapshot is one."""
+    """The memory of tensors, such as a snapshot."""
 
     def view(self, index: int) -> Bytes:
-        """Return the bytes of one of its storages."""
+        """Return the bytes of a storage."""
 
 
 class Shard:
@@ -77,7 +77,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Length of the object in bytes."""
+        """The length of the object in bytes."""
         return self._nbytes
 
     def read(self, start: int, stop: int) -> list[memoryview]:
@@ -143,7 +143,7 @@ class Shard:
         return self._memory.view(storage)[start + begin : start + end]
 
     def _checksum(self, number: int, item: TensorItem) -> int:
-        """Return the CRC-32 of a tensor's bytes, from what was summed up already as far as that goes."""
+        """Return the CRC-32 of a tensor's bytes; ranges that were computed before are reused."""
         value = at = 0
         if crc32_combine is not None:
             for begin, end, checksum in sorted(self._sums.get(number, ())):

@@ -93,7 +93,7 @@ class ShardedWriter:
         self._regions: list[Region] = []
 
     def capture(self, state: Any, *, share_unpicklable: bool) -> Capture:
-        """Take stock of this rank's part of *state*."""
+        """Capture this rank's part of *state*."""
         flattened = flatten(state, self._extras)
         overhead = sum(map(len, flattened.blobs))
         captured, self._regions = capture_regions(flattened.tensors, overhead=overhead)
@@ -132,7 +132,7 @@ class ShardedWriter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
-    """What a rank tells the coordinator of its part; satisfies ``rendezvous.Offer``."""
+    """What a rank announces to the coordinator; satisfies ``rendezvous.Offer``."""
 
     location: str
     fingerprint: bytes
@@ -145,7 +145,7 @@ class _Offer:
 
 
 class _Save:
-    """What the agreement asks of one rank; satisfies ``rendezvous.Task``."""
+    """One rank's part in the agreement; satisfies ``rendezvous.Task``."""
 
     def __init__(
         self, writer: ShardedWriter, structure: Structure, snapshot: Snapshot, location: Location, emit: Emit
@@ -204,7 +204,7 @@ class _Save:
     # -- of the coordinator alone
 
     async def plan(self, readies: Mapping[int, Ready]) -> Mapping[int, bytes]:
-        """Return for each rank what it is to write."""
+        """Return what each rank writes."""
         writer = self._writer
         if not writer._overwrite and await writer._store.exists(self._location.below(MARKER)):
             raise exists_already("begin", self._location)
@@ -213,7 +213,7 @@ class _Save:
         return dict(enumerate(told))
 
     async def commit(self, readies: Mapping[int, Ready]) -> None:
-        """Make the directory a checkpoint."""
+        """Commit the checkpoint."""
         writer, ranks = self._writer, sorted(readies)
         plan = writer._plans.decided([readies[rank].fingerprint for rank in ranks])
         sizes = [readies[rank].sizes for rank in ranks]
@@ -230,7 +230,7 @@ class _Save:
         await self._put_files()
 
     async def _put_files(self) -> None:
-        """Write the files beside ``.metadata``. It is durable, and with it what is in them: no failure undoes that."""
+        """Write the files beside ``.metadata``. The checkpoint is durable already, and contains the same values."""
         self._has_files = True
         await self._put(self._writer._files)
 
@@ -247,7 +247,7 @@ class _Save:
                 )
 
     async def look_up(self, save_id: str) -> bool | None:
-        """Return whether the checkpoint there is that of this save, ``None`` if that cannot be told."""
+        """Return whether the checkpoint in storage is from this save; ``None`` if that is unknown."""
         try:
             found = await read_manifest(self._writer._store, self._location, self._writer._workers)
         except FileNotFoundError:
@@ -264,7 +264,7 @@ class _Save:
         return is_there
 
     async def tidy(self) -> None:
-        """Delete what the checkpoint has replaced, and what is nobody's; a failure of that is not one of the save."""
+        """Delete what the checkpoint replaced, and leftovers; a failure of that does not fail the save."""
         if self._writer._rendezvous.rank != COORDINATOR:
             return
         rendezvous, number = self._writer._rendezvous, self._writer._number
@@ -279,4 +279,4 @@ class _Save:
 
 
 def _mute(event: type[Event], **values: Any) -> None:
-    """Tell nobody: the stages of a save are those of its object."""
+    """Ignore events: the stages of a save are those of its object."""

@@ -640,7 +640,8 @@ class CheckpointService:
         resources = self._resources
         with self.turn(location):
             stream = partial(resources.writer(location).stream, content, location, _tell_nobody)
-            resources.loads.run(resources.running(), stream)
+            # After Ctrl-C, too, what was begun is removed before this ends.
+            resources.loads.run(resources.running(), stream, end_seconds=self._abandon_grace_seconds)
 
     def turn(self, location: Location) -> AbstractContextManager[Location]:
         """Reserve *location* for reading: earlier operations on it have ended, later ones wait (O1, O2).

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 
-from async_ckpt.engine.loop_task import LoopTask
+from async_ckpt.engine.loop_task import END_SECONDS, LoopTask
 from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
@@ -97,9 +97,17 @@ class Loads:
                 error.add_note(f"while {location.url!r} was read")
             raise
 
-    def run(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> T:
-        """Run the coroutine *function* on the loop thread, as a part of a load, and return its result."""
-        task = LoopTask(runtime, function)
+    def run(
+        self, runtime: Runtime, function: Callable[[], Awaitable[T]], *, end_seconds: float = END_SECONDS
+    ) -> T:
+        """Run the coroutine *function* on the loop thread, as a part of a load, and return its result.
+
+        Args:
+            runtime: runs it.
+            function: makes the coroutine.
+            end_seconds: how long to wait for its end once it is stopped.
+        """
+        task = LoopTask(runtime, function, end_seconds=end_seconds)
         with self.held(task):
             task.start()
             return task.outcome.result()

@@ -19,13 +19,14 @@ from async_ckpt.engine.runtime import Runtime
 from async_ckpt.errors import ServiceClosedError
 from async_ckpt.handle import Outcome
 
-__all__ = ["LoopTask"]
+__all__ = ["END_SECONDS", "LoopTask"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger("async_ckpt.engine")
 
-_END_SECONDS = 1.0
+END_SECONDS = 1.0
+"""Enough for a coroutine that only reads."""
 
 
 class LoopTask(Generic[T]):
@@ -34,12 +35,15 @@ class LoopTask(Generic[T]):
     Args:
         runtime: runs it.
         function: makes the coroutine.
+        end_seconds: how long to wait for its end once it is stopped.
 
     Attributes:
         outcome: its result or its error; if it was stopped, the reason.
     """
 
-    def __init__(self, runtime: Runtime, function: Callable[[], Awaitable[T]]) -> None:
+    def __init__(
+        self, runtime: Runtime, function: Callable[[], Awaitable[T]], *, end_seconds: float = END_SECONDS
+    ) -> None:
         self.outcome: Outcome[T] = Outcome()
         self._runtime = runtime
         self._function = function
@@ -47,6 +51,7 @@ class LoopTask(Generic[T]):
         self._scope: anyio.CancelScope | None = None
         self._reason: BaseException | None = None
         self._started = False
+        self._end_seconds = end_seconds
         self._end_by: float | None = None
 
     def start(self) -> None:
@@ -57,7 +62,7 @@ class LoopTask(Generic[T]):
     def stop(self, reason: BaseException) -> None:
         """Stop it, from any thread; its outcome becomes *reason*."""
         if self._end_by is None:
-            self._end_by = monotonic() + _END_SECONDS
+            self._end_by = monotonic() + self._end_seconds
         with suppress(ServiceClosedError):  # the loop has ended
             self._runtime.call(self._stop, reason)
 

@@ -15,6 +15,7 @@ from time import time_ns
 from typing import Any, Protocol, cast
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from async_ckpt.errors import StoreError
 from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Swept
@@ -187,6 +188,7 @@ class StreamingWriter:
         async def send() -> None:
             for part in remaining:
                 try:
+                    await checkpoint_if_cancelled()  # what runs in a worker lets no cancellation in
                     receipts.append(await self._put(upload, plan, part, content))
                 except anyio.get_cancelled_exc_class():
                     raise

@@ -8,6 +8,7 @@ What does not belong here: the bytes of the tensors (`chunks`).
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -142,8 +143,7 @@ def _nested(leaves: Mapping[str, Any], metadata: Metadata, url: str) -> dict[str
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> bytes:
-    count = storage.nbytes()
-    return bytes(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count,), (1,)).numpy()) if count else b""
+    return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
 
 
 class _StandIns:

@@ -23,6 +23,8 @@ from async_ckpt.sharded.reading.origins import Directory
 
 __all__ = ["Chunk", "Tensor", "tensors_of"]
 
+_MOST_BY_ONE_THREAD = 32_767  # elements; from the next on, torch shares the work out
+
 
 class Tensor:
     """One tensor.
@@ -106,9 +108,25 @@ class Chunk:
         """
         target, stop = torch.frombuffer(memory, dtype=torch.uint8), start + data.numel()
         for box in boxes_of(self._sizes, self._offsets, self._lengths, start, stop):
-            place = torch.as_strided(target, box.shape, box.strides, box.place - base)
             first = box.start - start
-            place.copy_(data[first : first + math.prod(box.shape)].view(box.shape))
+            source = data[first : first + math.prod(box.shape)].view(box.shape)
+            _spread(source, torch.as_strided(target, box.shape, box.strides, box.place - base))
+
+
+def _spread(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy *source* to *target*, in pieces for which torch starts no threads: they would wait for each other."""
+    count = source.numel()
+    if count <= _MOST_BY_ONE_THREAD:
+        target.copy_(source)
+        return
+    each = count // len(source)
+    if each > _MOST_BY_ONE_THREAD:
+        for one, other in zip(source, target, strict=True):
+            _spread(one, other)
+        return
+    step = _MOST_BY_ONE_THREAD // each
+    for first in range(0, len(source), step):
+        target[first : first + step].copy_(source[first : first + step])
 
 
 def tensors_of(metadata: Metadata, origin: Directory, url: str) -> list[Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -383,6 +385,27 @@ def test_closing_the_service_ends_it(sharded: Path, of: int) -> None:
         error = consolidating.exception(60)
     assert (error is None) == sharded.with_suffix(".pt").exists()
     assert of == 1 or error is not None
+
+
+def test_ctrl_c(sharded: Path) -> None:
+    """When the call has ended, nothing is left of the file, though storage takes its time to clean up (D2)."""
+    gate = Gate()
+    file, main = sharded.with_suffix(".pt"), threading.get_ident()
+    file.write_bytes(b"earlier")
+    before = files_beside(sharded)
+    faults = Fault(operation="put", calls=[3], gate=gate), Fault(operation="abort", delay_seconds=1.3)
+
+    def interrupt() -> None:
+        assert gate.reached.wait(60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with faulty(*faults, of=1) as service, ThreadPoolExecutor(1) as pool:
+        interrupted = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            service.consolidate(sharded, file)
+        assert file.read_bytes() == b"earlier"
+        assert files_beside(sharded) == before
+        interrupted.result(60)
 
 
 # -- open files

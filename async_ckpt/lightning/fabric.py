@@ -69,19 +69,14 @@ def attach(fabric: Any, plugin: AsyncCheckpointIO | None = None) -> AsyncCheckpo
         raise OptionError(
             f"{name} overrides save_checkpoint, so what it writes is not known; use Fabric's own {kind}"
         )
-    if is_sharded(strategy) and plugin.service.options.overflow == "supersede":
-        raise OptionError(
-            f"overflow='supersede' would have each rank of {name} decide by itself which save is dropped; "
-            "use 'block' or 'raise'"
-        )
-    plugin.is_sharded = is_sharded(strategy)
-    ours: _Sharding | _Gathering = (_Sharding if plugin.is_sharded else _Gathering)(strategy, plugin)
+    ours = _Methods(strategy, plugin)
+    ours.note_kind_of_save()
     for method in ("save_checkpoint", "load_checkpoint"):
         setattr(strategy, method, Replacement(strategy, method, getattr(ours, method), by=plugin))
     return plugin
 
 
-class _Saving:
+class _Methods:
     """What takes the place of a strategy's methods."""
 
     def __init__(self, strategy: Any, plugin: AsyncCheckpointIO) -> None:
@@ -90,6 +85,35 @@ class _Saving:
         self._kind = kind_of(strategy)
         self._save_as_fabric = partial(type(strategy).save_checkpoint, strategy)
         self._load_as_fabric = partial(type(strategy).load_checkpoint, strategy)
+
+    def note_kind_of_save(self) -> bool:
+        """Return whether every rank saves its share, as the strategy's settings have it at this moment."""
+        plugin = self._plugin
+        plugin.is_sharded = is_sharded(self._strategy)
+        if plugin.is_sharded and plugin.service.options.overflow == "supersede":
+            raise OptionError(
+                f"overflow='supersede' would have each rank of {type(self._strategy).__name__} decide by itself "
+                "which save is dropped; use 'block' or 'raise'"
+            )
+        return plugin.is_sharded
+
+    def save_checkpoint(self, path: Any, state: Any, storage_options: Any = None, filter: Any = None) -> None:
+        """Save, as the strategy's own method does; it returns once the state may be mutated."""
+        are_shares = self.note_kind_of_save()
+        if storage_options is not None or (are_shares and filter is not None):
+            self._save_as_fabric(path, state, storage_options, filter)  # which refuses it
+            return
+        plugin, is_first = self._plugin, self._strategy.is_global_zero
+        path, told = self._broadcast(path)
+        shares, rest = self._converted(state, full=not are_shares)
+        if are_shares:
+            plugin.save_sharded(shares, path, extras={META: rest} if is_first else {}, told=told)
+            return
+        whole = {**shares, **rest}
+        for key, keeps in (filter or {}).items():
+            if isinstance(whole[key], dict):
+                whole[key] = {name: value for name, value in whole[key].items() if keeps(name, value)}
+        plugin.save_once(whole, path, is_first=is_first, told=told)
 
     def load_checkpoint(self, path: Any, state: Any = None, strict: bool = True, **options: Any) -> Any:
         """Load, as the strategy's own method does; a sharded checkpoint from any storage, a file from a local one."""
@@ -137,7 +161,8 @@ class _Saving:
 
     def _is_distributed(self, module: Any) -> bool:
         from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.tensor import DTensor
+
+        from async_ckpt.sharded.writing.flatten import DTensor
 
         if self._kind == "FSDPStrategy":
             return any(isinstance(each, FullyShardedDataParallel) for each in module.modules())
@@ -171,38 +196,6 @@ class _Saving:
                 else:
                     rest[key] = each.state_dict() if _has_state_dict(each) else each
         return shares, rest
-
-
-class _Sharding(_Saving):
-    """Of strategies of which every rank writes its share."""
-
-    def save_checkpoint(self, path: Any, state: Any, storage_options: Any = None, filter: Any = None) -> None:
-        """Save, as the strategy's own method does; it returns once the state may be mutated."""
-        if storage_options is not None or filter is not None:
-            self._save_as_fabric(path, state, storage_options, filter)  # which refuses it
-            return
-        path, told = self._broadcast(path)
-        shares, rest = self._converted(state, full=False)
-        extras = {META: rest} if self._strategy.is_global_zero else {}
-        self._plugin.save_sharded(shares, path, extras=extras, told=told)
-
-
-class _Gathering(_Saving):
-    """Of strategies of which the first rank gathers all, and writes one file."""
-
-    def save_checkpoint(self, path: Any, state: Any, storage_options: Any = None, filter: Any = None) -> None:
-        """Save, as the strategy's own method does; it returns once the state may be mutated."""
-        if storage_options is not None:
-            self._save_as_fabric(path, state, storage_options, filter)  # which refuses it
-            return
-        plugin = self._plugin
-        path, told = self._broadcast(path)
-        shares, rest = self._converted(state, full=True)
-        whole = {**shares, **rest}
-        for key, keeps in (filter or {}).items():
-            if isinstance(whole[key], dict):
-                whole[key] = {name: value for name, value in whole[key].items() if keeps(name, value)}
-        plugin.save_once(whole, path, is_first=self._strategy.is_global_zero, told=told)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,7 @@ def train(
     options: dict[str, Any] | None = None,
     fault: dict[str, Any] | None = None,
     unpicklable: int | None = None,
+    gathered: Sequence[int] = (),
 ) -> Any:
     """Train in a loop of Fabric's, save after each step, and tell what was seen.
 
@@ -132,6 +134,7 @@ def train(
         options: of the plugin.
         fault: see `lightning_scenes.store_of`.
         unpicklable: the rank on which the first step's state cannot be saved.
+        gathered: the steps before which the strategy is told to gather into one file, others to save shares.
     """
     os.environ["LOCAL_RANK"] = os.environ["RANK"]  # the processes are there already
     told: dict[str, Any] = {"error": None, "kind": None, "began_at": 0, "saves": [], "pending": 0}
@@ -163,6 +166,8 @@ def train(
             optimizer.step()
             state["step"], epoch.number = step, step
             bad = {"bad": scenes.Unpicklable()} if step == 1 and unpicklable == dist.get_rank() else {}
+            if gathered:
+                strategy._save_distributed_checkpoint = step not in gathered
             saved = time.monotonic()
             fabric.save(f"{where}/step-{step}", {**state, **bad})
             told["saves"].append(time.monotonic() - saved)

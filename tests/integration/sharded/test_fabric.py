@@ -137,3 +137,10 @@ def test_file_in_place_of_a_directory_and_back(tmp_path: Path) -> None:
         assert [told["error"] for told in ranks] == [None, None]
         assert (tmp_path / "run" / "step-1").is_dir() == (kind == "fully_shard")
     assert async_ckpt.latest(tmp_path / "run") == tmp_path / "run" / "step-1"
+
+
+def test_strategy_whose_kind_of_save_changes(tmp_path: Path) -> None:
+    """Each save is of the kind that the strategy's settings ask for at that moment, as with Fabric."""
+    ranks = _train(tmp_path, "run", "fully_shard", gathered=[2])
+    assert [told["error"] for told in ranks] == [None, None]
+    assert [(tmp_path / "run" / step).is_dir() for step in STEPS] == [True, False, True]

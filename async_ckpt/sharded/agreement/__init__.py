@@ -1,7 +1,7 @@
-"""How the ranks agree on the end of a sharded save: one verdict, within bounds, without a collective operation.
+"""How the ranks agree on the outcome of a sharded save: one verdict, within bounds, without collective operations.
 
-`coordinator` and `participant` decide, purely, by the rules in `protocol`; `driver` carries out what they decide,
-through `wire` and the group's store. `rendezvous` is what a save waits for.
+`coordinator` and `participant` decide, as pure state machines, by the rules in `protocol`; `driver` carries out their
+actions, and sends messages by `wire` through the group's store. A save waits for its `rendezvous`.
 
 What does not belong here: what is written, and where.
 """

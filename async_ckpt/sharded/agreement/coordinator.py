@@ -1,8 +1,8 @@
-"""The coordinator of a sharded save, rank 0: gathers what the ranks say, and decides.
+"""The coordinator of a sharded save, rank 0: collects the messages of the ranks, and decides.
 
-Guarantees: those of `protocol`. All is decided in `Coordinator.tick`, after all that has come.
+Guarantees: those of `protocol`. Every decision is made in `Coordinator.tick`, after all messages have been received.
 
-What does not belong here: how a rank hears of it (participant).
+What does not belong here: how a rank learns of it (participant).
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ __all__ = ["Coordinator", "Phase"]
 class Phase(Enum):
     """The phases of a save on the coordinator."""
 
-    GATHERING = auto()  # not all ranks have come
+    GATHERING = auto()  # not all ranks have begun
     PLANNING = auto()
     WRITING = auto()
     CLAIMING = auto()  # all have written
-    COMMITTING = auto()  # from here on nobody's failure counts
-    LOOKING = auto()  # the commit failed; whether it took place is being asked
-    DECIDED = auto()  # not all ranks know it
+    COMMITTING = auto()  # from here on no rank's failure counts
+    LOOKING = auto()  # the commit failed; storage is being checked for whether it took effect
+    DECIDED = auto()  # not all ranks have acknowledged the verdict
     OVER = auto()
 
 

@@ -1,14 +1,15 @@
-"""The thread that runs the agreements of one process group: it hears, looks at the clock, and has done what is to be.
+"""The thread that runs the state machines of one process group: receives, polls the clock, has actions carried out.
 
 Guarantees:
 
-* It lives while something is under way, and ends by itself a moment later (B2).
-* It waits for nothing but its inbox. A second thread calls the store, so that a host that stands still, and answers
-  nothing, delays no clock. A thread that is stuck in such a call is left behind.
-* Anybody may `post`, also a signal handler (L1): no lock is ever waited for.
-* What a rank says shows that its event loop turns: no beat is sent but after one of the loop's own.
+* It runs while a save is in progress, and ends by itself shortly after (B2).
+* It waits only for its inbox. A second thread calls the store, so a host that does not answer delays no clock. If that
+  thread hangs in a call, it is left behind.
+* Any thread may `post`, and so may a signal handler (L1): no lock is waited for.
+* Heartbeats prove that the event loop of a rank is running: each one follows a call from that loop.
 
-What does not belong here: what is decided (protocol), what it looks like in the store (wire), and work (rendezvous).
+What does not belong here: decisions (protocol), the representation in the store (wire), and the work itself
+(rendezvous).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The process group of a service, and a connection to its store.
 
-Guarantees: ``torch.distributed`` is asked only where the program has imported it, or hands a group or a store over.
-Private names of torch's are asked for, not relied on: where one is missing, the error says what to hand over instead.
+Guarantees: ``torch.distributed`` is used only if the program has imported it, or passes a group or a store. Private
+names of torch are optional: if one is missing, the error says what to pass instead.
 
-What does not belong here: what is said through the store.
+What does not belong here: what is sent through the store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Group:
     Attributes:
         rank: of this process in the group.
         world_size: how many there are.
-        connect: makes a connection to the store, within which nobody else's keys are; ``None`` in a world of one.
+        connect: opens a connection to the store under a prefix of our own; ``None`` in a world of one.
     """
 
     rank: int

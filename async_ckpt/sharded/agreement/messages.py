@@ -1,9 +1,9 @@
-"""What ranks say to each other about a save, and how it looks on the wire.
+"""The messages about a save that ranks send each other, and their encoding.
 
-Guarantees: what is read from the wire is data: nothing that another process wrote decides what code runs here. A
-message that cannot be read is a `ValueError`.
+Guarantees: decoding treats its input as data only; nothing that another process wrote decides which code runs here. A
+message that cannot be decoded raises `ValueError`.
 
-What does not belong here: who says what and when (protocol), and how it gets there (wire).
+What does not belong here: who sends what and when (protocol), and by which means (wire).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ __all__ += ["Wrote", "decode", "decode_failures", "encode", "encode_failures"]
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A rank has come to a save.
+    """A rank has begun a save.
 
     Attributes:
-        rank: which.
-        location: where it was told to save, fit to be shown.
-        fingerprint: of what it saves: names, shapes, specs.
+        rank: the rank.
+        location: the location it was given, for messages.
+        fingerprint: a hash of what it saves: names, shapes, specs.
         plan: what it saves, in full; ``None`` on the wire if the coordinator has it.
-        sizes: bytes of each pickled item, which differ from save to save.
-        planned: the number of the save whose planning gave it the work that it has; ``None`` if it has none.
+        sizes: the lengths of the pickled items in bytes, which differ from save to save.
+        planned: the number of the save whose planning assigned its current work; ``None`` if it has none.
     """
 
     rank: int
@@ -73,7 +73,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """A rank has waited for the coordinator in vain, and made sure that nobody commits.
+    """A rank has waited for the coordinator in vain, and has made sure that no rank commits.
 
     Attributes:
         rank: which.
@@ -93,12 +93,12 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """All have come: write.
+    """All ranks have begun: write.
 
     Attributes:
-        work: what to write and where; ``None``: as last time.
-        planned: the number of the save whose planning this comes from.
-        save_id: of this save.
+        work: what to write, and where; ``None``: the same as last time.
+        planned: the number of the save whose planning assigned the work.
+        save_id: the identity of this save.
     """
 
     work: bytes | None
@@ -113,11 +113,11 @@ class CoordinatorHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the save has ended.
+    """The outcome of the save.
 
     Attributes:
-        failures: why, by rank; empty if it is durable.
-        is_certain: whether it is known that the checkpoint does not exist; if not, storage is to be asked.
+        failures: the reasons of the failure, by rank; empty if the save is durable.
+        is_certain: whether it is certain that the checkpoint does not exist; if not, storage has to be checked.
     """
 
     failures: Mapping[int, str]

@@ -1,8 +1,8 @@
-"""Every rank's side of a sharded save, rank 0's too.
+"""The part of every rank in a sharded save, that of rank 0 included.
 
 Guarantees: those of `protocol`; each save ends once.
 
-What does not belong here: who decides (coordinator).
+What does not belong here: the decision (coordinator).
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
-"""The agreement on how a sharded save ends: its rules, its actions, and what is kept from save to save.
+"""The protocol of a sharded save: its rules, its actions, and what is kept from one save to the next.
 
-A commit in two phases, as `coordinator` and `participant` carry it out: pure, messages and a clock in, actions out.
-Guarantees, for any order of messages, the loss of any rank at any of them, and any clock:
+This is a two-phase commit. `coordinator` and `participant` implement it as pure state machines: messages and a clock go
+in, actions come out. Guarantees, for any order of messages, for the loss of any rank at any message, and for any clock:
 
-* The coordinator has the checkpoint committed only when every rank has written and none has failed, and when no rank
-  has given up on it (D5).
-* Every rank that lives ends once, and all alike (E4). Who cannot hear the verdict claims the right to one in the
-  group's store, where only one claim holds: the coordinator's, to commit, or another's, that nobody ever will. Only
-  where the store is gone, or the coordinator has ended while it committed, storage is asked.
-* Every wait is bounded (E5): a rank that said something and then nothing for ``silence`` seconds has failed, and one
-  that says nothing at all for ``lateness`` seconds. Seconds are *counted* from look to look, and no interval counts for
-  more than a part of the bound: a process that was stopped finds nobody silent when it goes on.
-* Objects are deleted only where it is certain that no checkpoint refers to them.
+* The coordinator commits the checkpoint only when every rank has written its part, none has failed, and none has given
+  up on the coordinator (D5).
+* On every rank that survives, the save ends once, with the same outcome (E4). A rank that cannot hear the verdict
+  claims the decision in the group's store, where only one claim can hold: the coordinator's, which then commits, or
+  another rank's, after which nobody ever will. Storage is checked only if the store is gone, or if the coordinator
+  died while it was committing.
+* Every wait is bounded (E5). A rank that was heard of, and then not for ``silence`` seconds, has failed; so has a rank
+  that was never heard of for ``lateness`` seconds. Time is counted from poll to poll, and no interval counts for more
+  than a fraction of the bound, so a process that was stopped and continues does not take the others for silent.
+* Objects are deleted only if it is certain that no checkpoint refers to them.
 
-One case is left: a commit that takes place after the others have waited for its rank in vain, and have asked storage.
-The coordinator stops committing in time where it cannot reach the group's store. A process that is stopped, and goes on
-later, may still send what it was about to send.
+One case remains: a commit that takes effect after the other ranks have given up on the coordinator and have checked
+storage. The coordinator stops committing in time if it cannot reach the group's store. But a process that was stopped
+may still send, when it continues, the request that it was about to send.
 
 What does not belong here: storage, threads, torch.
 """
@@ -169,7 +170,7 @@ Action = Send | Broadcast | Scatter | Claim | Plan | Write | Commit | LookUp | S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How long anybody waits.
+    """The time limits of waits.
 
     Attributes:
         silence_seconds: for a rank that has said something.

@@ -1,8 +1,8 @@
-"""Where the ranks of a process group meet for a sharded save, and learn how it ended for all of them.
+"""Where the ranks of a process group meet for a sharded save, and learn how it has ended for all of them.
 
-Guarantees: `agree` returns where the save is durable on every rank, and raises the same `ShardedSaveError` on each
-where it is not (E4), within bounds (E5); no collective operation is ever used, and no call waits on the training thread
-(T1). Given up half-way, as the service does when it closes, it tells the others first.
+Guarantees: `agree` returns once the save is durable on every rank; if it has failed, it raises the same
+`ShardedSaveError` on each rank (E4), within bounds (E5). No collective operation is used, and the training thread never
+waits (T1). If it is cancelled, as when the service closes, it tells the other ranks first.
 
 What does not belong here: what is written, and where. A `Task` knows that.
 """

@@ -1,10 +1,10 @@
-"""The thread that speaks with the group's store, so that nobody else waits for it.
+"""The thread that calls the group's store, so that no other thread has to wait for it.
 
-Guarantees: jobs are done in order, each until it succeeds, with a new connection and growing pauses after a failure.
-What one does is told on the driver's thread. A call that never returns holds up this thread alone, which is left
+Guarantees: jobs are done in order. Each is repeated until it succeeds, with a new connection and growing pauses after a
+failure. Results are passed to the driver's thread. If a call never returns, only this thread hangs, and it is left
 behind.
 
-What does not belong here: what is said.
+What does not belong here: the content of the messages.
 """
 
 from __future__ import annotations

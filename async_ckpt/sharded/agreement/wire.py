@@ -1,16 +1,17 @@
-"""How ranks' messages travel through a torch.distributed Store.
+"""How messages travel through a torch.distributed Store.
 
-Guarantees: no call waits for another rank; what a call takes is the round trips of the messages that there are.
-Messages of one rank arrive in the order in which they were sent. A rank that ends between two requests holds up nobody.
-What was said of a save is deleted when it is over, but for a verdict that a living rank may not know yet, of the last
-few saves. Nobody else's keys are touched, and no process group's collective operations are used.
+Guarantees: no call waits for another rank; a call takes the round trips for the messages that are there. Messages of
+one rank arrive in the order in which they were sent. A rank that dies between two requests delays nobody. The keys of a
+save are deleted when it is over, except for the verdicts of the last few saves that a living rank may not know yet. No
+foreign keys are touched, and no collective operations of a process group are used.
 
-What does not belong here: what the messages mean (protocol), and when to look (rendezvous). Not for two threads at a
-time; for none whose wait has to be bounded, as a host that stands still answers nothing.
+What does not belong here: what the messages mean (protocol), and when to poll (rendezvous). Do not use it from two
+threads at a time, nor from a thread whose waiting must be bounded: a host that hangs does not answer.
 
 The keys: ``up/{n}`` is the n-th message to the coordinator, numbered by the counter ``up``. ``{save}/{n}`` is the n-th
-message of the coordinator about a save, ``{save}/go/{rank}`` what one rank is to do, ``{save}/claim`` who may decide,
-``{save}/end`` a verdict for who comes late. The last rank to leave deletes the keys that the n-th ``kept/{n}`` names.
+message of the coordinator about a save, ``{save}/go/{rank}`` the work of one rank, ``{save}/claim`` the claim to the
+decision, ``{save}/end`` the verdict for a rank that is late. The last rank to leave deletes the keys that the entries
+``kept/{n}`` list.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One tensor as a file of ``torch.save``, made from a template: all but the bytes, and the checksums among the rest.
+"""One tensor as a file of ``torch.save``, made from a template: the file without its bytes and their checksums.
 
-Guarantees: what comes out is, byte for byte, what ``torch.save`` would write of such a tensor on the CPU. torch's own
-writer makes each template, once for each dtype, size and stride; afterwards an item costs microseconds.
+Guarantees: the result is, byte for byte, what ``torch.save`` would write for such a tensor on the CPU. torch's own
+writer makes each template, once for each dtype, shape and stride; after that, an item costs microseconds.
 
 What does not belong here: which items a rank writes, and where (`shard`).
 """

@@ -1,9 +1,9 @@
 """The state of one rank, taken apart: tensors that are parts of larger ones, and values that are pickled.
 
-Guarantees: everything here runs on the caller's thread, within ``save_sharded``, with no word to another rank (T1);
-what comes out refers to the state by its tensors' memory alone. What cannot be represented is refused here, by name.
+Guarantees: everything here runs on the caller's thread, within ``save_sharded``, without any communication (T1). The
+result shares nothing with the state but the memory of its tensors. What cannot be represented is refused here, by name.
 
-Names are those of torch's own ``flatten_state_dict``, so that a checkpoint has the keys that DCP would give it.
+The names are those of torch's own ``flatten_state_dict``, so a checkpoint has the keys that DCP would give it.
 
 What does not belong here: who writes what (`plan`), the bytes of a file (`archive`, `shard`).
 """

@@ -1,9 +1,10 @@
-"""What a checkpoint replaces in its directory, and what is left there by saves that failed.
+"""What a checkpoint replaces in its directory, and what failed saves have left there.
 
-Guarantees: nothing is deleted before the new checkpoint is durable, and no failure to delete is one of the save (D5).
-Only objects of this directory are, whatever a ``.metadata`` says.
+Guarantees: nothing is deleted before the new checkpoint is durable, and a deletion that fails does not make the save
+fail (D5). Only objects in this directory are deleted, whatever a ``.metadata`` says.
 
-What does not belong here: which leftovers are nobody's (`leftovers`), when to delete (`writer`, `objects`).
+What does not belong here: which leftovers belong to no running process (`leftovers`), when to delete (`writer`,
+`objects`).
 """
 
 from __future__ import annotations

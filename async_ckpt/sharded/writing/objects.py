@@ -1,7 +1,7 @@
-"""Objects of a sharded checkpoint that are written one by one, for a program in which torch decides who writes what.
+"""Objects of a sharded checkpoint that are written one at a time, for programs in which torch decides who writes what.
 
-Guarantees: an object has a name that no other save has, and ``.metadata`` is written last (D5), as far as torch's
-protocol goes. Tensors are read where they are, and only when their bytes are sent; from a device, some at a time.
+Guarantees: the name of an object is unique to its save, and ``.metadata`` is written last (D5), as far as torch's
+protocol allows. Tensors are not copied: their bytes are read when they are sent; those on a device a few at a time.
 
 What does not belong here: torch's protocol (`dcp`).
 """

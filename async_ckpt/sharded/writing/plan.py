@@ -1,11 +1,11 @@
-"""Who writes which item of a sharded checkpoint, and where each ends up: torch's own planning, as values.
+"""Who writes which item of a sharded checkpoint, and where each item is in its file: torch's own planning, as values.
 
-Guarantees: nothing here waits or talks to anybody. A rank's plan is made from the `Form` of its items, and the whole
-from the plans of all ranks by torch's ``DefaultSavePlanner``, so that what several ranks have is written once, and the
-writing is spread evenly. What a plan says holds for every later save of the same forms; only the lengths of pickled
+Guarantees: nothing here waits or communicates. The plan of a rank is made from the `Form` of its items; torch's
+``DefaultSavePlanner`` makes the global plan from the plans of all ranks. So an item that several ranks have is written
+once, and the work is spread evenly. A plan holds for all later saves of the same forms; only the lengths of pickled
 values change.
 
-With `manifest`, this is all that knows torch's format.
+Only this module and `manifest` know torch's format.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What one rank knows of plans from save to save, so that a plan crosses the wire once.
+"""What a rank remembers of plans from save to save, so that a plan is sent only once.
 
-Guarantees: a plan is known by a number, never by "the last one": saves that overlap may be told of theirs in any order.
-How many are kept is bounded (B3).
+Guarantees: a plan is identified by a number, never as "the last one", so overlapping saves may learn of theirs in any
+order. The number of plans that are kept is bounded (B3).
 
 What does not belong here: how a plan is made (`plan`), who is told (`agreement`).
 """

@@ -1,7 +1,7 @@
-"""The sharded saves of one service: their numbers, and what the other ranks are told where one does not come to pass.
+"""The sharded saves of one service: their numbers, and what the other ranks are told if one cannot take place.
 
-Guarantees: the n-th call on each rank is the n-th save of the group (O4). A call that raises before anything was
-accepted, and a save that ends in the queue before its turn, are told to the others at once (E4, E5).
+Guarantees: the n-th call on each rank is the n-th save of the group (O4). If a call raises before anything was
+accepted, or a save ends in the queue before its turn, the other ranks are told at once (E4, E5).
 
 What does not belong here: the agreement itself (`rendezvous`), what is written (`writer`).
 """

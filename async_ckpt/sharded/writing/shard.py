@@ -1,8 +1,8 @@
 """The one object that a rank writes: its items, each a file of ``torch.save``, one after the other, by reference.
 
-Guarantees: the bytes are known before one has moved, in whatever pieces and order and by however many threads they are
-read; tensors are read from the snapshot, and only when they are asked for. Each tensor's bytes are summed up once where
-ISA-L is installed, also where a part's own checksum is asked for.
+Guarantees: the bytes are determined before the first of them is read, in whatever pieces, in whatever order and by
+however many threads they are read. Tensors are read from the snapshot, and only when they are asked for. With ISA-L,
+each tensor's checksum is computed only once, even if a part needs one of its own.
 
 What does not belong here: which items a rank writes (`plan`), the bytes around a tensor (`archive`).
 """

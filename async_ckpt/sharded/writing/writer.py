@@ -1,11 +1,11 @@
-"""One sharded save on one rank: what the ranks' agreement asks for, carried out with the stores.
+"""One sharded save on one rank: the actions that the agreement asks for, carried out with the stores.
 
-Guarantees: a rank's object has a name of its own in each save, so an earlier checkpoint at the location stays whole
-until ``.metadata``, written last and by one rank, takes the place of its own (D5). What a save that failed has written
-is deleted, and so is what the new checkpoint has replaced, after it is durable. A file that others expect beside
-``.metadata`` is never one checkpoint's beside another's ``.metadata`` (D6).
+Guarantees: the name of a rank's object is unique to the save, so an earlier checkpoint at the location stays whole
+until one rank replaces its ``.metadata``, the last file that is written (D5). What a failed save has written is
+deleted; what the new checkpoint replaces is deleted after it is durable. A file that others expect beside
+``.metadata`` never belongs to another checkpoint than that (D6).
 
-What does not belong here: who decides when (`agreement`), how a rank hears of it (`rendezvous`), the queue.
+What does not belong here: who decides when (`agreement`), how a rank learns of it (`rendezvous`), the queue.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ class CheckpointService:
         """Make one file of ``torch.save`` from a sharded checkpoint, in bounded memory; see ``async_ckpt.consolidate``.
 
         It comes after the pending saves of *directory_url* and of *file_url* (O1, O2), and returns when the file is
-        durable (D1). The service's options hold for the file, too, but for its parts, which are smaller.
+        durable (D1). The service's options for storage hold for the file, too, but for its parts, which are smaller.
 
         Args:
             directory_url: what ``save_sharded``, or torch, has written; on any storage.

@@ -96,7 +96,7 @@ class Failures:
         """Raise the unreported failures."""
         self.raise_claimed(self.claim())
 
-    def raise_unless_in_flight(self, *, but: Handle) -> None:
+    def raise_unless_in_flight(self, *, but: Handle | None) -> None:
         """Raise the unreported failures; if an error is in flight, leave them for the next call.
 
         Args:

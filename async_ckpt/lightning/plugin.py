@@ -220,7 +220,8 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             is_first: whether this is the first rank.
             told: as for `save_sharded`.
         """
-        self._session.save_once(state, self._locate(path), is_first=is_first, told=told)
+        text = read_address(path).text  # what it refuses, it refuses on every rank
+        self._session.save_once(state, text, partial(self._locate, path), is_first=is_first, told=told)
 
     @property
     def known_failures(self) -> Told | None:

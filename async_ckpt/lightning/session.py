@@ -217,17 +217,24 @@ class Session:
         self.shared_failures.add(handle)
         return handle
 
-    def save_once(self, state: Any, location: Location, *, is_first: bool, told: Told | None) -> None:
+    def save_once(
+        self, state: Any, path: str, locate: Callable[[], Location], *, is_first: bool, told: Told | None
+    ) -> None:
         """Write *state* to a file, on the first rank; every rank calls this.
 
         Args:
             state: of all ranks; ignored on any but the first.
-            location: of the file.
+            path: of the file.
+            locate: returns its location; called on the first rank only.
             is_first: whether this is the first rank.
             told: as for `save_sharded`.
         """
 
         def submit(service: CheckpointService) -> Handle:
+            try:
+                location = locate()
+            except Exception as error:
+                return failed_here(service, path, error)
             self._remember_address(location)
             if is_local(location) and os.path.isfile(location.below(MARKER).path):  # Fabric deletes such, too
                 self._make_way(service, location)
@@ -237,7 +244,7 @@ class Session:
             except Exception as error:
                 return failed_here(service, location, error)
 
-        self._save_together(location.url, submit if is_first else None, told=told)
+        self._save_together(path, submit if is_first else None, told=told)
 
     def _save_together(
         self, path: str, submit: Callable[[CheckpointService], Handle] | None, *, told: Told | None
@@ -254,8 +261,7 @@ class Session:
             if not given_up and not requeue and told:
                 for earlier in self.shared_failures.up_to(told):
                     self._wait(service, earlier)
-                if handle is not None:
-                    service.failures.raise_unless_in_flight(but=handle)
+                service.failures.raise_unless_in_flight(but=handle)
                 if service.options.on_error == "raise":
                     self.shared_failures.raise_others(told)
 

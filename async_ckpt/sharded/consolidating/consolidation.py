@@ -88,7 +88,7 @@ class _Reading:
             values = Values()
             items = items_of_values(metadata)
             read_items(items, self._origin, fetcher, url=url, weights_only=weights_only, planner=values)
-            tensors = tensors_of(metadata, self._origin, url)
+            tensors = tensors_of(metadata, self._origin)
             frame = lay_out(metadata, values.found, url)
             content = Consolidated(frame, tensors, Gatherer(fetcher, url))
             failure: BaseException | None = None

@@ -66,11 +66,13 @@ class OpenFiles:
         await self._close(list(self._files))
 
     async def _close(self, paths: list[str]) -> None:
-        for path in paths:
-            source = self._files.pop(path).source
-            if source is not None:
+        files = [
+            self._files.pop(path) for path in paths
+        ]  # at once: others may open them anew, and close others
+        for file in files:
+            if file.source is not None:
                 with anyio.CancelScope(shield=True):
-                    await source.aclose()
+                    await file.source.aclose()
 
 
 class _File:

@@ -18,7 +18,9 @@ class Sums:
 
     def add(self, start: int, stop: int, value: int) -> None:
         """Note *value*, the CRC-32 of the bytes *start* to *stop*."""
-        if start < stop:
+        if (
+            start < stop and self._pieces.get(start, (start, 0))[0] < stop
+        ):  # a store may read some of it again
             self._pieces[start] = stop, value
 
     def total(self, start: int, stop: int) -> int | None:

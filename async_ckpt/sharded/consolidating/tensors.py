@@ -1,6 +1,6 @@
 """The tensors of a sharded checkpoint and their chunks. Everything is counted in bytes.
 
-Guarantees: a tensor is refused if its chunks together are shorter than it is, or if one is longer than its item.
+Guarantees: a tensor is refused unless its chunks make it up, each element once, and none is longer than its item.
 
 What does not belong here: fetching chunks (`gathering`).
 """
@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from async_ckpt.sharded.consolidating.geometry import boxes_of, count_before, place_of
 from async_ckpt.sharded.consolidating.sums import Sums
 from async_ckpt.sharded.reading.extents import Item
-from async_ckpt.sharded.reading.items import corrupt_item
 from async_ckpt.sharded.reading.origins import Directory
 
 __all__ = ["Chunk", "Tensor", "tensors_of"]
@@ -129,34 +128,31 @@ def _spread(source: torch.Tensor, target: torch.Tensor) -> None:
         target[first : first + step].copy_(source[first : first + step])
 
 
-def tensors_of(metadata: Metadata, origin: Directory, url: str) -> list[Tensor]:
+def tensors_of(metadata: Metadata, origin: Directory) -> list[Tensor]:
     """Return the tensors, in the order of *metadata*.
 
     Raises:
         CorruptCheckpointError: ``.metadata`` does not say where all of their elements are.
     """
     return [
-        _tensor(described, name, origin, url)
+        _tensor(described, name, origin)
         for name, described in metadata.state_dict_metadata.items()
         if isinstance(described, TensorStorageMetadata)
     ]
 
 
-def _tensor(described: TensorStorageMetadata, name: str, origin: Directory, url: str) -> Tensor:
+def _tensor(described: TensorStorageMetadata, name: str, origin: Directory) -> Tensor:
     last = described.properties.dtype.itemsize
     sizes = (*described.size, last)
-    chunks, known, nbytes = [], set(), 0
+    origin.check_chunks(name)
+    chunks, known = [], set()
     for number, each in enumerate(described.chunks):
         index = MetadataIndex(name, each.offsets, number)
         if not each.sizes.numel() or (each.offsets, each.sizes) in known:
             continue
         known.add((each.offsets, each.sizes))
         item = origin.extent(_read_all(index, each.sizes))
-        chunk = Chunk(name, item, sizes, (*each.offsets, 0), (*each.sizes, last))
-        chunks.append(chunk)
-        nbytes += chunk.nbytes
-    if nbytes < math.prod(sizes):
-        raise corrupt_item(url, name, f"there are {nbytes} of {math.prod(sizes)} bytes")
+        chunks.append(Chunk(name, item, sizes, (*each.offsets, 0), (*each.sizes, last)))
     return Tensor(sizes, chunks)
 
 

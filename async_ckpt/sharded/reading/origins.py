@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from async_ckpt.errors import CorruptCheckpointError, StoreError
 from async_ckpt.format.reading.direct import expected_start
 from async_ckpt.format.reading.reader import Skeleton
+from async_ckpt.sharded.reading.coverage import fault_of
 from async_ckpt.sharded.reading.extents import Item, Record
 from async_ckpt.sharded.reading.fetching import Segment
 from async_ckpt.sharded.reading.items import corrupt_item
@@ -45,10 +46,12 @@ class Directory:
     def __init__(self, metadata: Metadata, url: str) -> None:
         self.metadata = metadata
         self._url = url
+        self._checked: set[str] = set()
 
     def extent(self, item: ReadItem) -> Item:
         """Return the place of the tensor that *item* is a part of."""
         index = item.storage_index
+        self.check_chunks(index.fqn)
         info = self._info(index)
         tensor = self.metadata.state_dict_metadata[index.fqn]
         assert isinstance(tensor, TensorStorageMetadata)
@@ -62,6 +65,17 @@ class Directory:
             start=info.offset,
             stop=info.offset + info.length,
         )
+
+    def check_chunks(self, name: str) -> None:
+        """Raise CorruptCheckpointError if the chunks of a tensor do not make it up: what is in gaps is not known."""
+        if name in self._checked:
+            return
+        self._checked.add(name)
+        described = self.metadata.state_dict_metadata[name]
+        assert isinstance(described, TensorStorageMetadata)
+        fault = fault_of(described.size, ((each.offsets, each.sizes) for each in described.chunks))
+        if fault is not None:
+            raise self._corrupt(name, fault)
 
     def value(self, item: ReadItem) -> Segment:
         """Return the place of a pickled value."""

@@ -144,3 +144,12 @@ def test_strategy_whose_kind_of_save_changes(tmp_path: Path) -> None:
     ranks = _train(tmp_path, "run", "fully_shard", gathered=[2])
     assert [told["error"] for told in ranks] == [None, None]
     assert [(tmp_path / "run" / step).is_dir() for step in STEPS] == [True, False, True]
+
+
+def test_failed_save_of_all_is_raised_by_all_at_a_save_of_one(tmp_path: Path) -> None:
+    """Where the kind of save changes after a failure: no rank is left in Fabric's barrier."""
+    ranks = _train(tmp_path, "run", "fully_shard", gathered=[2], **_fault(1, "storage"), steps=3)
+    for told in ranks:
+        assert told["kind"] == "ShardedSaveError"
+        assert "failed for all ranks: rank 1: " in told["error"]
+        assert told["seconds"] < 30

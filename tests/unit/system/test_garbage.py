@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -92,16 +93,25 @@ def test_ctrl_c_at_any_point() -> None:
     assert interrupted > 100
 
 
-def test_one_within_another(passes: list[int]) -> None:
-    """The inner one does not end the outer one."""
+def test_settings_that_were_left_behind_are_set_back_by_the_next() -> None:
+    """As Ctrl-C may do, where it comes in the last step of a ``with``."""
     before = gc.get_threshold()
+    left = collector_held_back()
+    left.__enter__()
     with collector_held_back():
-        with collector_held_back():
-            pass
-        made = many()
-        assert passes == []
+        pass
     assert gc.get_threshold() == before
-    del made
+    left.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
+def test_forked_child_has_the_programs_settings() -> None:
+    """Whatever a thread of the parent was doing."""
+    with collector_held_back():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if gc.get_threshold()[0] < 1_000_000 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_two_that_overlap() -> None:

@@ -148,7 +148,8 @@ def test_strategy_whose_kind_of_save_changes(tmp_path: Path) -> None:
 
 def test_failed_save_of_all_is_raised_by_all_at_a_save_of_one(tmp_path: Path) -> None:
     """Where the kind of save changes after a failure: no rank is left in Fabric's barrier."""
-    ranks = _train(tmp_path, "run", "fully_shard", gathered=[2], **_fault(1, "storage"), steps=3)
+    gathered = list(range(2, 40))
+    ranks = _train(tmp_path, "run", "fully_shard", gathered=gathered, **_fault(1, "storage"), steps=40)
     for told in ranks:
         assert told["kind"] == "ShardedSaveError"
         assert "failed for all ranks: rank 1: " in told["error"]

@@ -134,8 +134,10 @@ class _Methods:
                 load_optimizer(service, path, name, model, optimizer)
         wanted = state.keys() - optimizers.keys() - {key}
         if strict and (missing := sorted(wanted - rest.keys())):
+            others = f", nor do {', '.join(map(repr, missing[1:]))}" if missing[1:] else ""
             raise KeyError(
-                f"{path}: the checkpoint has no {', '.join(missing)}; strict=False passes over that"
+                f"The requested state contains a key {missing[0]!r} that does not exist in {str(path)!r}{others}; "
+                "strict=False passes over that"
             )
         state.update({name: rest.pop(name) for name in wanted & rest.keys()})
         return rest

@@ -4,6 +4,9 @@
 is installed (a tag of its repository). With arguments, those name the tests, relative to CHECKOUT. What passes
 first and not then is run again, alone, so that chance does not count; what fails again and is not in ``expected``
 is printed and makes the exit status 1. Nothing in the checkout is changed.
+
+``--processors`` chooses the tests of sharded checkpoints, which Lightning runs on GPUs only. Here, they run on two or
+four processes on CPUs, each test alone, as Lightning runs them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from stress.lightning_suite.expected import reason
@@ -84,6 +88,25 @@ CHOSEN = (
 #: Needs checkpoints of old versions, which are no part of a checkout.
 _LEFT_OUT = ("tests/tests_pytorch/checkpointing/test_legacy_checkpoints.py",)
 
+_TRAINER = "tests/tests_pytorch/strategies/test_model_parallel_integration.py"
+_FABRIC = "tests/tests_fabric/strategies/test_model_parallel_integration.py"
+#: What saves or loads a checkpoint of ModelParallelStrategy. FSDP refuses CPUs.
+SHARDED = (
+    f"{_TRAINER}::test_model_parallel_single_file_checkpoint_with_compile",
+    f"{_TRAINER}::test_modules_without_parameters",
+    f"{_TRAINER}::test_strategy_state_dict[True]",
+    f"{_TRAINER}::test_strategy_state_dict[False]",
+    f"{_TRAINER}::test_load_full_state_checkpoint_into_regular_model",
+    f"{_TRAINER}::test_load_standard_checkpoint_into_distributed_model",
+    f"{_TRAINER}::test_save_load_sharded_state_dict",
+    f"{_FABRIC}::test_train_save_load",
+    f"{_FABRIC}::test_save_full_state_dict",
+    f"{_FABRIC}::test_load_full_state_dict_into_sharded_model",
+    f"{_FABRIC}::test_save_filter",
+    f"{_FABRIC}::test_save_sharded_and_consolidate_and_load",
+    f"{_FABRIC}::test_load_raw_module_state",
+)
+
 Outcomes = dict[str, tuple[str, str]]
 
 
@@ -95,19 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--mode", choices=MODES[1:], default=MODES[1], help="what to compare with synchronous IO"
     )
     parser.add_argument("--report", type=Path, help="a folder for the outcomes; without it they are not kept")
+    parser.add_argument("--processors", action="store_true", help="the tests of sharded checkpoints, on CPUs")
     options, rest = parser.parse_known_args(arguments)
     checkout = options.checkout.resolve()
+    run = partial(_run_alone if options.processors else _run_together, checkout)
+    chosen = rest or (list(SHARDED) if options.processors else _chosen(checkout))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.report or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        before = _run(checkout, MODES[0], folder.resolve() / "synchronous.jsonl", rest or _chosen(checkout))
-        after = _run(
-            checkout, options.mode, folder.resolve() / f"{options.mode}.jsonl", rest or _chosen(checkout)
-        )
+        before = run(MODES[0], folder.resolve() / "synchronous.jsonl", chosen)
+        after = run(options.mode, folder.resolve() / f"{options.mode}.jsonl", chosen)
         lost = _lost(before, after)
         unexpected = [test for test in lost if reason(test) is None]
         if unexpected:
-            again = _run(checkout, options.mode, folder.resolve() / f"{options.mode}-again.jsonl", unexpected)
+            again = run(options.mode, folder.resolve() / f"{options.mode}-again.jsonl", unexpected)
             unexpected = _lost(before, again)
     print(f"\nsynchronous: {_counts(before)}\n{options.mode}, {SECONDS:g} s slower: {_counts(after)}")
     expected = [test for test in lost if reason(test) is not None]
@@ -125,9 +149,24 @@ def _chosen(checkout: Path) -> list[str]:
     return [*chosen, *(f"--ignore={path}" for path in _LEFT_OUT)]
 
 
-def _run(checkout: Path, mode: str, outcomes: Path, arguments: Sequence[str]) -> Outcomes:
+def _run_together(checkout: Path, mode: str, outcomes: Path, arguments: Sequence[str]) -> Outcomes:
     """Run pytest on the checkout's tests."""
     outcomes.unlink(missing_ok=True)
+    _pytest(checkout, mode, outcomes, arguments)
+    if not outcomes.exists():
+        raise SystemExit("pytest ran no test")
+    return _read(outcomes)
+
+
+def _run_alone(checkout: Path, mode: str, outcomes: Path, tests: Sequence[str]) -> Outcomes:
+    """Run pytest once for each test, which starts the other processes; a failure of any of them counts."""
+    outcomes.unlink(missing_ok=True)
+    for test in tests:
+        _pytest(checkout, mode, outcomes, ["--suite-processors", test])
+    return _read(outcomes)
+
+
+def _pytest(checkout: Path, mode: str, outcomes: Path, arguments: Sequence[str]) -> None:
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(ROOT), str(checkout / "tests"), *([inherited] if inherited else [])])
     options = [
@@ -149,9 +188,6 @@ def _run(checkout: Path, mode: str, outcomes: Path, arguments: Sequence[str]) ->
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command, cwd=checkout, env=environment, timeout=RUN_SECONDS, check=False)
-    if not outcomes.exists():
-        raise SystemExit("pytest ran no test")
-    return _read(outcomes)
 
 
 def _read(outcomes: Path) -> Outcomes:

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
-from async_ckpt import AsyncCheckpointIO
+from async_ckpt import AsyncCheckpointIO, OptionError
+from async_ckpt.lightning import attach
 from async_ckpt.testing import slowed
+from stress.lightning_suite.processors import run_on_processors, show_names_of_dcp
 
 __all__ = ["MODES", "SECONDS"]
 
@@ -35,21 +37,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Take what ``__main__`` passes."""
     parser.addoption("--suite-mode", choices=MODES, default=MODES[0])
     parser.addoption("--suite-outcomes", type=Path, required=True)
+    parser.addoption("--suite-processors", action="store_true")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Replace the default before any test module is imported."""
     mode = config.getoption("--suite-mode")
     config.pluginmanager.register(_Recorder(config.getoption("--suite-outcomes")))
+    if config.getoption("--suite-processors"):
+        run_on_processors()
     if mode == "synchronous":
         return
+    if config.getoption("--suite-processors"):
+        show_names_of_dcp()
     for name in _STRATEGIES:
         _replace_default(importlib.import_module(name).Strategy)
     for name in _THEIR_PLUGIN:
         module: Any = importlib.import_module(f"lightning.pytorch.{name}")
         module.AsyncCheckpointIO = _SlowPlugin
     _after_init(importlib.import_module("lightning.pytorch").Trainer, _touch)
-    _after_init(importlib.import_module("lightning.fabric").Fabric, _touch)
+    _after_init(importlib.import_module("lightning.fabric").Fabric, _attach)
     accompany = _add_callback if mode == "callback" else _drop_callback
     _after_init(importlib.import_module("lightning.pytorch").Trainer, accompany)
 
@@ -106,6 +113,19 @@ def _touch(trainer: Any) -> None:
         TypeError, NotImplementedError
     ):  # strategies that take no such CheckpointIO, or none at all
         _ = trainer.strategy.checkpoint_io
+
+
+def _attach(fabric: Any) -> None:
+    """Have strategies that take no CheckpointIO save by our plugin, and wait after each save: tests look at once."""
+    with suppress(OptionError):  # a double of the test's own
+        plugin, save = attach(fabric, _SlowPlugin()), fabric.save
+
+        def save_and_wait(*args: Any, **kwargs: Any) -> None:
+            save(*args, **kwargs)
+            plugin.teardown()  # no thread is left, as the suite wants it
+            fabric.barrier()
+
+        fabric.save = save_and_wait
 
 
 def _add_callback(trainer: Any) -> None:

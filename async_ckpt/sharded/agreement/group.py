@@ -98,7 +98,7 @@ def find_group(process_group: Any = None, store: Any = None) -> Group:
     prefix = f"async_ckpt/sharded/{name}/{_number(store, name)}"
     # Weakly where it is torch's own, lest rank 0 go on to host it when the group has ended.
     held: Callable[[], Any] = ref(store) if is_borrowed else lambda: store
-    return Group(rank=rank, world_size=world_size, connect=lambda: _connect(held(), prefix))
+    return Group(rank=rank, world_size=world_size, connect=_Connect(held, prefix))
 
 
 def _default_store(distributed: Any) -> Any:
@@ -129,10 +129,47 @@ def _number(store: Any, name: str) -> int:
     return counts[name]
 
 
-def _connect(store: Any, prefix: str) -> Any:
+_connections: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The connection of this process to each store. All services share it: torch takes seconds for some, as it asks for the
+name of the host's address, and a host serves only so many."""
+
+os.register_at_fork(after_in_child=_connections.clear)
+
+
+class _Connect:
+    """Connects to a store, within a prefix; anew each time it is called by the same service.
+
+    Args:
+        held: returns the store, or ``None`` where the process group has ended.
+        prefix: that of the keys.
+    """
+
+    def __init__(self, held: Callable[[], Any], prefix: str) -> None:
+        self._held = held
+        self._prefix = prefix
+        self._last: Any = None  # which has failed, or hangs, if there is another call
+
+    def __call__(self) -> Any:
+        store = self._held()
+        if store is None:
+            raise ConnectionError("the process group has ended")
+        own = self._last = self._shared(store)
+        return _torch_distributed().PrefixStore(self._prefix, own)
+
+    def _shared(self, store: Any) -> Any:
+        try:
+            known = _connections.get(store)
+        except TypeError:  # a store of the user's own that cannot be referred to weakly
+            return _connection_to(store)
+        if known is None or known is self._last:
+            known = _connection_to(store)
+            if known is not store:
+                _connections[store] = known
+        return known
+
+
+def _connection_to(store: Any) -> Any:
     """Return a connection of our own to *store*, if possible: a blocked call blocks all others on its connection."""
-    if store is None:
-        raise ConnectionError("the process group has ended")
     distributed = _torch_distributed()
     prefixes, bottom = [], store
     while isinstance(bottom, distributed.PrefixStore) and hasattr(bottom, "underlying_store"):
@@ -143,7 +180,7 @@ def _connect(store: Any, prefix: str) -> Any:
         own = _dialed(bottom)
         for each in reversed(prefixes) if own is not None else ():
             own = distributed.PrefixStore(each, own)
-    return distributed.PrefixStore(prefix, store if own is None else own)
+    return store if own is None else own
 
 
 def _cloned(store: Any) -> Any:

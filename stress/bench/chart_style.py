@@ -32,6 +32,7 @@ LABELS = {
     "Lightning": "Lightning’s plugin",
     "dcp.async_save": "torch DCP",
     "dcp.async_save, kept stager": "torch DCP, stager kept",
+    "dcp.async_save, process": "torch DCP, process",
     "torch.save": "torch.save",
 }
 """What a reader knows the contestants by; what is not here has a good name already."""

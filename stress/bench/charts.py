@@ -194,6 +194,7 @@ def _loop(theme: Theme) -> Chart:
     samples = samples_of("loop")
     names = list(samples["every CPU at work"])
     cadences = list(EVERY)
+    panel_height = 22 * len(names)
 
     def ratio(training: str, name: str, every: str) -> list[float]:
         return [100 * (run[every]["ratio"] - 1) for run in samples[training][name]]
@@ -202,7 +203,7 @@ def _loop(theme: Theme) -> Chart:
     ours, kept, theirs = (median(ratio(worst, name, cadences[-1])) for name in (OURS, KEPT, "Lightning"))
     chart = Chart(
         theme,
-        height=88 + 158 * len(samples),
+        height=88 + (panel_height + 46) * len(samples),
         title=f"With a save every {cadences[-1]} steps, training on every CPU takes\n"
         f"{ours:.0f} % longer; torch DCP: {kept:.0f} %, Lightning’s plugin: {theirs:.0f} %",
         subtitle="time beyond that of the same steps without saves, until the last save has ended",
@@ -212,9 +213,9 @@ def _loop(theme: Theme) -> Chart:
         2, 60, f"○ a save every {cadences[0]} steps, ● every {cadences[-1]}, | a single round", size=9.5
     )
     for panel, training in enumerate(samples):
-        top = 106 + panel * 158
+        top = 106 + panel * (panel_height + 46)
         chart.text(2, top - 20, training, size=10, weight="bold")
-        axes = chart.axes(132, top, WIDTH - 132 - 10, 112)
+        axes = chart.axes(132, top, WIDTH - 132 - 10, panel_height)
         axes.axvline(0, color=theme.soft, linewidth=0.8)
         for row, name in enumerate(names):
             for every, offset in ((cadences[0], -0.17), (cadences[-1], 0.17)):
@@ -229,6 +230,57 @@ def _loop(theme: Theme) -> Chart:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
         _row_names(axes, theme, names)
+    return chart
+
+
+# -- how long the steps of such a training take
+
+
+def _steps(theme: Theme) -> Chart:
+    samples = samples_of("loop")
+    last = list(EVERY)[-1]
+    height = 26 + 21 * len(samples["every CPU at work"])
+    chart = Chart(
+        theme,
+        height=84 + (height + 34) * len(samples),
+        title="How much longer a step takes while a save is under way",
+        subtitle=f"steps of a training with a save every {last} steps, as multiples of those without;\n"
+        "one mark a step, ● the median, the longest in figures",
+    )
+    most = 1.0
+    panels = []
+    for panel, (training, contestants) in enumerate(samples.items()):
+        top = 92 + panel * (height + 34)
+        chart.text(2, top - 20, training, size=10, weight="bold")
+        axes = chart.axes(132, top, WIDTH - 132 - 40, height - 14)
+        axes.axvline(1, color=theme.soft, linewidth=0.8)
+        for row, (name, runs) in enumerate(contestants.items()):
+            steps = sorted(
+                step / median(run[last]["idle_steps_ms"]) for run in runs for step in run[last]["steps_ms"]
+            )
+            most = max(most, steps[-1])
+            colour = theme.of(name)
+            axes.plot(steps, [row] * len(steps), "|", color=colour, markersize=7, alpha=0.35)
+            axes.plot([median(steps)], [row], "o", color=colour, markersize=5)
+            axes.annotate(
+                f"{steps[-1]:.1f}",
+                (1, row),
+                xycoords=("axes fraction", "data"),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                color=theme.ink,
+                weight="bold" if name == OURS else "normal",
+                size=9.5,
+            )
+        axes.set_ylim(len(contestants) - 0.4, -0.6)
+        axes.grid(axis="x", color=theme.grid, linewidth=0.7)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
+        _row_names(axes, theme, list(contestants))
+        panels.append(axes)
+    for axes in panels:
+        axes.set_xlim(0.5, 1.03 * most)
     return chart
 
 
@@ -331,6 +383,7 @@ CHARTS: dict[str, Callable[[Theme], Chart]] = {
     "overview": _overview,
     "stall": _stall,
     "loop": _loop,
+    "steps": _steps,
     "memory": _memory,
     "load": _load,
 }

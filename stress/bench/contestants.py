@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,6 +49,10 @@ class Contestant:
     def done(self) -> bool:
         """Return whether `wait` would return at once."""
         return True
+
+    def step_guard(self) -> AbstractContextManager[Any]:
+        """Return what a training must hold while its optimizer changes the weights."""
+        return nullcontext()
 
     def close(self) -> None:
         """Free everything."""
@@ -203,6 +208,65 @@ class DcpKept(DcpAsync):
         self._stager.close()
 
 
+class DcpProcess(DcpKept):
+    """The same, written by a process of its own, which needs a process group."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        super().__init__()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def save(self, state: State, path: Path) -> None:
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+
+        self._future = async_save(
+            state,
+            checkpoint_id=path,
+            async_stager=self._stager,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+
+
+class TorchCheckpointing(Contestant):
+    """The package ``torch_checkpointing``: it copies while training goes on, guards the step, and leaves out fsync.
+
+    Its direct I/O, the default, fails on ext4; what it wants for CPUs is what its page on trouble says.
+    """
+
+    is_background = True
+    syncs = False
+
+    def __init__(self) -> None:
+        from torch_checkpointing import AsyncCheckpointSaverConfig, CheckpointManager
+        from torch_checkpointing.staging import CheckpointStagerConfig
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
+        self._manager = CheckpointManager(
+            CheckpointManager.Config(
+                save=AsyncCheckpointSaverConfig(staging_config=staging),
+                storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+            )
+        )
+
+    def save(self, state: State, path: Path) -> None:
+        self._future: Any = self._manager.save(str(path), {"state": state})
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def done(self) -> bool:
+        return bool(self._future.done())
+
+    def step_guard(self) -> AbstractContextManager[Any]:
+        return self._manager.lock()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
 CONTESTANTS: dict[str, type[Contestant]] = {
     "memcpy": Memcpy,
     "torch copy": TorchCopy,
@@ -212,6 +276,8 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "Lightning": Lightning,
     "dcp.async_save": DcpAsync,
     "dcp.async_save, kept stager": DcpKept,
+    "dcp.async_save, process": DcpProcess,
+    "torch_checkpointing": TorchCheckpointing,
     "async_ckpt": AsyncCkpt,
 }
 

@@ -36,6 +36,17 @@ from stress.bench.report import SMALL_FLOATS, SMALL_TENSORS, TENSORS, report
 __all__ = ["main", "state_of", "timed_save"]
 
 _WARM_SAVES = {"large": 2, "small": 5}
+_LARGE_CONTESTANTS = (
+    "memcpy",
+    "torch copy",
+    "raw write",
+    "raw write ×4",
+    "torch.save",
+    "Lightning",
+    "dcp.async_save",
+    "dcp.async_save, kept stager",
+    "async_ckpt",
+)
 _SMALL_CONTESTANTS = ("memcpy", "torch.save", "Lightning", "async_ckpt")
 
 
@@ -49,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="async_ckpt-bench-", dir=options.directory) as directory:
         samples = {
-            "large": _compete(list(CONTESTANTS), "large", options, directory),
+            "large": _compete(_LARGE_CONTESTANTS, "large", options, directory),
             "small": _compete(_SMALL_CONTESTANTS, "small", options, directory),
         }
         if options.record:

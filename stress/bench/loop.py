@@ -1,13 +1,15 @@
 """What saves cost a training as a whole: the stall, and what the work behind it takes from the steps after it.
 
 ``python -m stress.bench.loop --rounds 5`` trains a small transformer with AdamW, about 300 MiB of state, and saves
-every 4 and every 10 steps. It does so twice: with every CPU at work for training, and with one CPU left free. Each
-contestant gets a fresh process in each round. In it, short stretches with saves stand between stretches without, and
-each is held against its neighbours, so that a slow moment of the machine counts little; where something else used the
-machine in one of those, the stretch is measured again, for a while.
+every 4 and every 10 steps. It does so three times: with every CPU at work for training, by a fused and by a foreach
+optimizer, and with one CPU left free. Each contestant gets a fresh process in each round. In it, short stretches with
+saves stand between stretches without, and each is held against its neighbours, so that a slow moment of the machine
+counts little; where something else used the machine in one of those, the stretch is measured again, for a while.
 
 A stretch with saves goes on until the last of them has ended, so that nothing of their cost falls behind its end:
-what is *lost* a save is the time of the whole stretch, less what as many steps take right before and after it.
+what is *lost* a save is the time of the whole stretch, less what as many steps take right before and after it. CPU time
+is that of the whole machine, less what the steps need, until the last page is on disk: so a contestant's child
+processes count, and the kernel's work for it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -38,12 +41,40 @@ from stress.bench.harness import (
 )
 from stress.bench.recording import record
 
-__all__ = ["EVERY", "NAMES", "NONE", "TRAININGS", "costs_of", "main", "training_table"]
+__all__ = ["EVERY", "NAMES", "NONE", "TRAININGS", "Setting", "costs_of", "main", "training_table"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a training is like.
+
+    Attributes:
+        free_cpus: how many CPUs it leaves.
+        optimizer: the implementation of AdamW, ``"fused"`` or ``"foreach"``.
+        table: the name of its table on the documentation's page.
+    """
+
+    free_cpus: int
+    optimizer: str
+    table: str
+
 
 NONE = "no saves"
-NAMES = (NONE, "torch.save", "Lightning", "dcp.async_save, kept stager", "async_ckpt")
-TRAININGS = {"every CPU at work": 0, "one CPU left free": 1}
-"""How a training is called, and how many CPUs it leaves."""
+NAMES = (
+    NONE,
+    "torch.save",
+    "Lightning",
+    "dcp.async_save, kept stager",
+    "dcp.async_save, process",
+    "torch_checkpointing",
+    "async_ckpt",
+)
+TRAININGS = {
+    "every CPU at work": Setting(free_cpus=0, optimizer="fused", table="loop-every-cpu"),
+    "every CPU at work, foreach": Setting(free_cpus=0, optimizer="foreach", table="loop-every-cpu-foreach"),
+    "one CPU left free": Setting(free_cpus=1, optimizer="fused", table="loop-one-cpu"),
+}
+"""The trainings, by how they are called."""
 EVERY = {"4": 2, "10": 1}
 """After how many steps there is a save, and how many saves make a stretch."""
 
@@ -63,17 +94,23 @@ class Nothing(Contestant):
 
 
 class Training:
-    """A transformer and AdamW, fused, on some of the CPUs."""
+    """A transformer and AdamW on some of the CPUs.
 
-    def __init__(self, *, free_cpus: int) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) - free_cpus)
+    Args:
+        setting: what it is like.
+        contestant: who may guard the step of the optimizer.
+    """
+
+    def __init__(self, setting: Setting, contestant: Contestant) -> None:
+        threads = max(1, len(os.sched_getaffinity(0)) - setting.free_cpus)
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         layer = torch.nn.TransformerEncoderLayer(_WIDTH, 8, 4 * _WIDTH, dropout=0.0, batch_first=True)
         self._words = torch.nn.Embedding(_WORDS, _WIDTH)
         self._layers = torch.nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
         self._model = torch.nn.Sequential(self._words, self._layers)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, **{setting.optimizer: True})
+        self._contestant = contestant
         self._batch = torch.randint(_WORDS, (2 * threads, _TOKENS))
         for _ in range(3):
             self.step()
@@ -83,7 +120,8 @@ class Training:
         start = perf_counter()
         self._optimizer.zero_grad()
         self._model(self._batch).square().mean().backward()
-        self._optimizer.step()
+        with self._contestant.step_guard():
+            self._optimizer.step()
         return perf_counter() - start
 
     def state(self) -> dict[str, Any]:
@@ -100,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples: dict[str, dict[str, list[Sample]]] = {}
     with tempfile.TemporaryDirectory(prefix="async_ckpt-bench-", dir=options.directory) as directory:
         for training in options.training:
-            samples[training] = {name: [] for name in NAMES}
-            for number, name in rounds(NAMES, options.rounds, seed=options.seed):
+            samples[training] = {name: [] for name in options.only}
+            for number, name in rounds(options.only, options.rounds, seed=options.seed):
                 what = ("--contestant", name, "--training", training, "--directory", directory)
                 sample = run_apart("stress.bench.loop", *what)
                 samples[training][name].append(sample)
@@ -122,7 +160,7 @@ def report(samples: dict[str, dict[str, list[Sample]]]) -> str:
 def training_table(contestants: dict[str, list[Sample]]) -> str:
     """Return a table of medians for one training."""
     header = ["", *(f"time, a save every {every} steps" for every in EVERY), "lost a save ms"]
-    header += ["of them in the call ms", "longest step × usual", "CPU s a save"]
+    header += ["of them in the call ms", "longest step × usual", "machine’s CPU s a save"]
     return table(header, [[name, *_cells(runs)] for name, runs in contestants.items()])
 
 
@@ -137,7 +175,7 @@ def _cells(runs: list[Sample]) -> list[str]:
         f"{middle('lost_seconds') * 1e3:.0f}",
         f"{middle('stall_seconds') * 1e3:.0f}",
         f"{median(max(run[last]['steps_ms']) / median(run[last]['idle_steps_ms']) for run in runs):.1f}",
-        f"{middle('cpu_seconds'):.2f}",
+        f"{middle('machine_cpu_seconds'):.2f}",
     ]
 
 
@@ -148,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--training", choices=TRAININGS, nargs="+", default=list(TRAININGS))
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=list(NAMES), help="whom to measure")
     parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
     parser.add_argument("--record", type=Path, help="a file to add every sample to")
     parser.add_argument("--contestant", choices=NAMES, help=argparse.SUPPRESS)
@@ -159,8 +198,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(name: str, training_name: str, directory: Path) -> Sample:
     """Train with and without saves; return the samples of every cadence."""
-    training = Training(free_cpus=TRAININGS[training_name])
     contestant = Nothing() if name == NONE else CONTESTANTS[name]()
+    training = Training(TRAININGS[training_name], contestant)
     _save(contestant, training, directory / "first")
     contestant.wait()
     remove_tree(directory / "first")
@@ -221,8 +260,9 @@ def _saving(training: Training, contestant: Contestant, directory: Path, *, ever
     while not contestant.done():
         steps.append(training.step())
     contestant.wait()
-    seconds = perf_counter() - start
-    spent, machine_spent = cpu_seconds() - cpu, machine_cpu_seconds() - machine
+    seconds, spent = perf_counter() - start, cpu_seconds() - cpu
+    os.sync()  # what a contestant leaves to the kernel is its cost, too
+    machine_spent = machine_cpu_seconds() - machine
     for path in paths:
         remove_tree(path)
     return {"seconds": seconds, "steps": steps, "stalls": stalls, "cpu": spent, "machine": machine_spent}

@@ -29,7 +29,7 @@ def tables() -> dict[str, str]:
         **report.tables(local["samples"], state_bytes=int(local["parameters"]["size_gib"] * 1024 * MIB)),
         "s3-load": s3_report.tables(s3["samples"], nbytes=s3["parameters"]["mib"] * MIB)["s3-load"],
         **{
-            f"loop-{'-'.join(training.split()[:2])}".lower(): loop.training_table(contestants)
+            loop.TRAININGS[training].table: loop.training_table(contestants)
             for training, contestants in trainings["samples"].items()
         },
         "sizes": sizes.report(read(SAMPLES / "sizes.json")["samples"]),

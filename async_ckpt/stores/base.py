@@ -73,6 +73,7 @@ class Location:
         look: on a local disk, the file's status when the location was made; ``None`` if it was not looked up.
         seen_seconds: on a local disk, the monotonic time at which a save saw that the directory exists.
         options: options for the file system that are part of the location itself.
+        writers: how many processes write to the directory at the same time, this one included.
     """
 
     url: str
@@ -88,6 +89,7 @@ class Location:
     look: Look | None = field(default=None, repr=False, compare=False)
     seen_seconds: float | None = field(default=None, repr=False, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    writers: int = field(default=1, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", self.address or self.url)

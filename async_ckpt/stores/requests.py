@@ -14,6 +14,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from random import Random
 from time import monotonic
 from typing import ParamSpec, TypeVar
 
@@ -59,10 +60,13 @@ class Pace:
 
     Args:
         most: the limit while the store does not throttle.
+        random: returns numbers from 0 to 1; its own generator by default, as a training's seed is not to be used up.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, random: Callable[[], float] | None = None) -> None:
         self._most = float(most)
+        self._random = random or Random().random
+        self._next_seconds = 0.0
         self._allowed = float(most)
         self._running = 0
         self._slowed = 0  # how often; requests that began before the last time say nothing new
@@ -74,14 +78,19 @@ class Pace:
         return int(self._allowed)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for a free slot, and hold it during the body, which makes one request."""
+    async def turn(self, *, apart_seconds: float = 0.0) -> AsyncIterator[None]:
+        """Wait for a free slot, and hold it during the body, which makes one request.
+
+        Args:
+            apart_seconds: see `due`.
+        """
         async with self._changed:
             while self._running >= self.allowed:
                 await self._changed.wait()
             self._running += 1
         slowed = self._slowed
         try:
+            await self.due(apart_seconds)
             yield
             self._allowed = min(self._most, self._allowed + 1 / self._allowed)
         except ThrottledError:
@@ -94,6 +103,20 @@ class Pace:
             with anyio.CancelScope(shield=True):
                 async with self._changed:
                     self._changed.notify_all()
+
+    async def due(self, apart_seconds: float) -> None:
+        """Wait until a request may start, without a slot for it.
+
+        Args:
+            apart_seconds: the least time between the starts of two requests. The first one after a pause starts at
+                random within it, since many processes may come out of a pause at the same moment.
+        """
+        if apart_seconds == 0:
+            return
+        now = anyio.current_time()
+        due = self._next_seconds if self._next_seconds > now else now + self._random() * apart_seconds
+        self._next_seconds = due + apart_seconds
+        await anyio.sleep(due - now)
 
 
 @contextmanager

@@ -8,16 +8,17 @@ from __future__ import annotations
 __all__ = ["fitting_part_size", "shared_part_size"]
 
 _MIB = 1 << 20
-_WORTH_BYTES = 16 << 20  # below, another request costs more than another connection gains
+_WORTH_BYTES = 16 << 20
 
 
-def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
+def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int, worth: int = _WORTH_BYTES) -> int:
     """Return *wanted*, or a size by which all connections get the same number of parts, and end at about the same time.
 
     Args:
         nbytes: length of the file.
         wanted: the preferred size of a part.
         at_a_time: how many parts are sent at a time.
+        worth: below this size, another request costs more than another connection gains.
 
     Returns:
         The size in bytes; up to two mebibytes more than *wanted*, for files slightly above a round size.
@@ -25,7 +26,7 @@ def shared_part_size(nbytes: int, wanted: int, *, at_a_time: int) -> int:
     unit = max(1, min(_MIB, wanted // 64))
     turns = max(1, -(-nbytes // (at_a_time * (wanted + unit))))
     share = -(-nbytes // (turns * at_a_time))
-    return max(-(-share // unit) * unit, min(wanted, _WORTH_BYTES))
+    return max(-(-share // unit) * unit, min(wanted, worth))
 
 
 def fitting_part_size(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -161,7 +161,7 @@ class _Save:
         self._writer = writer
         self._structure = structure
         self._snapshot = snapshot
-        self._location = location
+        self._location = replace(location, writers=writer._rendezvous.world_size)
         self._emit = emit
         self._object: Location | None = None
         self._replaced: frozenset[str] = frozenset()

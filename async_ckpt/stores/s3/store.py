@@ -23,17 +23,14 @@ from async_ckpt.stores.s3.connection import Connection
 from async_ckpt.stores.s3.deletion import Deletion
 from async_ckpt.stores.s3.errors import explain, is_refusal
 from async_ckpt.stores.s3.journal import Entry, Journal, state_directory
+from async_ckpt.stores.s3.sharing import LEAST_PART_BYTES, MAX_PARTS, apart_seconds, part_size_for
 from async_ckpt.stores.s3.source import S3Source
 from async_ckpt.stores.s3.sweep import Sweeper
 from async_ckpt.stores.s3.target import Target
 from async_ckpt.stores.s3.upload import S3Upload
-from async_ckpt.stores.sizes import fitting_part_size, shared_part_size
 
 __all__ = ["S3Store"]
 
-_LEAST_PART_BYTES = 5 << 20
-_MOST_PART_BYTES = 5 << 30
-_MAX_PARTS = 10_000
 _LIST = "list_objects_v2"
 _EXISTS = "a checkpoint is there, and overwrite=False"
 _ONE_VERSION = "the URL names one version; nobody can save to it"
@@ -100,12 +97,8 @@ class S3Store:
         if version:
             raise StoreError.during("begin", location.url, OSError(_ONE_VERSION))
         try:
-            part_size = fitting_part_size(
-                nbytes,
-                shared_part_size(nbytes, self._part_size, at_a_time=self._max_concurrent_parts),
-                least=_LEAST_PART_BYTES,
-                most=_MOST_PART_BYTES,
-                max_parts=_MAX_PARTS,
+            part_size = part_size_for(
+                nbytes, self._part_size, at_a_time=self._max_concurrent_parts, writers=location.writers
             )
         except ValueError as error:
             raise StoreError.during("begin", location.url, error) from error
@@ -126,10 +119,11 @@ class S3Store:
                 workers=self._workers,
             ),
             part_size=part_size,
-            least_part_bytes=_LEAST_PART_BYTES,
-            max_parts=_MAX_PARTS,
+            least_part_bytes=LEAST_PART_BYTES,
+            max_parts=MAX_PARTS,
             requests=self._requests,
             pace=self._pace,
+            apart_seconds=apart_seconds(location.writers),
             workers=self._workers,
             opened=lambda upload_id: self._workers.run(self._journal.opened, entry(upload_id=upload_id)),
             ended=lambda upload_id: self._workers.run(self._journal.ended, entry(upload_id=upload_id)),

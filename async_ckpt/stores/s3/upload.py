@@ -47,6 +47,7 @@ class S3Upload:
         max_parts: S3's maximum number of parts.
         requests: repeats failed requests.
         pace: limits concurrent parts, over all uploads of the store.
+        apart_seconds: the least time between two requests that write.
         workers: compute checksums.
         opened: called with the id of the multipart upload as soon as there is one.
         ended: called with the id once the upload does not exist any more.
@@ -67,6 +68,7 @@ class S3Upload:
         max_parts: int,
         requests: Requests,
         pace: Pace,
+        apart_seconds: float,
         workers: Workers,
         opened: Note,
         ended: Note,
@@ -82,6 +84,7 @@ class S3Upload:
         self._target = target
         self._requests = requests
         self._pace = pace
+        self._apart_seconds = apart_seconds
         self._workers = workers
         self._note_opened = opened
         self._note_ended = ended
@@ -106,7 +109,7 @@ class S3Upload:
         if self._upload_id is None:
             self._single, tag = (pieces, checksum), ""
         else:
-            async with self._pace.turn():
+            async with self._pace.turn(apart_seconds=self._apart_seconds):
                 tag = await self._send(part.index, pieces, checksum)
         self._put[part.index] = part.nbytes
         return Receipt(index=part.index, token=tag)
@@ -117,7 +120,7 @@ class S3Upload:
         if self._upload_id is None or not isinstance(stored, S3Object):
             raise self._error("write", "there is nothing to copy to or from")
         checksum = await self._workers.run(self._sum_up, part, content)
-        async with self._pace.turn():
+        async with self._pace.turn(apart_seconds=self._apart_seconds):
             stop = start + part.nbytes
             tag, found = await self._target.copy(self._upload_id, part.index, stored, start, stop)
         if found != checksum or not tag:
@@ -201,6 +204,7 @@ class S3Upload:
         return False
 
     async def _create(self) -> None:
+        await self._pace.due(self._apart_seconds)
         # Not cancellable once it is sent, as its answer contains the id.
         with anyio.CancelScope(shield=True):
             self._upload_id = await self._target.create()
@@ -211,10 +215,11 @@ class S3Upload:
         try:
             if self._upload_id is None:
                 assert self._single is not None
-                async with self._pace.turn():
+                async with self._pace.turn(apart_seconds=self._apart_seconds):
                     await self._target.put(*self._single)
             else:
                 parts = [(each.index, each.token, self._checksums[each.index]) for each in receipts]
+                await self._pace.due(self._apart_seconds)
                 tag = await self._target.complete(self._upload_id, parts)
                 self.stored = self._target.named(tag)
         except StoreError as error:

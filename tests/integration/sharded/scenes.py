@@ -154,6 +154,26 @@ def _reduced_otherwise(tensor: torch.Tensor) -> tuple[Any, ...]:
     return torch.tensor, (tensor.tolist(),)
 
 
+def seen_by_the_store(folder: Path, url: str) -> Any:
+    """Save, and tell how many writers the store was told of."""
+    seen: set[int] = set()
+
+    def factory(location: Location, workers: Workers) -> Store:
+        store: Any = open_store(location, workers=workers)
+        begin = store.begin
+
+        async def noting(place: Location, nbytes: int) -> Any:
+            seen.add(place.writers)
+            return await begin(place, nbytes)
+
+        store.begin = noting
+        return store  # type: ignore[no-any-return]
+
+    with CheckpointService(store_factory=factory) as service:
+        service.save_sharded(_state(1.0), url).wait()
+    return sorted(seen)
+
+
 def _failing(
     is_victim: bool, operation: str, call: int, error: str, after: bool
 ) -> Callable[[Location, Workers], Store] | None:

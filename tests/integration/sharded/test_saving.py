@@ -24,3 +24,9 @@ def test_overlapping_saves_hold_their_own_step(tmp_path: Path) -> None:
     """Eight saves, two at a time, and weights that change right after each call: each directory has its own (S1)."""
     for told in all_well(play("overlapping_saves", 3, tmp_path, saves=8)):
         assert told == [True] * 8
+
+
+def test_the_store_knows_how_many_write(tmp_path: Path) -> None:
+    """Each file is begun with the number of ranks, by which a store shares what it may ask of the storage."""
+    for told in all_well(play("seen_by_the_store", 3, tmp_path, url=str(tmp_path / "it"))):
+        assert told == [3]

@@ -12,6 +12,7 @@ from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.requests import Pace, Requests, Verdict, stall_timeout
+from stress.scale import virtual_loop
 
 HERE = Location(url="s3://bucket/x.ckpt", path="bucket/x.ckpt", key="x", group="s3")
 AT_ONCE = RetryPolicy(attempts=3, initial_seconds=0.0, stall_seconds=20.0)
@@ -122,6 +123,44 @@ def test_cancelled_turns_are_given_back() -> None:
 
     anyio.run(run)
     assert run_many(pace, 5) == 2
+
+
+def starts(pace: Pace, count: int, *, apart_seconds: float, after: float = 0.0) -> list[float]:
+    """Return when requests start that are all wanted at once, on a clock of their own."""
+    found: list[float] = []
+
+    async def request() -> None:
+        async with pace.turn(apart_seconds=apart_seconds):
+            found.append(anyio.current_time())
+
+    async def run() -> None:
+        await anyio.sleep(after)
+        async with anyio.create_task_group() as group:
+            for _ in range(count):
+                group.start_soon(request)
+
+    with virtual_loop() as loop:
+        loop.run_until_complete(run())
+    return found
+
+
+def test_requests_keep_their_distance() -> None:
+    """The first request starts somewhere within the distance, and each other one so long after the one before."""
+    found = starts(Pace(8, random=lambda: 0.25), 4, apart_seconds=2.0)
+    assert found == pytest.approx([0.5, 2.5, 4.5, 6.5])
+
+
+def test_after_a_pause_the_start_is_drawn_anew() -> None:
+    """Time that has passed without a request is not made up for, and not all processes start at its end."""
+    draws = iter([0.0, 0.5])
+    pace = Pace(8, random=lambda: next(draws))
+    assert starts(pace, 2, apart_seconds=2.0) == pytest.approx([0.0, 2.0])
+    assert starts(pace, 2, apart_seconds=2.0, after=50.0) == pytest.approx([51.0, 53.0])
+
+
+def test_without_a_distance_nothing_waits() -> None:
+    """A single writer's requests start at once."""
+    assert starts(Pace(8), 4, apart_seconds=0.0) == [0.0] * 4
 
 
 # -- stalled requests

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stress.scale import Setting, simulate
 
 
@@ -27,9 +29,18 @@ def test_a_death_is_known_to_all_within_the_bound() -> None:
     assert 50 < result.verdict_seconds[1] < 75
 
 
+def test_ranks_that_keep_to_their_share_are_not_refused() -> None:
+    """Five hundred ranks together stay below what S3 takes, and are no slower for it than where it refuses them."""
+    setting = Setting(world=500, nbytes=1 << 30, plan_bytes=100)
+    shared, crowded = simulate(setting), simulate(replace(setting, is_shared=False))
+    assert shared.refused == 0
+    assert crowded.refused > 1000
+    assert max(shared.seconds) <= max(crowded.seconds)
+
+
 def test_throttled_ranks_wait_rather_than_give_up() -> None:
     """Where S3 refuses many requests, every rank still gets its bytes there (E3)."""
-    result = simulate(Setting(world=200, nbytes=512 << 20, plan_bytes=100))
+    result = simulate(Setting(world=200, nbytes=512 << 20, plan_bytes=100, is_shared=False))
     assert result.refused > 100
     assert result.gave_up == 0
     assert result.not_durable == 0

@@ -32,6 +32,7 @@ from async_ckpt.sharded.agreement.messages import (
     Heartbeat,
     Ready,
     ToCoordinator,
+    Verdict,
 )
 from async_ckpt.sharded.agreement.participant import Participant, Step
 from async_ckpt.sharded.agreement.protocol import (
@@ -361,7 +362,16 @@ class Driver:
         self._claims[owner] = number
 
         def ask(wire: Wire) -> Callable[[], None]:
-            return partial(self._claimed, owner, wire.claim(number, claim))
+            # The verdict may have come while this rank was cut off.
+            heard: list[Any] = [] if self._rank == COORDINATOR else wire.poll([number])
+            is_decided = any(isinstance(message, Verdict) for _, message in heard)
+            holder = None if is_decided else wire.claim(number, claim)
+
+            def end() -> None:
+                self._take_in(heard)
+                self._claimed(owner, holder)
+
+            return end
 
         self._the_store_thread().send(ask)
 

@@ -77,8 +77,14 @@ class StoreThread:
         return not self._outbox and not self.is_out
 
     def is_in_touch(self, now: float, patience_seconds: float) -> bool:
-        """Return whether the store has answered when it was last asked, or has been asked only just now."""
-        return not self._retry_seconds and (not self.is_out or now - self._started_seconds < patience_seconds)
+        """Return whether the store has answered when it was last asked, or has been asked only just now.
+
+        As long as the first connection is being made, nothing is wrong yet: that may take many seconds.
+        """
+        if self._retry_seconds:
+            return False
+        is_recent = now - self._started_seconds < patience_seconds
+        return is_recent or not self.is_out or not self._wire.has_connected
 
     def send(self, job: Look) -> None:
         """Have *job* done at the next exchange, and what it returns called on the driver's thread."""

@@ -58,9 +58,13 @@ class Wire:
         connect: makes a connection to the store, of our own where torch can make one.
         rank: of this process.
         world_size: how many there are.
+
+    Attributes:
+        has_connected: whether there was ever a connection.
     """
 
     def __init__(self, connect: Callable[[], Any], *, rank: int, world_size: int) -> None:
+        self.has_connected = False
         self._connect = connect
         self._connection: Any = None
         self._rank = rank
@@ -217,6 +221,7 @@ class Wire:
     def _store(self) -> Any:
         if self._connection is None:
             self._connection = self._connect()
+            self.has_connected = True
         return self._connection
 
     def _understood(self, number: int, data: bytes) -> FromCoordinator:

@@ -7,6 +7,7 @@ import errno
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -31,12 +32,24 @@ def keys(store: Any) -> Any:
 
 
 @asynccontextmanager
-async def ranks(store: Any, bounds: Bounds = BOUNDS) -> AsyncIterator[list[Rendezvous]]:
-    """Yield one rendezvous a rank, and close them; nothing may stay in the store."""
+async def ranks(
+    store: Any, bounds: Bounds = BOUNDS, *, connecting: Callable[[int], None] = lambda rank: None
+) -> AsyncIterator[list[Rendezvous]]:
+    """Yield one rendezvous a rank, and close them; nothing may stay in the store.
+
+    Args:
+        store: where they meet.
+        bounds: how long they wait.
+        connecting: called on its store thread as a rank connects.
+    """
     before = keys(store)
-    connect = lambda: dist.PrefixStore("group", store)
+
+    def connect(rank: int) -> Any:
+        connecting(rank)
+        return dist.PrefixStore("group", store)
+
     met = [
-        Rendezvous(Group(rank=rank, world_size=WORLD, connect=connect), bounds=bounds)
+        Rendezvous(Group(rank=rank, world_size=WORLD, connect=partial(connect, rank)), bounds=bounds)
         for rank in range(WORLD)
     ]
     try:
@@ -259,6 +272,42 @@ def test_a_late_rank_fails_the_save_and_is_told(rank: int) -> None:
             (end,) = await agree(met, 0, [DoubleTask(rank, storage, Offer(), works=WORKS)])
             assert isinstance(end, ShardedSaveError)
             assert clock() - started < 0.5
+            assert not storage.objects
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_who_connects_slowly_is_waited_for(rank: int) -> None:
+    """A rank that takes longer than the silence bound to connect is late, not silent, so the save succeeds."""
+    connected = threading.Event()
+
+    async def main() -> None:
+        storage = Storage()
+        bounds = Bounds(silence_seconds=0.3, lateness_seconds=20.0)
+        connecting = lambda who: connected.wait(20) if who == rank else None
+        async with ranks(dist.HashStore(), bounds, connecting=connecting) as met:  # type: ignore[arg-type]
+            asyncio.get_running_loop().call_later(3 * bounds.silence_seconds, connected.set)
+            assert await agree(met, 0, tasks_of(storage)) == [None] * WORLD
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_who_connects_too_late_has_the_error_of_the_others(rank: int) -> None:
+    """A rank that connects as the others have just given it up learns what they have ended with (E4)."""
+    connected = threading.Event()
+
+    async def main() -> None:
+        storage = Storage()
+        connecting = lambda who: connected.wait(20) if who == rank else None
+        async with ranks(dist.HashStore(), connecting=connecting) as met:  # type: ignore[arg-type]
+            tasks = tasks_of(storage)
+            late = asyncio.create_task(agree(met, 0, [tasks.pop(rank)]))
+            ends = await agree(met, 0, tasks)
+            connected.set()
+            failures = failures_of([*ends, *await late])
+            assert failures == {rank: "did not begin this save within 1.5 s"}
             assert not storage.objects
 
     asyncio.run(main())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,6 +50,58 @@ def read(folder: Path, url: str, by_torch: bool = True) -> Any:
         dcp.load(other, checkpoint_id=url)
         found += differences(whole(other), whole(state))
     return found
+
+
+def sharded_tensors(folder: Path, ours: str, theirs: str) -> Any:
+    """Save ``ShardedTensor``, FSDP1's kind, with us and with torch; tell what each finds in what the other wrote."""
+    with CheckpointService() as service:
+        service.save_sharded(_sharded_tensors(1.0), ours).wait(60)
+        dcp.save(_sharded_tensors(1.0), checkpoint_id=theirs)
+        found = []
+        for url in (ours, theirs):
+            by_us, by_torch = _sharded_tensors(2.0), _sharded_tensors(2.0)
+            service.load_sharded(by_us, url)
+            dcp.load(by_torch, checkpoint_id=url)
+            found += [
+                differences(_parts(_sharded_tensors(1.0)), _parts(state)) for state in (by_us, by_torch)
+            ]
+    return found
+
+
+def sharded_whole(name: str, seed: float = 1.0) -> torch.Tensor:
+    """Return a tensor of `sharded_tensors`, whole."""
+    rows, columns, dtype = {
+        "blocks": (7, 3, torch.float32),  # one run of rows a rank, of different lengths
+        "striped": (12, 2, torch.bfloat16),  # two runs of rows a rank, as a flat parameter may have
+        "one rank's": (4, 5, torch.int64),
+    }[name]
+    return ((torch.arange(rows * columns).view(rows, columns) + seed) * 0.5).to(dtype)
+
+
+def _sharded_tensors(seed: float) -> dict[str, Any]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cuts = {
+        "blocks": {each: [(sum(range(each + 1)), each + 1)] for each in range(size - 1)}
+        | {size - 1: [(sum(range(size)), 7 - sum(range(size)))]},
+        "striped": {each: [(2 * each, 2), (2 * (size + each), 2)] for each in range(size)},
+        "one rank's": {0: [(0, 4)]},
+    }
+    state: dict[str, Any] = {}
+    for name, parts in cuts.items():
+        whole_tensor = sharded_whole(name, seed)
+        shards = [
+            sharded_tensor.Shard.from_tensor_and_offsets(
+                whole_tensor[start : start + rows].clone(), [start, 0], rank
+            )
+            for start, rows in parts.get(rank, [])
+        ]
+        state[name] = sharded_tensor.init_from_local_shards(shards, *whole_tensor.shape)
+    return {"model": state, "step": int(seed)}
+
+
+def _parts(state: Any) -> Any:
+    model = {name: [shard.tensor for shard in each.local_shards()] for name, each in state["model"].items()}
+    return {**state, "model": model}
 
 
 def train(folder: Path, url: str, steps: int, by: str) -> Any:

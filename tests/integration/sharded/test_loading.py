@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import async_ckpt
 from stress.servers.process import Server
 from tests.integration.sharded.launching import all_well, play
-from tests.integration.sharded.load_scenes import large
+from tests.integration.sharded.load_scenes import large, sharded_whole
+from tests.integration.sharded.states import differences
 from tests.integration.sharded.torch_names import needs_fsdp2
 from tests.servers import fresh_bucket
 
@@ -24,6 +26,20 @@ def test_every_kind_of_state_by_any_writer(tmp_path: Path, by: str) -> None:
     for world_size in (4, 2, 3, 1):
         for told in all_well(play("load_scenes.read", world_size, tmp_path, url=url)):
             assert told == []
+
+
+def test_tensors_as_fsdp1_has_them(tmp_path: Path) -> None:
+    """``ShardedTensor`` goes from us to torch, from torch to us, and from both to one file, bit for bit."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for told in all_well(
+        play("load_scenes.sharded_tensors", 3, tmp_path, ours=str(ours), theirs=str(theirs))
+    ):
+        assert told == [[], [], [], []]
+    for directory in (ours, theirs):
+        async_ckpt.consolidate(directory, tmp_path / "one.pt")
+        found = torch.load(tmp_path / "one.pt", weights_only=True)
+        expected = {name: sharded_whole(name) for name in ("blocks", "striped", "one rank's")}
+        assert differences({"model": expected, "step": 1}, found) == []
 
 
 @pytest.mark.parametrize("by", ["torch", "ours"])

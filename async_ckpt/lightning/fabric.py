@@ -131,7 +131,7 @@ class _Methods:
             rest = load_meta(service, path, weights_only=options.get("weights_only"))
             load_model(service, path, key, model, strict=strict, kind=self._kind)
             for name, optimizer in optimizers.items():
-                load_optimizer(service, path, name, model, optimizer)
+                load_optimizer(service, path, name, model, optimizer, kind=self._kind)
         wanted = state.keys() - optimizers.keys() - {key}
         if strict and (missing := sorted(wanted - rest.keys())):
             others = f", nor do {', '.join(map(repr, missing[1:]))}" if missing[1:] else ""

@@ -10,6 +10,7 @@ What does not belong here: saving; reading itself (the package ``sharded``).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,10 @@ META = "meta.pt"
 """Lightning's name for everything in a checkpoint but weights and optimizer states."""
 
 _MARKER = "/.metadata"
+_COMPILED = "_orig_mod"
+"""What torch.compile puts into the names of what it wraps,"""
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""and what FSDP and activation checkpointing put there, and leave out of a ``state_dict``."""
 
 
 class ShardedLoading:
@@ -53,7 +58,7 @@ class ShardedLoading:
             model, strict = strategy.model, strategy.lightning_module.strict_loading
             load_model(service, path, self._model_key, model, strict=strict, kind=kind_of(strategy))
             for number, optimizer in enumerate(strategy.optimizers):
-                load_optimizer(service, path, f"optimizer_{number}", model, optimizer)
+                load_optimizer(service, path, f"optimizer_{number}", model, optimizer, kind=kind_of(strategy))
         return meta
 
 
@@ -102,18 +107,54 @@ def load_model(
         set_model_state_dict,
     )
 
-    weights = {key: get_model_state_dict(model)}
-    service.load_sharded(weights, path)
+    in_model = _names_in(model)
+    in_file = in_model if kind == "FSDPStrategy" else _torch_name  # ModelParallel saves by torch's names
+    weights = {in_file(name): value for name, value in get_model_state_dict(model).items()}
+    service.load_sharded({key: weights}, path)
     if kind == "ModelParallelStrategy":
-        model.load_state_dict(weights[key], strict=strict)
+        model.load_state_dict({in_model(name): value for name, value in weights.items()}, strict=strict)
     else:
-        set_model_state_dict(model, weights[key], options=StateDictOptions(strict=strict))
+        weights = {_torch_name(name): value for name, value in weights.items()}
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=strict))
 
 
-def load_optimizer(service: CheckpointService, path: str, key: str, model: Any, optimizer: Any) -> None:
+def load_optimizer(
+    service: CheckpointService, path: str, key: str, model: Any, optimizer: Any, *, kind: str | None
+) -> None:
     """Fill *optimizer*, of *model*, likewise."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    states = {key: get_optimizer_state_dict(model, optimizer)}
-    service.load_sharded(states, path)
-    set_optimizer_state_dict(model, optimizer, states[key])
+    in_file = _names_in(model) if kind == "FSDPStrategy" else _torch_name
+    states = _renamed(get_optimizer_state_dict(model, optimizer), in_file)
+    service.load_sharded({key: states}, path)
+    set_optimizer_state_dict(model, optimizer, _renamed(states, _torch_name))
+
+
+def _renamed(states: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return an optimizer's state with its parameters under other names."""
+    groups = [{**group, "params": list(map(rename, group["params"]))} for group in states["param_groups"]]
+    return {"state": {rename(name): each for name, each in states["state"].items()}, "param_groups": groups}
+
+
+def _torch_name(name: str) -> str:
+    """Return what ``get_model_state_dict`` calls a parameter: a compiled module is not seen in it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _names_in(model: Any) -> Callable[[str], str]:
+    """Return what finds, by torch's name of a parameter, its name in the model's own ``state_dict``."""
+    compiled = {
+        ".".join(part for part in name.split(".")[:-1] if part not in (_COMPILED, *_WRAPPERS))
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] == _COMPILED
+    }
+
+    def name_in(name: str) -> str:
+        found: list[str] = []
+        parts = name.split(".")
+        for number, part in enumerate(parts):
+            found += [_COMPILED] if ".".join(parts[:number]) in compiled else []
+            found.append(part)
+        return ".".join(found)
+
+    return name_in

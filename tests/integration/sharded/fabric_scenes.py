@@ -66,7 +66,7 @@ def _parallelize(kind: str) -> Any:
 
 def _strategy_of(tree: Any, kind: str) -> Any:
     strategies = importlib.import_module(f"{tree.__name__}.strategies")
-    kind, _, how = kind.partition("+")
+    kind, _, how = kind.removesuffix("+compiled").partition("+")
     size = dist.get_world_size()
     if kind == "ddp":
         return strategies.DDPStrategy(process_group_backend="gloo")
@@ -126,7 +126,8 @@ def train(
     Args:
         folder: for nothing.
         tree: which Fabric.
-        kind: "ddp", "fsdp", "fully_shard" or "tensor_parallel"; "+full" after it gathers into one file.
+        kind: "ddp", "fsdp", "fully_shard" or "tensor_parallel"; "+full" after it gathers into one file, and
+            "+compiled" after that compiles a part of the model.
         where: the directory of the checkpoints.
         ours: whether with our plugin.
         steps: how many.
@@ -148,7 +149,10 @@ def train(
         store = scenes.store_of(**fault) if fault else None
         given = {"store_factory": store} if store is not None else {}
         plugin = attach(fabric, AsyncCheckpointIO(**given, **(options or {})))
-    model = fabric.setup_module(Model())
+    module = Model()
+    if kind.endswith("+compiled"):
+        module.first = torch.compile(module.first, backend="eager")  # type: ignore[assignment]
+    model = fabric.setup_module(module)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=0.01))
     epoch = Epoch()
     state = {"model": model, "optimizer": optimizer, "step": 0, "epoch": epoch, "notes": {"width": 16}}

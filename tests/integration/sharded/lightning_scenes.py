@@ -46,6 +46,10 @@ class Unpicklable:
         raise TypeError("not me")
 
 
+def _maybe_compiled(module: Any, kind: str) -> Any:
+    return torch.compile(module, backend="eager") if kind.endswith("+compiled") else module
+
+
 def _model_of(pl: Any, kind: str, *, is_broken: bool) -> Any:
     class Model(pl.LightningModule):  # type: ignore[misc]  # a base that is found at run time
         """A small model, equal at each call."""
@@ -54,7 +58,7 @@ def _model_of(pl: Any, kind: str, *, is_broken: bool) -> Any:
             super().__init__()
             self.save_hyperparameters({"width": 16})
             torch.manual_seed(0)
-            self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 2)
+            self.first, self.second = _maybe_compiled(torch.nn.Linear(8, 16), kind), torch.nn.Linear(16, 2)
             self.seen: list[int] = []
             self.pending: list[list[int]] = []
 
@@ -68,7 +72,7 @@ def _model_of(pl: Any, kind: str, *, is_broken: bool) -> Any:
             return loss
 
         def configure_model(self) -> None:
-            if kind == "fsdp" or hasattr(self.first, "_is_done"):
+            if kind.startswith("fsdp") or hasattr(self.first, "_is_done"):
                 return
             self.first._is_done = True
             mesh = self.device_mesh
@@ -99,7 +103,7 @@ def _model_of(pl: Any, kind: str, *, is_broken: bool) -> Any:
 
 
 def _strategy_of(pl: Any, kind: str) -> Any:
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         return _fsdp_on_cpu(pl)(state_dict_type="sharded", process_group_backend="gloo")
     size = dist.get_world_size()
     sizes = (1, size) if kind == "tensor_parallel" else (size, 1)

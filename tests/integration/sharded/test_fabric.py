@@ -34,6 +34,7 @@ def _train(
         ("lightning.fabric", "fully_shard"),
         ("lightning_fabric", "tensor_parallel"),
         ("lightning_fabric", "fsdp"),
+        ("lightning_fabric", "fsdp+compiled"),
         ("lightning.fabric", "fully_shard+full"),
         ("lightning.fabric", "fsdp+full"),
         ("lightning_fabric", "ddp"),
@@ -58,6 +59,18 @@ def test_a_run_is_as_without_us(tmp_path: Path, tree: str, kind: str) -> None:
         for mine, other in zip(resumed, theirs, strict=True):
             assert mine["error"] is None
             assert (mine["began_at"], mine["rest"]) == (2, {})
+            assert mine["sums"] == other["sums"]
+
+
+def test_parts_that_are_compiled(tmp_path: Path) -> None:
+    """A model with a compiled part goes on from its checkpoint, and from that of one without, which Fabric refuses."""
+    theirs = _train(tmp_path, "plain", "fully_shard", ours=False)
+    _train(tmp_path, "compiled", "fully_shard+compiled")
+    for run in ("plain", "compiled"):
+        where = str(tmp_path / run)
+        resumed = _train(tmp_path, "again", "fully_shard+compiled", where=where, resume="step-2")
+        for mine, other in zip(resumed, theirs, strict=True):
+            assert mine["error"] is None
             assert mine["sums"] == other["sums"]
 
 

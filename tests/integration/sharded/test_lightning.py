@@ -33,6 +33,7 @@ def _train(folder: Path, run: str, tree: str = "lightning.pytorch", **arguments:
         ("lightning.pytorch", "fully_shard"),
         ("pytorch_lightning", "tensor_parallel"),
         ("pytorch_lightning", "fsdp"),
+        ("lightning.pytorch", "fsdp+compiled"),
     ],
 )
 def test_training_is_as_with_synchronous_saves(tmp_path: Path, tree: str, kind: str) -> None:

@@ -20,15 +20,18 @@ import torch
 
 from async_ckpt.errors import StateChangedError, UnpicklableStateError
 from async_ckpt.snapshot.arrays import ArrayBytes
+from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
+from async_ckpt.snapshot.copying import copy_sources
 from async_ckpt.snapshot.diagnosis import Unpicklable, find_unpicklable
 from async_ckpt.snapshot.entries import ArrayEntry
 from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.filling import Skeleton
-from async_ckpt.snapshot.host_pool import HostBuffer, aligned, bytes_of, copy_storages, without_modes
+from async_ckpt.snapshot.host_pool import HostBuffer, aligned
 from async_ckpt.snapshot.pickler import FilePickler, ObjectPickler
 from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
 from async_ckpt.snapshot.snapshot import Snapshot, Storages
+from async_ckpt.snapshot.sources import bytes_of, without_modes
 from async_ckpt.snapshot.torch_format import TorchFormat, alignment, known_format, open_writer, torch_records
 from async_ckpt.snapshot.xla import fetch_values
 
@@ -108,17 +111,17 @@ class Capture:
     def __init__(self, content: Content, extracted: Extracted, overhead: int) -> None:
         start = 0
         starts: list[int] = []
-        for nbytes in extracted.sizes:
+        for nbytes in extracted.sources.sizes:
             starts.append(start)
             start += aligned(nbytes)
         for position, data in extracted.arrays:
-            extracted.entries[position] = ArrayEntry(start, data.nbytes)
+            extracted.others[position] = ArrayEntry(start, data.nbytes)
             starts.append(start)
             start += aligned(data.nbytes)
         self._content = content
         self._overhead = overhead
         self._extracted: Extracted | None = extracted
-        self._storages = Storages(extracted.sizes, extracted.locations, starts)
+        self._storages = Storages(extracted.sources.sizes, extracted.locations, starts)
         self._sizes = sizes_of(extracted)
         self._starts = starts
         self.nbytes = start + overhead
@@ -150,9 +153,9 @@ class Capture:
             remotes = [(self._storages[index].start, tensor) for index, tensor in extracted.remotes]
             with without_modes():
                 fetch_values(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
-        copy_storages(extracted.storages, extracted.sizes, buffer)
+        copy_sources(extracted.sources, self._starts, buffer)
         for position, data in extracted.arrays:
-            entry = extracted.entries[position]
+            entry = extracted.others[position]
             assert isinstance(entry, ArrayEntry)
             _copy_array(data, entry.region, buffer)
         return self._finish(extracted, buffer)
@@ -193,10 +196,7 @@ def _check_sizes(extracted: Extracted) -> None:
     Raises:
         StateChangedError: memory has been freed or resized.
     """
-    are_there = list(map(torch.UntypedStorage.nbytes, extracted.owners)) == (
-        extracted.owner_sizes or extracted.sizes
-    )
-    if not (are_there and all(data.is_still(data.array) for _, data in extracted.arrays)):
+    if not (extracted.sources.are_there() and all(data.is_still(data.array) for _, data in extracted.arrays)):
         raise _changed()
 
 
@@ -226,16 +226,15 @@ def _walk(state: Any, known: TorchFormat) -> Capture:
     file = io.BytesIO()
     pickler = FilePickler(file, known.global_names, known.reductions)
     asked = _registered()
-    pickler.dump(state)
+    extracted = pickler.extract(state)
     if (
         known_format() is not known or _registered() != asked
     ):  # something in the state has changed how it is written
         return _as_torch_says(state)
-    extracted = pickler.extracted
     skeleton = Skeleton(
         file.getvalue(),
-        extracted.entries,
-        extracted.sizes,
+        Entries(extracted.others, extracted.tensors),
+        extracted.sources.sizes,
         extracted.locations,
         known.reductions,
         known.global_names,
@@ -269,23 +268,20 @@ def _as_torch_says(state: Any) -> Capture:
 def _content(value: Any, extracted: Extracted) -> bytes | str | int:
     if not isinstance(value, torch.UntypedStorage):
         return value  # type: ignore[no-any-return]
-    extracted.owners.append(value)
-    extracted.storages.append(bytes_of(value))
-    extracted.sizes.append(value.nbytes())
     extracted.locations.append("cpu")
-    return len(extracted.sizes) - 1
+    return extracted.sources.add(value, bytes_of(value))
 
 
 def _walk_objects(state: Any, *, shared: Iterable[Any] = ()) -> Capture:
     file = io.BytesIO()
     pickler = ObjectPickler(file, shared)
-    pickler.dump(state)
+    extracted = pickler.extract(state)
     skeleton = file.getvalue()
-    return Capture(Objects(skeleton, pickler.extracted.entries), pickler.extracted, len(skeleton))
+    return Capture(Objects(skeleton, Entries(extracted.others, extracted.tensors)), extracted, len(skeleton))
 
 
 def _probe_objects(value: Any) -> Exception | None:
-    return _failure(ObjectPickler(io.BytesIO()).dump, value)
+    return _failure(ObjectPickler(io.BytesIO()).extract, value)
 
 
 def _probe_file(value: Any) -> Exception | None:
@@ -293,7 +289,7 @@ def _probe_file(value: Any) -> Exception | None:
     return _failure(
         torch_records
         if known is None
-        else FilePickler(io.BytesIO(), known.global_names, known.reductions).dump,
+        else FilePickler(io.BytesIO(), known.global_names, known.reductions).extract,
         value,
     )
 

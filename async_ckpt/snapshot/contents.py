@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from async_ckpt.snapshot.entries import Entry
+from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.filling import Skeleton
 from async_ckpt.snapshot.torch_format import Record, TorchFormat
 
@@ -43,7 +43,7 @@ class Objects(NamedTuple):
     """The skeleton from which the state's objects are rebuilt."""
 
     skeleton: bytes
-    entries: Sequence[Entry]
+    entries: Entries
 
 
 Content: TypeAlias = Unfilled | Records | Whole | Objects | Nothing

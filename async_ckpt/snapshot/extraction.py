@@ -12,17 +12,18 @@ What does not belong here: how everything else is pickled (`pickler`).
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 import torch
 
+from async_ckpt.errors import StateChangedError
 from async_ckpt.snapshot.arrays import ArrayBytes
+from async_ckpt.snapshot.columns import Columns, Reader
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry, StorageEntry, TensorEntry
-from async_ckpt.snapshot.host_pool import bytes_of
-from async_ckpt.snapshot.locations import location_of
-from async_ckpt.snapshot.parallel_copy import const_address
+from async_ckpt.snapshot.locations import is_plain_cpu, location_of
+from async_ckpt.snapshot.sources import Sources, address_of, bytes_of
 from async_ckpt.snapshot.xla import value_id
 
 __all__ = [
@@ -46,6 +47,8 @@ _has_names: Callable[[torch.Tensor], bool] | None = getattr(torch.Tensor, "has_n
 
 # Tensors of these dtypes are saved with an UntypedStorage, whose dtype counts as uint8.
 _UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
+_STRIDED = torch.strided
+_STORED_AS = dict.fromkeys(_UNTYPED_DTYPES, torch.uint8)
 DTYPES: Mapping[torch.dtype, bool] = dict.fromkeys(
     (*_UNTYPED_DTYPES, *torch.storage._dtype_to_storage_type_map()), True
 )
@@ -56,21 +59,17 @@ class Extracted:
     """What was extracted out.
 
     Attributes:
-        entries: the entries that the skeleton refers to, by number.
-        owners: the storages, once each.
-        storages: the same, as tensors of bytes.
-        sizes: their sizes in bytes.
-        owner_sizes: the sizes of the owners, where only parts of them were extracted; else empty.
+        others: the entries that the skeleton refers to and that are not in `tensors`, by number.
+        tensors: the plain tensors, which have the other numbers, in order.
+        sources: the storages, once each.
         locations: the location that ``torch.save`` would write for each.
-        arrays: the numpy arrays, each with its index in ``entries``.
-        remotes: tensors that are fetched by value, each with its index in ``storages``.
+        arrays: the numpy arrays, each with its number.
+        remotes: tensors that are fetched by value, each with its index in ``sources``.
     """
 
-    entries: list[Entry] = field(default_factory=list)
-    owners: list[torch.UntypedStorage] = field(default_factory=list)
-    storages: list[torch.Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    owner_sizes: list[int] = field(default_factory=list)
+    others: dict[int, Entry] = field(default_factory=dict)
+    tensors: Columns = field(default_factory=Columns)
+    sources: Sources = field(default_factory=Sources)
     locations: list[str] = field(default_factory=list)
     arrays: list[tuple[int, ArrayBytes]] = field(default_factory=list)
     remotes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
@@ -83,20 +82,18 @@ class ExtractingPickler(pickle.Pickler):
         file: receives the pickle.
         protocol: the pickle protocol.
         dtypes: tensors of those for which this is true are extracted.
-        shared: objects to pass by reference, of any type.
     """
 
     handlers: ClassVar[dict[type, Handler | None]]
 
-    def __init__(
-        self, file: BinaryIO, protocol: int, dtypes: Mapping[torch.dtype, object], shared: Iterable[Any] = ()
-    ) -> None:
+    def __init__(self, file: BinaryIO, protocol: int, dtypes: Mapping[torch.dtype, object]) -> None:
         super().__init__(file, protocol=protocol)
-        self.extracted = Extracted()
+        self._extracted = Extracted()
         self._handlers = _Handlers(self.handlers, self._choose)
-        self._shared = {id(value): value for value in shared}
         self._seen: dict[int, int] = {}
-        self._kept: list[Any] = []
+        self._kept: list[Any] = []  # the objects of all entries, by number
+        self._reader = Reader()
+        self._unread: list[torch.Tensor] = []
         self._indices: dict[int, int] = {}
         self._addresses: dict[int, torch.dtype] = {}
         self._remote_indices: dict[int, int] = {}
@@ -106,9 +103,38 @@ class ExtractingPickler(pickle.Pickler):
     def persistent_id(self, obj: Any, /) -> int | None:
         """Return the number of what is extracted out, ``None`` for what is pickled."""
         handler = self._handlers[type(obj)]
-        if self._shared and id(obj) in self._shared:
-            return self._extract(obj, SharedEntry(obj))
         return None if handler is None else handler(self, obj)
+
+    def reducer_override(self, obj: Any, /) -> Any:
+        """Read the tensors before code of the state's is asked, which may change them."""
+        if self._unread:
+            self._read()
+        return NotImplemented
+
+    def extract(self, state: Any) -> Extracted:
+        """Pickle *state*, and return what was extracted.
+
+        Raises:
+            StateChangedError: another thread has changed a tensor meanwhile.
+        """
+        self.dump(state)
+        self._read()
+        extracted, dtypes = self._extracted, self._reader.dtypes
+        if not all(map(self._liftable.__getitem__, set(dtypes))):
+            raise StateChangedError("a tensor of the state was given another dtype while it was being saved")
+        stored = list(map(_STORED_AS.get, dtypes, dtypes))
+        quick = None if self._dtypes or not is_plain_cpu() else self._reader.sources(stored)
+        if quick is None:
+            indices = list(map(self._storage, self._reader.storages, stored))
+        else:
+            extracted.sources, indices = quick
+            extracted.locations = ["cpu"] * len(extracted.sources.owners)
+        extracted.tensors = self._reader.columns(indices)
+        return extracted
+
+    def _read(self) -> None:
+        self._reader.read(self._unread)
+        self._unread.clear()
 
     def _choose(self, kind: type) -> Handler | None:
         if issubclass(kind, torch.TypedStorage):
@@ -116,8 +142,8 @@ class ExtractingPickler(pickle.Pickler):
         return _untyped_storage if kind in torch._storage_classes else None
 
     def _extract(self, obj: Any, entry: Entry) -> int:
-        number = self._seen[id(obj)] = len(self.extracted.entries)
-        self.extracted.entries.append(entry)
+        number = self._seen[id(obj)] = len(self._kept)
+        self._extracted.others[number] = entry
         self._kept.append(obj)
         return number
 
@@ -125,7 +151,7 @@ class ExtractingPickler(pickle.Pickler):
         index = self._indices.get(storage._cdata)
         if index is None:
             return self._new_storage(storage, dtype)
-        if self._dtypes[index] is not dtype and self.extracted.sizes[index]:
+        if self._dtypes[index] is not dtype and self._extracted.sources.sizes[index]:
             raise _two_types(self._dtypes[index], dtype)
         return index
 
@@ -140,7 +166,7 @@ class ExtractingPickler(pickle.Pickler):
 
     def _check_memory(self, storage: torch.UntypedStorage, view: torch.Tensor, dtype: torch.dtype) -> None:
         """Refuse what torch refuses when it needs the address: missing memory, or memory shared as two types."""
-        address = const_address(view)  # not data_ptr(), for which a copy-on-write storage would make its copy
+        address = address_of(view)  # not data_ptr(), for which a copy-on-write storage would make its copy
         if not address:
             if storage.nbytes():
                 storage.data_ptr()  # says it in torch's words
@@ -156,19 +182,15 @@ class ExtractingPickler(pickle.Pickler):
             empty = torch.UntypedStorage(tensor.nbytes, device="meta")
             index = self._remote_indices[number] = self._add_storage(empty, bytes_of(empty), "cpu", dtype)
             if tensor.nbytes:
-                self.extracted.remotes.append((index, tensor))
+                self._extracted.remotes.append((index, tensor))
         return index
 
     def _add_storage(
         self, storage: torch.UntypedStorage, view: torch.Tensor, location: str, dtype: torch.dtype
     ) -> int:
-        extracted = self.extracted
-        extracted.owners.append(storage)
-        extracted.storages.append(view)
-        extracted.sizes.append(storage.nbytes())
-        extracted.locations.append(location)
+        self._extracted.locations.append(location)
         self._dtypes.append(dtype)
-        return len(self._dtypes) - 1
+        return self._extracted.sources.add(storage, view)
 
 
 def _is_lazy_clone(view: torch.Tensor) -> bool:
@@ -210,11 +232,12 @@ def _tensor(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
 
 
 def _parameter(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
+    """Note a tensor to be read later, if it is plain; a freed storage does not matter: torch saves such a tensor."""
     number = pickler._seen.get(id(tensor))
     if number is not None:
         return number
     if (
-        tensor.layout is not torch.strided
+        tensor.layout is not _STRIDED
         or not (tensor.is_cpu or tensor.is_cuda)
         or tensor.is_quantized
         or tensor.is_nested
@@ -225,23 +248,13 @@ def _parameter(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
         or (_has_names is not None and _has_names(tensor))  # torch refuses those, too
     ):
         return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
-    dtype = tensor.dtype
-    if not pickler._liftable[dtype]:
+    if not pickler._liftable[tensor.dtype]:
         return None
-    storage = tensor.untyped_storage()
-    index = pickler._storage(storage, torch.uint8 if dtype in _UNTYPED_DTYPES else dtype)
-    if not pickler.extracted.sizes[index] and tensor.numel():
-        return None  # a freed storage: torch saves such a tensor, but cannot make one again
-    entry = TensorEntry(
-        index,
-        dtype,
-        int(tensor.storage_offset()),
-        tuple(tensor.size()),
-        tensor.stride(),
-        tensor.requires_grad,
-        type(tensor) is not torch.Tensor,
-    )
-    return pickler._extract(tensor, entry)
+    kept = pickler._kept
+    number = pickler._seen[id(tensor)] = len(kept)
+    kept.append(tensor)
+    pickler._unread.append(tensor)
+    return number
 
 
 def _on_xla(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
@@ -282,7 +295,7 @@ def share(pickler: ExtractingPickler, value: Any) -> int:
 
 def _array_bytes(pickler: ExtractingPickler, data: ArrayBytes) -> int:
     number = pickler._extract(data, ArrayEntry(0, data.nbytes))
-    pickler.extracted.arrays.append((number, data))
+    pickler._extracted.arrays.append((number, data))
     return number
 
 

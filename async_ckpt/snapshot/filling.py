@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from async_ckpt.snapshot.entries import Entry, SharedEntry, StorageEntry, TensorEntry
+from async_ckpt.snapshot.columns import Entries
+from async_ckpt.snapshot.entries import SharedEntry, StorageEntry, TensorEntry
 
 __all__ = ["Reduction", "Skeleton", "fill"]
 
@@ -73,7 +74,7 @@ class Skeleton(NamedTuple):
     """
 
     pickle: bytes
-    entries: Sequence[Entry]
+    entries: Entries
     sizes: Sequence[int]
     locations: Sequence[str]
     reductions: Mapping[torch.dtype, Reduction | None]
@@ -98,6 +99,7 @@ class _Filler:
     def __init__(self, skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> None:
         self.keys: dict[int, str] = {}
         self._skeleton = skeleton
+        self._entries = skeleton.entries.listed()
         self._bytes_at = bytes_at
         self._count = 0  # of numbers given
         self._memo: dict[int, int] = {}  # the number of what was pickled, by its identity
@@ -168,7 +170,7 @@ class _Filler:
         return b"q%c" % number if number < _SHORT else b"r" + _UINT32.pack(number)
 
     def _hole(self, number: int) -> None:
-        entry = self._skeleton.entries[number]
+        entry = self._entries[number]
         if isinstance(entry, TensorEntry):
             known = self._tensors.get(number)
             if known is not None:

@@ -1,13 +1,12 @@
-"""Host buffers that are reused from save to save, and the copies into them.
+"""Host buffers that are reused from save to save.
 
 Guarantees: two leases never share memory, nor views that an earlier holder has kept, except by `HostPool.share`: a
-shared buffer counts once, and its lease ends with the last holder. Idle buffers count against the budget (B1). Sources
-are only read through const access, so copy-on-write sources stay shared. When a copy returns, its source may be
-changed. A forked child, such as a data loader's, keeps no copy of the memory, which reads as zeros there from Linux
-4.14 on, unless a base CheckpointIO uses it (L1).
+shared buffer counts once, and its lease ends with the last holder. Idle buffers count against the budget (B1). A forked
+child, such as a data loader's, keeps no copy of the memory, which reads as zeros there from Linux 4.14 on, unless a
+base CheckpointIO uses it (L1).
 
-What does not belong here: what is copied and why (`capture`), waiting for room. The pool is not thread-safe: the loop's
-thread owns it.
+What does not belong here: the copies (`copying`), waiting for room. The pool is not thread-safe: the loop's thread owns
+it.
 """
 
 from __future__ import annotations
@@ -16,28 +15,20 @@ import logging
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from async_ckpt.snapshot.budget import Budget
-from async_ckpt.snapshot.parallel_copy import copy_together
 
-__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned", "bytes_of", "copy_storages"]
+__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned"]
 
 logger = logging.getLogger("async_ckpt.snapshot")
 
 ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
 _WASTE_FLOOR_BYTES = 1 << 20
-_SMALL_BYTES = 16 << 10
 _WIPE_ON_FORK, _KEEP_ON_FORK = 18, 19  # of madvise, from Linux 4.14 on
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
-_PADDING = tuple(
-    torch.zeros(ALIGNMENT, dtype=torch.uint8, device="cpu")[:length] for length in range(ALIGNMENT)
-)
 
 
 def aligned(nbytes: int) -> int:
@@ -246,89 +237,3 @@ class HostPool:
     def _drop(self, buffer: HostBuffer) -> None:
         buffer.close()
         self._budget.release(buffer.nbytes)
-
-
-def copy_storages(views: Sequence[torch.Tensor], sizes: Sequence[int], buffer: HostBuffer) -> None:
-    """Copy storages into *buffer*, one after the other, each at the next aligned offset.
-
-    Args:
-        views: the bytes of each, on any device; for one on the meta device, a region is left out.
-        sizes: their sizes in bytes.
-        buffer: large enough for the sum of the aligned sizes.
-    """
-    if not any(sizes):
-        return
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    with without_modes(), torch.no_grad():
-        runs = list(_runs(views, sizes))
-        lengths = [sum(aligned(sizes[index]) for index in run) for run in runs]
-        whole = buffer.as_tensor()
-        targets = whole[: sum(lengths)].split(lengths)
-        large: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        try:
-            for run, target in zip(runs, targets, strict=True):
-                if len(run) > 1:
-                    torch.cat([piece for index in run for piece in _padded(views[index])], out=target)
-                    continue
-                view, target = views[run.start], target[: sizes[run.start]]
-                if view.is_meta:
-                    continue
-                if view.is_cuda:
-                    with torch.cuda.stream(_side_stream(view.device, streams)):
-                        target.copy_(view, non_blocking=buffer.pin())
-                elif not view.is_cpu:
-                    target.copy_(view)
-                else:
-                    large[0].append(target)
-                    large[1].append(view)
-            copy_together(*large, fresh=buffer.is_fresh)
-            buffer.is_fresh = False
-        finally:
-            for stream in streams.values():
-                stream.synchronize()
-
-
-@contextmanager
-def without_modes() -> Iterator[None]:
-    """Disable torch's modes, in which the program may have replaced what any function returns."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
-
-
-def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """Return the whole storage as a tensor of bytes."""
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        with without_modes():
-            return _bytes_of(storage)
-    return _bytes_of(storage)
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    if storage.device.type == "cpu":
-        return _NOTHING.detach().set_(storage)  # cheaper than a new tensor, and thousands are needed
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _runs(views: Sequence[torch.Tensor], sizes: Sequence[int]) -> Iterator[range]:
-    """Group small neighbours on the CPU: one copy for a group costs a tenth of one copy each."""
-    first = 0
-    for index, (view, nbytes) in enumerate(zip(views, sizes, strict=True)):
-        if nbytes > _SMALL_BYTES or not view.is_cpu:
-            if first < index:
-                yield range(first, index)
-            yield range(index, index + 1)
-            first = index + 1
-    if first < len(sizes):
-        yield range(first, len(sizes))
-
-
-def _padded(view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return view, _PADDING[-view.numel() % ALIGNMENT]
-
-
-def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.Stream]) -> torch.cuda.Stream:
-    """Return a stream of our own that waits for the work queued on the current stream so far."""
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-        streams[device].wait_stream(torch.cuda.current_stream(device))
-    return streams[device]

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import serialization
 
-__all__ = ["location_of", "mark"]
+__all__ = ["is_plain_cpu", "location_of", "mark"]
 
 _ATTRIBUTE = "_async_ckpt_location"
 _PRIORITY = -715_517  # before torch's own, which start at 10; odd, since torch cannot sort equal ones
+_torchs = serialization.location_tag
+_cpu_first = serialization._cpu_tag
 _lock = threading.Lock()
 _registered = False
 
@@ -27,6 +29,11 @@ def location_of(storage: torch.UntypedStorage) -> str:
         RuntimeError: torch does not know the device.
     """
     return str(serialization.location_tag(storage))  # by its name, as torch asks: some replace it
+
+
+def is_plain_cpu() -> bool:
+    """Return whether ``torch.save`` writes ``"cpu"`` for every storage in host memory, without asking anybody."""
+    return serialization.location_tag is _torchs and serialization._package_registry[0][1] is _cpu_first
 
 
 def mark(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:

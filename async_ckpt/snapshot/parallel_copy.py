@@ -19,9 +19,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from async_ckpt.snapshot.sources import address_of
 from async_ckpt.system import threads
 
-__all__ = ["PIECE_BYTES", "const_address", "copy_together", "populate", "work_together"]
+__all__ = ["PIECE_BYTES", "copy_memory", "copy_together", "populate", "work_together"]
 
 T = TypeVar("T")
 _Piece: TypeAlias = tuple[int, int, int]  # target address, source address, bytes
@@ -43,7 +44,28 @@ def copy_together(
         fresh: whether the targets' pages are not allocated yet; then each piece is populated by one call, which is
             faster than a fault for each page.
     """
-    pieces = iter([piece for pair in zip(targets, sources, strict=True) for piece in _pieces(*pair)])
+    wrong = [pair for pair in zip(targets, sources, strict=True) if pair[0].numel() != pair[1].numel()]
+    if wrong:
+        raise ValueError(f"cannot copy {wrong[0][1].numel()} bytes into {wrong[0][0].numel()}")
+    copy_memory(
+        [
+            (target.data_ptr(), address_of(source), target.numel())
+            for target, source in zip(targets, sources, strict=True)
+        ],
+        fresh=fresh,
+        held=(targets, sources),
+    )
+
+
+def copy_memory(regions: Sequence[_Piece], *, fresh: bool, held: Any) -> None:
+    """Copy regions of memory.
+
+    Args:
+        regions: the target address, the source address and the length of each.
+        fresh: as above.
+        held: the owners of the memory, which are kept alive.
+    """
+    pieces = iter([piece for region in regions for piece in _pieces(*region)])
 
     def copy(piece: _Piece) -> None:
         target, source, nbytes = piece
@@ -51,7 +73,7 @@ def copy_together(
             populate(target, nbytes)
         ctypes.memmove(target, source, nbytes)
 
-    work_together(pieces, copy, nbytes=sum(target.numel() for target in targets), held=(targets, sources))
+    work_together(pieces, copy, nbytes=sum(region[2] for region in regions), held=held)
 
 
 def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: int, held: Any) -> None:
@@ -90,17 +112,9 @@ def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: i
         raise errors[0]
 
 
-def _pieces(target: torch.Tensor, source: torch.Tensor) -> Iterator[_Piece]:
-    if target.numel() != source.numel():
-        raise ValueError(f"cannot copy {source.numel()} bytes into {target.numel()}")
-    from_address, address = const_address(source), target.data_ptr()
-    for start in range(0, target.numel(), PIECE_BYTES):
-        yield address + start, from_address + start, min(PIECE_BYTES, target.numel() - start)
-
-
-def const_address(tensor: torch.Tensor) -> int:
-    """Return the address of the data, for reading: ``data_ptr()`` would make a copy-on-write tensor copy its memory."""
-    return int(getattr(tensor, "const_data_ptr", tensor.data_ptr)())
+def _pieces(target: int, source: int, nbytes: int) -> Iterator[_Piece]:
+    for start in range(0, nbytes, PIECE_BYTES):
+        yield target + start, source + start, min(PIECE_BYTES, nbytes - start)
 
 
 def _end(pieces: Iterator[Any], helpers: Sequence[threading.Thread], errors: list[BaseException]) -> None:

@@ -66,7 +66,7 @@ class FilePickler(ExtractingPickler):
         """Let pickle reduce every object, but extract the bytes of large arrays from numpy's reduction."""
         if arrays.is_extractable(obj):
             return arrays.reduction(arrays.ArrayBytes(obj))
-        return NotImplemented
+        return super().reducer_override(obj)
 
     def _choose(self, kind: type) -> Handler | None:
         return _global_name if issubclass(kind, type) else super()._choose(kind)
@@ -105,13 +105,21 @@ class ObjectPickler(ExtractingPickler):
     """
 
     def __init__(self, file: BinaryIO, shared: Iterable[Any] = ()) -> None:
-        super().__init__(file, pickle.HIGHEST_PROTOCOL, _All(DTYPES), shared)
+        super().__init__(file, pickle.HIGHEST_PROTOCOL, _All(DTYPES))
+        self._shared = {id(value): value for value in shared}
+
+    def persistent_id(self, obj: Any, /) -> int | None:
+        """Return the number of what is extracted out, ``None`` for what is pickled."""
+        if id(obj) in self._shared:
+            return self._extract(obj, SharedEntry(obj))
+        return super().persistent_id(obj)
 
     def reducer_override(self, obj: Any, /) -> Any:
         """Reduce objects as ``torch.save`` would, but refer to constants themselves, not to their names."""
         if arrays.is_extractable(obj):
             data = arrays.ArrayBytes(obj)
             return make_array, (data, data.dtype, data.shape, "F" if data.is_fortran else "C")
+        super().reducer_override(obj)
         reducer = copyreg.dispatch_table.get(type(obj))
         value = obj.__reduce_ex__(PROTOCOL) if reducer is None else reducer(obj)
         if isinstance(value, str):

@@ -17,7 +17,7 @@ import torch
 from async_ckpt.snapshot.capture import Capture
 from async_ckpt.snapshot.contents import Nothing
 from async_ckpt.snapshot.extraction import Extracted
-from async_ckpt.snapshot.host_pool import bytes_of
+from async_ckpt.snapshot.sources import bytes_of
 
 __all__ = ["Region", "as_dense", "capture_regions"]
 
@@ -71,6 +71,7 @@ def _extract(
     }  # as the state has them, not as memory does
     ranges.sort(key=lambda each: (order[each[0]], each[1]))
     extracted = Extracted()
+    sources = extracted.sources
     regions: list[Region | None] = [None] * len(ranges)
     at = 0
     while at < len(ranges):
@@ -80,12 +81,14 @@ def _extract(
             stop = max(stop, ranges[last][2])
             last += 1
         for _, begin, end, number in ranges[at:last]:
-            regions[number] = Region(len(extracted.sizes), begin - start, end - begin)
+            regions[number] = Region(len(sources.sizes), begin - start, end - begin)
         owner = owners[identity]
-        extracted.owners.append(owner)
-        extracted.owner_sizes.append(owner.nbytes())
-        extracted.storages.append(bytes_of(owner)[start:stop])
-        extracted.sizes.append(stop - start)
+        sources.owners.append(owner)
+        sources.owner_sizes.append(owner.nbytes())
+        sources.begins.append(start)
+        sources.sizes.append(stop - start)
+        sources.aliases.append(bytes_of(owner))
+        sources.skips.append(start)
         extracted.locations.append("cpu")
         at = last
     found = [region for region in regions if region is not None]

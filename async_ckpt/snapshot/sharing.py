@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.host_pool import HostBuffer, aligned
-from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, const_address, work_together
+from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, work_together
 
 __all__ = ["NOTHING", "Outline", "are_same", "outline", "resembles", "sizes_of"]
 
@@ -44,7 +44,7 @@ NOTHING = Outline((), ())
 
 def sizes_of(extracted: Extracted) -> tuple[int, ...]:
     """Return the sizes of the buffer's regions, in order."""
-    return (*extracted.sizes, *(data.nbytes for _, data in extracted.arrays))
+    return (*extracted.sources.sizes, *(data.nbytes for _, data in extracted.arrays))
 
 
 def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -> Outline:
@@ -112,10 +112,10 @@ def _sampled(sizes: Sequence[int]) -> range:
 
 def _address_of(extracted: Extracted, index: int, nbytes: int) -> int | None:
     """Return the address of a storage or an array; ``None`` if it is freed, resized or not contiguous."""
-    if index < len(extracted.storages):
-        view = extracted.storages[index]
-        return const_address(view) if view.numel() == nbytes == extracted.owners[index].nbytes() else None
-    _, data = extracted.arrays[index - len(extracted.storages)]
+    sources = extracted.sources
+    if index < len(sources.sizes):
+        return sources.address(index) if sources.is_there(index) else None
+    _, data = extracted.arrays[index - len(sources.sizes)]
     array, flags = data.array, data.array.flags
     is_whole = data.is_still(array) and (flags.c_contiguous or flags.f_contiguous)
     return int(array.ctypes.data) if is_whole else None

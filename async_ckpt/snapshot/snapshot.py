@@ -183,7 +183,7 @@ class Snapshot:
         self._open_buffer().show_to_children(True)  # the base may fork processes to write it
         memory = self._open_buffer().memory
         with torch.no_grad():
-            return Rebuilder(content.skeleton, content.entries, self._over_memory, memory).load()
+            return Rebuilder(content.skeleton, content.entries.listed(), self._over_memory, memory).load()
 
     def _bytes_at(self, start: int, nbytes: int) -> memoryview:
         return memoryview(self._open_buffer().memory)[start : start + nbytes]

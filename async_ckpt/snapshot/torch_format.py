@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.filling import Reduction, Skeleton, fill
 from async_ckpt.snapshot.pickler import PROTOCOL, FilePickler
 
@@ -233,18 +234,17 @@ def _is_written_so(example: Any, known: TorchFormat) -> bool:
     """Return whether torch's pickle and storages for *example* equal ours."""
     file = io.BytesIO()
     pickler = FilePickler(file, known.global_names, known.reductions)
-    pickler.dump(example)
-    extracted = pickler.extracted
+    extracted = pickler.extract(example)
     skeleton = Skeleton(
         file.getvalue(),
-        extracted.entries,
-        extracted.sizes,
+        Entries(extracted.others, extracted.tensors),
+        extracted.sources.sizes,
         extracted.locations,
         known.reductions,
         known.global_names,
     )
     pickled, keys = fill(skeleton, _nothing)
-    ours = {f"data/{key}": extracted.storages[index].tolist() for index, key in keys.items()}
+    ours = {f"data/{key}": extracted.sources.view(index).tolist() for index, key in keys.items()}
     theirs = dict(torch_records(example))
     return pickled == theirs.pop("data.pkl") and ours == {
         name: content.tolist()

@@ -23,8 +23,8 @@ from async_ckpt.sharded.writing.archive import template
 from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced
 from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
 from async_ckpt.snapshot import Capture, Snapshot
-from async_ckpt.snapshot.host_pool import bytes_of
 from async_ckpt.snapshot.regions import Region, as_dense, capture_regions
+from async_ckpt.snapshot.sources import bytes_of
 from async_ckpt.stores.base import MARKER, Location, Store, Workers
 
 __all__ = ["ManifestWriter", "ObjectWriter", "Value", "make_object"]

@@ -22,6 +22,7 @@ from async_ckpt.errors import AsyncCheckpointError
 from async_ckpt.format import Layout, lay_out
 from async_ckpt.format.writing.archive import find_records
 from async_ckpt.snapshot import HostBuffer, Snapshot, Storages, capture
+from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.contents import Unfilled
 
 Take = Callable[[Any], Snapshot]
@@ -166,8 +167,8 @@ def _untouched(nbytes: int) -> Snapshot:
     """Return a snapshot of a large tensor of zeros, whose memory does not exist yet."""
     empty = capture(torch.empty(0, dtype=torch.uint8))._content
     assert isinstance(empty, Unfilled)
-    entry: Any = empty.skeleton.entries[0]
-    skeleton = empty.skeleton._replace(entries=[entry._replace(size=(nbytes,))], sizes=[nbytes])
+    tensors = empty.skeleton.entries.tensors._replace(sizes=[(nbytes,)])
+    skeleton = empty.skeleton._replace(entries=Entries({}, tensors), sizes=[nbytes])
     return Snapshot(
         content=empty._replace(skeleton=skeleton),
         storages=Storages([nbytes], ["cpu"], [0]),

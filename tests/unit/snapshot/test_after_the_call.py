@@ -209,3 +209,39 @@ def test_memory_that_was_freed_is_not_read(take: Any, go: Callable[[Any], None])
     assert not captured.equals(HostBuffer(captured.nbytes))
     with pytest.raises(StateChangedError, match="freed or resized"):
         captured.stage(HostBuffer(captured.nbytes))
+
+
+# -- tensors that change meanwhile
+
+
+@pytest.mark.parametrize("take", [capture, capture_objects])
+@pytest.mark.parametrize("numel", [3, 100_000])
+def test_a_tensor_that_is_given_other_memory_is_saved_as_it_was(take: Any, numel: int) -> None:
+    """What a tensor is made to refer to between the capture and the copy does not get into the save."""
+    weights = torch.nn.Parameter(torch.ones(numel))
+    before = weights.data
+    captured = take({"weights": weights, "view": before[1:]})
+    weights.data = torch.zeros(2, 2, dtype=torch.float16)
+    snapshot = captured.stage(HostBuffer(captured.nbytes))
+    assert bytes(snapshot.view(0)) == before.numpy().tobytes()
+
+
+class Moves:
+    """Has a tensor refer to other memory as it is pickled, and changes how it is seen."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> Any:
+        self.tensor.data = torch.zeros(4, 2, dtype=torch.float64)[:, 1]
+        return Moves, (None,)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_code_of_the_state_changes_what_was_pickled_before(kind: Any) -> None:
+    """A tensor that an object changes as it is pickled is saved as it was when pickle came to it, as by torch.save."""
+    files = []
+    for save in (file_of_torch, lambda state: file_of(capture(state))):
+        tensor = kind(torch.arange(6.0))
+        files.append(save([torch.ones(2), tensor, Moves(tensor), torch.ones(3), tensor]))
+    assert files[0] == files[1]

@@ -231,6 +231,13 @@ def on_a_store(folder: Path, url: str, options: dict[str, Any]) -> Any:
     return told
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half written, not even where this process is killed."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def until_killed(folder: Path, url: str, victim: int, seconds: float, begun: int) -> Any:
     """Load what is there, then overwrite it until one rank is killed, at any moment; write down what is durable."""
     rank, notes = dist.get_rank(), folder / f"durable-{dist.get_rank()}"
@@ -259,4 +266,4 @@ def until_killed(folder: Path, url: str, victim: int, seconds: float, begun: int
                         with suppress(ShardedSaveError):
                             other.wait()
                     return {"failures": sorted(failure.failures)}
-                notes.write_text(str(tried))
+                _write_whole(notes, str(tried))

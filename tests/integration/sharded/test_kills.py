@@ -19,7 +19,10 @@ KILLS = int(os.environ.get("ASYNC_CKPT_SHARDED_KILLS", "5"))
 
 @pytest.mark.timeout(60 + 60 * KILLS)
 def test_kills_at_random(tmp_path: Path) -> None:
-    """After each kill the newest checkpoint is whole, and no older than the newest that any rank knew as durable."""
+    """After each kill the newest checkpoint is whole, and no older than the newest that any rank knew as durable.
+
+    The next start removes what those who were killed have left.
+    """
     chance = random.Random(os.environ.get("ASYNC_CKPT_SEED", "17"))
     (tmp_path / "run").mkdir()
     url = str(tmp_path / "run/last")
@@ -39,3 +42,6 @@ def test_kills_at_random(tmp_path: Path) -> None:
             assert int(number) >= begun
         notes = [tmp_path / f"durable-{rank}" for rank in range(WORLD_SIZE)]
         begun = max(int(note.read_text()) if note.exists() else 0 for note in notes)
+    for rank in all_well(play("what_is_there", WORLD_SIZE, tmp_path, url=url, seeds=[])):
+        assert rank["next"] == []
+        assert len(rank["files"]) == WORLD_SIZE + 1, rank["files"]

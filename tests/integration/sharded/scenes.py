@@ -250,7 +250,7 @@ def until_killed(folder: Path, url: str, victim: int, seconds: float, begun: int
         wrong = differences(whole(_state(float(found))), whole(state))
         (folder / f"found-{rank}").write_text(f"{found} {wrong}")
     number = begun if found is None else max(begun, found)
-    with CheckpointService(silence_timeout=2.0, agreement_timeout=4.0, queue_depth=2) as service:
+    with CheckpointService(silence_timeout=2.0, agreement_timeout=15.0, queue_depth=2) as service:
         handles: deque[tuple[int, Handle]] = deque()
         while True:
             number += 1

@@ -73,9 +73,9 @@ __all__ = [
 
 
 _RANKS_NAMED = 8
-"""Of how many ranks a message tells."""
+"""How many ranks a message names."""
 
-_OF_THE_SYSTEM = ("errno", "strerror", "filename", "filename2")
+_SYSTEM_ATTRIBUTES = ("errno", "strerror", "filename", "filename2")
 
 
 class AsyncCheckpointError(Exception):
@@ -86,8 +86,8 @@ class AsyncCheckpointError(Exception):
         reduced = super().__reduce__()
         assert isinstance(reduced, tuple)
         made, arguments, *state = reduced
-        of_the_system = {name: getattr(self, name, None) for name in _OF_THE_SYSTEM}
-        known = {name: value for name, value in of_the_system.items() if value is not None}
+        system_attributes = {name: getattr(self, name, None) for name in _SYSTEM_ATTRIBUTES}
+        known = {name: value for name, value in system_attributes.items() if value is not None}
         return made, arguments, {**(state[0] if state else {}), **known}
 
 
@@ -150,14 +150,14 @@ class CorruptCheckpointError(StoreError):
 
 
 class IncompleteCheckpointError(StoreError, FileNotFoundError):
-    """The directory of a sharded checkpoint has no ``.metadata``: it is not complete, or none, or not there."""
+    """There is no complete sharded checkpoint: no directory with ``.metadata``, which is written last."""
 
     @classmethod
     def at(cls, location: str) -> IncompleteCheckpointError:
         """Return the error of a directory."""
-        what = f"there is no complete checkpoint at {location!r}: no file, and no .metadata in it, which comes last"
+        what = f"there is no complete checkpoint at {location!r}: no file, and no directory with .metadata"
         return cls(
-            f"{what}. async_ckpt.latest() finds the newest one that is.", location=location, stage="read"
+            f"{what}. async_ckpt.latest() finds the newest complete one.", location=location, stage="read"
         )
 
 
@@ -229,14 +229,14 @@ class ShardedSaveError(AsyncCheckpointError):
 
     @classmethod
     def of(cls, location: str, failures: Mapping[int, str]) -> ShardedSaveError:
-        """Say which ranks are at fault, each with its reason."""
+        """Return an error that names the ranks that failed, each with its reason."""
         ranks = sorted(failures)
         reasons = [f"rank {rank}: {failures[rank]}" for rank in ranks[:_RANKS_NAMED]]
         if len(ranks) > _RANKS_NAMED:
             reasons.append(f"and {len(ranks) - _RANKS_NAMED} more ranks, see .failures")
         message = (
             f"the sharded save to {location!r} failed for all ranks: {'; '.join(reasons)}. "
-            "Cure the cause, and save again"
+            "Fix the cause, and save again"
         )
         return cls(message, failures={rank: failures[rank] for rank in ranks}, location=location)
 

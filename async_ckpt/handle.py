@@ -1,7 +1,9 @@
 """The caller's view of one request, and the report that it ends with.
 
 Guarantees: a handle ends exactly once (D4); a waiter gets either the report or the error, with the worker's traceback
-(E1). What does not belong here: anything that decides or does the work.
+(E1).
+
+What does not belong here: anything that decides or does the work.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Outcome(Generic[T]):
     __slots__ = ("_callbacks", "_done", "_error", "_value")
 
     def __init__(self) -> None:
-        # By number, in a dict: one that is empty is nothing that the garbage collector has to go through.
+        # In a dict, by number, because the garbage collector does not track an empty dict.
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._done = False
         self._error: BaseException | None = None
@@ -76,24 +78,24 @@ class Outcome(Generic[T]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait, and return the error if there is one; TimeoutError after *timeout* seconds."""
         if not self._done:
-            bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to use from handlers that interrupt it
+            done: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to use in a handler that interrupts it
 
-            def ring() -> None:
-                bell.put(None)
+            def wake() -> None:
+                done.put(None)
 
             number = next(_numbers)
             try:
-                self._callbacks[number] = ring
+                self._callbacks[number] = wake
                 if self._done:
                     return self._error
                 with priority.waiting():
-                    bell.get(
+                    done.get(
                         timeout=None if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
                     )
             except queue.Empty:
                 raise TimeoutError from None
             finally:
-                self._callbacks.pop(number, None)  # where it has not rung
+                self._callbacks.pop(number, None)  # if it was not called
         return self._error
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
@@ -137,7 +139,7 @@ class State(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one request came to.
+    """The outcome of one request.
 
     Attributes:
         url: the location as the caller wrote it, with passwords and signatures hidden.
@@ -199,7 +201,7 @@ class Handle:
         self._pid = process_id()
         self._state = State.ACCEPTED
         self._failure: Failure | None = None
-        # Weakly, as Ctrl-C may come where one is to be taken out; the values are not used.
+        # Weak references, because Ctrl-C may come just before one is removed; the values are not used.
         self._waiters: dict[ref[Waiter], None] = {}
         self._loop_thread = 0
         self._would_deadlock: Callable[[], bool] = _never
@@ -279,7 +281,7 @@ class Handle:
     @property
     def is_waited_for(self) -> bool:
         """Return whether anything waits on this handle now."""
-        waiters = [waiter() for waiter in self._waiters.copy()]  # in one step, whoever comes or goes
+        waiters = [waiter() for waiter in self._waiters.copy()]  # in one step, as other threads change it
         return any(waiter is not None and waiter.is_there() for waiter in waiters)
 
     @contextmanager
@@ -294,7 +296,7 @@ class Handle:
                     self._failure.claim()
             finally:
                 self._waiters.pop(known, None)
-        finally:  # again, as Ctrl-C may have come first; and its traceback keeps the waiter alive
+        finally:  # again: Ctrl-C may have come first, and its traceback keeps the waiter alive
             self._waiters.pop(known, None)
 
     def _result(self) -> Report:
@@ -319,8 +321,8 @@ def _never() -> bool:
 def deadlock(shown_url: str) -> RuntimeError:
     """Return the error for a wait that could never end (L1)."""
     return RuntimeError(
-        f"waiting for {shown_url!r} here would last for ever: it comes after a call that a signal handler interrupted "
-        "on this thread, and that goes on only when the handler returns; wait for it after the handler"
+        f"waiting for {shown_url!r} here would never end: it comes after a call that this signal handler interrupted, "
+        "which goes on only when the handler returns; wait for it after the handler"
     )
 
 

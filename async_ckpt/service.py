@@ -3,41 +3,40 @@
 Everything here runs on the caller's thread. It reports each failure to the caller once, and never replaces an error
 that is in flight (E1, E2).
 
-What does not belong here: how a request is submitted (submission), the service's resources (resources), how a request
-is carried out (dispatch).
+What does not belong here: how a request is submitted (submission) and waited for (waiting), the service's resources
+(resources), sharded checkpoints (`sharded.operations`), how a request is carried out (dispatch).
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
+from async_ckpt.engine import waiting
 from async_ckpt.engine.failures import Failures
 from async_ckpt.engine.resources import ABANDON_GRACE_SECONDS, Resources, StoreFactory
 from async_ckpt.engine.submission import Submission
 from async_ckpt.engine.writers import Writer
-from async_ckpt.errors import FlushTimeoutError, OptionError
-from async_ckpt.handle import Handle, Outcome, await_outcome
+from async_ckpt.errors import FlushTimeoutError
+from async_ckpt.handle import Handle
 from async_ckpt.options import ServiceOptions, check_grace
-from async_ckpt.stores import Given, check_target, locate
+from async_ckpt.stores import Given, locate
 from async_ckpt.stores.base import Content, Location, Workers
-from async_ckpt.system import threads
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlanner
 
-    from async_ckpt.sharded.writing.saves import ShardedSaves
+    from async_ckpt.sharded.operations import SavingRanks
     from async_ckpt.sharded.writing.writer import ShardedWriter
 
 __all__ = ["CheckpointService", "StoreFactory"]
@@ -110,8 +109,7 @@ class CheckpointService:
     def _reset(self) -> None:
         self._pid = process_id()
         self._own = Submission(Resources(self._options, self._store_factory, self._abandon_grace_seconds))
-        self._sharded: ShardedSaves | None = None
-        self._is_opening = False
+        self.__dict__.pop("_ranks", None)
 
     @property
     def _submission(self) -> Submission:
@@ -299,15 +297,12 @@ class CheckpointService:
             ServiceClosedError: the service was closed, maybe meanwhile.
             Exception: an earlier request failed, and this is the first call that can report it, as for ``load``.
         """
-        from async_ckpt.sharded.reading.load import Loading  # and with it torch.distributed
+        from async_ckpt.sharded import operations  # here, because it imports torch.distributed
 
         location = locate(url, storage_options=self._options.storage_options, follow=False)
-        loading = Loading.of(self._resources, location)
-
-        def read(here: Location) -> None:
-            loading.load(state, here, strict=strict, weights_only=weights_only, planner=planner)
-
-        self._submission.read(location, read)
+        operations.load(
+            self._submission, state, location, strict=strict, weights_only=weights_only, planner=planner
+        )
 
     def consolidate(
         self,
@@ -338,45 +333,27 @@ class CheckpointService:
             ServiceClosedError: the service was closed, maybe meanwhile.
             Exception: an earlier request failed, and this is the first call that can report it, as for ``load``.
         """
-        from async_ckpt.sharded.consolidating import consolidation  # and with it torch.distributed
-        from async_ckpt.sharded.reading.load import Loading
+        from async_ckpt.sharded import operations
 
         options = self._options
         source = locate(directory_url, storage_options=options.storage_options, follow=False)
         if file_storage_options is None:
             file_storage_options = options.storage_options
         target = locate(file_url, storage_options=file_storage_options)
-        if target.key == source.key:
-            raise OptionError(f"{source.url!r} is the checkpoint itself; give the file another name")
-        check_target(target, in_place=options.in_place == "allow")
-        loading = Loading.of(self._resources, source)
 
-        def write(content: Content) -> None:
-            at_a_time = consolidation.parts_at_a_time(content.nbytes, options.max_concurrent_parts)
-            # With threads of its own: while they wait for what is read, ours read it.
-            with CheckpointService(
-                store_factory=self._store_factory,
-                abandon_grace_seconds=self._abandon_grace_seconds,
-                part_size=min(options.part_size_bytes, consolidation.PART_BYTES),
-                max_concurrent_parts=at_a_time,
-                retry=options.retry,
-                durability=options.durability,
-                overwrite=options.overwrite,
-                in_place=options.in_place,
-                flush_timeout=options.flush_timeout,
-                flush_deadline=options.flush_deadline,
+        def writing_service(part_size: int, max_concurrent_parts: int) -> CheckpointService:
+            return self._copy(
+                part_size=part_size,
+                max_concurrent_parts=max_concurrent_parts,
                 storage_options=file_storage_options,
-            ) as writing:
-                writing.stream(content, target)
+                observer=None,
+            )
 
-        def read(here: Location) -> None:
-            consolidation.consolidate(loading, here, write, weights_only=weights_only)
-
-        self._submission.read(source, read)
+        operations.consolidate(self._submission, source, target, writing_service, weights_only=weights_only)
 
     def newest(self, url: Given) -> str | None:
         """Return the name of the newest complete checkpoint in the directory at *url*; see ``async_ckpt.latest``."""
-        from async_ckpt.sharded.latest import find_newest  # few programs ask
+        from async_ckpt.sharded.latest import find_newest  # here, because few programs need it
 
         location = locate(url, storage_options=self._options.storage_options)
         resources = self._resources
@@ -395,40 +372,20 @@ class CheckpointService:
                 the call that it interrupted. Nothing is given up; wait again.
             Exception: a save failed; several failures are raised as one ``FlushError``.
         """
-        self._await_drained(timeout)
+        waiting.wait(self._resources, self._limit(timeout))
         self.failures.raise_all()
 
     def settle(self, timeout: float | None = None) -> None:
         """Like ``wait``, for callers that are already handling an error: ours is logged and added to its notes (E2)."""
         try:
-            self._await_drained(timeout)
+            waiting.wait(self._resources, self._limit(timeout))
         except FlushTimeoutError as error:
             logger.warning("%s", error)
         self.failures.raise_or_add()
 
-    def _await_drained(self, timeout: float | None) -> None:
-        resources = self._resources
-        patience = resources.patience(self._limit(timeout))
-        try:
-            drained, held_up = resources.drained()
-            patience.wait(drained)
-        except TimeoutError:
-            raise resources.timeout_error(patience) from None
-        if held_up:
-            raise resources.deadlock_error(held_up)
-
     async def flush(self, timeout: float | None = None) -> None:
         """Like ``wait``, awaited under asyncio or trio, without blocking the event loop."""
-        resources = self._resources
-        patience = resources.patience(self._limit(timeout))
-        drained, held_up = resources.drained()
-        while not drained.done() and (left := patience.left()) > 0:
-            with anyio.move_on_after(left):
-                await await_outcome(drained)
-        if not drained.done():
-            raise resources.timeout_error(patience)
-        if held_up:
-            raise resources.deadlock_error(held_up)
+        await waiting.flush(self._resources, self._limit(timeout))
         self.failures.raise_all()
 
     def _limit(self, timeout: float | None) -> Limit:
@@ -486,25 +443,8 @@ class CheckpointService:
 
         If it is cancelled, it returns at once, and the closing goes on in a thread; failures are then logged.
         """
-        # Not anyio.to_thread: it starts no thread for a caller that is already cancelled, as an ``async with`` may be.
-        resources, limit = self._resources, self._limit(timeout)
-        closed: Outcome[None] = Outcome()
-
-        def close() -> None:
-            try:
-                resources.close(limit)
-            except BaseException as error:
-                closed.set_exception(error)
-            else:
-                closed.set_result(None)
-
-        threads.start(threading.Thread(target=close, name="async_ckpt-closing", daemon=True))
-        try:
-            await await_outcome(closed)
-        except BaseException:
-            closed.add_done_callback(self.failures.log)  # nobody is there to be told
-            raise
-        closed.result()
+        failures = self.failures
+        await waiting.aclose(self._resources, self._limit(timeout), if_cancelled=failures.log)
         self.failures.raise_or_add()
 
     def __enter__(self) -> CheckpointService:
@@ -522,6 +462,13 @@ class CheckpointService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _copy(self, **options: Any) -> CheckpointService:
+        """Return a new service with the same options, except for *options*."""
+        service = copy(self)
+        service._options = replace(self._options, **options)
+        service._reset()
+        return service
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {
@@ -579,43 +526,21 @@ class CheckpointService:
         Returns:
             The handle, and what writes the checkpoint: it has its description when that has ended.
         """
-        if self._options.overflow == "supersede":
-            raise OptionError(
-                "overflow='supersede' would have each rank decide by itself which sharded save is dropped; "
-                "use 'block' or 'raise'"
-            )
-        submission, saves = self._submission, self._sharded_saves()
-
-        def submit(writer: Writer) -> Handle:
-            return submission.save(state, location, writer, share_unpicklable=False, tell=False)
-
-        handle, writer = saves.save(location, submission.resources, submit, extras=extras)
+        handle, writer = self._saving_ranks().save(self._submission, state, location, extras=extras)
         if tell:
             self.failures.raise_unless_in_flight(but=handle)
         return handle, writer
 
     def refuse_sharded(self, error: Exception) -> None:
         """Tell the other ranks that this one's part of the next sharded save fails before there is a location (O4)."""
-        self._sharded_saves().refuse(error)
+        self._saving_ranks().refuse(self._resources, error)
 
-    def _sharded_saves(self) -> ShardedSaves:
-        from async_ckpt.sharded.writing.saves import ShardedSaves
+    def _saving_ranks(self) -> SavingRanks:
+        from async_ckpt.sharded.operations import SavingRanks
 
-        resources = self._resources
-        if self._sharded is None:
-            if self._is_opening:  # of two that are opened, the other ranks would have one (O4)
-                raise RuntimeError(
-                    "this signal handler interrupted the service's first sharded save; save after the handler"
-                )
-            self._is_opening = True
-            try:
-                if self._sharded is None:  # still: a handler may have come before
-                    saves = ShardedSaves.open(*self._group, self._options)
-                    resources.attached["rendezvous"] = saves.rendezvous
-                    self._sharded = saves
-            finally:
-                self._is_opening = False
-        return self._sharded
+        ranks = SavingRanks(*self._group, self._resources.options)
+        # In one step: a signal handler may have made them just now, and there must not be two (O4).
+        return self.__dict__.setdefault("_ranks", ranks)  # type: ignore[no-any-return]
 
     def submit_removal(self, location: Location, writer: Writer | None = None) -> Handle:
         """Like ``remove``, with any writer; ``None`` uses our own."""

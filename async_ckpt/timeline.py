@@ -61,7 +61,7 @@ class Timeline:
     def __call__(self, event: Event) -> None:
         """Record one event; the service calls this."""
         if isinstance(event, Failed):
-            # Its text only: its traceback would keep the frames of all who raise it, and so their memory, alive.
+            # Only its text: its traceback would keep frames alive, and with them the memory of the snapshot.
             event = replace(event, error=Exception(f"{type(event.error).__name__}: {event.error}"))
         self._leave_to_parent()
         self._events.append(event)
@@ -91,7 +91,10 @@ class Timeline:
             return
         self._unwritten = False
         atexit.unregister(self._write_or_log)
-        events, spans = self._events.copy(), self._spans.copy()  # in one step each, whoever appends
+        events, spans = (
+            self._events.copy(),
+            self._spans.copy(),
+        )  # in one step each, because other threads append
         trace = trace_of(events, spans, now_seconds=time())
         if self._max_events in (len(events), len(spans)):
             trace["otherData"] = {"kept": f"the newest {self._max_events} events; there may have been more"}
@@ -110,7 +113,7 @@ class Timeline:
         if error is None:
             self.write()
         else:
-            self._write_or_log()  # what is in flight is not replaced (E2)
+            self._write_or_log()  # an error in flight is not replaced (E2)
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {"path": self._path, "max_events": self._max_events}

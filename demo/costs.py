@@ -1,7 +1,7 @@
-"""What a save costs: the same training with this plugin, with Lightning's own, and with none, in one table.
+"""Compares what a save costs: the same training with this plugin, with Lightning's own, and with none.
 
-Whatever the plugin, the stall is taken around ``strategy.save_checkpoint``, and a save counts as written when whoever
-writes the file says so.
+The stall is the time of ``strategy.save_checkpoint``, whatever the plugin. A save counts as written when its writer
+reports that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stopwatch:
         self.nbytes: list[int] = []
 
     def end(self, at: float, nbytes: int) -> None:
-        """One save has been written. All contestants write in the order in which they were told to."""
+        """Note that a save has been written; all contestants write saves in the order of the calls."""
         self.ended.append(at)
         self.nbytes.append(nbytes)
 
@@ -62,13 +62,13 @@ class TimedStrategy(SingleDeviceStrategy):
 
 
 class TimedTorchCheckpointIO(TorchCheckpointIO):
-    """Lightning's ordinary writer; tells when it has written."""
+    """Lightning's ordinary writer; it reports when it has written."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Save, and say that it is done."""
+        """Save, and report that it is done."""
         super().save_checkpoint(checkpoint, path, storage_options)
         now = perf_counter()
         file_system, name = fsspec.url_to_fs(path)
@@ -76,14 +76,14 @@ class TimedTorchCheckpointIO(TorchCheckpointIO):
 
 
 def contestant(name: str, watch: Stopwatch) -> Any:
-    """Return a plugin that tells *watch* when a file is written."""
+    """Return a plugin that reports to *watch* when a file is written."""
 
     def observer(event: Event) -> None:
         if isinstance(event, Durable):
             watch.end(perf_counter(), event.nbytes)
 
     if name == OURS:
-        # TimedStrategy overrides save_checkpoint, and might use the file in its next line; it does not.
+        # TimedStrategy overrides save_checkpoint, so the plugin would wait; but it does not use the file.
         return AsyncCheckpointIO(queue_depth=2, direct_saves="async", observer=observer)
     ordinary = TimedTorchCheckpointIO(watch)
     return LightningAsyncCheckpointIO(ordinary) if name == LIGHTNINGS else ordinary

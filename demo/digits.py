@@ -1,4 +1,4 @@
-"""The training: a real model on real data, and a Trainer as anyone would set it up. The plugin is all that is ours."""
+"""The training: a real model, real data, and an ordinary Trainer. Only the plugin is ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from demo.printing import say
 
 __all__ = ["Digits", "FirstWeights", "ProgressLine", "prepare_process", "train"]
 
-HIDDEN_UNITS = 1792  # with Adam's two moments a checkpoint has some 40 MB: enough for its cost to show
+HIDDEN_UNITS = 1792  # with Adam's two moments, a checkpoint has about 40 MB, so its cost can be measured
 
 
 class Digits(L.LightningModule):
@@ -98,7 +98,7 @@ def train(
 
 
 class ProgressLine(Callback):
-    """Prints one line an epoch, after its saves were asked for: how well it learns, what is being written."""
+    """Prints a line for each epoch, after its saves were requested: loss, accuracy and pending saves."""
 
     def __init__(self, plugin: AsyncCheckpointIO) -> None:
         self.plugin = plugin
@@ -129,7 +129,7 @@ class FirstWeights(Callback):
 
 
 def prepare_process() -> None:
-    """Leave cores to whoever writes, as if training were on a GPU, and the terminal to the demo."""
+    """Leave cores to the writer, as if training ran on a GPU, and keep Lightning from printing."""
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

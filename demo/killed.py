@@ -1,6 +1,6 @@
 """A run in a process of its own that is killed in the middle of a save: ``python -m demo.killed FOLDER EPOCHS``.
 
-Left alone it would wait there for ever.
+It waits there to be killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARK = "killed here:"
 
 
 def kill_in_mid_save(folder: str, epochs: int) -> int:
-    """Start the run, show what it prints, kill it where it waits; return how it ended."""
+    """Start the run, print its output, kill it when it waits; return its exit code."""
     command = [sys.executable, "-m", "demo.killed", folder, str(epochs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -38,7 +38,7 @@ def kill_in_mid_save(folder: str, epochs: int) -> int:
 
 
 class StopsInMidSave:
-    """An observer of saves: at the first part of the n-th one it says so, and waits there to be killed."""
+    """An observer that prints a line at the first part of the n-th save, and waits there to be killed."""
 
     def __init__(self, nth_save: int) -> None:
         self.nth_save = nth_save

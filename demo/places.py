@@ -1,7 +1,7 @@
-"""Where the demo's checkpoints go, a local directory or a bucket on a real server, and what anyone finds there.
+"""Where the demo's checkpoints go: a local directory, or a bucket on a real server.
 
-Whoever trains sees a URL and nothing else. Endpoint and keys are in the environment, where s3fs, gcsfs and adlfs look
-for them; in real life you have set them already.
+The training only gets a URL. Endpoint and keys are in the environment, where s3fs, gcsfs and adlfs look for them; in
+your own programs, you have set them already.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _open_uploads(folder: str) -> list[str]:
 
 
 def files(folder: str) -> list[str]:
-    """Return what lies in *folder* under a name that anyone would look for."""
+    """Return the visible files in *folder*."""
     file_system, path = fsspec.url_to_fs(folder)
     file_system.invalidate_cache()  # another process has been there
     names = (name.rpartition("/")[2] for name in file_system.ls(path, detail=False))
@@ -86,13 +86,13 @@ def files(folder: str) -> list[str]:
 
 
 def load(file: str) -> Any:
-    """Load a checkpoint as anyone would who has never heard of this library."""
+    """Load a checkpoint without this library."""
     with fsspec.open(file) as opened:
         return torch.load(opened, weights_only=True)
 
 
 def intact(file: str) -> bool:
-    """Tell whether *file* is whole, by the checksums inside."""
+    """Return whether *file* is intact, by the checksums in it."""
     with fsspec.open(file) as opened, ZipFile(opened) as archive:
         return archive.testzip() is None
 

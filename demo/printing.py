@@ -16,7 +16,7 @@ def say(text: str = "") -> None:
 
 
 class Proofs:
-    """What was to be shown, and whether it was.
+    """The claims of the demo, and whether they hold.
 
     Attributes:
         failed: the claims that did not hold.

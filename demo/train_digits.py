@@ -151,7 +151,7 @@ def compare(proofs: Proofs, root: str, epochs: int, rounds: int) -> None:
 
 
 def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
-    """Tell whether two sets of weights are equal, bit for bit."""
+    """Return whether two sets of weights are equal, bit for bit."""
     return weights.keys() == others.keys() and all(
         torch.equal(weights[name], others[name]) for name in weights
     )

@@ -1,4 +1,4 @@
-"""Whether a history keeps the promises. Pure: it looks at records and returns what is wrong.
+"""Checks whether a history keeps the promises. Pure: it takes records and returns violations.
 
 * **O1, O2, O3, S1**: at each path, the operations on it, and the removals of directories that it lies in, fit into
   one order in which each takes effect at one moment of its call, a load reads what the last effective save before it

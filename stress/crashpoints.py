@@ -1,4 +1,4 @@
-"""Processes killed at random moments of their saves, and what they leave.
+"""Kills processes at random moments of their saves, and checks what they leave.
 
 The process keeps two checkpoints: it saves the next one and asks for the deletion of the one before the
 last. Before and after each step it says so. Whatever the moment of its death, then:
@@ -27,7 +27,7 @@ _LONGEST_LIFE_SECONDS = 0.5
 
 
 def kill_once(where: Environment, random: Random) -> list[str]:
-    """Let a process save, kill it, and return what is wrong with what it left."""
+    """Let a process save, kill it, and return the violations in what it left."""
     base = where.fresh()
     with child(_save_for_ever, base, dict(where.storage_options)) as process:
         said = list(process.words(seconds=random.uniform(0.0, _LONGEST_LIFE_SECONDS)))

@@ -1,4 +1,4 @@
-"""Where a round takes place: local files, and a remote file system beside them.
+"""The file systems of a round: local files, and a remote file system beside them.
 
 Guarantees: each round has paths that no other has; what is looked at here is looked at without the service, by
 fsspec and plain ``torch.load``. What may be there belongs to the checker.
@@ -32,13 +32,13 @@ class Environment(Protocol):
         """What fsspec is given to reach it."""
 
     def fresh(self) -> str:
-        """Return the URL of a directory in which nothing is."""
+        """Return the URL of an empty directory."""
 
     def state_at(self, url: str) -> Any:
         """Return what plain torch.load finds; FileNotFoundError where there is nothing."""
 
     def leftovers(self) -> list[str]:
-        """Name what is there beyond checkpoints: temporary files, open uploads."""
+        """Return the names of temporary files and open uploads."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Memory:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def fresh(self) -> str:
-        """Return the URL of a directory in which nothing is."""
+        """Return the URL of an empty directory."""
         return f"memory://stress/{uuid4().hex}"
 
     def state_at(self, url: str) -> Any:
@@ -56,7 +56,7 @@ class Memory:
         return _state_at(url, self.storage_options)
 
     def leftovers(self) -> list[str]:
-        """Name what is there beyond checkpoints."""
+        """Return the names of files that are not checkpoints."""
         names = fsspec.filesystem("memory").store
         return [name for name in names if ".async_ckpt." in name or ".previous-" in name]
 
@@ -77,7 +77,7 @@ class Local:
         return torch.load(url, weights_only=True)
 
     def leftovers(self) -> list[str]:
-        """Name what is there beyond checkpoints."""
+        """Return the names of files that are not checkpoints."""
         return [str(path.relative_to(self.directory)) for path in self.directory.rglob(".async_ckpt.*")]
 
 

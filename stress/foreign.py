@@ -1,4 +1,4 @@
-"""Processes that share directories, a bucket and one ``last.ckpt``; one of them is killed, and starts again, and again.
+"""Processes that share directories, a bucket and one ``last.ckpt``; one of them is killed and restarted repeatedly.
 
 Guarantees: what is killed dies at a random moment of its work, never at its end; each life has a service, or several,
 of its own, which sweep what the lives before have left. Nothing is judged here (`sharing`).
@@ -229,7 +229,7 @@ class Neighbourhood:
         ]
 
     def wrong(self, look_away: Callable[[str], str]) -> list[Violation]:
-        """Return what is wrong once all have ended, and sweep what is left of them.
+        """Return the violations once all processes have ended, and sweep what is left.
 
         Args:
             look_away: tells what is at a URL.
@@ -253,7 +253,7 @@ class Neighbourhood:
 
 
 class Onlooker:
-    """Looks, without a service, at what is there for good once it is there at all.
+    """Looks, without a service, at files that never disappear once they exist.
 
     Args:
         places: where.

@@ -1,4 +1,4 @@
-"""What was asked and what came of it: the record that the checker judges.
+"""The history of a run: every request and its outcome, for the checker.
 
 Guarantees: one counter numbers what happens, over all threads, so "ended before the other began" can be
 read off the numbers. Nothing is judged here.

@@ -1,4 +1,4 @@
-"""Another user of the machine, who is up to no good, in a directory where both may put something, such as ``/tmp``.
+"""A hostile user of the same machine, in a directory in which both may create files, such as ``/tmp``.
 
 He reads what he can, and puts links, pipes, directories and files where checkpoints, links and temporary files of ours
 are, or will be. Ours are nobody else's to read (umask 077). Then:
@@ -44,7 +44,7 @@ _PATIENCE_SECONDS = 30.0  # all of this is a matter of milliseconds
 
 
 def reason_for_none() -> str:
-    """Return why there cannot be a second user here; empty if there can."""
+    """Return why there cannot be a second user here; an empty string if there can."""
     if os.geteuid() != 0:
         return "only root can be two users"
     temporary = Path(tempfile.gettempdir()).resolve()

@@ -1,4 +1,4 @@
-"""What the other user does: all that can be thought of, again and again, and nothing but the standard library.
+"""The actions of the hostile user, in random order; uses only the standard library.
 
 It says a number, how much it has done since it said one last, or what it should not have been able to do.
 """
@@ -57,7 +57,7 @@ def intrude(say: Say, shared: Path, private: Path, names: Sequence[str], seed: i
 
 
 class Intruder:
-    """One who plants and reads.
+    """Plants files, and reads what it can.
 
     Args:
         shared: where both may put something.

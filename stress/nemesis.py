@@ -1,4 +1,4 @@
-"""What goes wrong: storage that fails and dawdles at calls drawn in advance from a seed."""
+"""The nemesis: storage that fails or is slow at calls that are drawn in advance from a seed."""
 
 from __future__ import annotations
 

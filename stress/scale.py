@@ -1,18 +1,16 @@
 """Thousands of ranks that save to one prefix of S3, in one process and in virtual time.
 
-``python -m stress.scale --worlds 8 256 4096``. Real: the agreement's coordinator and participants, their messages as
-they are on the wire, the retries, and the pace at which a store that throttles is asked. Simulated: time, the group's
-store (each call takes its host as long as measured, one at a time), and S3, which takes so many writes a second for one
-prefix and refuses the others. Random deaths are part of it. Prints a table in Markdown.
+``python -m stress.scale --worlds 8 256 4096``. The agreement's coordinator and participants are real, and so are their
+encoded messages, the retries, and the pacing of requests to a store that throttles. Simulated are the time, the group's
+store, whose host serves one call at a time, each as long as measured, and S3, which accepts a limited number of writes
+per second for one prefix and refuses the others. Some ranks die at random. Prints a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import selectors
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -43,16 +41,12 @@ from async_ckpt.sharded.agreement.protocol import (
 )
 from async_ckpt.stores.requests import Pace
 from async_ckpt.stores.s3.sharing import apart_seconds, part_size_for
+from stress.simulated_servers import Prefix, StoreHost
+from stress.virtual_time import virtual_loop
 
-__all__ = ["Result", "Setting", "main", "simulate", "virtual_loop"]
+__all__ = ["Result", "Setting", "main", "simulate"]
 
-_CALL_SECONDS = 30e-6  # of the store's host; 18 µs measured, and it is polled meanwhile
-_ROUND_TRIP_SECONDS = 0.2e-3
 _CALLS_UP, _CALLS_DOWN = 5, 2  # of one message: add, set, check, get, delete; check, get
-_WRITES_PER_SECOND = 3500.0
-_BURST = 350.0
-_ANSWER_SECONDS = 0.03
-_CONNECTION_BYTES_PER_SECOND = 125e6
 _CONNECTIONS = 4
 _PART_BYTES = 128 << 20
 _TICK_SECONDS = 1.0
@@ -63,13 +57,14 @@ class Setting:
     """What is simulated.
 
     Attributes:
-        world: how many ranks.
-        nbytes: of each rank.
-        plan_bytes: of each rank.
+        world: the number of ranks.
+        nbytes: the bytes that each rank writes.
+        plan_bytes: the length of each rank's plan.
         deaths: how many ranks die while they write.
-        do_throttled_count: whether a throttled request uses up an attempt, as it did once.
-        is_shared: whether each rank keeps to its share of what S3 takes, in larger parts, as the package does.
-        seed: of all chances.
+        do_throttled_count: whether a throttled request uses up an attempt, as in earlier versions.
+        is_shared: whether each rank keeps to its share of the requests that S3 accepts, in larger parts, as the package
+            does.
+        seed: the seed of all random choices.
     """
 
     world: int
@@ -83,16 +78,17 @@ class Setting:
 
 @dataclass(kw_only=True)
 class Result:
-    """What came of two saves, one after the other, the second of the same shapes.
+    """The outcome of two saves of the same shapes, one after the other.
 
     Attributes:
-        ends: of each save, the failures by rank.
-        seconds: that each save took.
-        verdict_seconds: from the last rank's word, or the death, until the last survivor knew.
-        refused: requests that S3 refused.
-        gave_up: ranks that could not write.
-        bytes_per_rank: on the wire, on average, of each save, but for rank 0.
-        messages_per_rank: the same.
+        ends: for each save, the failures by rank.
+        seconds: for each save, how long it took.
+        verdict_seconds: for each save, the time from the last rank's message, or its death, until all survivors knew
+            the verdict.
+        refused: how many requests S3 refused.
+        gave_up: how many ranks could not write.
+        bytes_per_rank: for each save, the bytes of messages of each rank but rank 0, on average.
+        messages_per_rank: for each save, the number of these messages.
     """
 
     ends: list[dict[int, dict[int, str]]] = field(default_factory=list)
@@ -105,71 +101,12 @@ class Result:
 
     @property
     def not_durable(self) -> int:
-        """How many saves failed; a death is to fail one, nothing else is to."""
+        """How many saves failed; only a death should make one fail."""
         return sum(any(failures for failures in ends.values()) for ends in self.ends)
 
 
-class _VirtualLoop(asyncio.SelectorEventLoop):
-    """Nothing waits: time goes on to when the next thing happens."""
-
-    def __init__(self) -> None:
-        super().__init__(_NoSelector(self))
-        self.now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-
-class _NoSelector(selectors.SelectSelector):
-    def __init__(self, loop: _VirtualLoop) -> None:
-        super().__init__()
-        self._virtual = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "everybody waits, and nothing will happen any more"
-        self._virtual.now += max(timeout, 0.0)
-        return []
-
-
-class _Prefix:
-    """Of a bucket: so many writes a second, and no more."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.refused = 0
-        self._clock = clock
-        self._left = _BURST
-        self._at = clock()
-
-    async def write(self, nbytes: int) -> None:
-        now = self._clock()
-        self._left = min(_BURST, self._left + (now - self._at) * _WRITES_PER_SECOND)
-        self._at = now
-        if self._left < 1:
-            self.refused += 1
-            await asyncio.sleep(_ANSWER_SECONDS)
-            raise ThrottledError("SlowDown: please reduce your request rate")
-        self._left -= 1
-        await asyncio.sleep(_ANSWER_SECONDS + nbytes / _CONNECTION_BYTES_PER_SECOND)
-
-
-class _Host:
-    """Of the group's store: one call at a time."""
-
-    def __init__(self, clock: Callable[[], float], world: int, chance: Random) -> None:
-        self._clock = clock
-        self._chance = chance
-        self._free_at = 0.0
-        self.pause_seconds = max(0.02, world / 20_000)
-
-    def delay(self, calls: int) -> float:
-        """Return the seconds until *calls* are done, and whoever polls has looked."""
-        now = self._clock()
-        self._free_at = max(self._free_at, now) + calls * _CALL_SECONDS
-        return self._free_at - now + _ROUND_TRIP_SECONDS + self._chance.random() * self.pause_seconds
-
-
 class _Rank:
-    """One rank, over all saves."""
+    """One rank, in all saves."""
 
     def __init__(self, simulation: _Simulation, rank: int) -> None:
         self.rank = rank
@@ -287,7 +224,7 @@ class _Rank:
 
 
 class _Simulation:
-    """All ranks, and what is between them."""
+    """All ranks, and the messages between them."""
 
     def __init__(self, setting: Setting, loop: asyncio.AbstractEventLoop) -> None:
         self.setting = setting
@@ -296,9 +233,9 @@ class _Simulation:
         self.chance = Random(setting.seed)
         self.bounds = Bounds()
         self.result = Result()
-        self.prefix = _Prefix(self.clock)
+        self.prefix = Prefix(self.clock)
         self.ranks = [_Rank(self, rank) for rank in range(setting.world)]
-        self._host = _Host(self.clock, setting.world, self.chance)
+        self._host = StoreHost(self.clock, setting.world, self.chance)
         self._plans = PlanCache()
         self._number = 0
         self._inbox: list[ToCoordinator] = []
@@ -309,7 +246,7 @@ class _Simulation:
         self._over = anyio.Event()
 
     async def save(self, deaths: int) -> None:
-        """Have all ranks save once; some of them die."""
+        """Let all ranks save once; some of them die."""
         started = self.clock()
         self._number += 1
         self._ends, self._inbox, self._nbytes, self._messages = {}, [], 0, 0
@@ -337,7 +274,7 @@ class _Simulation:
         self._coordinator = None
 
     def send(self, message: ToCoordinator) -> None:
-        """Have *message* arrive at the coordinator."""
+        """Deliver *message* to the coordinator after its delay."""
         delay = 0.0
         if message.rank != COORDINATOR:
             self._count(message)
@@ -401,7 +338,7 @@ class _Simulation:
 
 
 def simulate(setting: Setting) -> Result:
-    """Return what came of two saves; the deaths are in the second."""
+    """Return the outcome of two saves; the deaths are in the second one."""
     with virtual_loop() as loop:
         return loop.run_until_complete(_simulate(setting, loop))
 
@@ -417,16 +354,6 @@ async def _simulate(setting: Setting, loop: asyncio.AbstractEventLoop) -> Result
             rank.end()
     simulation.result.refused = simulation.prefix.refused
     return simulation.result
-
-
-@contextmanager
-def virtual_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Yield an event loop in which nothing takes time but what sleeps, and that sleeps no real time."""
-    loop = _VirtualLoop()
-    try:
-        yield loop
-    finally:
-        loop.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

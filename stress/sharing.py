@@ -1,4 +1,4 @@
-"""What several processes said that they did in places that they share, and whether it keeps the promises. Pure.
+"""Checks what several processes did in directories that they share. Pure.
 
 No storage fails here, and each process saves under names of its own, but for some that all of them save to and none
 removes. So:

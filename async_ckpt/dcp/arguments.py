@@ -59,8 +59,8 @@ def check_save(
     """
     if storage_writer is not None:
         raise OptionError(
-            f"storage_writer=<{_kind(storage_writer)}>: it is not used here, as the state is written to storage in "
-            "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
+            f"storage_writer=<{_kind(storage_writer)}>: it is not used here, because the state is written to storage "
+            "in another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
         )
     _check_planner(planner)
     check_collectives(use_collectives)
@@ -71,7 +71,7 @@ def check_save(
         )
     if stager is not None:
         raise OptionError(
-            f"async_stager=<{_kind(stager)}>: it is not used here, as async_save copies the state "
+            f"async_stager=<{_kind(stager)}>: it is not used here, because async_save copies the state "
             "itself, into memory that it reuses from save to save. Leave it out"
         )
 
@@ -84,8 +84,9 @@ def check_load(*, storage_reader: object, planner: object) -> None:
     """
     if storage_reader is not None:
         raise OptionError(
-            f"storage_reader=<{_kind(storage_reader)}>: it is not used here, as checkpoints are read from storage in "
-            "another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own function"
+            f"storage_reader=<{_kind(storage_reader)}>: it is not used here, because checkpoints are read from "
+            "storage in another way. Give its path or URL as checkpoint_id, or call torch.distributed.checkpoint's own "
+            "function"
         )
     if planner is not None and not isinstance(planner, LoadPlanner):
         raise OptionError(f"planner=<{_kind(planner)}>: must be a LoadPlanner")

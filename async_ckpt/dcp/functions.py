@@ -113,7 +113,7 @@ def async_save(
 ) -> SaveFuture:
     """Save what the ranks hold together; returns once the state may be changed.
 
-    Saves may overlap. The third waits for the first, unless ``configure(queue_depth=…)`` lets more be under way.
+    Saves may overlap. The third waits for the first, unless ``configure(queue_depth=…)`` allows more at a time.
 
     Args:
         state_dict: this rank's part.

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFuture(Future["Metadata | None"]):
-    """A save that is under way. Its result is the checkpoint's ``Metadata`` on the first rank, ``None`` on the others.
+    """A save in progress. Its result is the checkpoint's ``Metadata`` on the first rank, ``None`` on the others.
 
     It cannot be cancelled: the other ranks count on this one.
 
@@ -52,7 +52,7 @@ class SaveFuture(Future["Metadata | None"]):
 
     @property
     def handle(self) -> Handle:
-        """The service's handle of the save: it can be awaited, and says how far the save has come."""
+        """The service's handle of the save: it can be awaited, and has the state of the save."""
         return self._handle
 
     def result(self, timeout: float | None = None) -> Metadata | None:
@@ -83,7 +83,7 @@ class SaveFuture(Future["Metadata | None"]):
             waiter = self._waiter = Waiter(lambda: True)
             self._handle._waiters[ref(waiter)] = None
         self._calls.append(fn)
-        if self.done():  # whoever takes a call out makes it
+        if self.done():  # the thread that removes a callback calls it
             self._call_all()
 
     def _settle(self, handle: Handle, writer: ShardedWriter) -> None:

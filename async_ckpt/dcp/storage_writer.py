@@ -90,7 +90,7 @@ class StorageWriter(storage.StorageWriter):
         if rank is None:  # torch before 2.9 does not pass it
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._rank = rank
-        self._number = next(_numbers)  # no object shall replace one of the present checkpoint
+        self._number = next(_numbers)  # so that no object replaces one of the present checkpoint
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return it unchanged."""

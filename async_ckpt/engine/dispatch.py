@@ -178,12 +178,12 @@ class Dispatcher:
     def withdraw(self, request: Request) -> None:
         """Remove an unfinished request whose caller was interrupted as it waited, or has finished reading."""
         op = request.op
-        handed_over = op.kind is SAVE and op.phase not in (WAITING, STAGING)
+        is_staged = op.kind is SAVE and op.phase not in (WAITING, STAGING)
         if request not in self.registry:
             self.registry.disregard(request)
             self.unshare_buffer(request)
             return
-        if handed_over:
+        if is_staged:
             return
         if request in self._preadmitted:
             self._preadmitted.remove(request)
@@ -272,7 +272,10 @@ class Dispatcher:
         for request in self._live(account):
             op = request.op
             if op.kind is not LOAD:
-                self._fail(request, AbandonedError(f"{request.location.url!r}: its storage does not answer"))
+                self._fail(
+                    request,
+                    AbandonedError(f"{request.location.url!r} was given up: its storage does not answer"),
+                )
         self._pump()
 
     def _live(self, account: Account) -> Iterator[Request]:
@@ -317,7 +320,7 @@ class Dispatcher:
                 self.registry.finish(request, State.SUPERSEDED if superseded else State.CANCELLED, error)
             case Drop(op, _):
                 done = "linked" if op.kind is LINK else "deleted"
-                message = f"{request.location.url!r} was not {done}: a save before it did not become durable"
+                message = f"{request.location.url!r} was not {done}: an earlier save did not become durable"
                 self._drop(request, RemovalDroppedError(message))
 
     def _admit(self, request: Request) -> None:

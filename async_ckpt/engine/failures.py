@@ -49,7 +49,7 @@ def _mark_current_error() -> Callable[[], _Mark | None]:
     error = sys.exc_info()[1]
     if error is None:
         return _no_mark
-    mark = vars(error).get(_MARK)  # of another service
+    mark = vars(error).get(_MARK)  # another service may have set it
     if mark is None:
         mark = vars(error)[_MARK] = _Mark()
     return weakref.ref(mark)
@@ -71,7 +71,7 @@ class Failures:
         """Whether there is an unreported failure."""
         return not all(failure.is_reported for failure in self._unreported.copy())
 
-    def untold(self) -> list[Exception]:
+    def unreported(self) -> list[Exception]:
         """Return the unreported errors, oldest first; they stay unreported."""
         return [failure.error for failure in self._in_order()]
 
@@ -137,7 +137,7 @@ class Failures:
         try:
             raise error
         finally:
-            if sys.exc_info()[1] is error:  # and no interruption
+            if sys.exc_info()[1] is error:  # and not Ctrl-C
                 self._mark_reported(failures)
 
     def log(self) -> None:
@@ -153,7 +153,9 @@ class Failures:
             lines = traceback.format_exception(
                 type(failure.error), failure.error, failure.error.__traceback__
             )
-            tell(f"{failure.handle.shown_url!r} failed, and nobody has been told:\n{''.join(lines)}")
+            tell(
+                f"{failure.handle.shown_url!r} failed, and the error has not been raised yet:\n{''.join(lines)}"
+            )
             self._mark_reported([failure])
         return bool(failures) and not self._warn
 
@@ -177,10 +179,10 @@ class Failures:
 
     def _in_order(self) -> list[Failure]:
         """Return the unreported failures, oldest first."""
-        untold = self._unreported.copy()  # in one step, as other threads may add to it
-        self._mark_reported([failure for failure in untold if failure.is_reported])
+        unreported = self._unreported.copy()  # in one step, as other threads may add to it
+        self._mark_reported([failure for failure in unreported if failure.is_reported])
         return sorted(
-            (failure for failure in untold if not failure.is_reported), key=lambda failure: failure.number
+            (failure for failure in unreported if not failure.is_reported), key=lambda failure: failure.number
         )
 
     def _mark_reported(self, failures: list[Failure]) -> None:

@@ -26,12 +26,12 @@ class Inbox:
     """Calls to be made on one loop.
 
     A byte in a socket wakes the loop. ``call_soon_threadsafe`` does the same at twice the cost: asyncio reads its own
-    socket twice each time, and each read hands the GIL over.
+    socket twice each time, and each read releases the GIL.
     """
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], object]] = deque()
-        self._bell: socket.socket | None = None
+        self._wake_socket: socket.socket | None = None
         self._is_closed = False
 
     def send(self, call: Callable[[], object]) -> None:
@@ -47,33 +47,33 @@ class Inbox:
             except ValueError:  # the loop thread read the inbox once more
                 return
             raise ServiceClosedError("the service was closed meanwhile")
-        bell = self._bell
-        if bell is not None:  # else the loop reads the inbox when it begins
+        wake_socket = self._wake_socket
+        if wake_socket is not None:  # otherwise the loop reads the inbox when it begins
             with suppress(OSError):  # full, so the loop is about to wake; or the loop has just ended
-                bell.send(b"\0")
+                wake_socket.send(b"\0")
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Make the calls on the running loop, until the end of the body; also those that were sent before."""
         loop = asyncio.get_running_loop()
-        ear, bell = socket.socketpair()
+        receiver, sender = socket.socketpair()
         try:
-            ear.setblocking(False)
-            bell.setblocking(False)
-            loop.add_reader(ear, self._wake, ear)
-            self._bell = bell
+            receiver.setblocking(False)
+            sender.setblocking(False)
+            loop.add_reader(receiver, self._wake, receiver)
+            self._wake_socket = sender
             self._make_calls()
             yield
         finally:
             self._is_closed = True
             self._make_calls()
-            loop.remove_reader(ear)
-            bell.close()
-            ear.close()
+            loop.remove_reader(receiver)
+            sender.close()
+            receiver.close()
 
-    def _wake(self, ear: socket.socket) -> None:
+    def _wake(self, receiver: socket.socket) -> None:
         with suppress(BlockingIOError):
-            ear.recv(_MOST_BYTES)  # first: what is sent from here on rings again
+            receiver.recv(_MOST_BYTES)  # first: a call that is sent from here on wakes the loop again
         self._make_calls()
 
     def _make_calls(self) -> None:

@@ -73,7 +73,7 @@ class LoopTask(Generic[T]):
             try:
                 self._ended.exception(self._end_by - monotonic())
             except TimeoutError:
-                _log.info("a request of storage does not end, and is left behind")
+                _log.info("a request does not end, because storage does not answer; it is left behind")
                 return False
         return True
 
@@ -87,7 +87,7 @@ class LoopTask(Generic[T]):
     def close(self) -> None:
         """End it, if it is still running."""
         if self._started and not self._ended.done():
-            self.end(ServiceClosedError("nothing waits for it any more"))
+            self.end(ServiceClosedError("its caller does not wait for it any more"))
 
     # -- on the loop thread
 

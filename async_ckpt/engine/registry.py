@@ -20,7 +20,7 @@ __all__ = ["Registry"]
 
 
 class Registry:
-    """All requests in progress, by the id of their operation.
+    """All requests in progress.
 
     Attributes:
         announced: requests that were sent to the loop, whether or not they are in the queue yet; callers add to it.

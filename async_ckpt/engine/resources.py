@@ -237,13 +237,15 @@ class Resources:
 
     def timeout_error(self, patience: Patience) -> FlushTimeoutError:
         """Return the error to raise when *patience* has run out."""
-        what = f"still pending{patience.told}, and going on until its service is closed"
+        what = f"still pending{patience.told}; they go on until their service is closed"
         return FlushTimeoutError(f"{what}: {self.pending_urls()}")
 
     def deadlock_error(self, held_up: Sequence[Handle]) -> FlushTimeoutError:
         """Return the error to raise when only *held_up* are pending, for which waiting would never end."""
         urls = ", ".join(repr(handle.shown_url) for handle in held_up)
-        return FlushTimeoutError(f"still pending, until the call goes on that you interrupted: {urls}")
+        return FlushTimeoutError(
+            f"cannot end before the call that this signal handler interrupted; wait after the handler: {urls}"
+        )
 
     # -- releasing
 
@@ -270,7 +272,7 @@ class Resources:
             try:
                 patience.wait(drained)
             except TimeoutError:
-                stuck = self._abandon(runtime, f"given up{patience.told}, as its service was closed")
+                stuck = self._abandon(runtime, f"given up{patience.told}, because its service was closed")
         self._free(runtime, stuck=stuck)
 
     def drain_at_exit(self) -> bool:
@@ -283,19 +285,17 @@ class Resources:
                     self.drained()[0].result(min(seconds, SILENT_EXIT_SECONDS))
                 except TimeoutError:
                     bound = (
-                        f"for {seconds:g} s"
+                        f"for at most {seconds:g} s"
                         if seconds == limit.total_seconds
-                        else f"while it gets on, or {seconds:g} s"
+                        else f"until there is no progress for {seconds:g} s"
                     )
-                    tell(
-                        f"waiting until {self.pending_urls()} are done, {bound} at the most; Ctrl-C gives up"
-                    )
+                    tell(f"waiting for {self.pending_urls()}, {bound}; Ctrl-C gives up")
                 self.close(limit)
             except KeyboardInterrupt:
                 tell("interrupted: pending checkpoints are given up")
                 self.close(Limit.hard(0.0))
         except BaseException:  # Ctrl-C once more
-            tell(f"pending checkpoints could not be ended:\n{traceback.format_exc()}")
+            tell(f"pending checkpoints were not ended, because of an error:\n{traceback.format_exc()}")
             return False
         return not self.account.failures.print_at_exit()
 

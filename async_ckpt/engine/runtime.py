@@ -116,7 +116,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.users: set[RuntimeUser] = set()
-        self.stop_seconds = STOP_SECONDS  # less if a user has left something behind
+        self.stop_seconds = STOP_SECONDS  # shorter if a user has left something behind
         self._inbox = Inbox()
         self._stop_requested = asyncio.Event()
         self._ready: Outcome[None] = Outcome()
@@ -125,7 +125,7 @@ class Runtime:
 
     def start(self) -> None:
         """Start the loop thread; leave none behind if that fails or is interrupted."""
-        # Not on the loop thread: a child that is forked during that import could never import it.
+        # Not on the loop thread: a child that is forked during this import could never import the module.
         import_module("anyio._backends._asyncio")
         try:
             threads.start(self._thread)
@@ -230,7 +230,9 @@ class Runtime:
         try:
             self._over.result(seconds)
         except TimeoutError:
-            logger.info("what storage holds up is left behind, and ends when it can")
+            logger.info(
+                "a request that hangs in storage is left behind; its thread ends when storage answers"
+            )
         else:
             self._thread.join()
 
@@ -294,13 +296,12 @@ def held_by(user: RuntimeUser) -> Runtime | None:
 
 
 def release(runtime: Runtime, user: RuntimeUser, *, seconds: float = STOP_SECONDS) -> None:
-    """Give *runtime* back; the last one stops it. Does nothing if the user does not hold it.
+    """Give *runtime* back; its last user stops it. Does nothing if *user* does not hold it.
 
     Args:
         runtime: what ``acquire`` returned.
         user: what ``acquire`` was called with.
-        seconds: how long to wait for its end, where this is the last one or a later one is; the next one gets a
-            fresh runtime.
+        seconds: how long the last user waits for the end of the runtime.
     """
     global _current
     with _lock:
@@ -314,14 +315,14 @@ def release(runtime: Runtime, user: RuntimeUser, *, seconds: float = STOP_SECOND
             runtime.users.discard(user)
             return
     runtime.stop(runtime.stop_seconds)
-    runtime.users.clear()  # last, so that who was interrupted can do it again
+    runtime.users.clear()  # last, so that an interrupted call can be repeated
 
 
 async def leave(runtime: Runtime, user: RuntimeUser) -> None:
     """Like `release`, on the loop thread, which cannot join itself: it ends when it has no more tasks."""
     global _current
     # The thread that holds the lock may be waiting for this one (L1).
-    while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a lock of threads tells no loop
+    while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a thread's lock cannot be awaited
         await anyio.sleep(_PAUSE_SECONDS)
     try:
         if user not in runtime.users:
@@ -336,9 +337,9 @@ async def leave(runtime: Runtime, user: RuntimeUser) -> None:
     runtime.end()
 
 
-def report_at_exit(untold: Reportable) -> None:
+def report_at_exit(unreported: Reportable) -> None:
     """Print the failures that are still unreported when the interpreter exits (E1)."""
-    _unreported[:] = [each for each in (*_unreported, untold) if each]
+    _unreported[:] = [each for each in (*_unreported, unreported) if each]
 
 
 def _forget_in_child() -> None:
@@ -381,12 +382,12 @@ def _drain_at_exit() -> None:
     clean = True
     for user in list(runtime.users) if runtime is not None else ():
         owner = user.owner
-        if owner is not None:  # else it has left just now
+        if owner is not None:  # otherwise it has just left
             clean = owner.drain_at_exit() and clean
-    for untold in list(_unreported):
-        clean = not untold.print_at_exit() and clean
+    for unreported in list(_unreported):
+        clean = not unreported.print_at_exit() and clean
     if runtime is not None and not runtime.users:
-        runtime.stop(runtime.stop_seconds)  # again: an interruption may have kept it from its user
+        runtime.stop(runtime.stop_seconds)  # again: its last user may have been interrupted
     if clean:
         return
     if multiprocessing.parent_process() is not None:

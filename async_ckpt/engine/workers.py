@@ -80,7 +80,7 @@ class PoolWorkers:
         self._jobs.put(None)
         running = list(self._threads)
         for thread in running:
-            with suppress(RuntimeError):  # it is about to start, and will end at once
+            with suppress(RuntimeError):  # it has not started yet, and will end at once
                 thread.join(max(0.0, until - monotonic()))
         return not any(thread.is_alive() for thread in running)
 

@@ -15,7 +15,7 @@ crc32_combine: Callable[[int, int, int], int] | None
 """Computes the CRC-32 of two joined pieces from their checksums and the second's length; ``None`` if unavailable."""
 try:
     from isal.isal_zlib import crc32, crc32_combine
-except ImportError:  # no wheel for this platform: right all the same, at a sixth of the speed
+except ImportError:  # no wheel for this platform: the same results at a sixth of the speed
     from zlib import crc32
 
     crc32_combine = None

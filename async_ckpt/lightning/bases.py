@@ -1,4 +1,4 @@
-"""What the plugin knows about a base CheckpointIO: which bases it accepts, and how their calls carry the path.
+"""Checks a base CheckpointIO, and finds the path among the arguments of its calls.
 
 What does not belong here: when a base is called.
 """
@@ -34,7 +34,7 @@ __all__ = [
 
 _MOST_LAYERS = 32
 
-# Options that only our own writer honours, and how to get their effective value.
+# Options that only our own writer uses, and how to get their effective values.
 _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
     "part_size": lambda options: options.part_size_bytes,
     "priority": lambda options: options.priority,
@@ -83,7 +83,7 @@ def location_of_path(path: Any) -> Location:
         AsyncCheckpointError,
         TypeError,
         ValueError,
-    ):  # fsspec may know the protocol, and nothing more of it
+    ):  # also raised by fsspec for a URL that it cannot parse
         text = str(path)
         return Location(url=redacted_url(text), path=text, key=f"base:{text}", group="base", address=text)
 
@@ -143,15 +143,15 @@ def layers_of(base: Any) -> Iterator[Any]:
 
 
 def check_base(base: Any) -> None:
-    """Refuse an object that is no CheckpointIO, and a CheckpointIO that returns before it has written (D1)."""
+    """Refuse an object that is not a CheckpointIO, and a CheckpointIO that returns before it has written (D1)."""
     for inner in layers_of(base):
         if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(inner).__mro__):
             raise OptionError(
                 f"{type(inner).__module__}.{type(inner).__name__} is asynchronous itself; "
-                "give AsyncCheckpointIO what that writes with, or nothing"
+                "give AsyncCheckpointIO the CheckpointIO that it writes with, or none"
             )
     if isinstance(base, type) or (base is not None and not hasattr(base, "save_checkpoint")):
-        kind = base if isinstance(base, type) else type(base)  # no more: it may be, or hold, a secret
+        kind = base if isinstance(base, type) else type(base)  # not its repr, which may contain a secret
         raise OptionError(
             f"checkpoint_io=<{kind.__name__}>: must be a CheckpointIO, such as TorchCheckpointIO(), or None"
         )
@@ -171,6 +171,6 @@ def refuse_ignored_options(base: Any, options: Mapping[str, Any]) -> None:
         void.append("store_factory")
     if void:
         raise OptionError(
-            f"{', '.join(void)}: {type(base).__name__} writes by itself and cannot honour that; "
-            "set it on the base, or give AsyncCheckpointIO no base"
+            f"{', '.join(void)}: has no effect, because {type(base).__name__} writes the files; "
+            "set it on that base, or give AsyncCheckpointIO no base"
         )

@@ -72,7 +72,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the plugin, and make its saves outside of ``fit`` synchronous."""
-        if self._coordinator is not None:  # whatever was to end it was itself interrupted
+        if self._coordinator is not None:  # the hook that should have ended it was interrupted
             self._coordinator.end()
         self._coordinator = None
         self._plugin = plugin = self.take_charge(trainer)
@@ -80,7 +80,7 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
             return
         self._warn_of_bypass(trainer)
         self._take_position(trainer)
-        _see_to_teardown(trainer, plugin, self)
+        _hook_into_teardown(trainer, plugin, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to coordinate the fit, once every ``setup`` is done."""
@@ -125,11 +125,11 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         """Wait for all saves; add failures to the notes of the error that is in flight."""
         if self._coordinator is not None:
             self._coordinator.settle()
-        elif self._plugin is None:  # what was called has failed before any setup
+        elif self._plugin is None:  # the call failed before `setup`
             self.take_charge(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Report what has become durable since, before loggers are finalized."""
+        """Report the saves that have become durable since, before loggers are finalized."""
         companion, self._coordinator = self._coordinator, None
         if companion is not None:
             companion.end()
@@ -217,7 +217,7 @@ def _tear_down_plugin(plugin: AsyncCheckpointIO, strategy: Any) -> None:
         strategy.checkpoint_io.teardown()
 
 
-def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncCheckpointCallback) -> None:
+def _hook_into_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncCheckpointCallback) -> None:
     """Make the strategy's teardown tear the plugin down; FSDP's and ModelParallel's do not."""
     strategy = trainer.strategy
     overrides = Overrides()
@@ -225,7 +225,7 @@ def _see_to_teardown(trainer: Any, plugin: AsyncCheckpointIO, callback: AsyncChe
 
     def teardown() -> None:
         overrides.restore()
-        with ExitStack() as steps:  # whatever fails in between; last first
+        with ExitStack() as steps:  # all of them, even if one fails; in reverse order
             steps.push(lambda kind, error, trace: callback.strategy_ended(error))
             steps.callback(_tear_down_plugin, plugin, strategy)
             steps.callback(tear_down)

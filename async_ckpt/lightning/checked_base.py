@@ -37,7 +37,7 @@ __all__ = ["CheckedBase", "refuse_unknown_location"]
 _log = logging.getLogger("async_ckpt.lightning")
 
 _LIGHTNING_PACKAGES = frozenset({"lightning", "lightning_fabric", "pytorch_lightning"})
-_TICK_SECONDS = 0.02  # no clock of a local file system is coarser, but for those that count in seconds
+_TICK_SECONDS = 0.02  # the coarsest clock of a local file system, apart from those that count in seconds
 _ELSEWHERE = "If it writes elsewhere on purpose, set writes_elsewhere = True on it."
 
 _REMOTE_TICK_SECONDS = 1.1
@@ -49,7 +49,7 @@ _UNKNOWN: Fingerprint = ("not seen",)
 
 
 class CheckedBase:
-    """Calls one base, and checks the effect.
+    """Calls one base, and checks what it did.
 
     Args:
         base: the CheckpointIO.
@@ -59,7 +59,7 @@ class CheckedBase:
         self._base = base
         self._is_ordinary = _is_lightning_class(base)
         self._is_related = base is not None and _is_related(base)
-        self._written: dict[str, float] = {}  # when what is remote was seen to be new
+        self._written: dict[str, float] = {}  # by key: when a remote file was first seen
         self._leaves_traces = False
         self._left_nothing = False
 
@@ -74,7 +74,7 @@ class CheckedBase:
         if is_local(location) and self._can_see(location) and (self._is_ordinary or self._leaves_traces):
             refuse_removed_directory(location)
         if overwrite and is_local(location) and self._can_see(location):
-            detach(location)  # it may write in place, and then never through a link
+            detach(location)  # a base that writes in place must not write through a link
         before = self._before(location, overwrite=overwrite)
         write()
         after = self._look(location, "write") if self._can_see(location) else _UNKNOWN
@@ -85,7 +85,7 @@ class CheckedBase:
             if not is_local(location):
                 self._written[location.key] = time.monotonic()
         elif self._is_ordinary or self._leaves_traces:
-            reason = f"{self._name} returned, but {'nothing' if after is None else 'nothing new'} is there"
+            reason = f"{self._name} returned, but left {'no file' if after is None else 'no new file'} there"
             raise StoreError.during("write", location.url, OSError(errno.EIO, reason), _ELSEWHERE)
         else:
             self._warn_once(location)
@@ -107,12 +107,13 @@ class CheckedBase:
             return
         if self._left_nothing and not self._leaves_traces:
             raise RemovalDroppedError(
-                f"{location.url!r} was not deleted: {self._name} has left nothing where it saved since. {_ELSEWHERE}"
+                f"{location.url!r} was not deleted: {self._name} has left no file at the paths of "
+                f"later saves. {_ELSEWHERE}"
             )
         delete()
         if self._look(location, "delete") not in (None, _UNKNOWN):
             raise RemovalDroppedError(
-                f"{location.url!r} was not deleted: {self._name} returned, and it is still there"
+                f"{location.url!r} was not deleted: {self._name} returned, but it still exists"
             )
 
     def refuse_mangled(self, path: Any) -> None:
@@ -166,7 +167,7 @@ class CheckedBase:
     def _warn_once(self, location: Location) -> None:
         if not self._left_nothing:
             self._left_nothing = True
-            told = f"{self._name} returned from saving {location.url!r}, and nothing new is there"
+            told = f"{self._name} returned from saving {location.url!r}, but left no new file there"
             _log.warning("%s, so durability cannot be verified. %s", told, _ELSEWHERE)
 
 
@@ -178,7 +179,8 @@ def refuse_unknown_location(location: Location) -> None:
     """
     if location.group == "base":
         raise OptionError(
-            f"overwrite=False: whether something is at {location.url!r} only the base knows; leave that to the base"
+            f"overwrite=False: only the base can find out whether {location.url!r} exists; "
+            "drop this option, and let the base refuse to overwrite files"
         )
 
 
@@ -203,7 +205,7 @@ def _fingerprint(location: Location, stage: str) -> Fingerprint:
         return _local_fingerprint(location.path)
     import fsspec
 
-    try:  # as Lightning does, and so with the very same file system
+    try:  # as Lightning does, to get the same file system
         file_system, path = fsspec.core.url_to_fs(location.address)
         file_system.invalidate_cache()
         return tuple(version_in(file_system.info(path)))
@@ -211,7 +213,7 @@ def _fingerprint(location: Location, stage: str) -> Fingerprint:
         return None
     except Exception as error:
         shown = location.presentable(error)
-        advice = "Whether the file is there could not be looked at."
+        advice = "It could not be checked whether the file exists."
         raise StoreError.during(stage, location.url, shown, advice) from shown
 
 

@@ -22,7 +22,7 @@ _MARKER = ".metadata"
 
 
 def patch_lightning() -> None:
-    """Make ``ckpt_path="last"`` find what is in object storage (Lightning issue 18261), and pass over what is torn."""
+    """Make ``ckpt_path="last"`` find what is in object storage (Lightning issue 18261), and skip incomplete ones."""
     for name in _MODULES:
         checkpoint = getattr(sys.modules.get(name), "ModelCheckpoint", None)
         find = getattr(checkpoint, "_find_last_checkpoints", None)
@@ -62,8 +62,8 @@ def resumable(path: str, file_system: Any) -> str | None:
     if _MARKER in names:
         is_local = keep_protocol(path, file_system) == path
         return path if is_local else f"{keep_protocol(path, file_system)}/{_MARKER}"
-    is_torn = all(name.endswith(".distcp") or name.startswith(".async_ckpt") for name in names)
-    return None if is_torn else keep_protocol(path, file_system)
+    is_incomplete = all(name.endswith(".distcp") or name.startswith(".async_ckpt") for name in names)
+    return None if is_incomplete else keep_protocol(path, file_system)
 
 
 def keep_protocol(path: str, file_system: Any) -> str:

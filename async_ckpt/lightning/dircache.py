@@ -37,11 +37,18 @@ def forget_listings(url: str) -> None:
     try:
         for file_system in _kept_by_fsspec(protocol):
             below, path = None, file_system._strip_protocol(url)
-            while path != below:  # a file may be remembered as a listing of itself, so from there on upwards
+            while (
+                path != below
+            ):  # from the file itself upwards, because fsspec may have cached a listing of the file
                 file_system.invalidate_cache(path)
                 below, path = path, file_system._parent(path)
-    except Exception as error:  # an unknown protocol, or a listing that another thread dropped first
-        logger.debug("%s", redacted_text(f"listings above {redacted_url(url)} may be old: {error}"))
+    except Exception as error:  # an unknown protocol, or another thread has just dropped the listing
+        logger.debug(
+            "%s",
+            redacted_text(
+                f"cached listings of the directories above {redacted_url(url)} may be outdated: {error}"
+            ),
+        )
 
 
 def _kept_by_fsspec(protocol: str) -> list[Any]:

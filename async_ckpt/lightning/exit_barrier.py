@@ -45,8 +45,8 @@ class ExitBarrier:
         self._limit = limit
         self._grace_seconds = grace_seconds
         fit = f"async_ckpt/fits/{pending.next_fit()}"
-        self._word, self._left = f"{fit}/word", f"{fit}/left"
-        pending.can_ask()  # connects, while all are there
+        self._outcome_key, self._left_key = f"{fit}/word", f"{fit}/left"
+        pending.can_ask()  # connects now, while all ranks are there
         self._has_announced = self._has_ended = self._has_left = False
 
     def training_ended(self) -> None:
@@ -65,19 +65,19 @@ class ExitBarrier:
             return
         if not self._pending.can_ask():
             logger.warning(
-                "the first rank has ended already; the outcome of its last checkpoints is not known"
+                "the first rank has ended already, so it is unknown whether its last checkpoints are durable"
             )
             return
         limit = Limit(
             idle_seconds=self._limit.idle_seconds + self._grace_seconds,
             total_seconds=self._limit.total_seconds + self._grace_seconds,
         )
-        word = self._pending.poll(
-            lambda store: read(store, self._word), "checkpoints to wait for", limit=limit
+        outcome = self._pending.poll(
+            lambda store: read(store, self._outcome_key), "checkpoints to wait for", limit=limit
         )
-        failure = json.loads(word)
+        failure = json.loads(outcome)
         if failure is not None:
-            self._pending.count_as_told()
+            self._pending.count_as_raised()
             raise RankError(f"rank 0, which writes the checkpoints, failed: {failure}")
 
     def leave(self, *, failure: str | None, waits: bool) -> None:
@@ -91,7 +91,7 @@ class ExitBarrier:
             return
         self._has_left = True
         if self._store.rank != 0:
-            self._pending.ask_quietly(lambda store: store.add(self._left, 1))
+            self._pending.ask_quietly(lambda store: store.add(self._left_key, 1))
             return
         self._announce(failure)
         if waits and self._has_ended:
@@ -100,22 +100,27 @@ class ExitBarrier:
     def _announce(self, failure: str | None) -> None:
         if not self._has_announced:
             self._has_announced = True
-            self._pending.ask_quietly(lambda store: store.set(self._word, json.dumps(failure)))
+            self._pending.ask_quietly(lambda store: store.set(self._outcome_key, json.dumps(failure)))
 
     def _wait_for_others(self) -> None:
         others = self._store.world_size - 1
 
         def look(store: Any) -> bool | None:
-            if store.add(self._left, 0) < others:
+            if store.add(self._left_key, 0) < others:
                 return None
-            for key in (self._word, self._left):  # they would stay as long as the group
+            for key in (
+                self._outcome_key,
+                self._left_key,
+            ):  # otherwise they would remain as long as the group
                 store.delete_key(key)
             return True
 
         try:
             self._pending.poll(look, "to leave the fit", limit=Limit.hard(self._grace_seconds))
         except FlushTimeoutError:
-            logger.warning("not every rank has left the fit after %g s; going on", self._grace_seconds)
+            logger.warning(
+                "not every rank has left the fit after %g s; the first rank goes on", self._grace_seconds
+            )
         except RankError as error:  # the group's store is elsewhere, and has gone
             logger.debug("%s", error)
 

@@ -1,12 +1,12 @@
-"""Fabric's strategies: how they come to save and load through the plugin, those too that refuse any CheckpointIO.
+"""Makes a Fabric save and load through the plugin, even if its strategy refuses any CheckpointIO.
 
 FSDP and ModelParallel have Fabric's own code write their checkpoints. On the one strategy object of a Fabric, the
 methods that save and load are replaced. They write what Fabric writes: a directory of DCP's with ``meta.pt`` in it, or
 one file, each of which a Fabric without this package opens.
 
 Guarantees: Fabric's collective operations are called as it calls them, and no others. All ranks raise failures at the
-same save, so none is left alone in Fabric's barrier. What is no module and no optimizer is an item of a sharded
-checkpoint, too: a step number never goes with another checkpoint's weights (D6).
+same save, so none is left alone in Fabric's barrier. What is neither module nor optimizer is an item of a sharded
+checkpoint, too, so a step number always belongs to the same checkpoint as the weights (D6).
 
 What does not belong here: the queue, errors, waiting (session); the Trainer's strategies (sharded).
 """
@@ -32,23 +32,24 @@ _BY_THEMSELVES = ("FSDPStrategy", "ModelParallelStrategy")
 
 
 def attach(fabric: Any, plugin: AsyncCheckpointIO | None = None) -> AsyncCheckpointIO:
-    """Have a plugin write and read what ``fabric.save`` and ``fabric.load`` do, whatever the strategy.
+    """Make ``fabric.save`` and ``fabric.load`` use a plugin, whatever the strategy.
 
     Call it on every rank, after ``Fabric(…)`` and before the first save. ``fabric.save`` returns once the state may be
-    mutated. Where every rank saves a share, that is written as by ``CheckpointService.save_sharded``, and a
-    ``fabric.load`` without this package opens it. For FSDP and ModelParallel, which refuse any CheckpointIO, this is
-    the only way; for the others it is the same as ``Fabric(plugins=[plugin])``.
+    mutated. If every rank saves a share, the shares are written as by ``CheckpointService.save_sharded``, and a
+    ``fabric.load`` without this package can load them. FSDP and ModelParallel refuse any CheckpointIO, so they need
+    this call; for other strategies it is the same as ``Fabric(plugins=[plugin])``.
 
     Args:
-        fabric: of either Lightning.
-        plugin: with options of your own.
+        fabric: a Fabric of either Lightning distribution.
+        plugin: the plugin, to set options; ``None`` makes one with default options.
 
     Returns:
-        The plugin. Its ``wait``, ``flush`` or ``teardown``, or the end of a ``with``, on every rank, say when all is
-        durable.
+        The plugin. Call its ``wait``, ``flush`` or ``teardown``, or leave a ``with plugin`` block, on every rank, to
+        wait until everything is durable.
 
     Raises:
-        OptionError: the strategy writes by itself in a way that is not known, or not with the plugin's base or options.
+        OptionError: the strategy writes checkpoints in a way that is not known, or does not support the plugin's base
+            or options.
     """
     plugin = AsyncCheckpointIO() if plugin is None else plugin
     strategy = fabric.strategy
@@ -56,14 +57,14 @@ def attach(fabric: Any, plugin: AsyncCheckpointIO | None = None) -> AsyncCheckpo
     if kind not in _BY_THEMSELVES:
         if kind is not None:
             raise OptionError(
-                f"{name} writes a share of each checkpoint from every process, and only it can; "
+                f"{name} writes a share of each checkpoint from every process by itself; "
                 'use FSDPStrategy(state_dict_type="sharded") or ModelParallelStrategy'
             )
         strategy.checkpoint_io = plugin
         return plugin
     if plugin.checkpoint_io is not None:
         raise OptionError(
-            f"{name} calls no CheckpointIO, so the base of AsyncCheckpointIO would never be; give it none"
+            f"{name} calls no CheckpointIO, so the base of AsyncCheckpointIO would never be called; give it no base"
         )
     if not is_from_lightning(type(strategy).save_checkpoint):
         raise OptionError(
@@ -77,7 +78,7 @@ def attach(fabric: Any, plugin: AsyncCheckpointIO | None = None) -> AsyncCheckpo
 
 
 class _Methods:
-    """What takes the place of a strategy's methods."""
+    """Replaces the methods of a strategy."""
 
     def __init__(self, strategy: Any, plugin: AsyncCheckpointIO) -> None:
         self._strategy = strategy
@@ -87,12 +88,12 @@ class _Methods:
         self._load_as_fabric = partial(type(strategy).load_checkpoint, strategy)
 
     def note_kind_of_save(self) -> bool:
-        """Return whether every rank saves its share, as the strategy's settings have it at this moment."""
+        """Return whether every rank saves a share, according to the strategy's present settings."""
         plugin = self._plugin
         plugin.is_sharded = is_sharded(self._strategy)
         if plugin.is_sharded and plugin.service.options.overflow == "supersede":
             raise OptionError(
-                f"overflow='supersede' would have each rank of {type(self._strategy).__name__} decide by itself "
+                f"overflow='supersede': each rank of {type(self._strategy).__name__} would decide by itself "
                 "which save is dropped; use 'block' or 'raise'"
             )
         return plugin.is_sharded
@@ -101,19 +102,19 @@ class _Methods:
         """Save, as the strategy's own method does; it returns once the state may be mutated."""
         are_shares = self.note_kind_of_save()
         if storage_options is not None or (are_shares and filter is not None):
-            self._save_as_fabric(path, state, storage_options, filter)  # which refuses it
+            self._save_as_fabric(path, state, storage_options, filter)  # it refuses these arguments
             return
         plugin, is_first = self._plugin, self._strategy.is_global_zero
-        path, told = self._broadcast(path)
+        path, known = self._broadcast(path)
         shares, rest = self._converted(state, full=not are_shares)
         if are_shares:
-            plugin.save_sharded(shares, path, extras={META: rest} if is_first else {}, told=told)
+            plugin.save_sharded(shares, path, extras={META: rest} if is_first else {}, known=known)
             return
         whole = {**shares, **rest}
         for key, keeps in (filter or {}).items():
             if isinstance(whole[key], dict):
                 whole[key] = {name: value for name, value in whole[key].items() if keeps(name, value)}
-        plugin.save_once(whole, path, is_first=is_first, told=told)
+        plugin.save_once(whole, path, is_first=is_first, known=known)
 
     def load_checkpoint(self, path: Any, state: Any = None, strict: bool = True, **options: Any) -> Any:
         """Load, as the strategy's own method does; a sharded checkpoint from any storage, a file from a local one."""
@@ -121,8 +122,8 @@ class _Methods:
         if not is_sharded_here or not isinstance(state, dict):
             if not is_local(self._plugin.locate_directory(path)):
                 raise IncompleteCheckpointError.at(str(path)) from OptionError(
-                    "Fabric loads a file of gathered weights from local disks only; async_ckpt.load_sharded fills "
-                    "what get_model_state_dict(model) returns from a file on any storage"
+                    "Fabric loads files of gathered weights only from local disks; from other storage, call "
+                    "async_ckpt.load_sharded with what get_model_state_dict(model) returns"
                 )
             return self._load_as_fabric(path, state, strict, **options)
         key, model = self._model_in(state, "load")
@@ -137,16 +138,16 @@ class _Methods:
             others = f", nor do {', '.join(map(repr, missing[1:]))}" if missing[1:] else ""
             raise KeyError(
                 f"The requested state contains a key {missing[0]!r} that does not exist in {str(path)!r}{others}; "
-                "strict=False passes over that"
+                "strict=False ignores that"
             )
         state.update({name: rest.pop(name) for name in wanted & rest.keys()})
         return rest
 
     def _broadcast(self, path: Any) -> tuple[Any, Any]:
-        """Return the first rank's path, as Fabric does, and what that rank has to tell of earlier saves."""
+        """Return the first rank's path, as Fabric does, and the failures that it knows."""
         plugin, strategy = self._plugin, self._strategy
-        path, told = strategy.broadcast((path, plugin.known_failures if strategy.is_global_zero else None))
-        return path, told
+        path, known = strategy.broadcast((path, plugin.known_failures if strategy.is_global_zero else None))
+        return path, known
 
     def _model_in(self, state: Mapping[str, Any], verb: str) -> tuple[str, Any]:
         """Return the one distributed model of *state*, and its key."""
@@ -154,10 +155,10 @@ class _Methods:
             (key, each) for key, each in state.items() if _is_module(each) and self._is_distributed(each)
         ]
         if len(models) != 1:
-            found = "no" if not models else f"{len(models)}, not one"
+            found = "no" if not models else f"more than one ({len(models)})"
             raise ValueError(
-                f"{found} distributed model in the state: fabric.{verb}(path, {{'model': model, …}}) with what "
-                "fabric.setup has returned; of several models, each has a checkpoint of its own"
+                f"{found} distributed model in the state: call fabric.{verb}(path, {{'model': model, …}}) with the "
+                "model that fabric.setup returned; save several models to a checkpoint each"
             )
         return models[0]
 
@@ -171,7 +172,7 @@ class _Methods:
         return any(isinstance(each, DTensor) for each in module.parameters())
 
     def _converted(self, state: Mapping[str, Any], *, full: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the states of modules and optimizers, and all the rest, as the strategy makes them of *state*."""
+        """Return the states of modules and optimizers, and the rest of *state*, as the strategy would save them."""
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
             get_model_state_dict,
@@ -180,7 +181,7 @@ class _Methods:
         from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
         _, model = self._model_in(state, "save")
-        # Fabric has torch copy a share to the CPU, too, into fresh, pageable memory. We copy it anyway.
+        # Fabric offloads shares, too: torch copies them to fresh, pageable memory. Our snapshot copies them anyway.
         options = StateDictOptions(full_state_dict=full, cpu_offload=full)
         is_fsdp = self._kind == "FSDPStrategy"
         shares: dict[str, Any] = {}
@@ -206,8 +207,8 @@ def _fsdp_states(model: Any, *, full: bool) -> Iterator[None]:
     from torch.distributed import fsdp
 
     if full:
-        # As Fabric: gathered one by one, on the first rank only, as whole they may fit no GPU. What is on the CPU
-        # is not copied there; torch would free it.
+        # As Fabric does: gathered one by one, on the first rank only, as the whole may not fit a GPU. Parameters on
+        # the CPU are not offloaded: torch would free them.
         is_away = any(each.device.type != "cpu" for each in model.parameters())
         offload = {"offload_to_cpu": is_away and dist.get_world_size() > 1, "rank0_only": True}
         kind = fsdp.StateDictType.FULL_STATE_DICT

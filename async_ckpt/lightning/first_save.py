@@ -1,4 +1,4 @@
-"""A save or removal by a Trainer that has run nothing yet: no hook has reached the callback, so it is notified here.
+"""Notifies the companion callback of a save or removal by a Trainer that has run nothing, and so called no hook.
 
 ``Trainer.save_checkpoint(path, weights_only=True)`` calls no callback at all, and the plugin is given only a state and
 a path. Which Trainer is saving can only be seen on the stack.

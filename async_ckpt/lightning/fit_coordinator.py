@@ -78,7 +78,7 @@ class FitCoordinator:
             self._removals = Removals(
                 plugin,
                 self._overrides,
-                is_awaited=self._notifications.awaits,
+                is_awaited=self._notifications.is_awaited,
                 before_replacing=self._before_replacing,
             )
             self._begin(progress_bar)
@@ -111,7 +111,7 @@ class FitCoordinator:
 
     def report(self) -> None:
         """Report what has become durable; called after each batch, so it must be cheap."""
-        self._notifications.tell(self._trainer)
+        self._notifications.notify(self._trainer)
         self._removals.release()
 
     def flush(self) -> None:
@@ -201,18 +201,18 @@ class FitCoordinator:
         if not isinstance(event, Accepted) or _meters[self._plugin][-1:] == [self._meter]:
             self._meter(event)
 
-    def _hold_back(self, tell: Any, checkpoint_callback: Any) -> None:
-        self._notifications.hold_back(self._trainer, tell, checkpoint_callback)
+    def _hold_back(self, notify: Any, checkpoint_callback: Any) -> None:
+        self._notifications.hold_back(self._trainer, notify, checkpoint_callback)
         if self._failing:  # loggers are finalized before there is another occasion
             self._settle()
 
     def _before_replacing(self, path: str) -> None:
         """Notify loggers of the file at *path* before this step replaces it; only on the training thread."""
-        untold = self._notifications.untold_of(path, self._trainer.global_step)
-        if not untold or threading.get_ident() != self._thread:
+        unnotified = self._notifications.unnotified_of(path, self._trainer.global_step)
+        if not unnotified or threading.get_ident() != self._thread:
             return
-        self._plugin.see_ended(untold)
-        self._notifications.tell_loggers()
+        self._plugin.see_ended(unnotified)
+        self._notifications.notify_loggers()
 
     def _settle(self) -> None:
         if not self._out_of_time:

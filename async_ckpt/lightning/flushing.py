@@ -58,19 +58,22 @@ def wait_with_progress(
     """
     patience = service.patience(timeout, clock=clock)
     pending = _of(service, meter) if handle is None else [handle]
-    bell: SimpleQueue[bool] = SimpleQueue()  # a signal handler may ring it
+    events: SimpleQueue[bool] = SimpleQueue()  # a signal handler may add to it
     for request in pending:
-        request.add_done_callback(lambda _: bell.put(True))
+        request.add_done_callback(lambda _: events.put(True))
     saves = [save for save in meter.pending if handle is None or save.url == handle.shown_url]
-    with _hearing_interrupts(lambda: bell.put(False)) as heard, _Display(saves, heard, clock) as display:
+    with (
+        _receiving_interrupts(lambda: events.put(False)) as has_interrupts,
+        _Display(saves, has_interrupts, clock) as display,
+    ):
         while pending:
             left = patience.left()
             if left <= 0:
-                told = "pending checkpoints have not ended%s; they go on, but are no longer waited for"
-                logger.warning(told, patience.told)
+                message = "pending checkpoints have not ended%s; they go on, but this wait ends"
+                logger.warning(message, patience.told)
                 return 0.0
             try:
-                if not bell.get(timeout=min(left, _SLICE_SECONDS)):
+                if not events.get(timeout=min(left, _SLICE_SECONDS)):
                     return None
                 pending.pop()  # which of them does not matter
             except Empty:
@@ -82,7 +85,7 @@ def wait_with_progress(
 def give_up(service: CheckpointService) -> None:
     """Close *service* at once and log what is lost; earlier checkpoints stay, temporary files are removed (D2)."""
     urls = ", ".join(repr(request.shown_url) for request in service.pending)
-    tell(f"interrupted: given up: {urls}")
+    tell(f"interrupted: these checkpoints are given up: {urls}")
     service.close(timeout=0)
 
 
@@ -97,8 +100,8 @@ def _of(service: CheckpointService, meter: Meter) -> list[Handle]:
 
 
 @contextmanager
-def _hearing_interrupts(ring: Callable[[], object]) -> Iterator[bool]:
-    """Call *ring* on Ctrl-C if a first one is being handled and further ones are ignored; yield whether that is so.
+def _receiving_interrupts(interrupted: Callable[[], object]) -> Iterator[bool]:
+    """Call *interrupted* on Ctrl-C if Lightning handles a first one and ignores others; yield whether it does.
 
     No exception is raised, as it would replace the first one, which decides how the program ends (E2).
     """
@@ -109,7 +112,7 @@ def _hearing_interrupts(ring: Callable[[], object]) -> Iterator[bool]:
     ):
         yield False
         return
-    signal.signal(signal.SIGINT, lambda *_: ring())
+    signal.signal(signal.SIGINT, lambda *_: interrupted())
     try:
         yield True
     finally:
@@ -119,43 +122,43 @@ def _hearing_interrupts(ring: Callable[[], object]) -> Iterator[bool]:
 class _Display:
     """The progress display of some saves; bytes written before it began count for the bar, but not for the rate."""
 
-    def __init__(self, saves: list[SaveProgress], heard: bool, clock: Callable[[], float]) -> None:
+    def __init__(self, saves: list[SaveProgress], has_interrupts: bool, clock: Callable[[], float]) -> None:
         self._saves = saves
-        self._heard = heard
+        self._has_interrupts = has_interrupts
         self._clock = clock
         self._stream: TextIO | None = sys.stderr
-        self._began = self._told = clock()
+        self._began = self._line_seconds = clock()
         self._before = self._done()
         self._bar: Any = None
-        self._silent = False
+        self._is_off = False
 
     def update(self) -> None:
         """Refresh the display if it is due."""
         now = self._clock()
-        if self._silent or now - self._began < _SHORT_SECONDS:
+        if self._is_off or now - self._began < _SHORT_SECONDS:
             return
         try:
             self._show(now)
-        except Exception:  # the terminal is gone, or standard error closed: no reason to lose a checkpoint
-            self._silent = True
+        except Exception:  # a closed terminal or standard error must not lose a checkpoint
+            self._is_off = True
 
     def _show(self, now: float) -> None:
         if self._bar is None:
             self._bar = self._open_bar(now)
-        if self._silent:
+        if self._is_off:
             return
         if self._bar:
             self._bar.n, self._bar.total = self._done(), self._total()
             self._bar.set_description(self._what())
-        elif self._told == self._began or now - self._told >= _BETWEEN_LINES_SECONDS:
-            self._told = now
+        elif self._line_seconds == self._began or now - self._line_seconds >= _BETWEEN_LINES_SECONDS:
+            self._line_seconds = now
             logger.warning("%s", self._line(now))
 
     def _open_bar(self, now: float) -> Any:
         from async_ckpt.format.reading.progress import is_first_rank, is_watched, open_bar
 
-        self._silent = not is_first_rank()
-        if self._silent or not is_watched(self._stream):
+        self._is_off = not is_first_rank()
+        if self._is_off or not is_watched(self._stream):
             return False
         return open_bar(
             self._what(),
@@ -188,7 +191,7 @@ class _Display:
         return sum(save.end is None for save in self._saves)
 
     def _hint(self) -> str:
-        return "; Ctrl-C gives up" if self._heard else ""
+        return "; Ctrl-C gives up" if self._has_interrupts else ""
 
     def _done(self) -> int:
         return sum(save.written_bytes if save.end is None else save.nbytes for save in self._saves)

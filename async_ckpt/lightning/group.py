@@ -52,12 +52,12 @@ class GroupStore:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._store = ref(store)  # lest rank 0 go on to host it when the group has ended
+        self._store = ref(store)  # weakly, so that rank 0 stops hosting it when the group has ended
         self._answer_seconds = answer_seconds
         self._connection: Any = None
-        self._untold: deque[Callable[[Any], object]] = deque()
-        self._telling = threading.Lock()  # never waited for: only a flag that one thread can win
-        self._teller: threading.Thread | None = None
+        self._to_send: deque[Callable[[Any], object]] = deque()
+        self._is_sending = threading.Lock()  # never waited for: only a flag that one thread can win
+        self._sender: threading.Thread | None = None
 
     def ask(self, operation: Callable[[Any], T]) -> T:
         """Call *operation* with the store, on a thread of its own, and return its result.
@@ -79,37 +79,37 @@ class GroupStore:
         except (Empty, RuntimeError) as none:  # no answer; no thread
             raise UnreachableError("the process group's store does not answer") from none
         if error is not None:
-            raise UnreachableError(f"the process group's store is gone: {error}") from error
+            raise UnreachableError(f"the process group's store does not answer: {error}") from error
         return answer  # type: ignore[no-any-return]
 
     def tell(self, operation: Callable[[Any], object]) -> None:
         """Call *operation* with the store soon, after all earlier ones; never waits."""
-        self._untold.append(operation)
-        if self._telling.acquire(blocking=False):
+        self._to_send.append(operation)
+        if self._is_sending.acquire(blocking=False):
             try:
-                self._teller = _start(self._tell_all)
+                self._sender = _start(self._send_all)
             except BaseException:
-                self._telling.release()
+                self._is_sending.release()
                 raise
 
     def finish(self) -> None:
         """Wait, a bounded time, until everything passed to ``tell`` so far has been sent."""
-        teller = self._teller
+        teller = self._sender
         if teller is not None:
             teller.join(self._answer_seconds)
 
-    def _tell_all(self) -> None:
+    def _send_all(self) -> None:
         while True:
             with suppress(IndexError):
                 while True:
-                    operation = self._untold.popleft()
+                    operation = self._to_send.popleft()
                     try:
                         operation(self._connected())
                     except Exception as error:
-                        logger.debug("the other ranks were not told: %s", error)
-            self._telling.release()
-            # Whatever was added before is ours to send.
-            if not self._untold or not self._telling.acquire(blocking=False):
+                        logger.debug("a message to the other ranks was not sent: %s", error)
+            self._is_sending.release()
+            # An operation that was added before the release relies on this thread.
+            if not self._to_send or not self._is_sending.acquire(blocking=False):
                 return
 
     def _connected(self) -> Any:

@@ -27,7 +27,7 @@ from async_ckpt.lightning.group import GroupStore, UnreachableError, store_of_gr
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.patience import Limit, Patience
 
-__all__ = ["Announcement", "GroupPending", "pending_of_group"]
+__all__ = ["Announcement", "GroupPending", "pending_of_group", "wait_for_other_ranks"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class Announcement:
         name, numbers = self._name, self._numbers
 
         def operation(store: Any) -> None:
-            if failure is not None and numbers is not None:  # first, as who sees the end looks for it
+            if (
+                failure is not None and numbers is not None
+            ):  # first: a rank that sees the end looks for the failure
                 of_all, of_location = numbers
                 store.set(f"async_ckpt/failed/{name}/{of_location}", json.dumps([of_all, failure]))
             for each in (name, _ALL):
@@ -86,8 +88,8 @@ class GroupPending:
         self.store = store
         self._fits = 0
         self._own: Counter[str] = Counter()
-        self._told = 0  # this rank knows of all failures among so many requests
-        self._told_single: set[int] = set()
+        self._raised = 0  # all failures among this many requests were raised on this rank
+        self._raised_single: set[int] = set()
         self._beat_at_seconds = 0.0
         self._is_cut_off = False
 
@@ -109,14 +111,17 @@ class GroupPending:
             )
 
         numbers = None
-        if not self._is_cut_off:  # else each request would wait again
+        if not self._is_cut_off:  # otherwise each request would wait again
             try:
                 numbers = self.store.ask(operation)
                 self._own[name] += 1
                 self._own[_ALL] += 1
             except UnreachableError as error:
                 self._is_cut_off = True
-                logger.warning("other ranks do not learn which checkpoints are pending: %s", error)
+                logger.warning(
+                    "the other ranks cannot be told which checkpoints are pending, and will not wait for them: %s",
+                    error,
+                )
         return Announcement(self.store, name, numbers)
 
     def beat(self) -> None:
@@ -146,9 +151,9 @@ class GroupPending:
         if number is None or found is None:
             return
         of_all, failure = json.loads(found)
-        if of_all > self._told and of_all not in self._told_single:
-            self._told_single.add(of_all)
-            raise RankError(f"the rank that was to write {url!r} failed: {failure}")
+        if of_all > self._raised and of_all not in self._raised_single:
+            self._raised_single.add(of_all)
+            raise RankError(f"the rank that writes {url!r} failed: {failure}")
 
     def wait_for_all(self, *, limit: Limit) -> None:
         """Wait until everything that other ranks have accepted so far has ended, successfully or not.
@@ -159,12 +164,14 @@ class GroupPending:
         """
         self._wait(_ALL, "checkpoints", limit)
 
-    def count_as_told(self) -> None:
+    def count_as_raised(self) -> None:
         """Consider all failures so far as raised on this rank."""
-        self._told = self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) or self._told
+        self._raised = (
+            self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) or self._raised
+        )
 
     def _wait(self, name: str, what: str, limit: Limit) -> int | None:
-        """Return the number of requests; ``None`` if they were all our own."""
+        """Return the number of requests; ``None`` if all of them are this rank's own."""
 
         def look(store: Any) -> tuple[int, int]:
             return store.add(f"async_ckpt/accepted/{name}", 0), store.add(f"async_ckpt/ended/{name}", 0)
@@ -195,7 +202,7 @@ class GroupPending:
             try:
                 found, moves = self.store.ask(lambda store: (look(store), _moves(store)))
             except UnreachableError as error:
-                raise RankError(f"another rank, which has {what}, has ended: {error}") from error
+                raise RankError(f"another rank, which has {what}, does not answer: {error}") from error
             if found is not None:
                 return found
             if moves != moved:
@@ -211,7 +218,7 @@ class GroupPending:
         return self.ask_quietly(lambda store: store.add(f"async_ckpt/accepted/{_ALL}", 0)) is not None
 
     def _pauses(self) -> Iterator[float]:
-        """Yield pauses: short ones at first, for what ends soon; longer ones if many ranks poll one host."""
+        """Yield growing pauses; the longest is longer if many ranks poll one host."""
         longest = max(_LONGEST_PAUSE_SECONDS, self.store.world_size / 1000)
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
@@ -223,7 +230,7 @@ class GroupPending:
         try:
             return self.store.ask(operation)
         except UnreachableError as error:
-            logger.info("the pending checkpoints of other ranks are not known: %s", error)
+            logger.info("cannot find out which checkpoints of other ranks are pending: %s", error)
             return None
 
 
@@ -247,8 +254,25 @@ def pending_of_group() -> GroupPending | None:
         pending = GroupPending(GroupStore(store, rank=rank, world_size=world_size))
         known = _known.setdefault(store, (process_id(), pending))
     process, pending = known
-    # A forked child, such as a data loader's, is no rank: two processes must not share a connection.
+    # A forked child, such as a data loader's, is not a rank: two processes must not share a connection.
     return pending if process == process_id() else None
+
+
+def wait_for_other_ranks(limit: Limit, in_flight: BaseException | None = None) -> None:
+    """Wait for other ranks' pending requests; an error that is *in_flight* is not replaced (E2).
+
+    It waits even if an error is in flight, because a launcher may kill the rank that writes when this process fails.
+    """
+    group = pending_of_group()
+    if group is None:
+        return
+    group.store.finish()
+    try:
+        group.wait_for_all(limit=limit)
+    except (RankError, FlushTimeoutError) as error:
+        if in_flight is None:
+            raise
+        logger.error("%s", error)
 
 
 @atexit.register

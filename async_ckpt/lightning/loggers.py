@@ -1,7 +1,8 @@
-"""Finds out which loggers use the checkpoints that they are notified of.
+"""Finds out which loggers may read the checkpoints that they are notified of.
 
-Guarantees: in doubt a logger counts as one that does, so none is notified too early. What does not belong here:
-notifying them (notifications).
+Guarantees: in doubt, a logger counts as one that may, so none is notified too early.
+
+What does not belong here: notifying them (notifications).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _OF_NOTHING = frozenset({"LOAD_CONST", "NOP", "RESUME", "RETURN_CONST", "RETURN_
 def uses_checkpoints(logger: Any) -> bool:
     """Return whether ``logger.after_save_checkpoint`` may read a file, now or later.
 
-    The method of most loggers does nothing, TensorBoard's and the CSV logger's among them; the loggers of Lightning's
-    that upload files do nothing with ``log_model=False``, their default.
+    The method of most loggers does nothing, such as TensorBoard's and the CSV logger's. Lightning's loggers that upload
+    files do nothing with ``log_model=False``, their default.
     """
     method = logger.after_save_checkpoint
     function = inspect.unwrap(getattr(method, "__func__", method))

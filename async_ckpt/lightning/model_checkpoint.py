@@ -1,4 +1,4 @@
-"""What ``ModelCheckpoint`` sees and does while saves are pending.
+"""Shows ``ModelCheckpoint`` the files as they will be once pending saves have ended.
 
 Guarantees: a pending save counts as a file, and a file whose removal is pending does not, so version counters in file
 names are those of synchronous checkpoints; ``last.ckpt`` of ``save_last="link"`` leads to a whole checkpoint at any
@@ -41,12 +41,12 @@ def show_pending_files(
         OptionError: no checkpoint can be saved to its directory; otherwise its first save would fail, an epoch later.
     """
     file_system = getattr(checkpoint, "_fs", None)
-    if isinstance(file_system, AbstractFileSystem):  # else it is something else's short name
+    if isinstance(file_system, AbstractFileSystem):  # another attribute of that name otherwise
         _check_directory(checkpoint, plugin)
         overrides.replace(checkpoint, "_fs", PendingFileSystem(file_system, plugin, removals))
     if getattr(checkpoint, "save_last", None) == "link" and hasattr(checkpoint, "_link_checkpoint"):
         if not is_deferred and replaces(checkpoint, "_link_checkpoint"):
-            return  # it may copy, or upload, and the file is there
+            return  # its own method may read the file, which is durable by now
         removals.wait_for_links = True
         make_link = plugin.link if is_deferred else partial(plugin.link, waits=True)
         link = partial(_link, make_link, removals, checkpoint._link_checkpoint)
@@ -69,13 +69,13 @@ def _link(
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
             removals.before_replacing(linkpath, partial(make_link, linkpath, filepath))
         trainer.strategy.barrier()
-    else:  # another rank, or a directory, which a strategy has written past the plugin
+    else:  # another rank, or a directory, which a strategy has written by itself
         link_now(trainer, filepath, linkpath)
     removals.release()
 
 
 class PendingFileSystem:
-    """A file system as it will be once all pending requests have ended; passes for the one that it wraps."""
+    """A file system as it will be once all pending requests have ended; it behaves like the one that it wraps."""
 
     def __init__(self, file_system: Any, plugin: AsyncCheckpointIO, removals: Removals) -> None:
         self._file_system = file_system
@@ -87,7 +87,7 @@ class PendingFileSystem:
         try:
             self._removals.release_path(path)
             expected = self._plugin.will_exist(path, leaves=self._removals.holds)
-        except (OptionError, UnknownProtocolError, MissingDependencyError):  # what can be no checkpoint
+        except (OptionError, UnknownProtocolError, MissingDependencyError):  # not the path of a checkpoint
             expected = None
         return bool(self._file_system.exists(path, **options)) if expected is None else expected
 
@@ -107,8 +107,8 @@ class PendingFileSystem:
 
     def __reduce__(self) -> Any:
         """A copy is the wrapped file system alone: it may be used after the training."""
-        return _itself, (self._file_system,)
+        return _unwrapped, (self._file_system,)
 
 
-def _itself(file_system: Any) -> Any:
+def _unwrapped(file_system: Any) -> Any:
     return file_system

@@ -34,7 +34,7 @@ class _Call:
     """A call to a logger that is held back until its saves have ended."""
 
     saves: list[SaveProgress]
-    tell: Callable[[Any], Any]
+    notify: Callable[[Any], Any]
     view: Any
     attributes: dict[str, Any] | None
     step: int
@@ -73,25 +73,29 @@ class Notifications:
         self._held: list[_Call] = []
         self._views: dict[int, tuple[Any, Any]] = {}
 
-    def hold_back(self, trainer: Any, tell: Callable[[Any], Any], checkpoint_callback: Any) -> None:
-        """Call *tell*, a logger's ``after_save_checkpoint``, when the save that was just made is durable."""
-        view, attributes = self._as_it_is(trainer, checkpoint_callback)
+    def hold_back(self, trainer: Any, notify: Callable[[Any], Any], checkpoint_callback: Any) -> None:
+        """Call *notify*, a logger's ``after_save_checkpoint``, when the save that was just made is durable."""
+        view, attributes = self._snapshot_of(trainer, checkpoint_callback)
         saves = self._just_saved(checkpoint_callback)
         call = _Call(
-            saves=saves, tell=tell, view=view, attributes=attributes, step=getattr(trainer, "global_step", 0)
+            saves=saves,
+            notify=notify,
+            view=view,
+            attributes=attributes,
+            step=getattr(trainer, "global_step", 0),
         )
         self._held.append(call)
-        if not _pending(call):  # as of a save that was waited for, or that it was not the plugin that made
-            self._tell_loggers()
+        if not _pending(call):  # it was waited for, or the plugin has not made it
+            self._notify_loggers()
 
-    def awaits(self, path: str) -> bool:
+    def is_awaited(self, path: str) -> bool:
         """Return whether a logger or a hook has yet to be notified of *path*."""
         shown = redacted_url(path)
         if any(save.url == shown for call in self._held for save in call.saves):
             return True
-        return self._has_hooks and any(save.url == shown for each in self._untold() for save in each)
+        return self._has_hooks and any(save.url == shown for each in self._unnotified() for save in each)
 
-    def untold_of(self, path: str, step: int) -> set[str]:
+    def unnotified_of(self, path: str, step: int) -> set[str]:
         """Return the saves that loggers are yet to be notified of and for which they will read the file at *path*.
 
         Args:
@@ -102,11 +106,11 @@ class Notifications:
         calls = [call for call in self._held if call.step != step and shown in call.files]
         return {save.url for call in calls for save in call.saves}
 
-    def tell_loggers(self) -> None:
+    def notify_loggers(self) -> None:
         """Notify loggers, but no hooks, of all saves that have ended."""
-        self._tell_loggers()
+        self._notify_loggers()
 
-    def tell(self, trainer: Any) -> None:
+    def notify(self, trainer: Any) -> None:
         """Notify of all saves that have become durable since the last call."""
         self._ended.extend(self._meter.take_ended())
         while self._ended:
@@ -114,18 +118,18 @@ class Notifications:
             if save.end is Durable:
                 if self._log_metrics:
                     log_figures(trainer, figures(save, len(self._meter.pending)))
-                self._tell_loggers()
+                self._notify_loggers()
                 path = self._address_of(save.url)
                 for hook in hooks_of(trainer):
                     hook(trainer, path)
         if self._held:
-            self._tell_loggers()
+            self._notify_loggers()
 
     def report_or_log(self, trainer: Any) -> None:
-        """Like ``tell``, for callers that are already handling an error, which must not be replaced (E2)."""
+        """Like ``notify``, for callers that are already handling an error, which must not be replaced (E2)."""
         while True:
             try:
-                return self.tell(trainer)
+                return self.notify(trainer)
             except Exception:
                 logger.exception("a logger or a hook failed when it was notified of a durable checkpoint")
 
@@ -134,39 +138,41 @@ class Notifications:
         self._log_metrics = False
         self._held.clear()
 
-    def _tell_loggers(self) -> None:
+    def _notify_loggers(self) -> None:
         for call in tuple(self._held):
-            if _pending(call) or call not in self._held:  # a signal handler may have told it
+            if _pending(call) or call not in self._held:  # a signal handler may have made the call
                 continue
             self._held.remove(call)
             if all(save.end is Durable for save in call.saves):
                 if call.attributes is not None:
                     vars(call.view).clear()
                     vars(call.view).update(call.attributes)
-                call.tell(call.view)
+                call.notify(call.view)
 
     def _just_saved(self, checkpoint_callback: Any) -> list[SaveProgress]:
         """Return the save that a callback has just made, or all candidates."""
         path = redacted_url(os.fspath(getattr(checkpoint_callback, "_last_checkpoint_saved", "")))
-        ended, pending = self._untold()
+        ended, pending = self._unnotified()
         for save in reversed([*ended, *pending]):
             if path and save.url == path:
                 return [save]
         return pending
 
-    def _untold(self) -> tuple[list[SaveProgress], list[SaveProgress]]:
+    def _unnotified(self) -> tuple[list[SaveProgress], list[SaveProgress]]:
         """Return the saves that are yet to be notified, ended and pending ones."""
-        # First: a save that ends meanwhile is then in both lists; otherwise it would be in neither.
+        # First, so that a save that ends meanwhile is in both lists rather than in neither.
         pending = self._meter.pending
         self._ended.extend(self._meter.take_ended())
         return [*self._ended], pending
 
-    def _as_it_is(self, trainer: Any, checkpoint_callback: Any) -> tuple[Any, dict[str, Any] | None]:
-        """Return a stand-in for a ``ModelCheckpoint``, to be shown to loggers, and its attributes at this moment."""
+    def _snapshot_of(self, trainer: Any, checkpoint_callback: Any) -> tuple[Any, dict[str, Any] | None]:
+        """Return a stand-in for a ``ModelCheckpoint``, which loggers are given, and its attributes at this moment."""
         for callback in trainer.callbacks:
             # A logger may hold a weak reference, which equals its referent.
             if callback == checkpoint_callback and hasattr(callback, "best_k_models"):
-                if id(callback) not in self._views:  # one for all saves: loggers know them by identity
+                if (
+                    id(callback) not in self._views
+                ):  # the same one for all saves, because loggers compare identities
                     self._views[id(callback)] = callback, object.__new__(type(callback))
                 attributes = {
                     name: dict(value) if isinstance(value, dict) else value

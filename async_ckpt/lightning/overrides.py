@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["Overrides", "Replacement"]
 
-_NOTHING = object()
+_ABSENT = object()
 
 
 class Overrides:
@@ -25,7 +25,7 @@ class Overrides:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Override an attribute of *owner* until ``restore``."""
-        before = vars(owner).get(name, _NOTHING)
+        before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
         self._undo.callback(_put_back, owner, name, value, before)
 
@@ -36,21 +36,21 @@ class Overrides:
 
 def _put_back(owner: Any, name: str, value: Any, before: Any) -> None:
     if vars(owner).get(name) is not value:
-        return  # as when ModelCheckpoint is set up again
-    if before is _NOTHING:
+        return  # replaced since, as when ModelCheckpoint is set up again
+    if before is _ABSENT:
         delattr(owner, name)
     else:
         setattr(owner, name, before)
 
 
 class Replacement:
-    """Takes the place of a method of *owner*; a copy of that has the method itself.
+    """Replaces a method of *owner*; a copy of *owner* has the original method.
 
     Args:
-        owner: whose it is.
-        name: of the method.
-        method: what is called in its place.
-        by: who has replaced it.
+        owner: the object.
+        name: the name of the method.
+        method: called instead.
+        by: the plugin that has replaced it.
     """
 
     def __init__(self, owner: Any, name: str, method: Callable[..., Any], *, by: Any = None) -> None:
@@ -60,7 +60,7 @@ class Replacement:
         self.by = by
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what is in its place."""
+        """Call the replacement."""
         return self._method(*args, **kwargs)
 
     def __reduce__(self) -> Any:

@@ -1,4 +1,4 @@
-"""Which files will exist once a plugin's pending requests have ended.
+"""Predicts which files will exist once a plugin's pending requests have ended.
 
 Guarantees: a request counts from its call until it has ended, successfully or not; links, pending or on disk, are
 followed as ``os.path.exists`` follows them.
@@ -18,8 +18,8 @@ from async_ckpt.stores.base import Location
 
 __all__ = ["PendingFiles"]
 
-_FEW = 64  # nobody looks for what has ended before there are more, and more than before
-_MOST_LINKS = 40  # that lead one to another; as the kernel has it
+_FEW = 64  # up to this many, ended requests are not searched for
+_MOST_LINKS = 40  # in a chain; the kernel's own limit
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class PendingFiles:
         self, location: Location, handle: Handle, *, exists: bool, target: Location | None = None
     ) -> None:
         """Add a request; it replaces earlier ones for its *location*."""
-        # A signal handler may run in between, and do the same. Not at every call: there may be thousands.
+        # Not at every call, as there may be thousands. A signal handler may come in between and do the same.
         if len(self._by_key) >= self._most:
             for key, earlier in list(self._by_key.items()):
                 if earlier.has_ended:

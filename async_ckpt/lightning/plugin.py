@@ -30,7 +30,7 @@ from async_ckpt.lightning.checked_base import CheckedBase, refuse_unknown_locati
 from async_ckpt.lightning.first_save import notify_companion
 from async_ckpt.lightning.registration import default_weights_only, register
 from async_ckpt.lightning.session import Session
-from async_ckpt.lightning.shared_failures import Told
+from async_ckpt.lightning.shared_failures import KnownFailures
 from async_ckpt.options import DirectSaves, check_direct_saves
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import Given, is_local, locate
@@ -193,7 +193,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._session.remove(location, delegating_writer(location, delete=delete))
 
     def save_sharded(
-        self, state: Mapping[str, Any], path: Given, *, extras: Mapping[str, Any], told: Told | None
+        self, state: Mapping[str, Any], path: Given, *, extras: Mapping[str, Any], known: KnownFailures | None
     ) -> None:
         """Write this rank's part of a state to a directory, together with all other ranks.
 
@@ -201,30 +201,30 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
             state: as for ``CheckpointService.save_sharded``.
             path: the same on every rank; a file or a link that is there is deleted.
             extras: values that get files of their own in the directory, by name; on the first rank only.
-            told: the `known_failures` of the first rank before this save.
+            known: the `known_failures` of the first rank before this save.
 
         Raises:
-            Exception: an *earlier* save failed, on every rank. If this one is not asynchronous, it may have failed
-                itself, on every rank, too. What fails here alone is raised by all ranks at a later call.
+            Exception: an *earlier* save failed; all ranks raise it. If this save is synchronous, it may have failed
+                itself; all ranks raise that, too. A failure of this rank alone is raised by all ranks at a later call.
         """
-        text = read_address(path).text  # what it refuses, it refuses on every rank
+        text = read_address(path).text  # if it refuses the path, it does so on every rank
         locate = partial(self.locate_directory, path)
-        self._session.save_sharded(state, text, locate, extras, told=told)
+        self._session.save_sharded(state, text, locate, extras, known=known)
 
-    def save_once(self, state: Any, path: Given, *, is_first: bool, told: Told | None) -> None:
+    def save_once(self, state: Any, path: Given, *, is_first: bool, known: KnownFailures | None) -> None:
         """Write a file on the first rank, with the failures and waits of `save_sharded`; called by every rank.
 
         Args:
-            state: of all ranks; ignored on any but the first.
+            state: the state of all ranks; only the first rank's is used.
             path: the same on every rank.
             is_first: whether this is the first rank.
-            told: as for `save_sharded`.
+            known: as for `save_sharded`.
         """
-        text = read_address(path).text  # what it refuses, it refuses on every rank
-        self._session.save_once(state, text, partial(self._locate, path), is_first=is_first, told=told)
+        text = read_address(path).text  # if it refuses the path, it does so on every rank
+        self._session.save_once(state, text, partial(self._locate, path), is_first=is_first, known=known)
 
     @property
-    def known_failures(self) -> Told | None:
+    def known_failures(self) -> KnownFailures | None:
         """The failures that the next save would raise."""
         return self._session.known_failures()
 
@@ -304,7 +304,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         self._session.is_direct = is_direct
 
     def accompany(self) -> None:
-        """Make saves synchronous from now on, except during a fit, for which the companion callback cares."""
+        """Make saves synchronous from now on, except during a fit, which the companion callback coordinates."""
         if not self._is_accompanied:
             self._is_accompanied = True
             self.synchronous = True
@@ -375,7 +375,7 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         location = self._locate(path)
         # As after a synchronous save, the directory exists: code may put something beside the checkpoint.
         if is_local(location) and not location.foreign_link and not location.in_directory:
-            with suppress(OSError):  # the save itself says it better
+            with suppress(OSError):  # the save itself reports it better
                 os.makedirs(os.path.dirname(location.path), exist_ok=True)
         self._session.save(checkpoint, location, None)
 
@@ -385,14 +385,14 @@ class AsyncCheckpointIO(CheckpointIO):  # type: ignore[misc]  # see above
         with self._session.loading(location) as service:
             try:
                 return service.load(path, map_location=map_location, **options)
-            except FileNotFoundError as error:  # in Lightning's words
+            except FileNotFoundError as error:  # with the words of Lightning's own error
                 raise FileNotFoundError(f"Checkpoint file not found: {location.url}") from error
 
     def _remove(self, path: Given) -> None:
         self._session.remove(self._locate(path), None, is_sharded=self.is_sharded)
 
     def locate_directory(self, path: Given) -> Location:
-        """Return the location of a sharded checkpoint at *path*; no base has a say in it."""
+        """Return the location of a sharded checkpoint at *path*; a base is not asked."""
         return locate(path, storage_options=self._options.get("storage_options"), follow=False)
 
     def _locate(self, path: Given) -> Location:

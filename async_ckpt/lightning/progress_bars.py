@@ -1,7 +1,7 @@
 """Shows pending saves in the training's progress bar: ``ckpt: 2 (63%)``.
 
-Guarantees: nothing is shown while nothing is pending, nor after an epoch's last batch, as that bar may stay on screen;
-logged metrics do not change.
+Guarantees: nothing is shown while nothing is pending, nor after an epoch's last batch, because that bar may stay on
+screen; logged metrics do not change.
 
 What does not belong here: the bar that a flush shows (flushing).
 """

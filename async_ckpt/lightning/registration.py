@@ -2,8 +2,9 @@
 
 ``pytorch_lightning`` and ``lightning.pytorch`` are two copies of the same code with two sets of classes. A virtual
 subclass of ``CheckpointIO`` is accepted by both. ``Callback`` supports no virtual subclasses, so ours gets the
-``Callback`` of each copy as a base. This package imports neither distribution by itself. What does not belong here:
-anything that the classes do.
+``Callback`` of each copy as a base. This package imports neither distribution by itself.
+
+What does not belong here: what the classes do.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def register_if_imported(plugin: type) -> None:
 
 
 def inherit_if_imported(callback: Any) -> None:
-    """Make ``Callback`` a base of *callback*, likewise."""
+    """Make the imported ``Callback`` classes bases of *callback*, likewise."""
     for base in _imported(_CALLBACKS):
         _inherit(callback, base)
 
@@ -73,7 +74,7 @@ def register(plugin: type) -> None:
 
 
 def inherit_callback(callback: Any) -> None:
-    """Make ``Callback`` a base of *callback*, likewise.
+    """Make ``Callback`` a base of *callback*, with the same choice of modules as `register`.
 
     Raises:
         ImportError: no Lightning with a Trainer is installed.

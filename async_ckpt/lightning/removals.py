@@ -1,4 +1,4 @@
-"""Holds back removals of files that are still to be notified of, or that a link still leads to.
+"""Holds back removals of files that a logger may still read, or that a link still leads to.
 
 ``ModelCheckpoint`` removes the previous checkpoint before it links to the new one, and it notifies its loggers of each
 file before the file is removed or replaced.
@@ -65,12 +65,12 @@ class Removals:
                     if first is None:
                         first = error
                     else:  # only one can be raised (E1)
-                        logger.exception("while %r was to be removed", redacted_url(str(path)))
+                        logger.exception("the removal of %r could not be requested", redacted_url(str(path)))
         if first is not None:
             try:
                 raise first
             finally:
-                del first  # else it would keep its own frames
+                del first  # otherwise it would keep its own frames alive
 
     def holds(self, key: str) -> bool:
         """Return whether the removal of the location with *key* is held back."""
@@ -96,7 +96,7 @@ class Removals:
     def _leads_nowhere(self, path: Any) -> bool:
         """Return whether *path* is a link to a file that is removed, or will be; Lightning leaves such links."""
         foreseen = self._plugin.will_exist(path, leaves=self.holds)
-        if foreseen is not None or not isinstance(path, str):  # a UPath that is not local
+        if foreseen is not None or not isinstance(path, str):  # such as a remote UPath
             return foreseen is False
         return os.path.islink(path) and not os.path.exists(path)
 
@@ -112,7 +112,7 @@ class Removals:
             try:
                 raise failure
             finally:
-                del failure  # else it would keep its own frames
+                del failure  # otherwise it would keep its own frames alive
 
     def _remove_and_save(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         paths = [each for each in (*args, *kwargs.values()) if is_given(each)]

@@ -8,9 +8,7 @@ What does not belong here: the interface of a CheckpointIO, and calling a base (
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,63 +16,31 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from async_ckpt.engine.writers import Writer
-from async_ckpt.errors import FlushTimeoutError, NotDurableError, RankError
-from async_ckpt.events import Event, Observer, PartWritten
+from async_ckpt.errors import NotDurableError
+from async_ckpt.events import Observer
 from async_ckpt.handle import Handle
-from async_ckpt.lightning.dircache import forget_changed
+from async_ckpt.lightning.event_relay import EventRelay
 from async_ckpt.lightning.flushing import give_up, wait_with_progress
-from async_ckpt.lightning.group_pending import pending_of_group
+from async_ckpt.lightning.group_pending import pending_of_group, wait_for_other_ranks
 from async_ckpt.lightning.pending_files import PendingFiles
-from async_ckpt.lightning.shared_failures import SharedFailures, Told, failed_here, failed_on_this_rank
+from async_ckpt.lightning.read_back import is_for_requeue, is_of_spawned_process, is_read_back
+from async_ckpt.lightning.shared_failures import (
+    KnownFailures,
+    SharedFailures,
+    failed_here,
+    failed_on_this_rank,
+)
 from async_ckpt.options import ServiceOptions
 from async_ckpt.service import CheckpointService
 from async_ckpt.stores import is_local, locate_local
 from async_ckpt.stores.base import MARKER, Location
 from async_ckpt.system.processes import process_id
 from async_ckpt.telemetry.meter import Meter
-from async_ckpt.telemetry.patience import Limit
 
 __all__ = ["Session"]
 
-logger = logging.getLogger(__name__)
-
-# Files that Lightning reads back without the plugin that wrote them: in a requeued job; in the process that spawned the
-# training; on all ranks, when a tuner is done; in Fabric's XLAFSDPStrategy, which merges many files into one.
-_REQUEUE = re.compile(r"(.*[/\\])?hpc_ckpt_\d+\.ckpt")
-_SPAWN_RESULT = re.compile(r"(.*[/\\])?\.temp\.ckpt")
-_READ_BACK = re.compile(
-    r"(.*[/\\])?"
-    r"(\.temp\.ckpt|\.(lr_find|scale_batch_size)_[^/\\]*\.ckpt|checkpoint_rank-\d+-of-\d+\.pth)"
-)
-
 MakeWriter: TypeAlias = Callable[[CheckpointService], Writer]
 """Makes the writer of one request; ``None`` stands for our own writer."""
-
-
-class _EventRelay:
-    """Passes events to a session's observers; refers to neither the session nor the service, so as not to keep them."""
-
-    def __init__(self, observer: Observer | None) -> None:
-        self.observers: list[Observer] = []
-        self._own = observer
-        self.reset()
-
-    def reset(self) -> None:
-        self.meter = Meter()
-        self.addresses: dict[str, str] = {}  # by what is shown of them, where that is not all
-
-    def address_of(self, url: str) -> str:
-        return self.addresses.get(url, url)
-
-    def __call__(self, event: Event) -> None:
-        # ModelCheckpoint lists files through fsspec, which caches listings.
-        forget_changed(event, self.address_of(event.url))
-        self.meter(event)
-        if isinstance(event, PartWritten) and (group := pending_of_group()) is not None:
-            group.beat()
-        for observer in (*self.observers, self._own):
-            if observer is not None:
-                observer(event)
 
 
 class Session:
@@ -94,9 +60,11 @@ class Session:
         self.synchronous = False
         self.is_direct: Callable[[], bool] = _never
         self._options = options
-        ServiceOptions(observer=options.get("observer"))  # refuse it here: the service sees only ours
-        self._relay = _EventRelay(options.get("observer"))
-        self._service = self._new_service()  # here, as a signal handler may come where one is made on demand
+        ServiceOptions(observer=options.get("observer"))  # validate it here: the service is given ours
+        self._relay = EventRelay(options.get("observer"))
+        self._service = (
+            self._new_service()
+        )  # here, because a signal handler may come while one is made on demand
         self.has_ended = True
         self._reset()
 
@@ -149,7 +117,7 @@ class Session:
 
     def save(self, checkpoint: Any, location: Location, make_writer: MakeWriter | None) -> None:
         """Save *checkpoint*; wait for it if no later call would."""
-        requeue = _REQUEUE.fullmatch(location.url) is not None
+        requeue = is_for_requeue(location.url)
         frees = requeue or self._is_synchronous(location.url)
         waits = frees or self.is_direct()
         with self._freeing_after(frees=frees):  # first: a signal handler may come from here on
@@ -173,25 +141,25 @@ class Session:
         locate: Callable[[], Location],
         extras: Mapping[str, Any],
         *,
-        told: Told | None,
+        known: KnownFailures | None,
     ) -> None:
         """Write this rank's part of *state*; wait for the verdict if no later call would.
 
-        What fails on this rank alone fails the save on all of them, and is raised as such: the others are on their way
-        into a collective operation that waits for this one.
+        A failure on this rank alone fails the save on all ranks, and is raised at a later call: the others are about to
+        wait for this rank in a collective operation.
 
         Args:
             state: this rank's part.
-            path: of the directory.
+            path: the path of the directory.
             locate: returns its location.
-            extras: see ``CheckpointService.submit_sharded``; the first rank has some.
-            told: the `known_failures` of the first rank before this save; ``None`` for none.
+            extras: see ``CheckpointService.submit_sharded``; only the first rank has any.
+            known: the `known_failures` of the first rank before this save; ``None`` if there are none.
         """
 
         def submit(service: CheckpointService) -> Handle:
             try:
                 location = locate()
-            except Exception as error:  # a package that is missing here, perhaps
+            except Exception as error:  # perhaps a package is missing on this rank
                 service.refuse_sharded(error)
                 return self._failed_save(service, path, error)
             self._remember_address(location)
@@ -203,14 +171,14 @@ class Session:
                 self._make_way(service, location)
             try:
                 handle, _ = service.submit_sharded(state, location, extras=extras, tell=False)
-            except Exception as error:  # of which the other ranks were told
+            except Exception as error:  # the other ranks have been told
                 return self._failed_save(service, location, error)
             # Not announced to other ranks: each has a request of its own, with the same outcome.
             self._pending_files.add(location, handle, exists=True)
             self.shared_failures.add(handle)
             return handle
 
-        self._save_together(path, submit, told=told)
+        self._save_together(path, submit, known=known)
 
     def _failed_save(self, service: CheckpointService, place: Location | str, error: Exception) -> Handle:
         handle = failed_on_this_rank(service, place, error)
@@ -218,16 +186,22 @@ class Session:
         return handle
 
     def save_once(
-        self, state: Any, path: str, locate: Callable[[], Location], *, is_first: bool, told: Told | None
+        self,
+        state: Any,
+        path: str,
+        locate: Callable[[], Location],
+        *,
+        is_first: bool,
+        known: KnownFailures | None,
     ) -> None:
         """Write *state* to a file, on the first rank; every rank calls this.
 
         Args:
-            state: of all ranks; ignored on any but the first.
-            path: of the file.
+            state: the state of all ranks; only the first rank's is used.
+            path: the path of the file.
             locate: returns its location; called on the first rank only.
             is_first: whether this is the first rank.
-            told: as for `save_sharded`.
+            known: as for `save_sharded`.
         """
 
         def submit(service: CheckpointService) -> Handle:
@@ -236,7 +210,9 @@ class Session:
             except Exception as error:
                 return failed_here(service, path, error)
             self._remember_address(location)
-            if is_local(location) and os.path.isfile(location.below(MARKER).path):  # Fabric deletes such, too
+            if is_local(location) and os.path.isfile(
+                location.below(MARKER).path
+            ):  # a sharded checkpoint; Fabric deletes it, too
                 self._make_way(service, location)
             accept = partial(service.submit, state, location, tell=False)
             try:
@@ -244,13 +220,13 @@ class Session:
             except Exception as error:
                 return failed_here(service, location, error)
 
-        self._save_together(path, submit if is_first else None, told=told)
+        self._save_together(path, submit if is_first else None, known=known)
 
     def _save_together(
-        self, path: str, submit: Callable[[CheckpointService], Handle] | None, *, told: Told | None
+        self, path: str, submit: Callable[[CheckpointService], Handle] | None, *, known: KnownFailures | None
     ) -> None:
-        """Make a save that every rank makes, and raise on all of them what the first one *told*."""
-        requeue = _REQUEUE.fullmatch(path) is not None
+        """Make a save of every rank, and raise the *known* failures of the first rank on all of them."""
+        requeue = is_for_requeue(path)
         frees = requeue or self._is_synchronous(path)
         waits = frees or self.is_direct()
         with self._freeing_after(frees=frees):
@@ -258,24 +234,26 @@ class Session:
             self._is_late = False
             handle = None if submit is None else submit(service)
             given_up = waits and handle is not None and not self._wait_for_one(service, handle)
-            if not given_up and not requeue and told:
-                for earlier in self.shared_failures.up_to(told):
+            if not given_up and not requeue and known:
+                for earlier in self.shared_failures.handles_up_to(known):
                     self._wait(service, earlier)
                 service.failures.raise_unless_in_flight(but=handle)
                 if service.options.on_error == "raise":
-                    self.shared_failures.raise_others(told)
+                    self.shared_failures.raise_others(known)
 
-    def known_failures(self) -> Told | None:
-        """Return which failures this rank, the first one, will raise at its next save."""
-        untold = self.service.failures.untold()
-        return self.shared_failures.known("; ".join(f"{type(each).__name__}: {each}" for each in untold))
+    def known_failures(self) -> KnownFailures | None:
+        """Return the failures that this rank, the first one, will raise at its next save."""
+        unreported = self.service.failures.unreported()
+        return self.shared_failures.unreported(
+            "; ".join(f"{type(each).__name__}: {each}" for each in unreported)
+        )
 
     def _make_way(self, service: CheckpointService, location: Location) -> None:
-        """Delete what is in the place of a save, on the first rank, before that."""
-        if not service.failures:  # else it would be dropped (D3)
+        """Delete what is at the location of a save; called on the first rank, before the save."""
+        if not service.failures:  # otherwise the removal would be dropped (D3)
             try:
                 service.submit_removal(location)
-            except Exception as error:  # an earlier failure, known by now to this rank alone
+            except Exception as error:  # an earlier failure, which other ranks may not know yet
                 failed_here(service, location, error)
 
     def remove(self, location: Location, make_writer: MakeWriter | None, *, is_sharded: bool = False) -> None:
@@ -303,7 +281,7 @@ class Session:
 
     def link(self, location: Location, target: Location, *, waits: bool) -> None:
         """Make *location* a link to *target* once *target* is durable; wait for the link if *waits*."""
-        if location.key != target.key:  # else it is that file already, by another spelling
+        if location.key != target.key:  # otherwise both are the same file
             service = self.service
             submit = partial(service.submit_link, location, target)
             handle = self._request(location, submit, exists=True, target=target)
@@ -313,7 +291,7 @@ class Session:
     @contextmanager
     def loading(self, location: Location) -> Iterator[CheckpointService]:
         """Yield the service for a load from *location*, once other ranks' pending requests for it have ended."""
-        if _SPAWN_RESULT.fullmatch(location.url):  # others have trained; nobody tears down here
+        if is_of_spawned_process(location.url):  # others have trained; nobody tears down here
             self.synchronous = True
         with self._freeing_after(frees=True):  # Fabric loads, and never tears down
             service = self.service
@@ -321,7 +299,9 @@ class Session:
             if group is not None:
                 limit = service.options.limit(None)
                 group.wait_for(location.key, location.url, limit=limit)
-                if is_local(location) and os.path.islink(location.path):  # by now, where it will lead
+                if is_local(location) and os.path.islink(
+                    location.path
+                ):  # by now, it leads where it will lead in the end
                     group.wait_for(locate_local(location.path).key, location.url, limit=limit)
             yield service
 
@@ -339,10 +319,10 @@ class Session:
         service = self.service
         left = self._wait(service, limit=timeout)
         service.wait(left)
-        _wait_for_other_ranks(service.options.limit(None if timeout is None else left))
+        wait_for_other_ranks(service.options.limit(None if timeout is None else left))
 
     def see_ended(self, urls: Collection[str]) -> None:
-        """Wait for the pending requests of *urls*; their failures are raised where they would be otherwise."""
+        """Wait until the pending requests of *urls* have ended; their failures are raised at a later call, as usual."""
         service = self.service
         for handle in service.pending:
             if handle.shown_url in urls and self._service is service:
@@ -353,7 +333,7 @@ class Session:
         service = self._service
         left = self._wait(service)
         service.settle(left)
-        _wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
+        wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
 
     def end(self) -> None:
         """Wait for all requests, also those of other ranks, and free the service.
@@ -366,7 +346,7 @@ class Session:
         self._service = self._new_service()
         self.has_ended = True
         service.close(left)
-        _wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
+        wait_for_other_ranks(service.options.limit(None), in_flight=sys.exc_info()[1])
 
     def _wait(
         self, service: CheckpointService, handle: Handle | None = None, *, limit: float | None = None
@@ -394,7 +374,7 @@ class Session:
         return not given_up
 
     def _is_synchronous(self, url: str) -> bool:
-        return self.synchronous or _READ_BACK.fullmatch(url) is not None
+        return self.synchronous or is_read_back(url)
 
     @contextmanager
     def _freeing_after(self, *, frees: bool) -> Iterator[None]:
@@ -435,7 +415,7 @@ class Session:
             handle = submit()
             self._pending_files.add(location, handle, exists=exists, target=target)
             handle.add_done_callback(lambda ended: announcement.end(_failure_of(ended) if raises else None))
-        except BaseException:  # they must not wait for what may never be
+        except BaseException:  # other ranks must not wait for a request that was never made
             announcement.end()
             raise
         return handle
@@ -443,23 +423,6 @@ class Session:
 
 def _never() -> bool:
     return False
-
-
-def _wait_for_other_ranks(limit: Limit, in_flight: BaseException | None = None) -> None:
-    """Wait for other ranks' pending requests; an error that is *in_flight* is not replaced (E2).
-
-    Waits even if one is in flight: when this process fails, a launcher may kill the rank that writes.
-    """
-    group = pending_of_group()
-    if group is None:
-        return
-    group.store.finish()
-    try:
-        group.wait_for_all(limit=limit)
-    except (RankError, FlushTimeoutError) as error:
-        if in_flight is None:
-            raise
-        logger.error("%s", error)
 
 
 def _failure_of(handle: Handle) -> str | None:

@@ -1,11 +1,11 @@
-"""Checkpoints of which every rank writes its share: FSDP's sharded ones, ModelParallel's distributed ones.
+"""Makes a Trainer save through the plugin where every rank writes a share: with FSDP and ModelParallel.
 
 The methods of one strategy object that save and load are replaced. They write what Lightning writes: a directory of
 DCP's with ``meta.pt`` in it, from which a Trainer without this package resumes.
 
 Guarantees: Lightning's collective operations are called as it calls them, and no others. All ranks raise
 failures at the same save, so none is left alone in a collective operation. What ``meta.pt`` holds is an item of the
-checkpoint, too: counters never go with another checkpoint's weights (D6).
+checkpoint, too, so counters always belong to the same checkpoint as the weights (D6).
 
 What does not belong here: the queue, errors, waiting (session); loading (sharded_loading); the bytes (the package
 ``sharded``).
@@ -75,30 +75,30 @@ class _Sharding:
         if storage_options is not None:
             raise TypeError("give storage_options to the plugin: AsyncCheckpointIO(storage_options={…})")
         first = strategy.is_global_zero
-        # As Lightning does, so that all save to one place; a path of a URL's would have lost a slash.
-        path, told = strategy.broadcast((filepath, plugin.known_failures if first else None))
+        # As Lightning does, so that all ranks save to one place; but without Path(), which removes a slash from a URL.
+        path, known = strategy.broadcast((filepath, plugin.known_failures if first else None))
         state: dict[str, Any] = {self._model_key: checkpoint["state_dict"]}
         for number, optimizer_state in enumerate(checkpoint.get("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
         extras = {META: _rest(checkpoint)} if first else {}
-        plugin.save_sharded(state, path, extras=extras, told=told)
+        plugin.save_sharded(state, path, extras=extras, known=known)
 
 
 class _ModelParallel(_Sharding):
-    """ModelParallelStrategy's."""
+    """The methods of ModelParallelStrategy."""
 
     replaces = (*_Sharding.replaces, "lightning_module_state_dict", "optimizer_state")
 
-    # Lightning's own have torch copy everything to the CPU first, into fresh, pageable memory. We copy it anyway.
+    # Lightning's own methods let torch copy everything to fresh, pageable memory. Our snapshot copies it anyway.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights: this rank's own, no copies."""
+        """Return this rank's part of the weights, without copying."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return get_model_state_dict(self._strategy.model)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return an optimizer's state likewise."""
+        """Return this rank's part of an optimizer's state, without copying."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper has it
@@ -106,5 +106,5 @@ class _ModelParallel(_Sharding):
 
 
 def _rest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all of *checkpoint* that no rank has a share of."""
+    """Return the rest of *checkpoint*, which is the same on every rank."""
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}

@@ -1,8 +1,8 @@
 """Loading sharded checkpoints into a strategy's model and optimizers, from any storage and any number of ranks.
 
-Guarantees: a pending save of the path is waited for. What is no tensor is read from the same checkpoint as the tensors
-(D6), so one whose ``meta.pt`` a killed process did not come to write is whole. Directories of Lightning's own are read,
-too; a plain file is left to Lightning.
+Guarantees: a pending save of the path is waited for. Everything is read from the same checkpoint (D6), and ``meta.pt``
+is not needed, so a checkpoint is complete even if a killed process has not written that file. Directories that
+Lightning wrote are read, too; Lightning itself loads plain files.
 
 What does not belong here: saving; reading itself (the package ``sharded``).
 """
@@ -33,11 +33,11 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class ShardedLoading:
-    """Stands in for ``load_checkpoint`` of a Trainer's strategy.
+    """Replaces ``load_checkpoint`` of a Trainer's strategy.
 
     Args:
         strategy: Lightning's.
-        plugin: which has saved, or not.
+        plugin: its pending saves are waited for.
         model_key: the name of the weights in the strategy's checkpoints.
     """
 
@@ -63,13 +63,13 @@ class ShardedLoading:
 
 
 def agree_on_path(strategy: Any, plugin: AsyncCheckpointIO, given: Any) -> tuple[Any, bool]:
-    """Return the path that the first rank was given, and whether a sharded checkpoint is there; on every rank.
+    """Return, on every rank, the first rank's path, and whether a sharded checkpoint is there.
 
-    The first rank's pending saves of it have ended then.
+    The first rank waits for its pending saves of the path before.
 
     Raises:
-        RankError: the first rank could not tell.
-        Exception: likewise, on the first rank.
+        RankError: the first rank could not find out.
+        Exception: the first rank's own error, on that rank.
     """
     path = os.fspath(given).removesuffix(_MARKER) if isinstance(given, (str, os.PathLike)) else given
     failure, found = None, (path, False, "")
@@ -88,7 +88,7 @@ def agree_on_path(strategy: Any, plugin: AsyncCheckpointIO, given: Any) -> tuple
 
 
 def load_meta(service: CheckpointService, path: str, *, weights_only: bool | None) -> Any:
-    """Return what is neither weights nor an optimizer's state."""
+    """Return everything but weights and optimizer states."""
     weights_only = default_weights_only() if weights_only is None else weights_only
     found: dict[str, Any] = {META: None}
     service.load_sharded(found, path, strict=False, weights_only=weights_only is not False)
@@ -100,7 +100,7 @@ def load_meta(service: CheckpointService, path: str, *, weights_only: bool | Non
 def load_model(
     service: CheckpointService, path: str, key: str, model: Any, *, strict: bool, kind: str | None
 ) -> None:
-    """Fill *model* from what *key* names in the checkpoint, as the strategies of that *kind* do."""
+    """Load the item *key* of the checkpoint into *model*, as strategies of that *kind* do."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
@@ -121,7 +121,7 @@ def load_model(
 def load_optimizer(
     service: CheckpointService, path: str, key: str, model: Any, optimizer: Any, *, kind: str | None
 ) -> None:
-    """Fill *optimizer*, of *model*, likewise."""
+    """Load the item *key* of the checkpoint into *optimizer*, which belongs to *model*."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     in_file = _names_in(model) if kind == "FSDPStrategy" else _torch_name

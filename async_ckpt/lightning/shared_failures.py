@@ -1,11 +1,11 @@
-"""Which failed saves of all ranks are raised at a later one: those that the first rank knows of, and on every rank.
+"""Decides which failures of sharded saves are raised at a later save: those that the first rank knows, on every rank.
 
-A verdict reaches the ranks one after the other. Where each raised what it knows, one would leave training while another
-goes on into a collective operation, and waits there for it. So the first rank says what it knows, with the path, which
-Lightning has it say anyway.
+The ranks learn a verdict one after the other. If each raised what it knows, one could leave training while another
+waits for it in a collective operation. So the first rank broadcasts what it knows, together with the path, which
+Lightning broadcasts anyway.
 
-What a save fails with before it is accepted is kept likewise: the rank that raised it at once would not come to the
-collective operation after the save, for which the others wait.
+A failure before a save is accepted is kept for the next save, too: a rank that raised it at once would not take part
+in the collective operation after the save, in which the others wait.
 
 What does not belong here: raising a rank's own failures (the service's).
 """
@@ -23,17 +23,17 @@ from async_ckpt.stores import is_local
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.redaction import redacted_url
 
-__all__ = ["SharedFailures", "Told", "failed_here", "failed_on_this_rank"]
+__all__ = ["KnownFailures", "SharedFailures", "failed_here", "failed_on_this_rank"]
 
 logger = logging.getLogger(__name__)
 
 
-class Told(NamedTuple):
-    """What the first rank knows of, and has not raised yet.
+class KnownFailures(NamedTuple):
+    """The failures that the first rank knows and has not raised yet.
 
     Attributes:
-        number: of the newest save of all ranks that has failed; 0 for none.
-        failure: what has failed on that rank alone.
+        number: the number of the newest save of all ranks that has failed; 0 if none has.
+        failure: a description of what has failed only on the first rank; empty if nothing has.
     """
 
     number: int
@@ -41,57 +41,62 @@ class Told(NamedTuple):
 
 
 class SharedFailures:
-    """The saves that this rank has made with all others, and which of them have failed."""
+    """The saves that this rank has made together with all others."""
 
     def __init__(self) -> None:
         self._count = 0
         self._handles: dict[int, Handle] = {}
 
     def add(self, handle: Handle) -> None:
-        """Take in a save; on every rank in the same order."""
+        """Add a save; every rank adds the same saves in the same order."""
         self._count += 1
         self._handles[self._count] = handle
         for number, each in list(self._handles.items()):
-            if each.done() and not _is_untold(each):
+            if each.done() and not _is_unreported(each):
                 self._handles.pop(number, None)
 
-    def known(self, others: str) -> Told | None:
-        """Return what this rank, the first one, has to tell, if anything.
+    def unreported(self, others: str) -> KnownFailures | None:
+        """Return the failures that this rank, the first one, has not raised yet; ``None`` if there are none.
 
         Args:
-            others: what else has failed here.
+            others: a description of other failures on this rank.
         """
-        failed = [number for number, handle in list(self._handles.items()) if _is_untold(handle)]
-        return Told(max(failed, default=0), others) if failed or others else None
+        failed = [number for number, handle in list(self._handles.items()) if _is_unreported(handle)]
+        return KnownFailures(max(failed, default=0), others) if failed or others else None
 
-    def up_to(self, told: Told) -> list[Handle]:
-        """Return the saves that end, if they have not yet, as those did that the first rank knows of."""
-        return [handle for number, handle in list(self._handles.items()) if number <= told.number]
+    def handles_up_to(self, known: KnownFailures) -> list[Handle]:
+        """Return the saves up to the newest failure; they have ended, even if this rank does not know it yet."""
+        return [handle for number, handle in list(self._handles.items()) if number <= known.number]
 
-    def raise_others(self, told: Told) -> None:
-        """Raise on this rank what the first rank alone has failed with, unless an error is in flight.
+    def raise_others(self, known: KnownFailures) -> None:
+        """Raise the failure that only the first rank had, unless an error is in flight.
 
         Raises:
             RankError: there is such a failure.
         """
-        if told.failure and not told.number and sys.exc_info()[1] is None:
-            raise RankError(f"rank 0 failed in what no other rank does: {told.failure}")
+        if known.failure and not known.number and sys.exc_info()[1] is None:
+            raise RankError(f"rank 0 failed in something that only it does: {known.failure}")
 
 
-def _is_untold(handle: Handle) -> bool:
+def _is_unreported(handle: Handle) -> bool:
     return handle._failure is not None and not handle._failure.is_reported
 
 
 def failed_here(service: CheckpointService, place: Location | str, error: Exception) -> Handle:
-    """Return the handle of a request that *error* has ended before it was accepted; raised like other failures (E1).
+    """Return the handle of a request that failed before it was accepted; *error* is raised like any failure (E1).
 
     Args:
-        service: whose request it was.
-        place: where to; as the caller wrote it, where it could not be located.
-        error: what is raised.
+        service: the service that the request was made of.
+        place: its location; as the caller wrote it, if that could not be parsed.
+        error: the failure.
     """
     address, url = (place, redacted_url(place)) if isinstance(place, str) else (place.address, place.url)
-    logger.error("%r: %s: %s; raised at the next save, or at the end", url, type(error).__name__, error)
+    logger.error(
+        "the save to %r failed: %s: %s; this will be raised at the next save, or at the end",
+        url,
+        type(error).__name__,
+        error,
+    )
     outcome: Outcome[Report] = Outcome()
     handle = Handle(address, outcome, shown_url=url)
     handle._state = State.FAILED
@@ -102,7 +107,7 @@ def failed_here(service: CheckpointService, place: Location | str, error: Except
 
 
 def failed_on_this_rank(service: CheckpointService, place: Location | str, error: Exception) -> Handle:
-    """Return the like for a save of all ranks: it fails here as it does on the others (E4)."""
+    """Like `failed_here`, for a save of all ranks: it fails on this rank with the same error as on the others (E4)."""
     import torch.distributed as dist
 
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -40,7 +40,7 @@ def is_sharded(strategy: Any) -> bool:
 
 
 def bypass(strategy: Any) -> str | None:
-    """Return advice if *strategy* writes its checkpoints past any CheckpointIO, and past us; otherwise ``None``."""
+    """Return advice if *strategy* writes its checkpoints by itself, without the plugin; otherwise ``None``."""
     kind, name = kind_of(strategy), type(strategy).__name__
     if kind == "DeepSpeedStrategy":
         cause = "as DeepSpeed writes a share of each checkpoint from every process"
@@ -51,6 +51,6 @@ def bypass(strategy: Any) -> str | None:
     else:
         return None
     return (
-        f"{name} writes its checkpoints itself, past any CheckpointIO, so AsyncCheckpointIO cannot make them "
+        f"{name} writes its checkpoints itself, without any CheckpointIO, so AsyncCheckpointIO cannot make them "
         f"asynchronous: {cause}. Use {instead}."
     )

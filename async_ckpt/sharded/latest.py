@@ -24,14 +24,14 @@ __all__ = ["find_newest"]
 
 _ENDINGS = (".ckpt", ".pt", ".pth")
 _AT_A_TIME = 16
-_NOT_OURS = frozenset({errno.EACCES, errno.EPERM})
+_PERMISSION_ERRORS = frozenset({errno.EACCES, errno.EPERM})
 
 
 async def find_newest(store: Store, location: Location) -> str | None:
     """Return the name of the newest complete checkpoint right below *location*.
 
-    It is the one whose marker, or file, was written last. If several have the same time, or storage tells no times, it
-    is the last by name, where numbers are compared as numbers.
+    It is the one whose marker, or file, was written last. If several have the same time, or storage reports no times,
+    it is the last by name, where numbers are compared as numbers.
 
     Args:
         store: serves the directory.
@@ -54,16 +54,16 @@ async def find_newest(store: Store, location: Location) -> str | None:
                     return ""
                 elif child.name.endswith(_ENDINGS) and not child.name.startswith("."):
                     found.append(child)
-    found += await _complete(store, location, directories)
-    return max(found, key=_age).name if found else None
+    found += await _complete_checkpoints(store, location, directories)
+    return max(found, key=_order).name if found else None
 
 
-async def _complete(store: Store, location: Location, directories: list[str]) -> list[Child]:
+async def _complete_checkpoints(store: Store, location: Location, directories: list[str]) -> list[Child]:
     """Return those of *directories* that have a marker, each with the time of its marker."""
     found: list[Child] = []
     errors: list[Exception] = []
 
-    async def look(remaining: Iterator[str]) -> None:
+    async def search(remaining: Iterator[str]) -> None:
         for name in remaining:
             try:
                 marker = await _marker(store, location.below(name))
@@ -77,7 +77,7 @@ async def _complete(store: Store, location: Location, directories: list[str]) ->
     async with anyio.create_task_group() as group:
         remaining = iter(directories)
         for _ in range(min(len(directories), _AT_A_TIME)):
-            group.start_soon(look, remaining)
+            group.start_soon(search, remaining)
     if errors:
         raise errors[0]
     return found
@@ -91,12 +91,14 @@ async def _marker(store: Store, location: Location) -> Child | None:
                     if child.name == MARKER and not child.is_directory and child.nbytes != 0:
                         return child
     except StoreError as error:
-        if error.errno not in _NOT_OURS:  # what cannot be listed cannot be loaded either
+        if (
+            error.errno not in _PERMISSION_ERRORS
+        ):  # a directory that may not be listed cannot be loaded either
             raise
     return None
 
 
-def _age(child: Child) -> tuple[float, list[str | int]]:
+def _order(child: Child) -> tuple[float, list[str | int]]:
     written = -math.inf if child.modified_seconds is None else child.modified_seconds
-    pieces = re.split("([0-9]+)", child.name)  # text and numbers in turn
+    pieces = re.split("([0-9]+)", child.name)  # text and numbers alternate
     return written, [int(piece) if at % 2 else piece for at, piece in enumerate(pieces)]

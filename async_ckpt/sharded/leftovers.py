@@ -48,12 +48,12 @@ async def find_leftovers(
     async with aclosing(store.list(directory)) as pages:
         async for page in pages:
             found += [
-                child.name for child in page if child.name not in kept and _is_nobodys(child, run, number)
+                child.name for child in page if child.name not in kept and _is_leftover(child, run, number)
             ]
     return found
 
 
-def _is_nobodys(child: Child, run: str, number: int) -> bool:
+def _is_leftover(child: Child, run: str, number: int) -> bool:
     match = None if child.is_directory else _NAME.fullmatch(child.name)
     if match is None:
         return False

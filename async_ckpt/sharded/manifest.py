@@ -37,7 +37,7 @@ from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["fetch_manifest", "known_to", "parse_manifest", "read_manifest", "save_id_of", "write_manifest"]
 
-_LONGEST_BYTES = 4 << 30  # a longer one could not be used: it takes ten times its length in memory
+_LONGEST_BYTES = 4 << 30  # parsing takes ten times its length in memory
 _PROTOCOL = 4  # known to every Python that torch runs on
 _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
 _MOST_DIMENSIONS = 64  # of a tensor of torch's
@@ -45,7 +45,7 @@ _MOST_DIMENSIONS = 64  # of a tensor of torch's
 
 @collector_held_back()
 def write_manifest(metadata: Metadata) -> bytes:
-    """Return *metadata* as torch's own reader takes it."""
+    """Return *metadata* as a ``.metadata`` file, which torch's own reader reads, too."""
     return pickle.dumps(metadata, protocol=_PROTOCOL)
 
 
@@ -109,9 +109,9 @@ def parse_manifest(data: bytes, url: str) -> Metadata:
     try:
         check_memo(data)
         return _metadata(_Unpickler(data).load())
-    except _OddError as error:
+    except _FormError as error:
         raise _corrupt(url, str(error)) from error
-    except Exception as error:  # of a pickle that is cut short or damaged, of any kind
+    except Exception as error:  # a damaged pickle may raise any
         raise _corrupt(url, f"{type(error).__name__}: {error}") from error
 
 
@@ -123,12 +123,12 @@ def _corrupt(url: str, reason: str) -> CorruptCheckpointError:
     )
 
 
-class _OddError(ValueError):
-    """Something is not as DCP writes it."""
+class _FormError(ValueError):
+    """Something has another form than DCP writes."""
 
 
-def _odd(what: str) -> NoReturn:
-    raise _OddError(what)
+def _refuse(what: str) -> NoReturn:
+    raise _FormError(what)
 
 
 # -- the pickle
@@ -160,7 +160,7 @@ _RECORDS = {
 _CALLS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda name: (
-        torch.strided if name == "torch.strided" else _odd(name)
+        torch.strided if name == "torch.strided" else _refuse(name)
     ),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda value: _MEMORY_FORMATS[value],
     (_SHARDING, "MEM_FORMAT_ENCODING"): lambda value: _MEMORY_FORMATS[value],
@@ -189,11 +189,11 @@ class _Unpickler(pickle.Unpickler):
             return found
         if module.partition(".")[0] == "pathlib" and name in _PATHS:  # a checkpoint_id
             return lambda *parts: str(PurePosixPath(*parts))
-        _odd(f"it names {module}.{name}")
+        _refuse(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         """Refuse references to anything outside of the pickle."""
-        _odd("it refers to something outside of it")
+        _refuse("it refers to an object outside of the pickle")
 
 
 # -- from records to torch's classes
@@ -224,19 +224,21 @@ def known_to(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _state_of(found: Any, kind: str) -> dict[str, Any]:
     if type(found).__name__ != kind or not isinstance(found, _Record):
-        _odd(f"{type(found).__name__} where {kind} should be")
+        _refuse(f"it has a {type(found).__name__} instead of a {kind}")
     state = getattr(found, "state", {})
-    return state if isinstance(state, dict) else _odd(f"a {kind} of another form")
+    return state if isinstance(state, dict) else _refuse(f"a {kind} has another form")
 
 
 def _pairs(found: Any) -> Iterable[tuple[Any, Any]]:
     return (
-        found.items() if isinstance(found, dict) else _odd(f"{type(found).__name__} where a dict should be")
+        found.items()
+        if isinstance(found, dict)
+        else _refuse(f"it has a {type(found).__name__} instead of a dict")
     )
 
 
 def _text(found: Any) -> str:
-    return found if type(found) is str else _odd(f"{type(found).__name__} where a name should be")
+    return found if type(found) is str else _refuse(f"it has a {type(found).__name__} instead of a name")
 
 
 def _optional_text(found: Any) -> str | None:
@@ -244,12 +246,16 @@ def _optional_text(found: Any) -> str | None:
 
 
 def _count(found: Any) -> int:
-    return found if type(found) is int and found >= 0 else _odd(f"{found!r} where a number should be")
+    return (
+        found
+        if type(found) is int and found >= 0
+        else _refuse(f"it has {found!r} instead of a non-negative int")
+    )
 
 
 def _size(found: Any) -> torch.Size:
     if type(found) is not torch.Size or len(found) > _MOST_DIMENSIONS or any(each < 0 for each in found):
-        _odd("what should be a size is none")
+        _refuse("it has a size that is not valid")
     return found
 
 
@@ -260,7 +266,7 @@ def _item(found: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     state = _state_of(found, "TensorStorageMetadata")
     size, chunks = _size(state.get("size")), state.get("chunks")
     if type(chunks) is not list:
-        _odd("a tensor without a list of chunks")
+        _refuse("a tensor has no list of chunks")
     return TensorStorageMetadata(
         properties=_properties(state.get("properties")),
         size=size,
@@ -274,23 +280,23 @@ def _chunk(found: Any, size: torch.Size) -> ChunkStorageMetadata:
     if not len(offsets) == len(sizes) == len(size) or any(
         first + length > whole for first, length, whole in zip(offsets, sizes, size, strict=True)
     ):
-        _odd("a chunk that is not within its tensor")
+        _refuse("a chunk is not within its tensor")
     return ChunkStorageMetadata(offsets=offsets, sizes=sizes)
 
 
 def _properties(found: Any) -> TensorProperties:
     if type(found).__name__ != "TensorProperties" or not isinstance(found, _Record):
-        _odd("a tensor without properties")
+        _refuse("a tensor has no properties")
     dtype, layout, requires_grad, memory_format, pin_memory = found.state
     if not isinstance(dtype, torch.dtype):
-        _odd("a tensor without a dtype")
+        _refuse("a tensor has no dtype")
     return TensorProperties(
         dtype=dtype,
-        layout=layout if isinstance(layout, torch.layout) else _odd("no layout"),
+        layout=layout if isinstance(layout, torch.layout) else _refuse("a tensor has no layout"),
         requires_grad=bool(requires_grad),
         memory_format=memory_format
         if isinstance(memory_format, torch.memory_format)
-        else _odd("no memory format"),
+        else _refuse("a tensor has no memory format"),
         pin_memory=bool(pin_memory),
     )
 
@@ -309,10 +315,10 @@ def _storage_info(found: Any) -> _StorageInfo:
     state = _state_of(found, "_StorageInfo")
     path, transforms = _text(state.get("relative_path")), state.get("transform_descriptors")
     if path.startswith("/") or "\0" in path or "\\" in path or ".." in path.split("/"):
-        _odd(f"the path {path!r}, which leads out of the directory")
+        _refuse(f"the path {path!r} leads out of the directory")
     info = _StorageInfo(path, _count(state.get("offset")), _count(state.get("length")))
     if transforms is not None:
-        # Set, not given: torch before 2.7 does not know it, and who reads the file must.
+        # Set afterwards, because torch before 2.7 has no such field, and our reader must see it.
         info.transform_descriptors = [_text(each) for each in transforms]
     return info
 
@@ -333,8 +339,8 @@ def _planner_data(found: Any) -> dict[str, tuple[str | int, ...]] | None:
 
 
 def _path(found: Any) -> tuple[Any, ...] | list[Any]:
-    return found if isinstance(found, (tuple, list)) else _odd("no way to a value")
+    return found if isinstance(found, (tuple, list)) else _refuse("the path to a value is not valid")
 
 
 def _step(found: Any) -> str | int:
-    return found if type(found) is str or type(found) is int else _odd("no way to a value")
+    return found if type(found) is str or type(found) is int else _refuse("the path to a value is not valid")

@@ -36,12 +36,12 @@ def check_memo(data: bytes) -> None:
         elif op in (_BINPUT, _LONG_BINPUT):
             width = 1 if op == _BINPUT else 4
             if int.from_bytes(data[at + 1 : at + 1 + width], "little") > at:
-                _refuse("it memorizes what it has not")
+                _refuse("it has a memo number that is too high")
             at += 1 + width
         elif op == _GLOBAL:
             at = data.index(b"\n", data.index(b"\n", at) + 1) + 1
         else:
-            _refuse("it has an op that no recent pickle has")
+            _refuse("it has an opcode that torch does not write")
 
 
 def _refuse(what: str) -> NoReturn:

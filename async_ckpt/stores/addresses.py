@@ -93,7 +93,8 @@ def read_address(given: Given) -> Address:
     refuse_mangled(text)
     if "://" not in text and isinstance(given, UniversalPath) and not _is_local(given):
         raise OptionError(
-            f"{redacted_text(text)!r} is of {given.protocol!r} and no URL; nothing is saved to such"
+            f"{redacted_text(text)!r} is a path of {given.protocol!r} without a URL, so it cannot be saved "
+            "to; give a URL"
         )
     return Address(text, options)
 
@@ -121,7 +122,7 @@ def _refuse_chained(text: str) -> None:
         own = re.match(_EATEN_SLASH, rest)
         works = redacted_text(_mended(own, rest) if own else rest)
         raise OptionError(
-            f"{redacted_text(text)!r} is chained, and what is written through a chain cannot be committed safely; "
+            f"{redacted_text(text)!r} is a chained URL, and files written through a chain cannot be committed safely; "
             f"give the storage's own URL: {works!r}"
         )
 

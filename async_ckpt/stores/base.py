@@ -114,7 +114,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """What is right below a directory.
+    """An entry of a directory.
 
     Attributes:
         name: its own, without the directory's.

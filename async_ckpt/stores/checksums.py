@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 __all__ = ["as_text", "crc32", "crc32c"]
 
-_BLOCK_BYTES = 256 * 1024  # google-crc32c holds the interpreter's lock and takes nothing but bytes
+_BLOCK_BYTES = 256 * 1024  # google-crc32c keeps the GIL and accepts only bytes
 
 
 def crc32c(pieces: Iterable[memoryview], value: int = 0) -> int:

@@ -129,7 +129,7 @@ def _confirm_nothing_by_ftp(file_system: Any, path: str) -> None:
     except Exception as error:
         if str(error).startswith(_NOTHING_BY_FTP):
             return
-        if _name(error) == "ftplib.error_temp":  # it is but a listing that is asked for again
+        if _name(error) == "ftplib.error_temp":  # only a listing is repeated
             raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
         raise
     if name in names:
@@ -148,7 +148,7 @@ def children_of(file_system: Any, path: str) -> list[dict[str, Any]]:
     found = [each for each in found if each["name"].strip("/") != path.strip("/")]
     names = {posixpath.basename(each["name"].rstrip("/")) for each in found}
     if names <= {posixpath.basename(path.rstrip("/"))}:  # a file is listed as itself; by FTP, as in itself
-        here = info_of(file_system, path)  # which fails where the connection has ended
+        here = info_of(file_system, path)  # it fails if the connection has ended
         if here is None or here.get("type") == "file":
             return []
         if not found:
@@ -192,7 +192,7 @@ def _as_datetime(text: str) -> datetime:
 
 def mode_of(file_system: Any, path: str) -> int | None:
     """Return the permission bits of a file; None if it does not exist, or the file system has none."""
-    look = getattr(getattr(file_system, "ftp", None), "stat", None)  # of SFTP, whose info leaves the mode out
+    look = getattr(getattr(file_system, "ftp", None), "stat", None)  # SFTP's info does not contain the mode
     try:
         mode = look(path).st_mode if look else info_of_file(file_system, path).get("mode")
     except FileNotFoundError:
@@ -328,9 +328,7 @@ def translating(stage: str, location: Location) -> Iterator[None]:
     except Exception as raised:
         error = location.presentable(raised)
         if isinstance(error, NotImplementedError):
-            advice = (
-                f"{type(error).__name__}: this file system does not support the operation; save to another."
-            )
+            advice = f"{type(error).__name__}: this file system does not support the operation; save to another one."
             raise StoreError.during(stage, location.url, error, advice) from error
         if stage == "read" and isinstance(error, FileNotFoundError):
             if error is raised:

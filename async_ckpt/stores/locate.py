@@ -99,21 +99,22 @@ def locate(
     try:
         options = _file_system_options(file_system, text, storage_options, own_options)
         path = str(file_system._strip_protocol(text))
-    except ValueError:  # its words may be pieces of a password
+    except ValueError:  # its message may contain parts of a password
         raise OptionError(
-            f"{shown!r} is no URL of {scheme[1]}; special characters in a user name or password must be percent-encoded"
+            f"{shown!r} is not a valid URL of {scheme[1]}; special characters in a user name or password "
+            "must be percent-encoded"
         ) from None
     if OPTION in options:
         check_choices(options)
         if _package(file_system) != "s3fs":
             raise OptionError(
-                f"storage_options[{OPTION!r}]: its switches are for S3 alone, not for {scheme[1]}"
+                f"storage_options[{OPTION!r}]: its switches exist only for S3, not for {scheme[1]}"
             )
     protocols = file_system.protocol
     name = protocols if isinstance(protocols, str) else protocols[0]
-    path = path_of_place(name, path)  # for the store, too: servers differ in what they make of detours
+    path = path_of_place(name, path)  # for the store, too, because servers handle "/../" differently
     if not path.strip("/"):
-        raise OptionError(f"{shown!r} names no file")
+        raise OptionError(f"{shown!r} does not name a file")
     place = place_of_options(file_system, name, options)
     return Location(
         url=shown,
@@ -145,7 +146,7 @@ def locate_local(
     if path.startswith("~"):
         path = os.path.expanduser(path)  # as fsspec does, and with it Lightning
     if not path.strip("/") or "\0" in path:
-        raise OptionError(f"{redacted_url(url)!r} names no file")
+        raise OptionError(f"{redacted_url(url)!r} does not name a file")
     shown = redacted_url(url)  # there may be a URL in it that lost a slash
     try:
         way = resolve(path, follow=follow, changes=changes)
@@ -207,7 +208,10 @@ def check_target(location: Location, *, in_place: bool = False) -> None:
         return
     package, _, module = _file_system_of(location).__module__.rpartition(".")
     if package == "fsspec.implementations" and module in _UNWRITABLE:
-        number, advice = errno.EROFS, "Checkpoints there can be loaded from, at most; save to another."
+        number, advice = (
+            errno.EROFS,
+            "Checkpoints can only be loaded from there; save to another file system.",
+        )
     elif package.partition(".")[0] in _NATIVE and "/" not in location.path.strip("/"):
         number, advice = errno.EISDIR, "That is a whole bucket; give the name of an object in it."
     else:
@@ -307,7 +311,7 @@ def _file_system_class(protocol: str, url: str) -> Any:
         usual = protocol.lower()
         advice = "install the package that adds it to fsspec, or give a local path"
         if usual != protocol and is_protocol(usual):
-            advice = f"write {usual}://, for capitals count"
+            advice = f"write {usual}://; the case matters"
         raise UnknownProtocolError(
             f"no file system is known for {protocol}:// in {url!r}; {advice}",
             location=url,

@@ -22,7 +22,7 @@ from async_ckpt.stores.base import Location
 
 __all__ = ["refuse_removed_directory", "removing", "with_directory_seen"]
 
-_MOST = 4096  # that are kept in mind; a save waits behind far fewer
+_MOST = 4096  # entries; a save waits for far fewer removals
 
 _removed: dict[str, float] = {}
 """By path, when this process last finished removing it; infinite while it is removing it. Newest last."""

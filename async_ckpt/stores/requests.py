@@ -138,7 +138,7 @@ def stall_timeout(seconds: float) -> Iterator[Callable[[], None]]:
         put_off()
         yield has_moved
     if scope.cancelled_caught:
-        raise TimeoutError(errno.ETIMEDOUT, f"nothing moved for {seconds:g} s")
+        raise TimeoutError(errno.ETIMEDOUT, f"no byte was transferred for {seconds:g} s")
 
 
 class Requests:
@@ -220,7 +220,7 @@ class Requests:
         try:
             return await self.again(look)
         except StoreError as error:
-            advice = f"Whether it took effect is not known, as the look-up failed: {_reason(error)}"
+            advice = f"It is unknown whether it took effect, because the look-up failed: {_reason(error)}"
             raise StoreError.during("commit", location.url, OSError(_reason(doubt)), advice) from doubt
 
     async def fill(

@@ -1,19 +1,19 @@
-"""Lets training go first: bulk work of ours gets a small share of busy CPUs, until somebody waits for it.
+"""Gives training priority: bulk work of saves gets only a small share of busy CPUs, until somebody waits for it.
 
 Guarantees:
 
-* Only a thread within `bulk_work` is lowered, by itself, and it leaves at the priority at which it came. So no thread
-  of anybody else's is touched, and none that is started meanwhile inherits anything: nobody starts one there.
-* As long as anybody is within `waiting`, no thread is lowered; those that are rise at once. So they do when their
-  `Background` is late, for what is lowered gets on slowly on CPUs that are always busy.
-* A thread is lowered only where it may rise again, which takes a right (CAP_SYS_NICE, or RLIMIT_NICE of 20). Where the
-  system refuses, or is not Linux, everything stays as it is.
+* A thread lowers only its own priority, within `bulk_work`, and restores it at the end. No other thread of the program
+  is affected, and none inherits a low priority, because no thread is started there.
+* While any thread is within `waiting`, no thread has a low priority; those that had one get their normal priority back
+  at once. The same happens when their `Background` is late, because low priority means slow progress on busy CPUs.
+* A thread lowers its priority only if it may restore it, which needs a right (CAP_SYS_NICE, or RLIMIT_NICE of 20). If
+  the system refuses that, or is not Linux, nothing changes.
 * Nothing waits for a lock: a signal handler may interrupt any line, and wait (L1).
 
-Put within `bulk_work` only long calls that do not need the GIL, and hold no lock that training might want: whoever
-waits for what a lowered thread holds waits as long as that does. At the end of each such call, the thread takes the GIL
-while it is still lowered. So a series of short calls, such as checksums, does not belong there, nor does anything that
-starts a thread or a process, or imports, nor ``fsync``, which holds the journal of the file system.
+Use `bulk_work` only for long calls that release the GIL and hold no lock that training may need, because a thread that
+waits for such a lock waits for the slow thread. At the end of each call the slow thread takes the GIL. So do not use it
+for a series of short calls, such as checksums; nor for code that starts a thread or a process, or imports a module; nor
+for ``fsync``, which holds the journal of the file system.
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """One piece of work that training goes before, until it is late. Compared by identity."""
+    """Work with lower priority than training, until it is late. Compared by identity."""
 
     def __init__(self) -> None:
         self._is_late = False
 
     @property
     def may_wait(self) -> bool:
-        """Whether its threads are to be lowered now."""
+        """Whether its threads should have a low priority now."""
         return not self._is_late and all(waiter() is None for waiter in _waiters.copy())
 
     def hurry(self) -> None:
-        """Go on at normal priority from now on; on any thread."""
+        """Continue at normal priority from now on; any thread may call this."""
         self._is_late = True
         _raise_all()
 
 
 class _Waiter:
-    """Somebody who waits, as long as this lives."""
+    """A thread or task that waits, as long as this object exists."""
 
     __slots__ = ("__weakref__",)
 
 
 NICE = 10
-"""Of what is lowered: a tenth of a CPU for which it competes. Much less, and it holds the GIL where it does not run."""
+"""The low priority: a tenth of a contended CPU. With much less, a thread could hold the GIL without running."""
 
-_LEAST_BYTES = 1 << 20  # they take longer than all that is done here
+_LEAST_BYTES = 1 << 20  # with fewer bytes, changing the priority takes longer than the work
 
 _work: ContextVar[Background | None] = ContextVar("async_ckpt_background", default=None)
-_lowered: dict[int, int] = {}  # threads within `bulk_work`, by native id, and the nice value to go back to
-_waiters: set[ref[_Waiter]] = set()  # weakly, as Ctrl-C may come where one is to be taken out
-_may_lower: bool | None = None  # None: not known yet
+_lowered: dict[int, int] = {}  # threads within `bulk_work`, by native id: the nice value to restore
+_waiters: set[ref[_Waiter]] = set()  # weak references, because Ctrl-C may come just before one is removed
+_may_lower: bool | None = None  # None if it is not known yet
 
 
 @contextmanager
 def background() -> Iterator[Background]:
-    """Have training go before what the body does, and tasks and workers that it starts."""
+    """Give the bulk work of the body, and of tasks and workers that it starts, lower priority than training."""
     work = Background()
     token = _work.set(work)
     try:
@@ -82,11 +82,11 @@ def background() -> Iterator[Background]:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Have all threads at normal priority: the body waits for what they do."""
+    """Give all threads normal priority, because the body waits for their work."""
     here = _Waiter()
     known = ref(here)
     try:
-        _waiters.add(known)  # first: a thread that is about to be lowered looks after it
+        _waiters.add(known)  # first: a thread that lowers itself just now checks this afterwards
         _raise_all()
         yield
     finally:
@@ -95,21 +95,21 @@ def waiting() -> Iterator[None]:
 
 @contextmanager
 def bulk_work(nbytes: int) -> Iterator[None]:
-    """Lower this thread for the body, which goes over many bytes, if it belongs to a `background` and nobody waits.
+    """Lower this thread's priority for the body, which processes *nbytes* bytes, if it is in a `background`.
 
-    Called by workers alone, where no signal handler raises.
+    Only workers call it, where no signal handler raises.
     """
     work = _work.get()
-    if work is None or nbytes < _LEAST_BYTES or not work.may_wait or not _can_return():
+    if work is None or nbytes < _LEAST_BYTES or not work.may_wait or not _can_restore():
         yield
         return
     thread = threading.get_native_id()
     usual = os.getpriority(os.PRIO_PROCESS, thread)
-    if usual >= NICE:  # the whole program is nice
+    if usual >= NICE:  # the program runs at that priority anyway
         yield
         return
     try:
-        _lowered[thread] = usual  # first: who waits from here on raises it
+        _lowered[thread] = usual  # first: a thread that begins to wait from here on restores it
         _set_nice(thread, NICE)
         if not work.may_wait:
             _set_nice(thread, usual)
@@ -125,7 +125,7 @@ def _raise_all() -> None:
 
 
 def _set_nice(thread: int, value: int) -> None:
-    """Give a thread a nice value, as Linux can. What is refused is not tried again."""
+    """Set the nice value of one thread, which Linux supports; after a refusal, it is not tried again."""
     try:
         os.setpriority(os.PRIO_PROCESS, thread, value)
     except ProcessLookupError:  # it has just ended
@@ -137,14 +137,14 @@ def _set_nice(thread: int, value: int) -> None:
 def _note_refusal(error: Exception) -> None:
     global _may_lower
     _may_lower = False
-    logger.debug("saves run at normal priority: a thread that was lowered could not rise again: %s", error)
+    logger.debug("saves run at normal priority, because a thread could not restore its own: %s", error)
 
 
-def _can_return() -> bool:
-    """Return whether a thread that was lowered may rise again: tried once, by one that ends right after."""
+def _can_restore() -> bool:
+    """Return whether a thread may restore its priority: tried once, by a thread that ends right after."""
     global _may_lower
     if _may_lower is None:
-        probe = threading.Thread(target=_go_and_return, name="async_ckpt-priority", daemon=True)
+        probe = threading.Thread(target=_lower_and_restore, name="async_ckpt-priority", daemon=True)
         try:
             threads.start(probe)
             probe.join()
@@ -155,8 +155,8 @@ def _can_return() -> bool:
     return _may_lower
 
 
-def _go_and_return() -> None:
-    if sys.platform != "linux":  # elsewhere, only whole processes are nice
+def _lower_and_restore() -> None:
+    if sys.platform != "linux":  # other systems know nice values of whole processes only
         _note_refusal(OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)))
         return
     thread = threading.get_native_id()
@@ -166,7 +166,7 @@ def _go_and_return() -> None:
 
 
 def _forget_in_child() -> None:
-    """No thread of the parent's exists in a forked child, and nobody waits there."""
+    """Forget the parent's threads, which do not exist in a forked child."""
     _lowered.clear()
     _waiters.clear()
 

@@ -82,15 +82,17 @@ class Meter:
                 save.stall_seconds = event.stall_seconds
                 save.staged_seconds = event.time_seconds - save.accepted_seconds
             case LaidOut():
-                save.nbytes, save.written_bytes = event.nbytes, 0  # also where the whole file is sent again
+                save.nbytes, save.written_bytes = event.nbytes, 0  # even if the whole file is sent again
             case PartWritten():
                 save.written_bytes += event.nbytes
         if isinstance(event, _ENDS):
             if isinstance(event, Durable):
                 save.durable_seconds = event.seconds
                 save.nbytes = event.nbytes or save.nbytes
-            save.end = type(event)  # no more: an error would keep its frames, and what is in them
-            self._ended.append(save)  # first, so that it is never in neither
+            save.end = type(
+                event
+            )  # only the class: an error would keep its frames alive, and the objects in them
+            self._ended.append(save)  # first, so that a save is never in neither
             del self._pending[event.request_id]
 
     @property

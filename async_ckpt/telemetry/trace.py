@@ -191,7 +191,7 @@ def _counters(events: list[Event]) -> Iterator[dict[str, Any]]:
         elif key not in lengths:
             continue
         elif isinstance(event, LaidOut):
-            lengths[key], written[key] = event.nbytes, 0  # also where the whole file is sent again
+            lengths[key], written[key] = event.nbytes, 0  # even if the whole file is sent again
         elif isinstance(event, PartWritten):
             written[key] += event.nbytes
         elif isinstance(event, _ENDS):

@@ -4,7 +4,7 @@
 the size, and 10,000 tensors of 256 floats. Each contestant gets a fresh process in each round: a first
 save, warm saves with nothing else going on, and one save beside a training-like loop.
 
-It prints medians, ratios and the goals they are held against. It asserts nothing: machines differ.
+It prints medians, ratios and the goals that they are compared with. It asserts nothing, because machines differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SMALL_CONTESTANTS = ("memcpy", "torch.save", "Lightning", "async_ckpt")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or as a child process measure one contestant once, and print."""
+    """Measure and print; as a child process, measure one contestant once."""
     options = _parser().parse_args(arguments)
     if options.contestant:
         print(
@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of the large state")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
-    parser.add_argument("--record", type=Path, help="a file to add every sample to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the contestants")
+    parser.add_argument("--directory", help="directory on the disk to measure; not on a tmpfs")
+    parser.add_argument("--record", type=Path, help="file to which every sample is added")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--state", choices=("large", "small"), default="large", help=argparse.SUPPRESS)
     return parser

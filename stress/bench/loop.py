@@ -130,7 +130,7 @@ class Training:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or as a child process measure one contestant once, and print."""
+    """Measure and print; as a child process, measure one contestant once."""
     options = _parser().parse_args(arguments)
     if options.contestant:
         print(json.dumps(measure(options.contestant, options.training[0], Path(options.directory))))
@@ -184,11 +184,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the contestants")
     parser.add_argument("--training", choices=TRAININGS, nargs="+", default=list(TRAININGS))
-    parser.add_argument("--only", choices=NAMES, nargs="+", default=list(NAMES), help="whom to measure")
-    parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
-    parser.add_argument("--record", type=Path, help="a file to add every sample to")
+    parser.add_argument(
+        "--only", choices=NAMES, nargs="+", default=list(NAMES), help="contestants to measure"
+    )
+    parser.add_argument("--directory", help="directory on the disk to measure; not on a tmpfs")
+    parser.add_argument("--record", type=Path, help="file to which every sample is added")
     parser.add_argument("--contestant", choices=NAMES, help=argparse.SUPPRESS)
     return parser
 

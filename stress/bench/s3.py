@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mib", type=int, default=1024, help="size of the state")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the contestants")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", help="measure less")
     parser.add_argument("--directory", help="where the servers keep their data; a tmpfs leaves the disk out")
-    parser.add_argument("--record", type=Path, help="a file to add every sample to")
+    parser.add_argument("--record", type=Path, help="file to which every sample is added")
     return parser
 
 

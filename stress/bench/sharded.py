@@ -5,7 +5,7 @@ up the size, and 2,000 of 4,096 floats. ``--url s3://bucket/run --storage-option
 Each contestant gets fresh processes in each round: a first save, warm saves with nothing else going on, and a load.
 What a save costs is what it costs the slowest rank.
 
-It prints medians, ratios and the goals they are held against. It asserts nothing: machines differ.
+It prints medians, ratios and the goals that they are compared with. It asserts nothing, because machines differ.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size-gib", type=float, default=0.5, help="of the large state, all ranks together")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the contestants")
+    parser.add_argument("--directory", help="directory on the disk to measure; not on a tmpfs")
     parser.add_argument("--url", help="a directory on a server, instead")
     parser.add_argument("--storage-options", type=json.loads, default={}, help="of the server, as JSON")
     parser.add_argument("--states", nargs="+", choices=_TENSORS, default=list(_TENSORS))

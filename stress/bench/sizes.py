@@ -26,7 +26,7 @@ _WARM_SAVES = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or as a child process measure one contestant once, and print."""
+    """Measure and print; as a child process, measure one contestant once."""
     options = _parser().parse_args(arguments)
     if options.contestant:
         print(json.dumps(_measure(options.contestant, options.mib, Path(options.directory))))
@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, nargs="+", default=list(SIZES_MIB), help="sizes of the state")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    parser.add_argument("--directory", help="on the disk to be measured; not a tmpfs")
-    parser.add_argument("--record", type=Path, help="a file to add every sample to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the contestants")
+    parser.add_argument("--directory", help="directory on the disk to measure; not on a tmpfs")
+    parser.add_argument("--record", type=Path, help="file to which every sample is added")
     parser.add_argument("--contestant", choices=NAMES, help=argparse.SUPPRESS)
     return parser
 

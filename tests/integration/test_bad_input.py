@@ -99,7 +99,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a device": (lambda path: "/dev/null", StoreError, "regular file"),
     "a loop of links": (lambda path: path / "loop", StoreError, "symbolic links"),
     "too long a name": (lambda path: path / ("x" * 300), StoreError, "too long"),
-    "the root": (lambda path: "/", OptionError, "names no file"),
+    "the root": (lambda path: "/", OptionError, "does not name a file"),
     "nothing": (lambda path: "", OptionError, "must not be empty"),
     "not a path": (lambda path: 3, TypeError, "str or a path, not int"),
     "a URL made a path": (lambda path: Path("s3://bucket/a.ckpt"), OptionError, "lost a slash"),

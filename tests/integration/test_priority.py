@@ -191,11 +191,11 @@ print(set(disk.values) == {USUAL})
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a right of Linux")
 def test_without_the_right_nothing_changes(tmp_path: Path) -> None:
-    """Where a lowered thread could not rise again, none is lowered; that is logged once, and nothing fails."""
+    """Where a thread could not restore its priority, none lowers it; that is logged once, and nothing fails."""
     done = python(REFUSED, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True"
-    assert done.stdout.count("could not rise again") == 1
+    assert done.stdout.count("could not restore its own") == 1
     assert (tmp_path / "a.ckpt").exists()
 
 

@@ -53,7 +53,7 @@ sys.stderr = None
         tmp_path,
     )
     assert done.returncode == 1
-    assert "'memory://a' failed, and nobody has been told" in (tmp_path / "log").read_text()
+    assert "'memory://a' failed, and the error has not been raised yet" in (tmp_path / "log").read_text()
 
 
 def test_the_exit_waits_though_it_cannot_say_so(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from async_ckpt.format.checksum import crc32, crc32_combine
 __all__ = ["Range", "Wanted", "cut_ranges", "expected_start", "overlap", "plan_ranges"]
 
 _SATURATED = 0xFFFFFFFF
-_WIDEST_GAP_BYTES = 64 << 10  # to read over it costs less than another request
+_WIDEST_GAP_BYTES = 64 << 10  # reading these bytes, too, costs less than another request
 
 
 @dataclass(slots=True, kw_only=True)

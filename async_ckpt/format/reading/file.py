@@ -3,9 +3,10 @@
 Guarantees: the bytes are those of the file, and the checksum of every record that is read whole is verified. Torch's
 memory is written to only during a read of torch's; otherwise it is kept alive until the last write to it has ended, so
 that nobody has to wait for storage that hangs (B2). The offsets of the records come from the end of the file; a file
-that is no zip archive can be read, too.
+that is not a zip archive can be read, too.
 
-What does not belong here: the order of fetching (`readahead`), interpreting the bytes (`reader`).
+What does not belong here: waiting for the bytes (`fetched_bytes`), the order of fetching (`readahead`), interpreting
+the bytes (`reader`).
 """
 
 from __future__ import annotations
@@ -14,31 +15,28 @@ import ctypes
 import io
 import logging
 import os
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 from async_ckpt.errors import CorruptCheckpointError, ServiceClosedError
 from async_ckpt.format.central_directory import LOCAL_HEADER, NOT_UNDERSTOOD, Entry, data_start
 from async_ckpt.format.checksum import crc32
 from async_ckpt.format.reading.direct import Wanted, cut_ranges, expected_start, overlap, plan_ranges
+from async_ckpt.format.reading.fetched_bytes import FetchedBytes, Loop
 from async_ckpt.format.reading.index import Index, read_index
 from async_ckpt.format.reading.readahead import CHUNK_BYTES, Piece, ReadAhead
 from async_ckpt.format.reading.records import Storage, reading_order
 from async_ckpt.snapshot.parallel_copy import populate
 
-__all__ = ["USUAL_ALIGNMENT", "CheckpointFile", "Loop"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+__all__ = ["USUAL_ALIGNMENT", "CheckpointFile"]
 
 _log = logging.getLogger("async_ckpt.format")
 
-_MANY_BYTES = 256 << 10
 _POPULATED_BYTES = 128 << 10  # less lies in pages that are there, as a rule
 
-# Memory beside the state is bounded, whatever the file says. Longer records are left to torch.
+# Bounds the memory beside the state. torch itself reads longer records.
 _LONGEST_BEGINNING_BYTES = 16 << 20
 _LONGEST_NUMBER_BYTES = 20
 
@@ -50,16 +48,6 @@ USUAL_ALIGNMENT = 64
 
 LONGEST_BYTES = 32 << 20
 """The length of reads that go straight into the memory of storages, if there is much to read."""
-
-
-class Loop(Protocol):
-    """The thread of the event loop; see ``runtime.Runtime``."""
-
-    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call *function* on that thread, and return its result; calls keep their order."""
-
-    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run the coroutine *function* on that thread, after earlier calls; return at once."""
 
 
 class CheckpointFile(io.RawIOBase):
@@ -99,10 +87,7 @@ class CheckpointFile(io.RawIOBase):
         self._started = False
         self._running = False
         self._end_by: float | None = None
-        self._near: list[tuple[int, int, memoryview]] = []  # what was fetched last; changes with every fetch
-        self._kept: list[tuple[int, int, memoryview]] = []
-        self._kept_to = 0  # of the beginning
-        self._kept_from = 0  # of the end
+        self._bytes = FetchedBytes(ahead, loop)
         self._index = Index()
         self._records: dict[int, Entry] = {}  # by where their bytes begin, once their header was read
         self._skipped: Collection[str] = ()
@@ -122,10 +107,9 @@ class CheckpointFile(io.RawIOBase):
             self._started = True
             self._loop.spawn(self._ahead.run)
             self.nbytes = self._ahead.opened.result()
-            self._kept_from = self.nbytes
-            self._index = read_index(self._fetch, self.nbytes)
-            self._kept_from = self._index.kept_from
-            self._kept = [(self._kept_from, self.nbytes, self._index.tail)]
+            self._bytes.kept_from = self.nbytes
+            self._index = read_index(self._bytes.fetch, self.nbytes)
+            self._bytes.keep_end(self._index.kept_from, self._index.tail)
 
     @property
     def has_directory(self) -> bool:
@@ -147,7 +131,7 @@ class CheckpointFile(io.RawIOBase):
         with self._failing():
             self._skipped = skipped
             self._records.clear()
-            self._near = []
+            self._bytes.forget_last()
             script = reading_order(
                 self.nbytes,
                 self.storages,
@@ -155,7 +139,10 @@ class CheckpointFile(io.RawIOBase):
             )
             self._loop.call(
                 self._ahead.follow,
-                [(max(start, self._kept_to), min(stop, self._kept_from)) for start, stop in script],
+                [
+                    (max(start, self._bytes.kept_to), min(stop, self._bytes.kept_from))
+                    for start, stop in script
+                ],
             )
 
     def keep_beginning(self) -> None:
@@ -163,10 +150,9 @@ class CheckpointFile(io.RawIOBase):
         assert self.storages is not None
         with self._failing():
             stop = min((place.start for place in self.storages.values()), default=0)
-            if not 0 < stop <= min(self._kept_from, _LONGEST_BEGINNING_BYTES):
+            if not 0 < stop <= min(self._bytes.kept_from, _LONGEST_BEGINNING_BYTES):
                 return
-            self._kept.append((0, stop, self._fetch(0, stop)))
-            self._kept_to = stop
+            self._bytes.keep_beginning(stop)
         alignment = USUAL_ALIGNMENT
         with suppress(ValueError):
             said = self.record(".storage_alignment", longest_bytes=_LONGEST_NUMBER_BYTES)
@@ -195,7 +181,7 @@ class CheckpointFile(io.RawIOBase):
                 this has raised.
 
         Returns:
-            False if the archive is not laid out as torch does it, or a record and its memory differ in length; the
+            False if the archive has another layout than torch writes, or a record and its memory differ in length; the
             content of the memory is undefined then.
 
         Raises:
@@ -268,7 +254,7 @@ class CheckpointFile(io.RawIOBase):
         with suppress(ServiceClosedError):  # the loop has ended
             # This may run before `start`, which another thread may be about to call: check in the order of `start`.
             if (not self._started or self._running) and not self._loop.call(self._ahead.stop, reason):
-                self._running = False  # it has not even begun
+                self._running = False  # it has not begun
 
     def end(self, reason: BaseException) -> bool:
         """Like ``stop``, but wait shortly until no read is running; return whether that is so."""
@@ -293,8 +279,7 @@ class CheckpointFile(io.RawIOBase):
         """End the fetching."""
         if not self.closed:
             self.end(ServiceClosedError("the file has been closed"))
-            self._near.clear()
-            self._kept.clear()
+            self._bytes.clear()
         super().close()
 
     # -- for torch
@@ -337,9 +322,8 @@ class CheckpointFile(io.RawIOBase):
 
         Torch calls `read` when this returns 0, and while an exception is pending when this raises.
         """
-        return self._read_into(
-            memoryview(target).cast("B"), is_kept=False
-        )  # torch's view does not keep its memory
+        # torch's own view does not keep its memory alive.
+        return self._read_into(memoryview(target).cast("B"), is_kept=False)
 
     # -- the reading
 
@@ -366,7 +350,7 @@ class CheckpointFile(io.RawIOBase):
                 self._last = record.name
                 return
             checksum = 0
-            for begin, end in self._arrivals(start, view, is_kept):
+            for begin, end in self._bytes.arrivals(start, view, is_kept):
                 self._moved(end - begin)
                 checksum = crc32(view[begin:end], checksum)
             self._compare(record, checksum)
@@ -378,7 +362,7 @@ class CheckpointFile(io.RawIOBase):
             # A stand-in, whose offset is that of a record without padding and extra fields.
             LOCAL_HEADER.pack_into(view, 0, b"PK\x03\x04", *[0] * 8, len(header.name.encode()), 0)
         else:
-            for begin, end in self._arrivals(start, view, is_kept):
+            for begin, end in self._bytes.arrivals(start, view, is_kept):
                 self._moved(end - begin)
         if header is not None:
             with suppress(*NOT_UNDERSTOOD):
@@ -400,43 +384,6 @@ class CheckpointFile(io.RawIOBase):
                 stage="read",
             )
 
-    def _arrivals(self, start: int, view: memoryview, is_kept: bool) -> Iterator[tuple[int, int]]:
-        """Fill *view*, and yield its pieces in order as they arrive.
-
-        Reads write directly into *view* only if it *is_kept*, alive with its memory for as long as one may write to it.
-        """
-        stop = start + view.nbytes
-        for begin, end, memory in (*self._near, *self._kept):
-            if begin <= start and stop <= end:
-                view[:] = memory[start - begin : stop - begin]
-                yield 0, view.nbytes
-                return
-        cut = min(stop, self._kept_from) if start < self._kept_from else stop
-        at = start
-        while at < cut:
-            self._near = []
-            upto = cut if is_kept else min(cut, at + self._ahead.chunk_bytes)
-            target = view[at - start : upto - start] if is_kept else None
-            pieces = self._loop.call(self._ahead.want, at, upto - at, target)
-            for piece in pieces:
-                piece.arrived.result()
-                end = min(piece.stop, upto)
-                if piece.is_ours:
-                    _copy(view[at - start : end - start], piece.memory[at - piece.start : end - piece.start])
-                yield at - start, end - start
-                at = end
-            self._near = [(piece.start, piece.stop, piece.memory) for piece in pieces if piece.is_ours]
-        if cut < stop:
-            _, _, tail = self._kept[0]
-            view[cut - start :] = tail[: stop - cut]
-            yield cut - start, view.nbytes
-
-    def _fetch(self, start: int, stop: int) -> memoryview:
-        data = memoryview(bytearray(stop - start))
-        for _ in self._arrivals(start, data, is_kept=True):
-            pass
-        return data
-
     @contextmanager
     def _failing(self) -> Iterator[None]:
         """Stop fetching if the body raises."""
@@ -452,14 +399,3 @@ class CheckpointFile(io.RawIOBase):
             self.end(error)
         except BaseException as interruption:
             self.error = interruption
-
-
-def _copy(target: memoryview, source: memoryview) -> None:
-    """Copy bytes; for many bytes, release the GIL, which the loop's thread needs."""
-    if target.nbytes < _MANY_BYTES:
-        target[:] = source
-        return
-    byte = ctypes.c_char
-    ctypes.memmove(
-        ctypes.addressof(byte.from_buffer(target)), ctypes.addressof(byte.from_buffer(source)), target.nbytes
-    )

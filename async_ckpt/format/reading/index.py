@@ -19,12 +19,12 @@ __all__ = ["Index", "read_index"]
 _TAIL_BYTES = 64 << 10
 _LEAD_BYTES = 4 << 10
 _SMALL_FILE_BYTES = 256 << 10  # read at once
-_LONGEST_DIRECTORY_BYTES = 32 << 20  # what is longer, torch reads alone
+_LONGEST_DIRECTORY_BYTES = 32 << 20  # torch itself reads longer ones
 
 
 @dataclass(slots=True, kw_only=True)
 class Index:
-    """What is where.
+    """The offsets of the records of one file.
 
     Attributes:
         has_directory: whether the file ends like a zip archive.

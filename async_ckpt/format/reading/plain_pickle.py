@@ -254,7 +254,7 @@ class _Reading:
 
     def _expect_box(self) -> None:
         if self.stack[-1] is not _BOX:
-            raise _NotPlainError("it puts a value into something that is no container")
+            raise _NotPlainError("it puts a value into something that is not a container")
 
     # -- objects
 
@@ -267,7 +267,7 @@ class _Reading:
         """Look up a name that is on the stack."""
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(name, bytes) or not isinstance(module, bytes):
-            raise _NotPlainError("it looks up something that is no name")
+            raise _NotPlainError("it looks up something that is not a name")
         self._look_up(module.decode(), name.decode())
 
     def _look_up(self, module: str, name: str) -> None:
@@ -292,7 +292,7 @@ class _Reading:
     def storage(self) -> None:
         """Refer to a storage."""
         if not _is_constant(self.stack.pop()):
-            raise _NotPlainError("it refers to no storage")
+            raise _NotPlainError("it refers to something that is not a storage")
         self.stack.append(_HELD)
 
 

@@ -119,7 +119,7 @@ class Progress:
     def _quietly(self, show: Callable[[], object]) -> None:
         try:
             show()
-        except Exception:  # the terminal is gone, or there is none: no reason for a load to fail
+        except Exception:  # a missing or closed terminal must not make the load fail
             self._tells = False
 
 
@@ -155,7 +155,7 @@ def open_bar(
         return False
     bar = type(
         "Bar", (tqdm,), {"monitor_interval": 0}
-    )(  # without tqdm's thread, which wakes bars that nobody updates
+    )(  # without tqdm's monitor thread, which is only needed for bars that are updated rarely
         desc=what,
         total=total,
         initial=before,

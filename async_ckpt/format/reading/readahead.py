@@ -320,7 +320,7 @@ class ReadAhead:
             self._under_way.add(piece)
             try:
                 await source.read_into(piece.start, *piece.targets)
-            except Exception as error:  # raised where the piece is wanted, if it ever is
+            except Exception as error:  # raised to the reader if it ever wants the piece
                 _fail(piece.arrived, error)
             except BaseException:
                 _fail(piece.arrived, self._reason or ServiceClosedError("the reading was cancelled"))

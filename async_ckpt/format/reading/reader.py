@@ -48,7 +48,10 @@ _USUAL = Unpickling()
 _WORTH_BYTES = 1 << 20
 _AT_A_TIME = 16 << 10  # storages
 _ZIP = b"PK\x03\x04"
-_DAMAGED = ("archive is corrupted", "file read failed")  # what miniz, which torch reads archives with, says
+_DAMAGED = (
+    "archive is corrupted",
+    "file read failed",
+)  # in messages of miniz, with which torch reads archives
 
 
 def read_checkpoint(
@@ -110,11 +113,11 @@ class Skeleton:
     state: Any
     records: Mapping[int, Entry]
     alignment: int
-    _storages: Any  # else others could get their addresses
+    _storages: Any  # otherwise other storages could get their addresses
 
 
 def read_skeleton(file: CheckpointFile, *, url: str, unpickling: Unpickling = _USUAL) -> Skeleton | None:
-    """Return the skeleton of the state in a file; None where the file is not laid out as torch does it nowadays.
+    """Return the skeleton of the state in a file; None if its layout is not that of recent versions of torch.
 
     Args:
         file: not started yet.
@@ -131,7 +134,7 @@ def read_skeleton(file: CheckpointFile, *, url: str, unpickling: Unpickling = _U
         reading = _Reading(file, shown, url, None, unpickling)
         if not reading.is_zip():
             return None
-        if not file.has_directory:  # as torch would say, but in our words
+        if not file.has_directory:  # as torch does, but with our own message
             reading.everything()
         if file.storages is None or not _is_native(file.record("byteorder")):
             return None
@@ -165,7 +168,7 @@ class _Reading:
         if self._may_gather():
             for state in self._gathered():
                 return state
-            _log.info("%s is not laid out as torch does it: reading it record by record", self._url)
+            _log.info("%s has another layout than torch writes: reading it record by record", self._url)
         self._file.fetch_all_but()
         return self._load(self._map_location)
 
@@ -205,7 +208,7 @@ class _Reading:
         storages = self._file.storages or {}
         if sum(each.stop - each.start for each in storages.values()) < _WORTH_BYTES:
             return False
-        if callable(self._map_location) or not self._unpickling.is_usual:  # it may look at what it is given
+        if callable(self._map_location) or not self._unpickling.is_usual:  # it may read the contents
             return False
         self._leave_storages_out()
         if self._file.alignment is None or not _is_native(self._file.record("byteorder")):

@@ -27,7 +27,7 @@ __all__ = [
     "runs_of",
 ]
 
-LENGTH_BYTES = 8  # of what says how long the header is
+LENGTH_BYTES = 8  # the length of the header's length
 
 _ENDING = ".safetensors"
 _LONGEST_HEADER_BYTES = 100_000_000  # as the format has it
@@ -109,7 +109,7 @@ def parse_header(header: bytes, nbytes: int) -> list[SafeTensor]:
         found = json.loads(header.decode())
     except RecursionError:
         raise ValueError("its header is nested") from None
-    _expect(isinstance(found, dict), "its header is no mapping")
+    _expect(isinstance(found, dict), "its header is not a mapping")
     found.pop(_METADATA, None)
     first = LENGTH_BYTES + len(header)
     tensors = sorted(
@@ -118,7 +118,7 @@ def parse_header(header: bytes, nbytes: int) -> list[SafeTensor]:
     )
     at = first
     for each in tensors:
-        _expect(each.start == at, f"{each.name!r} does not follow what is before it")
+        _expect(each.start == at, f"{each.name!r} does not begin where the previous tensor ends")
         at += each.nbytes
     _expect(at == nbytes, f"it has {nbytes} bytes instead of {at}")
     return tensors
@@ -167,7 +167,7 @@ def _tensor(name: str, said: Any, first: int) -> SafeTensor:
 
 def _numbers(said: Any, name: str) -> tuple[int, ...]:
     known = isinstance(said, list) and all(type(each) is int and 0 <= each <= _MOST_ELEMENTS for each in said)
-    _expect(known, f"{name!r} is not described by numbers")
+    _expect(known, f"{name!r} is not described by ints")
     return tuple(said)
 
 

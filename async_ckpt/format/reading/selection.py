@@ -128,4 +128,5 @@ def _nothing(pattern: str, paths: Sequence[str]) -> str:
     near = get_close_matches(pattern, paths[:_MOST_COMPARED], n=_SUGGESTIONS, cutoff=0.0)
     if not near:
         return f"keys={pattern!r} matches nothing: the checkpoint is neither a mapping nor a list"
-    return f"keys={pattern!r} matches nothing in the checkpoint; the nearest are {', '.join(map(repr, near))}"
+    similar = ", ".join(map(repr, near))
+    return f"keys={pattern!r} matches nothing in the checkpoint; the most similar paths are {similar}"

@@ -62,7 +62,7 @@ class Unpickling:
             empty.seek(0)
             try:
                 self.load(empty, "cpu")
-            except KeyError:  # it has looked into it
+            except KeyError:  # torch.load has read its first bytes
                 return
 
 

@@ -2,7 +2,7 @@
 
 Guarantees: those of `protocol`. Every decision is made in `Coordinator.tick`, after all messages have been received.
 
-What does not belong here: how a rank learns of it (participant).
+What does not belong here: what a rank does with a decision (participant).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from async_ckpt.sharded.agreement.messages import (
     Wrote,
 )
 from async_ckpt.sharded.agreement.protocol import (
-    CANNOT_BE_TOLD,
     COMMIT,
     COORDINATOR,
+    OUTCOME_UNKNOWN,
     Action,
     Bounds,
     Broadcast,
@@ -33,10 +33,10 @@ from async_ckpt.sharded.agreement.protocol import (
     ClaimHolder,
     CleanUp,
     Commit,
-    Count,
     LookUp,
     Plan,
     PlanCache,
+    PollClock,
     Scatter,
     Stop,
     late,
@@ -54,7 +54,7 @@ class Phase(Enum):
     WRITING = auto()
     CLAIMING = auto()  # all have written
     COMMITTING = auto()  # from here on no rank's failure counts
-    LOOKING = auto()  # the commit failed; storage is being checked for whether it took effect
+    LOOKING_UP = auto()  # the commit failed; storage is being checked for whether it took effect
     DECIDED = auto()  # not all ranks have acknowledged the verdict
     OVER = auto()
 
@@ -64,11 +64,11 @@ class Coordinator:
 
     Args:
         number: of the save.
-        save_id: of the save, unique among all runs.
-        world_size: how many ranks there are.
-        plans: what is known from earlier saves.
-        bounds: how long to wait.
-        now: seconds on any clock, as in `tick`.
+        save_id: unique to the save, among all runs.
+        world_size: the number of ranks.
+        plans: the plans of earlier saves.
+        bounds: the time limits of waits.
+        now: the time in seconds, on the clock that `tick` is given.
     """
 
     def __init__(
@@ -81,22 +81,22 @@ class Coordinator:
         self._world_size = world_size
         self._plans = plans
         self._bounds = bounds
-        self._count = Count(bounds, now)
+        self._clock = PollClock(bounds, now)
         self._readies: dict[int, Ready] = {}
         self._wrote: set[int] = set()
         self._failures: dict[int, str] = {}
-        self._heard: set[int] = set()
-        self._last_seconds: dict[int, float] = {}  # when a rank was last heard
-        self._beaten_seconds = -bounds.beat_seconds
-        self._lost: set[int] = set()  # ranks from which nothing is expected any more
-        self._touched_seconds = 0.0  # when the others could last hear of this rank
-        self._since_seconds = 0.0  # when the phase began, where that counts
+        self._acknowledged: set[int] = set()
+        self._last_seconds: dict[int, float] = {}  # by rank: when its last message was received
+        self._heartbeat_seconds = -bounds.heartbeat_seconds
+        self._lost: set[int] = set()  # ranks from which no message is expected any more
+        self._connected_seconds = 0.0  # when the group's store last answered
+        self._since_seconds = 0.0  # when the current phase began, if that phase has a time limit
         self._commit_failure = ""
 
     def receive(self, message: ToCoordinator) -> None:
         """Record *message*, a `Ready` with its plan; `tick` returns the actions."""
         rank = message.rank
-        self._last_seconds[rank] = self._count.seconds
+        self._last_seconds[rank] = self._clock.seconds
         match message:
             case Ready():
                 self._readies.setdefault(rank, message)
@@ -105,30 +105,30 @@ class Coordinator:
             case Failed(_, why):
                 self._failures.setdefault(rank, why)
                 if rank not in self._readies:
-                    self._heard.add(rank)  # it refused, and waits for nothing
+                    self._acknowledged.add(rank)  # it refused the save, so it does not wait for the verdict
             case GaveUp(_, failures):
                 self._failures = dict(failures)
-                self._heard.add(rank)
+                self._acknowledged.add(rank)
             case Ack():
-                self._heard.add(rank)
+                self._acknowledged.add(rank)
 
     def beat(self) -> list[Action]:
         """Send a heartbeat of this rank's loop, if one is due."""
         if self.phase is Phase.OVER or not self._is_due():
             return []
-        self._beaten_seconds = self._count.seconds
+        self._heartbeat_seconds = self._clock.seconds
         return [Broadcast(CoordinatorHeartbeat())]
 
-    def tick(self, now: float, *, is_in_touch: bool = True) -> list[Action]:
-        """Look at what has come and at the clock, and say what is to be done. Call it after all that has come.
+    def tick(self, now: float, *, is_connected: bool = True) -> list[Action]:
+        """Return the actions that are due. Call it after `receive` was called with all messages that have arrived.
 
         Args:
-            now: seconds.
-            is_in_touch: whether the group's store answers, and so the others can hear that this rank is alive.
+            now: the time in seconds.
+            is_connected: whether the group's store answers, so that the other ranks receive heartbeats.
         """
-        self._count.look(now)
-        if is_in_touch:
-            self._touched_seconds = self._count.seconds
+        self._clock.advance(now)
+        if is_connected:
+            self._connected_seconds = self._clock.seconds
         return self._act()
 
     def _act(self) -> list[Action]:
@@ -142,16 +142,16 @@ class Coordinator:
             return [Plan(dict(sorted(self._readies.items())))]
         if self.phase is Phase.WRITING and len(self._wrote) == everyone:
             self.phase = Phase.CLAIMING
-            self._since_seconds = self._count.seconds
+            self._since_seconds = self._clock.seconds
             return [Claim(COMMIT)]
         if self.phase is Phase.CLAIMING and self._waited() >= self._bounds.silence_seconds / 2:
             return self.claimed(None)
         if self.phase is Phase.COMMITTING:
-            cut_off = self._count.seconds - self._touched_seconds >= self._bounds.silence_seconds / 2
-            # Before the others give up on this rank and look themselves: a commit must not come after that.
+            is_cut_off = self._clock.seconds - self._connected_seconds >= self._bounds.silence_seconds / 2
+            # The other ranks will give up on this one and check storage; the commit must end before.
             why = "was cut off from the process group's store while it committed"
-            return [Stop(), *self.commit_failed(why)] if cut_off else []
-        if self.phase is Phase.LOOKING and self._waited() >= self._bounds.silence_seconds:
+            return [Stop(), *self.commit_failed(why)] if is_cut_off else []
+        if self.phase is Phase.LOOKING_UP and self._waited() >= self._bounds.silence_seconds:
             return self.looked_up(None)
         if self.phase is Phase.DECIDED:
             return self._clean_up()
@@ -163,7 +163,7 @@ class Coordinator:
             return []
         plans = self._plans
         if works is None and plans.planned is None:
-            return self.failed("there is no work of last time")
+            return self.failed("there is no earlier work to repeat")
         if works is not None:
             plans.works = {rank: works.get(rank) for rank in range(self._world_size)}
             plans.planned = self.number
@@ -209,23 +209,23 @@ class Coordinator:
         return self._decide(Verdict({})) if self.phase is Phase.COMMITTING else []
 
     def commit_failed(self, why: str) -> list[Action]:
-        """Check whether the checkpoint is durable after all: only the answer may have been lost."""
+        """Check whether the checkpoint is durable all the same: perhaps only the answer of storage was lost."""
         if self.phase is not Phase.COMMITTING:
             return []
-        self.phase = Phase.LOOKING
-        self._since_seconds = self._count.seconds
+        self.phase = Phase.LOOKING_UP
+        self._since_seconds = self._clock.seconds
         self._commit_failure = why
         return [LookUp(self._save_id)]
 
     def looked_up(self, found: bool | None) -> list[Action]:
-        """Decide by what is in storage."""
-        if self.phase is not Phase.LOOKING:
+        """Decide by what was found in storage."""
+        if self.phase is not Phase.LOOKING_UP:
             return []
         if found:
             return self._decide(Verdict({}))
         why = self._commit_failure
         if found is None:
-            return self._decide(Verdict({COORDINATOR: why + CANNOT_BE_TOLD}, is_certain=False))
+            return self._decide(Verdict({COORDINATOR: why + OUTCOME_UNKNOWN}, is_certain=False))
         return self._decide(Verdict({COORDINATOR: why}))
 
     def _found_failures(self) -> dict[int, str]:
@@ -238,13 +238,13 @@ class Coordinator:
                 continue
             last = self._last_seconds.get(rank)
             if last is None:
-                # One that fell silent in another save has ended, most likely: it is not waited for so long again.
+                # A rank that fell silent in an earlier save has probably ended, so it is given less time.
                 is_silent = rank in self._plans.silent
                 seconds = self._bounds.silence_seconds if is_silent else self._bounds.lateness_seconds
-                if self._count.seconds >= seconds:
+                if self._clock.seconds >= seconds:
                     found[rank] = silent(self._bounds) if is_silent else late(self._bounds)
                     self._lost.add(rank)
-            elif self._count.seconds - last >= self._bounds.silence_seconds:
+            elif self._clock.seconds - last >= self._bounds.silence_seconds:
                 found[rank] = silent(self._bounds)
                 self._lost.add(rank)
                 self._plans.silent.add(rank)
@@ -259,22 +259,22 @@ class Coordinator:
     def _decide(self, verdict: Verdict) -> list[Action]:
         self.phase = Phase.DECIDED
         self.verdict = verdict
-        self._since_seconds = self._count.seconds
+        self._since_seconds = self._clock.seconds
         return [Broadcast(verdict)]
 
     def _clean_up(self) -> list[Action]:
         assert self.verdict is not None
-        unheard = frozenset(range(self._world_size)) - self._heard
-        if unheard - self._lost and self._waited() < self._bounds.silence_seconds:
+        unacknowledged = frozenset(range(self._world_size)) - self._acknowledged
+        if unacknowledged - self._lost and self._waited() < self._bounds.silence_seconds:
             return []
         self.phase = Phase.OVER
-        return [CleanUp(self.verdict, unheard)]
+        return [CleanUp(self.verdict, unacknowledged)]
 
     def _waited(self) -> float:
-        return self._count.seconds - self._since_seconds
+        return self._clock.seconds - self._since_seconds
 
     def _is_due(self) -> bool:
-        return self._count.seconds - self._beaten_seconds >= self._bounds.beat_seconds
+        return self._clock.seconds - self._heartbeat_seconds >= self._bounds.heartbeat_seconds
 
 
 def _other_locations(readies: Mapping[int, Ready]) -> dict[int, str]:

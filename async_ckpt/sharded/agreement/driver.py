@@ -1,10 +1,10 @@
-"""The thread that runs the state machines of one process group: receives, polls the clock, has actions carried out.
+"""The thread that runs the state machines of one process group: it receives messages, advances clocks, starts actions.
 
 Guarantees:
 
 * It runs while a save is in progress, and ends by itself shortly after (B2).
-* It waits only for its inbox. A second thread calls the store, so a host that does not answer delays no clock. If that
-  thread hangs in a call, it is left behind.
+* It waits only for its inbox. A second thread calls the store, so clocks go on when the store's host does not answer.
+  If that thread hangs in a call, it is left behind.
 * Any thread may `post`, and so may a signal handler (L1): no lock is waited for.
 * Heartbeats prove that the event loop of a rank is running: each one follows a call from that loop.
 
@@ -19,12 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from async_ckpt.sharded.agreement.coordinator import Coordinator, Phase
+from async_ckpt.sharded.agreement.executor import Executor, Replies
 from async_ckpt.sharded.agreement.messages import (
     CoordinatorHeartbeat,
     Failed,
@@ -54,70 +54,33 @@ from async_ckpt.sharded.agreement.protocol import (
     SentPlan,
     Write,
 )
-from async_ckpt.sharded.agreement.store_thread import Look, StoreThread, Then
+from async_ckpt.sharded.agreement.store_thread import Callback, Poll, StoreThread
 from async_ckpt.sharded.agreement.wire import Wire
 from async_ckpt.system import threads
 
-__all__ = ["Driver", "Executor", "Offer", "Replies"]
+__all__ = ["Driver"]
 
 logger = logging.getLogger(__name__)
 
 _PAUSES_SECONDS = (0.002, 0.02)
-"""The time between two polls: the shortest, while something happens; the longest, after a while without news."""
-_LOOKS_PER_SECOND = 20_000
-"""How many polls per second the host of the store may receive from all ranks together."""
-_LAST_WORDS_SECONDS = 2.0
-"""How long sending the remaining messages may take when nothing else is left."""
-_REMEMBERED = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Replies:
-    """Reports the outcome of an action to the agreement: *done* takes its result, *failed* its error."""
-
-    done: Callable[..., list[Action]]
-    failed: Callable[[str], list[Action]]
-
-
-class Offer(Protocol):
-    """What a rank announces when it begins a save."""
-
-    @property
-    def location(self) -> str:
-        """The location of the save, without secrets."""
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Of all that the plan says."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The size of each pickled item in bytes."""
-
-    def plan(self) -> bytes:
-        """Return the plan; called only if the coordinator does not know it."""
-
-
-class Executor(Protocol):
-    """One rank's part in one save, on the service's loop."""
-
-    number: int
-    offer: Offer
-
-    def deliver(self, action: Action, replies: Replies | None) -> None:
-        """Perform *action* on the loop, and report its outcome by one of *replies*. Must not raise."""
+"""The time between two polls: the shortest, used while messages arrive, and the longest, used after a quiet while."""
+_POLLS_PER_SECOND = 20_000
+"""How many polls per second all ranks together may send to the host of the store."""
+_FINAL_SEND_SECONDS = 2.0
+"""How long sending the remaining messages may take once every save has ended."""
+_MOST_REMEMBERED = 256
 
 
 class Driver:
-    """One a group and process.
+    """Takes this rank's part in all saves of one process group.
 
     Args:
-        wire: to the others; ``None`` where there are none.
-        rank: of this process.
-        world_size: how many there are.
-        run: a word that no other run has; of the coordinator's, else ignored.
-        bounds: how long to wait.
-        clock: seconds.
+        wire: sends messages to the other ranks; ``None`` if there are none.
+        rank: the rank of this process.
+        world_size: the number of ranks.
+        run: a name that no other run has; only the coordinator uses it.
+        bounds: the time limits of waits.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -136,22 +99,21 @@ class Driver:
         self._run = run
         self._bounds = bounds
         self._clock = clock
-        least = world_size / _LOOKS_PER_SECOND
+        least = world_size / _POLLS_PER_SECOND
         self._pauses_seconds = max(_PAUSES_SECONDS[0], least), max(_PAUSES_SECONDS[1], least)
         self._sent_plan = SentPlan()
         self._plans = PlanCache()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._running = threading.Lock()  # never waited for: only a flag that one thread can win
         self._thread: threading.Thread | None = None
-        # What follows is touched by the thread alone.
+        # Only the driver's thread uses the following.
         self._store_thread: StoreThread | None = None
         self._parts: dict[int, tuple[Executor, Participant]] = {}
         self._coordinators: dict[int, Coordinator] = {}
-        self._early: dict[int, list[ToCoordinator]] = {}
-        self._over: deque[int] = deque(maxlen=_REMEMBERED)
-        self._claims: dict[
-            Coordinator | Participant, int
-        ] = {}  # who waits for an answer, and about which save
+        self._early_messages: dict[int, list[ToCoordinator]] = {}
+        self._ended_numbers: deque[int] = deque(maxlen=_MOST_REMEMBERED)
+        # The state machines that wait for the answer to a claim, and the numbers of their saves.
+        self._claims: dict[Coordinator | Participant, int] = {}
 
     @property
     def is_running(self) -> bool:
@@ -166,7 +128,7 @@ class Driver:
         self._inbox.put(call)
         if self._running.acquire(blocking=False):
             try:
-                # A daemon: a process that ends without closing its service must not be held up by it.
+                # A daemon thread, so that it cannot delay the exit of a process that has not closed its service.
                 self._thread = threading.Thread(target=self._main, name="async_ckpt-agreement", daemon=True)
                 threads.start(self._thread)
             except BaseException:
@@ -176,7 +138,7 @@ class Driver:
     # -- calls to post
 
     def begin(self, part: Executor) -> None:
-        """Take part in a save."""
+        """Begin this rank's part in a save."""
         number, offer = part.number, part.offer
         member = Participant(self._rank, sent_plan=self._sent_plan, bounds=self._bounds, now=self._clock())
         try:
@@ -194,7 +156,7 @@ class Driver:
         self._carry_out(number, actions)
 
     def refuse(self, number: int, why: str) -> None:
-        """Announce that this rank takes no part in save *number*."""
+        """Announce that this rank does not take part in save *number*, which makes it fail."""
         if self._rank == COORDINATOR:
             self._coordinate(number)
         self._carry_out(number, [Send(Failed(self._rank, why))])
@@ -211,7 +173,7 @@ class Driver:
         self._carry_out(number, actions())
 
     def give_up(self, number: int, why: str, then: Callable[[], None]) -> None:
-        """End a part whose caller no longer waits; call *then* once that has been sent."""
+        """End this rank's part in a save because its caller no longer waits; call *then* once the others are told."""
         known = self._parts.pop(number, None)
         if known is not None:
             self._carry_out(number, known[1].give_up(why))
@@ -226,7 +188,7 @@ class Driver:
     def leave(self) -> None:
         """Stop taking part in saves, for good."""
         if self._wire is not None and self._wire.is_used:
-            self._send(Wire.leave)
+            self._enqueue(Wire.leave)
 
     # -- the thread
 
@@ -238,7 +200,7 @@ class Driver:
                 logger.exception("the agreement on sharded saves has failed; please report it")
                 self._drop_everything(f"internal error: {type(error).__name__}: {error}")
             self._running.release()
-            # Who posted before that has left it to us.
+            # A call that was posted before the release relies on this thread.
             if self._inbox.empty() or not self._running.acquire(blocking=False):
                 return
 
@@ -251,33 +213,33 @@ class Driver:
                 self._tick(now)
                 if self._parts or self._coordinators or not self._inbox.empty():
                     idle_since = None
-                elif self._store_thread is None or self._store_thread.is_done:
+                elif self._store_thread is None or self._store_thread.is_idle:
                     return
                 else:
                     idle_since = now if idle_since is None else idle_since
-                    if now - idle_since > _LAST_WORDS_SECONDS:
+                    if now - idle_since > _FINAL_SEND_SECONDS:
                         return
                 if self._store_thread is not None:
-                    self._store_thread.exchange(now, self._look())
+                    self._store_thread.exchange(now, self._poll())
         finally:
             if self._store_thread is not None:
                 has_ended, self._store_thread = self._store_thread.end(), None
                 if self._wire is not None and not has_ended:
-                    self._wire = self._wire.anew()
+                    self._wire = self._wire.reconnected()
 
     def _tick(self, now: float) -> None:
-        is_in_touch = self._store_thread is None or self._store_thread.is_in_touch(
-            now, self._bounds.longest_look_seconds
+        is_connected = self._store_thread is None or self._store_thread.is_connected(
+            now, self._bounds.longest_poll_seconds
         )
         for number, coordinator in list(self._coordinators.items()):
             if number not in self._parts:
                 self._carry_out(number, coordinator.beat())
-            self._carry_out(number, coordinator.tick(now, is_in_touch=is_in_touch))
+            self._carry_out(number, coordinator.tick(now, is_connected=is_connected))
             if coordinator.phase is Phase.OVER:
                 del self._coordinators[number]
-                self._over.append(number)
+                self._ended_numbers.append(number)
         for number, (_, member) in list(self._parts.items()):
-            self._carry_out(number, member.tick(now, is_in_touch=is_in_touch))
+            self._carry_out(number, member.tick(now, is_connected=is_connected))
 
     def _read_inbox(self) -> None:
         try:
@@ -289,9 +251,9 @@ class Driver:
 
     def _pause_seconds(self) -> float:
         shortest, longest = self._pauses_seconds
-        if self._store_thread is None or self._store_thread.is_out:
+        if self._store_thread is None or self._store_thread.is_busy:
             return longest
-        return min(max(self._store_thread.next_seconds - self._clock(), shortest / 4), longest)
+        return min(max(self._store_thread.next_poll_seconds - self._clock(), shortest / 4), longest)
 
     def _drop_everything(self, why: str) -> None:
         for part, _ in self._parts.values():
@@ -299,10 +261,10 @@ class Driver:
         self._parts.clear()
         self._coordinators.clear()
 
-    # -- what is to be done
+    # -- actions and messages
 
     def _coordinate(self, number: int) -> None:
-        if number in self._coordinators or number in self._over:
+        if number in self._coordinators or number in self._ended_numbers:
             return
         coordinator = self._coordinators[number] = Coordinator(
             number,
@@ -313,44 +275,48 @@ class Driver:
             now=self._clock(),
         )
         if self._wire is not None:
-            self._the_store_thread()  # others may have come before
+            self._the_store_thread()  # messages of other ranks may be there already
         self._carry_out(number, coordinator.beat())
-        for message in self._early.pop(number, []):
+        for message in self._early_messages.pop(number, []):
             coordinator.receive(message)
 
     def _carry_out(self, number: int, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
                 case Send(message):
-                    self._say(number, message)
+                    self._send_to_coordinator(number, message)
                 case Broadcast(message):
-                    self._tell(number, message)
+                    self._broadcast(number, message)
                 case Scatter(messages):
                     if self._wire is not None:
-                        self._send(partial(Wire.scatter, number=number, messages=messages))
-                    self._hear_coordinator(number, messages[self._rank])
+                        self._enqueue(partial(Wire.scatter, number=number, messages=messages))
+                    self._receive_from_coordinator(number, messages[self._rank])
                 case Claim(claim):
                     self._claim(number, claim)
-                case CleanUp(verdict, unheard):
+                case CleanUp(verdict, unacknowledged):
                     if self._wire is not None:
-                        self._send(partial(Wire.clean_up, number=number, verdict=verdict, unheard=unheard))
+                        self._enqueue(
+                            partial(
+                                Wire.clean_up, number=number, verdict=verdict, unacknowledged=unacknowledged
+                            )
+                        )
                 case _:
                     self._deliver(number, action)
 
-    def _say(self, number: int, message: ToCoordinator) -> None:
+    def _send_to_coordinator(self, number: int, message: ToCoordinator) -> None:
         if self._rank == COORDINATOR:
-            self._hear_rank(number, message)
+            self._receive_from_rank(number, message)
         elif self._wire is not None and not (
-            isinstance(message, Heartbeat) and self._the_store_thread().is_behind
+            isinstance(message, Heartbeat) and self._the_store_thread().has_backlog
         ):
-            self._send(partial(Wire.send, number=number, message=message))
+            self._enqueue(partial(Wire.send, number=number, message=message))
 
-    def _tell(self, number: int, message: FromCoordinator) -> None:
+    def _broadcast(self, number: int, message: FromCoordinator) -> None:
         if self._wire is not None and not (
-            isinstance(message, CoordinatorHeartbeat) and self._the_store_thread().is_behind
+            isinstance(message, CoordinatorHeartbeat) and self._the_store_thread().has_backlog
         ):
-            self._send(partial(Wire.broadcast, number=number, message=message))
-        self._hear_coordinator(number, message)
+            self._enqueue(partial(Wire.broadcast, number=number, message=message))
+        self._receive_from_coordinator(number, message)
 
     def _claim(self, number: int, claim: Any) -> None:
         owner: Coordinator | Participant
@@ -362,13 +328,13 @@ class Driver:
         self._claims[owner] = number
 
         def ask(wire: Wire) -> Callable[[], None]:
-            # The verdict may have come while this rank was cut off.
-            heard: list[Any] = [] if self._rank == COORDINATOR else wire.poll([number])
-            is_decided = any(isinstance(message, Verdict) for _, message in heard)
+            # The verdict may have arrived while this rank was cut off.
+            found: list[Any] = [] if self._rank == COORDINATOR else wire.poll([number])
+            is_decided = any(isinstance(message, Verdict) for _, message in found)
             holder = None if is_decided else wire.claim(number, claim)
 
             def end() -> None:
-                self._take_in(heard)
+                self._receive(found)
                 self._claimed(owner, holder)
 
             return end
@@ -384,7 +350,9 @@ class Driver:
         known = self._parts.get(number)
         replies = self._replies(number, action)
         if known is None:
-            if isinstance(action, LookUp) and replies is not None:  # nobody is left who could look
+            if (
+                isinstance(action, LookUp) and replies is not None
+            ):  # the executor that could check storage has ended
                 self._carry_out(number, replies.done(None))
             return
         part, member = known
@@ -392,7 +360,7 @@ class Driver:
         if member.step is Step.ENDED and isinstance(action, End):
             del self._parts[number]
             if self._wire is not None:
-                self._send(partial(Wire.forget, number=number))
+                self._enqueue(partial(Wire.forget, number=number))
 
     def _replies(self, number: int, action: Action) -> Replies | None:
         coordinator = self._coordinators.get(number)
@@ -405,25 +373,25 @@ class Driver:
             case Write() if member is not None:
                 return Replies(member.wrote, member.failed)
             case LookUp():
-                is_ours = coordinator is not None and coordinator.phase is Phase.LOOKING
+                is_ours = coordinator is not None and coordinator.phase is Phase.LOOKING_UP
                 looker = coordinator if is_ours else member
                 if looker is not None:
                     found = looker.looked_up
                     return Replies(found, lambda why: found(None))
         return None
 
-    def _hear_rank(self, number: int, message: ToCoordinator) -> None:
+    def _receive_from_rank(self, number: int, message: ToCoordinator) -> None:
         self._plans.silent.discard(message.rank)
         if isinstance(message, Ready):
             message = self._plans.complete(message)
         if number in self._coordinators:
             self._coordinators[number].receive(message)
-        elif number not in self._over and not isinstance(message, Heartbeat):
-            self._early.setdefault(number, []).append(message)
-            while len(self._early) > _REMEMBERED:
-                del self._early[min(self._early)]
+        elif number not in self._ended_numbers and not isinstance(message, Heartbeat):
+            self._early_messages.setdefault(number, []).append(message)
+            while len(self._early_messages) > _MOST_REMEMBERED:
+                del self._early_messages[min(self._early_messages)]
 
-    def _hear_coordinator(self, number: int, message: FromCoordinator) -> None:
+    def _receive_from_coordinator(self, number: int, message: FromCoordinator) -> None:
         known = self._parts.get(number)
         if known is not None:
             self._carry_out(number, known[1].receive(message))
@@ -434,31 +402,31 @@ class Driver:
         assert self._wire is not None
         if self._store_thread is None:
             self._store_thread = StoreThread(
-                self._wire, self._inbox.put, self._cut_off, pauses_seconds=self._pauses_seconds
+                self._wire, self._inbox.put, self._disconnected, pauses_seconds=self._pauses_seconds
             )
         return self._store_thread
 
-    def _send(self, job: Callable[[Wire], None]) -> None:
+    def _enqueue(self, job: Callable[[Wire], None]) -> None:
         self._the_store_thread().send(job)
 
-    def _look(self) -> Look:
+    def _poll(self) -> Poll:
         """Return the function that polls for messages, on the store thread."""
         numbers = tuple(self._parts)
         is_coordinator = self._rank == COORDINATOR
 
-        def look(wire: Wire) -> Then | None:
+        def poll(wire: Wire) -> Callback | None:
             found: list[Any] = wire.collect() if is_coordinator else wire.poll(numbers)
-            return partial(self._take_in, found) if found else None
+            return partial(self._receive, found) if found else None
 
-        return look
+        return poll
 
-    def _take_in(self, found: list[tuple[int, Any]]) -> None:
-        hear: Callable[[int, Any], None]
-        hear = self._hear_rank if self._rank == COORDINATOR else self._hear_coordinator
+    def _receive(self, found: list[tuple[int, Any]]) -> None:
+        receive: Callable[[int, Any], None]
+        receive = self._receive_from_rank if self._rank == COORDINATOR else self._receive_from_coordinator
         for number, message in found:
-            hear(number, message)
+            receive(number, message)
 
-    def _cut_off(self) -> None:
-        """Note that the store did not answer."""
+    def _disconnected(self) -> None:
+        """End all waits for the answer to a claim: the store did not answer."""
         for owner in list(self._claims):
             self._claimed(owner, None)

@@ -33,12 +33,12 @@ _ANSWER_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Who takes part.
+    """The ranks that take part.
 
     Attributes:
-        rank: of this process in the group.
-        world_size: how many there are.
-        connect: opens a connection to the store under a prefix of our own; ``None`` in a world of one.
+        rank: the rank of this process in the group.
+        world_size: the number of ranks.
+        connect: opens a connection to the store, under a prefix of our own; ``None`` if there is only one rank.
     """
 
     rank: int
@@ -46,20 +46,21 @@ class Group:
     connect: Callable[[], Any] | None
 
 
-_opened: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
-"""How many services of each group have been made, by the store. All ranks make the same ones, in the same order."""
+_service_counts: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
+"""By store: how many services each group has. All ranks make the same services, in the same order."""
 
 
 def find_group(process_group: Any = None, store: Any = None) -> Group:
-    """Return who takes part in the saves of a service.
+    """Return the ranks that take part in the saves of a service.
 
     Args:
-        process_group: torch's; ``None`` is the default group, or this process alone where there is none; ``ALONE``.
-        store: through which they talk; ``None`` is the one through which the ranks found each other. Without a
-            process group, RANK and WORLD_SIZE in the environment say who this is.
+        process_group: a group of torch; ``ALONE``; or ``None``, which means the default group or, without one, this
+            process alone.
+        store: through which the ranks communicate; ``None`` means the store that the group was initialized with.
+            Without a process group, RANK and WORLD_SIZE in the environment identify this process.
 
     Raises:
-        OptionError: there is a group, and no store is to be had; or a store, and no group.
+        OptionError: there is a group but no store, or a store but no group.
     """
     if process_group is ALONE:
         return Group(rank=0, world_size=1, connect=None)
@@ -67,7 +68,8 @@ def find_group(process_group: Any = None, store: Any = None) -> Group:
     is_there = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if process_group is not None and not is_there:
         raise OptionError(
-            f"process_group=<{type(process_group).__name__}>: torch.distributed is not initialized"
+            f"process_group=<{type(process_group).__name__}>: torch.distributed is not initialized; "
+            "call init_process_group first"
         )
     if is_there:
         rank = distributed.get_rank(process_group)
@@ -75,7 +77,7 @@ def find_group(process_group: Any = None, store: Any = None) -> Group:
         name = _name(distributed, process_group)
         if rank < 0:
             raise OptionError(
-                "process_group: this process is none of its ranks; make the service on those alone"
+                "process_group: this process is not one of its ranks; make the service only on its ranks"
             )
     elif store is not None:
         try:
@@ -88,17 +90,17 @@ def find_group(process_group: Any = None, store: Any = None) -> Group:
         return Group(rank=0, world_size=1, connect=None)
     if world_size == 1:
         return Group(rank=0, world_size=1, connect=None)
-    is_borrowed = store is None
+    is_torchs_own = store is None
     if store is None:
         store = _default_store(distributed)
     if store is None:
         raise OptionError(
-            "store=None: the process group has no store (MPI has none); hand one over, as a TCPStore"
+            "store=None: the process group has no store (with MPI, none has); pass one, such as a TCPStore"
         )
     prefix = f"async_ckpt/sharded/{name}/{_number(store, name)}"
-    # Weakly where it is torch's own, lest rank 0 go on to host it when the group has ended.
-    held: Callable[[], Any] = ref(store) if is_borrowed else lambda: store
-    return Group(rank=rank, world_size=world_size, connect=_Connect(held, prefix))
+    # A weak reference to torch's own store: otherwise rank 0 would host it even after the group has ended.
+    get_store: Callable[[], Any] = ref(store) if is_torchs_own else lambda: store
+    return Group(rank=rank, world_size=world_size, connect=_Connect(get_store, prefix))
 
 
 def _default_store(distributed: Any) -> Any:
@@ -122,46 +124,46 @@ def _name(distributed: Any, process_group: Any) -> str:
 
 def _number(store: Any, name: str) -> int:
     try:
-        counts = _opened.setdefault(store, Counter())
-    except TypeError:  # a store of the user's own that cannot be referred to weakly
+        counts = _service_counts.setdefault(store, Counter())
+    except TypeError:  # the user's own store, which does not support weak references
         return 0
     counts[name] += 1
     return counts[name]
 
 
 _connections: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""The connection of this process to each store. All services share it: torch takes seconds for some, as it asks for the
-name of the host's address, and a host serves only so many."""
+"""The connection of this process to each store, which all services share: opening one can take torch seconds, because
+it looks up the host's name, and a host serves a limited number of them."""
 
 os.register_at_fork(after_in_child=_connections.clear)
 
 
 class _Connect:
-    """Connects to a store, within a prefix; anew each time it is called by the same service.
+    """Connects one service to a store; each call makes a new connection.
 
     Args:
-        held: returns the store, or ``None`` where the process group has ended.
-        prefix: that of the keys.
+        get_store: returns the store, or ``None`` if the process group has ended.
+        prefix: the prefix of the keys.
     """
 
-    def __init__(self, held: Callable[[], Any], prefix: str) -> None:
-        self._held = held
+    def __init__(self, get_store: Callable[[], Any], prefix: str) -> None:
+        self._get_store = get_store
         self._prefix = prefix
-        self._last: Any = None  # which has failed, or hangs, if there is another call
+        self._previous: Any = None  # it has failed or hangs, if there is another call
 
     def __call__(self) -> Any:
-        store = self._held()
+        store = self._get_store()
         if store is None:
             raise ConnectionError("the process group has ended")
-        own = self._last = self._shared(store)
-        return _torch_distributed().PrefixStore(self._prefix, own)
+        connection = self._previous = self._shared(store)
+        return _torch_distributed().PrefixStore(self._prefix, connection)
 
     def _shared(self, store: Any) -> Any:
         try:
             known = _connections.get(store)
-        except TypeError:  # a store of the user's own that cannot be referred to weakly
+        except TypeError:  # the user's own store, which does not support weak references
             return _connection_to(store)
-        if known is None or known is self._last:
+        if known is None or known is self._previous:
             known = _connection_to(store)
             if known is not store:
                 _connections[store] = known
@@ -175,32 +177,34 @@ def _connection_to(store: Any) -> Any:
     while isinstance(bottom, distributed.PrefixStore) and hasattr(bottom, "underlying_store"):
         prefixes.append(getattr(bottom, "prefix", None))
         bottom = bottom.underlying_store
-    own = _cloned(store)
-    if own is None and None not in prefixes:
-        own = _dialed(bottom)
-        for each in reversed(prefixes) if own is not None else ():
-            own = distributed.PrefixStore(each, own)
-    return store if own is None else own
+    connection = _clone(store)
+    if connection is None and None not in prefixes:
+        connection = _reconnected(bottom)
+        for each in reversed(prefixes) if connection is not None else ():
+            connection = distributed.PrefixStore(each, connection)
+    return store if connection is None else connection
 
 
-def _cloned(store: Any) -> Any:
+def _clone(store: Any) -> Any:
     """Return a clone of *store*, or ``None`` if torch, or this kind of store, does not support that."""
     try:
-        return _impatient(store.clone())
+        return _with_short_timeout(store.clone())
     except (AttributeError, NotImplementedError):
         return None
 
 
-def _dialed(store: Any) -> Any:
+def _reconnected(store: Any) -> Any:
     """Return a new connection to *store*'s host, or ``None`` if it has none."""
     host, port = getattr(store, "host", None), getattr(store, "port", None)
     if host is None or port is None:
         return None
     timeout = timedelta(seconds=_CONNECT_SECONDS)
-    return _impatient(_torch_distributed().TCPStore(host, port, None, False, timeout, wait_for_workers=False))
+    return _with_short_timeout(
+        _torch_distributed().TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    )
 
 
-def _impatient(store: Any) -> Any:
+def _with_short_timeout(store: Any) -> Any:
     """Set a short time limit for waits on *store*, if nothing else uses the connection."""
     bottom = store
     while hasattr(bottom, "underlying_store"):

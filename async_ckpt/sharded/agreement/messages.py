@@ -76,8 +76,8 @@ class GaveUp:
     """A rank has waited for the coordinator in vain, and has made sure that no rank commits.
 
     Attributes:
-        rank: which.
-        failures: with which its save has ended.
+        rank: the rank.
+        failures: the reasons of the failure, by rank, with which its save has ended.
     """
 
     rank: int
@@ -93,10 +93,10 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """All ranks have begun: write.
+    """All ranks have begun, so each may write.
 
     Attributes:
-        work: what to write, and where; ``None``: the same as last time.
+        work: what to write, and where; ``None`` repeats the last work.
         planned: the number of the save whose planning assigned the work.
         save_id: the identity of this save.
     """
@@ -154,10 +154,10 @@ def encode(number: int, message: ToCoordinator | FromCoordinator) -> bytes:
 
 
 def decode(data: bytes) -> tuple[int, ToCoordinator | FromCoordinator]:
-    """Return what `encode` was given.
+    """Return the number and the message that `encode` was given.
 
     Raises:
-        ValueError: *data* is no such thing.
+        ValueError: *data* is not the result of `encode`.
     """
     end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
     number, has_body, kind, *values = json.loads(data[_LENGTH_BYTES:end])
@@ -181,7 +181,7 @@ def decode(data: bytes) -> tuple[int, ToCoordinator | FromCoordinator]:
             return number, Verdict({int(rank): str(why) for rank, why in failures}, bool(is_certain))
         case "alive", []:
             return number, CoordinatorHeartbeat()
-    raise ValueError(f"no message: {kind!r}")
+    raise ValueError(f"unknown kind of message: {kind!r}")
 
 
 def encode_failures(failures: Mapping[int, str]) -> str:

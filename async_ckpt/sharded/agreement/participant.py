@@ -1,4 +1,4 @@
-"""The part of every rank in a sharded save, that of rank 0 included.
+"""What every rank does in a sharded save; rank 0 does it as well, beside its `coordinator`.
 
 Guarantees: those of `protocol`; each save ends once.
 
@@ -22,15 +22,15 @@ from async_ckpt.sharded.agreement.messages import (
     Wrote,
 )
 from async_ckpt.sharded.agreement.protocol import (
-    CANNOT_BE_TOLD,
     COORDINATOR,
+    OUTCOME_UNKNOWN,
     Action,
     Bounds,
     Claim,
     ClaimHolder,
-    Count,
     End,
     LookUp,
+    PollClock,
     Send,
     SentPlan,
     Stop,
@@ -49,9 +49,9 @@ class Step(Enum):
     WAITING = auto()
     WRITING = auto()
     WROTE = auto()
-    FAILED = auto()  # and said so
+    FAILED = auto()  # and has told the coordinator
     CLAIMING = auto()  # has given up on the coordinator
-    LOOKING = auto()
+    LOOKING_UP = auto()
     ENDED = auto()
 
 
@@ -59,10 +59,10 @@ class Participant:
     """One save, on one rank.
 
     Args:
-        rank: this one.
+        rank: the rank of this process.
         sent_plan: what the coordinator was sent in earlier saves.
-        bounds: how long to wait.
-        now: seconds on any clock, as in `tick`.
+        bounds: the time limits of waits.
+        now: the time in seconds, on the clock that `tick` is given.
     """
 
     def __init__(self, rank: int, *, sent_plan: SentPlan, bounds: Bounds, now: float) -> None:
@@ -70,15 +70,15 @@ class Participant:
         self.step = Step.WAITING
         self._sent_plan = sent_plan
         self._bounds = bounds
-        self._count = Count(bounds, now)
+        self._clock = PollClock(bounds, now)
         self._fingerprint = b""
         self._save_id = ""
         self._has_begun_to_write = False
         self._wrote = False
-        self._has_heard = False
-        self._last_seconds = 0.0  # when the coordinator was last heard
-        self._touched_seconds = 0.0  # when the store last answered
-        self._beaten_seconds = 0.0
+        self._has_heard_coordinator = False
+        self._last_seconds = 0.0  # when the coordinator's last message was received
+        self._connected_seconds = 0.0  # when the store last answered
+        self._heartbeat_seconds = 0.0
         self._asked_seconds = 0.0
         self._failures: dict[int, str] = {}
 
@@ -97,17 +97,20 @@ class Participant:
 
     def beat(self) -> list[Action]:
         """Send a heartbeat of this rank's loop, if one is due."""
-        if self.step is Step.ENDED or self._count.seconds - self._beaten_seconds < self._bounds.beat_seconds:
+        if (
+            self.step is Step.ENDED
+            or self._clock.seconds - self._heartbeat_seconds < self._bounds.heartbeat_seconds
+        ):
             return []
-        self._beaten_seconds = self._count.seconds
+        self._heartbeat_seconds = self._clock.seconds
         return [Send(Heartbeat(self.rank))]
 
     def receive(self, message: FromCoordinator) -> list[Action]:
-        """Follow a message of the coordinator."""
+        """Process a message of the coordinator."""
         if self.step is Step.ENDED:
             return []
-        self._has_heard = True
-        self._last_seconds = self._count.seconds
+        self._has_heard_coordinator = True
+        self._last_seconds = self._clock.seconds
         match message:
             case Go(work, planned, save_id):
                 if self._sent_plan.fingerprint == self._fingerprint:
@@ -119,10 +122,10 @@ class Participant:
                     self._has_begun_to_write = True
                     return [Write(work, save_id)]
             case Verdict(failures, is_certain):
-                heard = Send(Ack(self.rank))
+                ack = Send(Ack(self.rank))
                 if is_certain or not self._wrote:
-                    return [heard, *self._end(failures, is_certain=is_certain)]
-                return [heard, *self._look_up(failures)]
+                    return [ack, *self._end(failures, is_certain=is_certain)]
+                return [ack, *self._look_up(failures)]
         return []
 
     def wrote(self) -> list[Action]:
@@ -141,37 +144,37 @@ class Participant:
         return [Send(Failed(self.rank, why))]
 
     def give_up(self, why: str) -> list[Action]:
-        """Report that this rank no longer waits, whatever the others do; its last message."""
+        """Report that this rank no longer waits, whatever the verdict; this ends its part."""
         if self.step is Step.ENDED:
             return []
         self.step = Step.ENDED
         self._sent_plan.forget()
         return [Send(Failed(self.rank, why)), Send(Ack(self.rank))]
 
-    def tick(self, now: float, *, is_in_touch: bool = True) -> list[Action]:
-        """Look at the clock. Call it after all that has come.
+    def tick(self, now: float, *, is_connected: bool = True) -> list[Action]:
+        """Return the actions that are due. Call it after `receive` was called with all messages that have arrived.
 
         Args:
-            now: seconds.
-            is_in_touch: whether the group's store answers.
+            now: the time in seconds.
+            is_connected: whether the group's store answers.
         """
-        self._count.look(now)
-        seconds = self._count.seconds
-        if is_in_touch:
-            self._touched_seconds = seconds
+        self._clock.advance(now)
+        seconds = self._clock.seconds
+        if is_connected:
+            self._connected_seconds = seconds
         bounds = self._bounds
         if self.step is Step.CLAIMING:
-            has_waited = seconds - self._asked_seconds >= 2 * bounds.longest_look_seconds
+            has_waited = seconds - self._asked_seconds >= 2 * bounds.longest_poll_seconds
             return self.claimed(None) if has_waited else []
-        if self.step is Step.LOOKING:
+        if self.step is Step.LOOKING_UP:
             has_waited = seconds - self._asked_seconds >= bounds.silence_seconds
             return self.looked_up(None) if has_waited else []
         if self.step is Step.ENDED:
             return []
-        since = self._last_seconds if self._has_heard else self._touched_seconds
+        since = self._last_seconds if self._has_heard_coordinator else self._connected_seconds
         if seconds - since >= bounds.silence_seconds:
             return self._claim(silent(bounds))
-        if not self._has_heard and seconds >= bounds.lateness_seconds:
+        if not self._has_heard_coordinator and seconds >= bounds.lateness_seconds:
             return self._claim(late(bounds))
         return []
 
@@ -179,34 +182,34 @@ class Participant:
         """End if it is certain that no rank commits; otherwise check storage."""
         if self.step is not Step.CLAIMING:
             return []
-        if isinstance(holder, Mapping) or not self._wrote:  # without this rank nobody can have committed
+        if isinstance(holder, Mapping) or not self._wrote:  # the commit needs every rank, so also this one
             failures = holder if isinstance(holder, Mapping) else self._failures
             return [Send(GaveUp(self.rank, failures)), *self._end(failures, is_certain=True)]
         return self._look_up(self._failures)
 
     def looked_up(self, found: bool | None) -> list[Action]:
         """End according to what is in storage."""
-        if self.step is not Step.LOOKING:
+        if self.step is not Step.LOOKING_UP:
             return []
         if found:
             return self._end({}, is_certain=True)
         failures = self._failures
         if found is None:
             failures = {
-                rank: why if why.endswith(CANNOT_BE_TOLD) else why + CANNOT_BE_TOLD
+                rank: why if why.endswith(OUTCOME_UNKNOWN) else why + OUTCOME_UNKNOWN
                 for rank, why in failures.items()
             }
         return self._end(failures, is_certain=False)
 
     def _claim(self, why: str) -> list[Action]:
         self.step = Step.CLAIMING
-        self._asked_seconds = self._count.seconds
+        self._asked_seconds = self._clock.seconds
         self._failures = {COORDINATOR: why}
         return [Claim(self._failures)]
 
     def _look_up(self, failures: Mapping[int, str]) -> list[Action]:
-        self.step = Step.LOOKING
-        self._asked_seconds = self._count.seconds
+        self.step = Step.LOOKING_UP
+        self._asked_seconds = self._clock.seconds
         self._failures = dict(failures)
         return [Stop(), LookUp(self._save_id)]
 

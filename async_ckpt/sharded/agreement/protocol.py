@@ -5,13 +5,13 @@ in, actions come out. Guarantees, for any order of messages, for the loss of any
 
 * The coordinator commits the checkpoint only when every rank has written its part, none has failed, and none has given
   up on the coordinator (D5).
-* On every rank that survives, the save ends once, with the same outcome (E4). A rank that cannot hear the verdict
-  claims the decision in the group's store, where only one claim can hold: the coordinator's, which then commits, or
-  another rank's, after which nobody ever will. Storage is checked only if the store is gone, or if the coordinator
-  died while it was committing.
-* Every wait is bounded (E5). A rank that was heard of, and then not for ``silence`` seconds, has failed; so has a rank
-  that was never heard of for ``lateness`` seconds. Time is counted from poll to poll, and no interval counts for more
-  than a fraction of the bound, so a process that was stopped and continues does not take the others for silent.
+* On every rank that survives, the save ends once, with the same outcome (E4). A rank that does not receive the verdict
+  claims the decision in the group's store. Only one claim can hold: that of the coordinator, which then commits, or
+  that of another rank, after which no rank commits. Storage is checked only if the store does not answer, or if the
+  coordinator died while it was committing.
+* Every wait is bounded (E5). A rank has failed if it sends nothing for ``silence_seconds`` after a message, or no
+  message at all for ``lateness_seconds``. Time is counted from poll to poll, and no interval counts for more than a
+  fraction of the bound, so a process that was stopped and continues does not consider the others silent.
 * Objects are deleted only if it is certain that no checkpoint refers to them.
 
 One case remains: a commit that takes effect after the other ranks have given up on the coordinator and have checked
@@ -35,9 +35,9 @@ from async_ckpt.sharded.agreement.messages import (
 )
 
 __all__ = [
-    "CANNOT_BE_TOLD",
     "COMMIT",
     "COORDINATOR",
+    "OUTCOME_UNKNOWN",
     "Action",
     "Bounds",
     "Broadcast",
@@ -45,11 +45,11 @@ __all__ = [
     "ClaimHolder",
     "CleanUp",
     "Commit",
-    "Count",
     "End",
     "LookUp",
     "Plan",
     "PlanCache",
+    "PollClock",
     "Scatter",
     "Send",
     "SentPlan",
@@ -67,12 +67,12 @@ COMMIT = "commit"
 """The value of the claim if the coordinator holds it."""
 
 ClaimHolder = str | Mapping[int, str] | None
-"""Whose claim holds: `COMMIT`, or the failures that another rank claimed; ``None`` if the store did not say."""
+"""The claim that holds: `COMMIT`, or the failures that another rank claimed; ``None`` if the store did not answer."""
 
-CANNOT_BE_TOLD = "; whether the checkpoint was committed cannot be told"
+OUTCOME_UNKNOWN = "; it is unknown whether the checkpoint was committed"
 
 
-# -- what is to be done
+# -- actions
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +151,15 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class CleanUp:
-    """Take away what was said of this save.
+    """Delete the messages about this save.
 
     Attributes:
-        verdict: how it ended.
-        unheard: ranks that have not said that they know.
+        verdict: the outcome of the save.
+        unacknowledged: the ranks that have not acknowledged the verdict.
     """
 
     verdict: Verdict
-    unheard: frozenset[int]
+    unacknowledged: frozenset[int]
 
 
 Action = Send | Broadcast | Scatter | Claim | Plan | Write | Commit | LookUp | Stop | Undo | End | CleanUp
@@ -173,44 +173,44 @@ class Bounds:
     """The time limits of waits.
 
     Attributes:
-        silence_seconds: for a rank that has said something.
-        lateness_seconds: for one that has said nothing yet.
+        silence_seconds: for the next message of a rank.
+        lateness_seconds: for the first message of a rank.
     """
 
     silence_seconds: float = 60.0
     lateness_seconds: float = 600.0
 
     @property
-    def beat_seconds(self) -> float:
+    def heartbeat_seconds(self) -> float:
         """The interval of heartbeats; a few may be lost."""
         return self.silence_seconds / 6
 
     @property
-    def longest_look_seconds(self) -> float:
-        """The longest time that the time between two polls counts for."""
+    def longest_poll_seconds(self) -> float:
+        """How long the time between two polls counts at most."""
         return self.silence_seconds / 10
 
 
 class SentPlan:
-    """What a rank knows that the coordinator knows of it, over all saves. One a rank."""
+    """What one rank has sent to the coordinator in all saves so far, and so need not send again."""
 
     def __init__(self) -> None:
         self.fingerprint: bytes | None = None  # of the last plan sent
-        self.is_known = False  # the coordinator has that one
-        self.planned: int | None = None  # the save whose planning gave the last work
+        self.is_known = False  # whether the coordinator has received it
+        self.planned: int | None = None  # the number of the save whose planning assigned the last work
 
     def forget(self) -> None:
-        """Send it again with the next save."""
+        """Have the plan sent again with the next save."""
         self.fingerprint, self.is_known, self.planned = None, False, None
 
 
 class PlanCache:
-    """What the coordinator knows of each rank, over all saves: the last plan and the last work, no more.
+    """What the coordinator keeps of each rank from save to save: only the last plan and the last work (B3).
 
     Attributes:
         works: what each rank was last told to write.
-        planned: the save whose planning that was.
-        silent: ranks that fell silent in a save, and were not heard since.
+        planned: the number of the save whose planning assigned that work.
+        silent: the ranks that fell silent in a save and have sent nothing since.
     """
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ class PlanCache:
         self._of: dict[int, tuple[bytes, bytes]] = {}
 
     def complete(self, ready: Ready) -> Ready:
-        """Return *ready* with its plan. To be called for all of a rank's, in the order in which it said them."""
+        """Return *ready* with its plan. Must be called for every `Ready`, in the order in which its rank sent them."""
         if ready.plan is not None:
             self._of[ready.rank] = (ready.fingerprint, ready.plan)
             return ready
@@ -228,15 +228,15 @@ class PlanCache:
         return replace(ready, plan=plan) if fingerprint == ready.fingerprint else ready
 
 
-class Count:
+class PollClock:
     """A clock that advances from poll to poll."""
 
     def __init__(self, bounds: Bounds, now: float) -> None:
         self.seconds = 0.0
-        self._most = bounds.longest_look_seconds
+        self._most = bounds.longest_poll_seconds
         self._last = now
 
-    def look(self, now: float) -> None:
+    def advance(self, now: float) -> None:
         """Advance to *now*."""
         self.seconds += min(max(now - self._last, 0.0), self._most)
         self._last = now
@@ -249,4 +249,4 @@ def late(bounds: Bounds) -> str:
 
 def silent(bounds: Bounds) -> str:
     """Return the failure message of a rank that has fallen silent."""
-    return f"nothing was heard of it for {bounds.silence_seconds:g} s: it has ended, hangs, or is cut off"
+    return f"sent nothing for {bounds.silence_seconds:g} s: it has ended, hangs, or cannot reach the group's store"

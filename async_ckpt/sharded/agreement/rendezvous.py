@@ -1,10 +1,10 @@
-"""Where the ranks of a process group meet for a sharded save, and learn how it has ended for all of them.
+"""What a sharded save calls to carry out its part in the agreement and to learn how the save has ended on all ranks.
 
 Guarantees: `agree` returns once the save is durable on every rank; if it has failed, it raises the same
 `ShardedSaveError` on each rank (E4), within bounds (E5). No collective operation is used, and the training thread never
 waits (T1). If it is cancelled, as when the service closes, it tells the other ranks first.
 
-What does not belong here: what is written, and where. A `Task` knows that.
+What does not belong here: what is written, and where; a `Task` does that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import anyio
 
 from async_ckpt.errors import ShardedSaveError
 from async_ckpt.options import ServiceOptions
-from async_ckpt.sharded.agreement.driver import Driver, Offer, Replies
+from async_ckpt.sharded.agreement.driver import Driver
+from async_ckpt.sharded.agreement.executor import Offer, Replies
 from async_ckpt.sharded.agreement.group import Group, find_group
 from async_ckpt.sharded.agreement.messages import Ready
 from async_ckpt.sharded.agreement.protocol import (
@@ -43,50 +44,50 @@ __all__ = ["Offer", "Ready", "Rendezvous", "Task"]
 
 logger = logging.getLogger(__name__)
 
-_LAST_WORDS_SECONDS = 1.0
+_FINAL_SEND_SECONDS = 1.0
 _POLL_SECONDS = 0.005
 
 
 class Task(Protocol):
-    """What one save is on one rank. Everything is called on the loop that awaits `Rendezvous.agree`.
+    """One rank's work for one save. All methods are called on the loop that awaits `Rendezvous.agree`.
 
     Attributes:
-        offer: what this rank says of itself; its ``plan`` is called on another thread.
+        offer: the description that this rank announces; ``offer.plan`` is called on another thread.
     """
 
     @property
     def offer(self) -> Offer: ...  # noqa: D102  # an attribute
 
     async def plan(self, readies: Mapping[int, Ready]) -> Mapping[int, bytes] | None:
-        """Return what each rank is to write; ``None`` for the work of last time, whoever may not have it.
+        """Return what each rank is to write; ``None`` repeats the work of the last save.
 
-        On the coordinator alone. Every ``Ready`` has its plan, whether it crossed the wire or not.
+        Called only on the coordinator. Each ``Ready`` contains its plan, even if only its fingerprint was sent.
         """
 
     async def write(self, work: bytes | None) -> None:
-        """Write this rank's object, and return when it is durable. ``None`` is the work that came last."""
+        """Write this rank's object, and return when it is durable; ``None`` repeats the last work."""
 
     async def commit(self, readies: Mapping[int, Ready]) -> None:
         """Commit the checkpoint, and return when that is durable. Called only on the coordinator."""
 
     async def look_up(self, save_id: str) -> bool | None:
-        """Return whether the checkpoint that storage shows is that save; ``None`` if storage does not say."""
+        """Return whether the checkpoint in storage is that of save *save_id*; ``None`` if that is unknown."""
 
     async def undo(self) -> None:
-        """Delete what this rank has written: it is certain that no checkpoint refers to it."""
+        """Delete what this rank has written; called only if it is certain that no checkpoint refers to it."""
 
 
 class Rendezvous:
-    """One service's meetings with the same service on the other ranks.
+    """Connects one service with the corresponding services on the other ranks.
 
     Args:
-        group: who takes part.
-        bounds: how long to wait.
-        clock: seconds.
+        group: the ranks that take part.
+        bounds: the time limits of waits.
+        clock: returns the time in seconds.
 
     Attributes:
-        rank: of this process.
-        world_size: how many there are.
+        rank: the rank of this process.
+        world_size: the number of ranks.
     """
 
     def __init__(self, group: Group, *, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
@@ -105,42 +106,42 @@ class Rendezvous:
             bounds=bounds,
             clock=clock,
         )
-        self._beat_seconds = bounds.beat_seconds / 2
-        self._close_seconds = bounds.silence_seconds + 2 * _LAST_WORDS_SECONDS
+        self._beat_seconds = bounds.heartbeat_seconds / 2
+        self._close_seconds = bounds.silence_seconds + 2 * _FINAL_SEND_SECONDS
 
     @classmethod
     def open(cls, process_group: Any, store: Any, options: ServiceOptions) -> Rendezvous:
-        """Return the meetings of a service of *process_group*; no other rank is asked for anything.
+        """Return the rendezvous of a service of *process_group*, without communication.
 
-        Every rank opens its rendezvous of one group in the same order.
+        All ranks must open the rendezvous of one group in the same order.
 
         Args:
-            process_group: ``None`` is the default group, or this process alone.
-            store: ``None`` is the one through which the group's ranks found each other.
-            options: for how long to wait.
+            process_group: ``None`` means the default group or, without one, this process alone.
+            store: ``None`` means the store that the group was initialized with.
+            options: contain the time limits.
 
         Raises:
-            OptionError: there is a group, and no store is to be had; or a store, and no group.
+            OptionError: there is a group but no store, or a store but no group.
         """
         bounds = Bounds(silence_seconds=options.silence_timeout, lateness_seconds=options.agreement_timeout)
         return cls(find_group(process_group, store), bounds=bounds)
 
     @property
     def run(self) -> str:
-        """A name that is unique to this run and equal on all ranks; known once the first save may write."""
-        assert self._run is not None, "no save has come to its writing"
+        """A name that is unique to this run and equal on all ranks; known once a save has begun to write."""
+        assert self._run is not None, "no save has begun to write"
         return self._run
 
     def save_id(self, number: int) -> str:
-        """Return a name that is unique to this save; known once it may write."""
+        """Return a name that is unique to save *number*; known once that save has begun to write."""
         return f"{self.run}-{number}"
 
     async def agree(self, number: int, task: Task) -> None:
         """Do this rank's part of the group's save *number*, and return when it is durable on every rank.
 
         Args:
-            number: how many sharded saves this service has been asked for before; the same on all ranks.
-            task: what to do.
+            number: of the save, counted by this service; the same on all ranks.
+            task: this rank's work.
 
         Raises:
             ShardedSaveError: it is not durable; the same on every rank.
@@ -156,7 +157,7 @@ class Rendezvous:
             raise ShardedSaveError.of(location, failures) from part.error
 
     def fail(self, number: int, why: str) -> None:
-        """Tell the other ranks that this one takes no part in save *number*; from any thread, without waiting."""
+        """Tell the other ranks that this one does not take part in save *number*; any thread may call it."""
         if self._process == process_id():
             self._driver.post(partial(self._driver.refuse, number, why))
 
@@ -167,7 +168,7 @@ class Rendezvous:
         with anyio.move_on_after(self._close_seconds):
             await self._end()
         self._driver.post(self._driver.leave)
-        with anyio.move_on_after(2 * _LAST_WORDS_SECONDS + 1, shield=True):
+        with anyio.move_on_after(2 * _FINAL_SEND_SECONDS + 1, shield=True):
             await self._end()
 
     async def _end(self) -> None:
@@ -179,7 +180,7 @@ class Rendezvous:
 
 
 class _TaskExecutor:
-    """One save on one rank, on the service's loop: performs the actions of the agreement."""
+    """Carries out the actions of the agreement for one save on one rank, on the service's loop."""
 
     def __init__(self, number: int, task: Task, driver: Driver, know_save: Callable[[str], None]) -> None:
         self.number = number
@@ -198,15 +199,15 @@ class _TaskExecutor:
         """Schedule *action*; called on the driver's thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (action, replies))
-        except RuntimeError:  # the loop has ended, and with it who would have wanted to know
-            logger.debug("nobody is left to do %s", type(action).__name__)
+        except RuntimeError:  # the loop has ended, and with it the caller of `run`
+            logger.debug("%s is not carried out: the loop has ended", type(action).__name__)
 
-    async def run(self, beat_seconds: float) -> Mapping[int, str]:
+    async def run(self, heartbeat_seconds: float) -> Mapping[int, str]:
         """Return the failures; empty if the checkpoint is durable."""
         self._driver.post(partial(self._driver.begin, self))
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._beat, beat_seconds)
+                tasks.start_soon(self._beat, heartbeat_seconds)
                 while True:
                     action, replies = await self._inbox.get()
                     match action:
@@ -226,7 +227,7 @@ class _TaskExecutor:
             with anyio.CancelScope(shield=True):
                 await self._give_up(f"given up: {type(error).__name__}")
             raise
-        raise AssertionError("it ends by its verdict")
+        raise AssertionError("the loop above ends by an End")
 
     async def _beat(self, seconds: float) -> None:
         while True:
@@ -251,7 +252,7 @@ class _TaskExecutor:
             done.set()
 
     async def _done(self, action: Action) -> tuple[Any, ...]:
-        """Perform *action*, and return its outcome."""
+        """Carry out *action*; return what to report of it."""
         task = self._task
         match action:
             case Plan(readies):
@@ -277,16 +278,20 @@ class _TaskExecutor:
         try:
             await self._task.undo()
         except Exception as error:  # the next start sweeps it
-            logger.warning("a part of a failed sharded save stays at %r: %s", self.offer.location, error)
+            logger.warning(
+                "this rank's part of the failed sharded save stays at %r until a later save deletes it: %s",
+                self.offer.location,
+                error,
+            )
 
     async def _give_up(self, why: str) -> None:
-        """Send this to the other ranks; wait for that for a bounded time."""
-        said = asyncio.Event()
+        """Tell the other ranks that this one gives up; wait a limited time until that is sent."""
+        sent = asyncio.Event()
 
         def then() -> None:
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(said.set)
+                self._loop.call_soon_threadsafe(sent.set)
 
         self._driver.post(partial(self._driver.give_up, self.number, why, then))
-        with anyio.move_on_after(_LAST_WORDS_SECONDS):
-            await said.wait()
+        with anyio.move_on_after(_FINAL_SEND_SECONDS):
+            await sent.wait()

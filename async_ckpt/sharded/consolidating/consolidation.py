@@ -63,7 +63,7 @@ def consolidate(
         except StoreError as error:
             if attempt == _ATTEMPTS or is_transient(error) or loading.manifest(location) == data:
                 raise
-            _log.info("reading %s again, for it was replaced meanwhile: %s", location.url, error)
+            _log.info("reading %s again, because it was replaced meanwhile: %s", location.url, error)
 
 
 class _Reading:

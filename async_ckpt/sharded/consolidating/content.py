@@ -1,4 +1,4 @@
-"""The file as a store reads it: each part is made when the store asks for it.
+"""The content of the file; each part is made when the store asks for it.
 
 Guarantees: a part takes its length in memory, until the store has sent it. It is made once, unless the store asks for
 it again. A part that depends on the checksums of earlier parts waits for them, and fails if one of those fails.

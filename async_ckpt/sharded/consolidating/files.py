@@ -66,9 +66,8 @@ class OpenFiles:
         await self._close(list(self._files))
 
     async def _close(self, paths: list[str]) -> None:
-        files = [
-            self._files.pop(path) for path in paths
-        ]  # at once: others may open them anew, and close others
+        # All at once, because other tasks may open these files anew while one is being closed.
+        files = [self._files.pop(path) for path in paths]
         for file in files:
             if file.source is not None:
                 with anyio.CancelScope(shield=True):

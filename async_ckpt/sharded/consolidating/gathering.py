@@ -86,10 +86,10 @@ class Gatherer:
         runs = [run for found in runs_of.values() for run in found]
         whole = [run for run in runs if _is_read_whole(run)]
         others = [run for run in runs if not _is_read_whole(run)]
-        self._look({run.chunk for run in others if run.chunk.item.data < 0 and not run.chunk.is_unusual})
+        self._find_data({run.chunk for run in others if run.chunk.item.data < 0 and not run.chunk.is_unusual})
         for run in others:
             if run.chunk.is_unusual:
-                self._take_unusual(run)
+                self._use_unusual(run)
         usual = [run for run in others if not run.chunk.is_unusual]
         segments = [
             _segment(run, run.chunk.item.start, run.chunk.item.stop, _WHOLE, alone=False) for run in whole
@@ -100,9 +100,9 @@ class Gatherer:
         for run in usual:
             self._check(run.chunk)
         for each, found in runs_of.items():
-            _sum_up(each, found)
+            _note_checksum(each, found)
 
-    def _look(self, chunks: Iterable[Chunk]) -> None:
+    def _find_data(self, chunks: Iterable[Chunk]) -> None:
         """Find out where the bytes of *chunks* begin."""
         heads = []
         for chunk in chunks:
@@ -114,7 +114,7 @@ class Gatherer:
             try:
                 found = chunk.item.find_data(bytes(segment.memory))
                 if found + chunk.nbytes > chunk.item.stop:
-                    raise corrupt_item(self._url, chunk.name, "it is cut short")
+                    raise corrupt_item(self._url, chunk.name, "it is truncated")
                 chunk.item.move(found)
             except Unusual:
                 chunk.is_unusual = True
@@ -143,7 +143,7 @@ class Gatherer:
         for request in self._fetcher.fetch(plan_requests(segments, at_a_time=at_a_time)):
             yield from request.segments
 
-    def _take_unusual(self, run: _Run) -> None:
+    def _use_unusual(self, run: _Run) -> None:
         chunk = run.chunk
         with chunk.lock:
             if chunk.flat is None:
@@ -151,7 +151,7 @@ class Gatherer:
                 for segment in self._segments([_segment(run, item.start, item.stop, _WHOLE, alone=True)]):
                     assert segment.memory is not None
                     try:
-                        chunk.flat = _flat(whole_tensor(item, segment.memory, unusual=True))
+                        chunk.flat = _flat(whole_tensor(item, segment.memory, is_unusual=True))
                     except Damaged as error:
                         raise self._corrupt(chunk, error) from error
                 chunk.left_nbytes = chunk.nbytes
@@ -232,7 +232,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return plain.reshape(-1).view(torch.uint8)
 
 
-def _sum_up(each: Range, runs: list[_Run]) -> None:
+def _note_checksum(each: Range, runs: list[_Run]) -> None:
     """Note the checksum of a range. If the range is a single long run, it was computed as the run arrived."""
     value: int | None = None
     if len(runs) == 1 and runs[0].stop - runs[0].start == each.stop - each.start:

@@ -3,7 +3,7 @@
 Guarantees: the state is nested as torch's own ``dcp_to_torch_save`` nests it. The tensors are views of a mapping that
 nobody reads or writes, so none of its pages is ever allocated.
 
-What does not belong here: the bytes of the tensors (`chunks`).
+What does not belong here: the bytes of the tensors (`tensors`, `gathering`).
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ def lay_out(metadata: Metadata, values: Mapping[str, Any], url: str) -> Frame:
         stand_ins = _StandIns(tensors.values())
         leaves = {**values, **dict(zip(tensors, stand_ins, strict=True))}
         state = _nested({name: leaves[name] for name in metadata.state_dict_metadata}, metadata, url)
-        asked = torch_records(state)
+        wanted = torch_records(state)
     records: list[Record] = []
-    for name, content in asked:
+    for name, content in wanted:
         if isinstance(content, torch.UntypedStorage):
             number = stand_ins.find(content)
-            # Others belong to tensors inside of values, which are in memory: to DCP, a tuple of tensors is a value.
+            # The others belong to tensors inside of values, which are in memory: to DCP, a tuple of tensors is a value.
             records.append((name, _bytes_of(content) if number is None else number))
         else:
             records.append((name, content))
@@ -128,7 +128,7 @@ def _nested(leaves: Mapping[str, Any], metadata: Metadata, url: str) -> dict[str
             state[name] = value
             continue
         try:
-            # A list has no more elements than there are values: each is a value or holds one.
+            # A list has at most as many elements as there are values: each element is a value or contains one.
             if not path or any(isinstance(step, int) and not 0 <= step < len(leaves) for step in path[1:]):
                 raise ValueError(f"there is no {path!r}")
             set_element(state, tuple(path), value)

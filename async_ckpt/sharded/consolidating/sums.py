@@ -18,9 +18,8 @@ class Sums:
 
     def add(self, start: int, stop: int, value: int) -> None:
         """Note *value*, the CRC-32 of the bytes *start* to *stop*."""
-        if (
-            start < stop and self._pieces.get(start, (start, 0))[0] < stop
-        ):  # a store may read some of it again
+        # A store may read some pieces again.
+        if start < stop and self._pieces.get(start, (start, 0))[0] < stop:
             self._pieces[start] = stop, value
 
     def total(self, start: int, stop: int) -> int | None:

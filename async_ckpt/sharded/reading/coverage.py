@@ -1,4 +1,4 @@
-"""Whether the chunks of a tensor make it up. Pure.
+"""Checks whether the chunks of a tensor make it up. Pure.
 
 What does not belong here: where chunks are in files (`extents`).
 """
@@ -27,9 +27,9 @@ def fault_of(size: Sequence[int], chunks: Iterable[tuple[Sequence[int], Sequence
     boxes = {(tuple(offsets), tuple(sizes)) for offsets, sizes in chunks if math.prod(sizes)}
     count, whole = sum(math.prod(sizes) for _, sizes in boxes), math.prod(size)
     if count != whole:
-        return f"its chunks have {count} elements, and it has {whole}"
+        return f"its chunks have {count} elements, but it has {whole}"
     if len(boxes) > 1 and _do_overlap(size, boxes):
-        return "its chunks overlap, and leave gaps"
+        return "its chunks overlap and leave gaps"
     return None
 
 
@@ -53,7 +53,7 @@ def _do_overlap(size: Sequence[int], boxes: Iterable[Box]) -> bool:
         stops = {offsets[dimension] + sizes[dimension] for offsets, sizes in boxes}
         places.append({edge: place for place, edge in enumerate(sorted(starts | stops))})
     shape = [len(edges) - 1 for edges in places]
-    if math.prod(shape) > _MOST_CELLS:  # of no mesh
+    if math.prod(shape) > _MOST_CELLS:  # more than the chunks of any device mesh make
         return True
     taken = torch.zeros(shape, dtype=torch.bool)
     for offsets, sizes in boxes:

@@ -29,15 +29,15 @@ __all__ = ["BLOCK_BYTES", "Fetcher", "Request", "Segment", "plan_requests"]
 BLOCK_BYTES = 8 << 20
 """The longest segment that a caller should ask for without giving memory for it."""
 
-_ROOM_BYTES = 48 << 20  # for all such segments that are under way or not used yet
-_WIDEST_GAP_BYTES = 64 << 10  # to fetch what is in between costs less than another request
+_ROOM_BYTES = 48 << 20  # for all such segments that are being fetched or not used yet
+_WIDEST_GAP_BYTES = 64 << 10  # fetching these bytes costs less than another request
 _LONGEST_BYTES = 32 << 20
 _LEAST_BYTES = 4 << 20
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Segment:
-    """A range of a file that somebody wants.
+    """A range of a file to fetch.
 
     Attributes:
         path: the path of the file.
@@ -45,8 +45,8 @@ class Segment:
         nbytes: its length.
         memory: where the bytes go. If it is None, the request provides memory until the next one is asked for.
         alone: whether that memory must not be shared with other segments, so that it is aligned.
-        owner: what wants the bytes.
-        what: a note of the owner's.
+        owner: the object that uses the bytes.
+        what: what the owner knows them by.
     """
 
     path: str
@@ -208,7 +208,7 @@ class _Room:
 
 
 class _File:
-    """A file that there are requests left for."""
+    """A file for which requests remain."""
 
     def __init__(self, path: str, requests: int) -> None:
         self.path = path
@@ -245,10 +245,10 @@ class Fetcher:
         self.at_a_time = at_a_time
 
     def fetch(self, requests: Sequence[Request]) -> Iterator[Request]:
-        """Yield the requests as they are answered, in any order. The memory of one is freed when the next is asked for.
+        """Yield the requests as they are answered, in any order. Asking for the next one frees the memory of the last.
 
         Raises:
-            CorruptCheckpointError: a file is not there, or too short.
+            CorruptCheckpointError: a file is missing, or too short.
             StoreError: it cannot be read.
         """
         if not requests:
@@ -317,9 +317,7 @@ class _Run:
     async def _read(self, file: _File, request: Request) -> None:
         source = await self._source(file)
         if request.stop > source.nbytes:
-            raise self._corrupt(
-                f"{file.path!r} has {source.nbytes} bytes, and should have {request.stop} at least"
-            )
+            raise self._corrupt(f"{file.path!r} has {source.nbytes} bytes instead of at least {request.stop}")
         if file.turns is None:
             await source.read_into(request.start, *request.make_targets())
         else:
@@ -343,7 +341,7 @@ class _Run:
 
     def _corrupt(self, reason: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(
-            f"{self._url!r} is no whole checkpoint: {reason}. Load an earlier one.",
+            f"{self._url!r} is incomplete: {reason}. Load an earlier checkpoint.",
             location=self._url,
             stage="read",
         )

@@ -26,7 +26,7 @@ from async_ckpt.sharded.reading.items import LONGEST_HEAD_BYTES, Damaged, Unusua
 __all__ = ["Wanted", "compare", "whole_tensor"]
 
 _SMALL_BYTES = 64 << 10
-_HEAD, _TAIL, _WHOLE, _RUN = "head", "tail", "whole", "run"
+_HEADER, _TRAILER, _WHOLE, _RUN = "header", "trailer", "whole", "run"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,8 +40,8 @@ class Wanted:
         lengths: the sizes of the part.
         resolve: returns the tensor to fill.
         commit: called with that tensor once it is filled.
-        late: `resolve` must not be called before the bytes are there.
-        unusual: the tensor has to be read as a whole, by ``torch.load``.
+        is_late: whether `resolve` must not be called before the bytes have been fetched.
+        is_unusual: whether the tensor must be read as a whole, by ``torch.load``.
     """
 
     name: str
@@ -50,107 +50,107 @@ class Wanted:
     lengths: tuple[int, ...]
     resolve: Callable[[], torch.Tensor]
     commit: Callable[[torch.Tensor], object]
-    late: bool = False
-    unusual: bool = False
+    is_late: bool = False
+    is_unusual: bool = False
     _target: torch.Tensor | None = None
-    _left_nbytes: int = 0
+    _missing_nbytes: int = 0
     _found: int | None = None
-    _again: bool = False
+    _must_fetch_again: bool = False
     _checksum: int | None = None
-    _covered: bool = False
-    _sums: list[tuple[int, int, int]] = field(default_factory=list)
+    _is_all_fetched: bool = False
+    _checksums: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def is_read_whole(self) -> bool:
-        """Whether the tensor is read together with its header, so that nothing is expected of where its bytes begin."""
-        return self.unusual or self.extent.stop - self.extent.start <= _SMALL_BYTES
+        """Whether the tensor is read together with its header, so that no header need be fetched before."""
+        return self.is_unusual or self.extent.stop - self.extent.start <= _SMALL_BYTES
 
-    def head(self) -> Segment:
+    def header_segment(self) -> Segment:
         """Return the segment of the header, which says where the bytes begin."""
         nbytes = min(LONGEST_HEAD_BYTES, self.extent.stop - self.extent.start)
-        return self._segment(self.extent.start, nbytes, _HEAD)
+        return self._segment(self.extent.start, nbytes, _HEADER)
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """Equal for tensors with headers of one length: those whose sizes take the same number of bytes in a pickle."""
+    def header_kind(self) -> tuple[object, ...]:
+        """Equal for tensors whose headers have the same length, as their sizes take equally many bytes in a pickle."""
         sizes = (*self.extent.sizes, math.prod(self.extent.sizes))
         return (self.extent.dtype, *(len(pickle.dumps(size, 2)) for size in sizes))
 
-    def learn(self, head: Segment) -> int | None:
+    def read_header(self, segment: Segment) -> int | None:
         """Return the length of the header; None if it cannot be read."""
-        assert head.memory is not None
+        assert segment.memory is not None
         try:
-            return self.extent.find_data(bytes(head.memory)) - self.extent.start
+            return self.extent.find_data(bytes(segment.memory)) - self.extent.start
         except Unusual:
-            self.unusual = True
+            self.is_unusual = True
             return None
 
-    def expect(self, head_nbytes: int) -> None:
-        """Expect a header of that length."""
+    def expect_header(self, head_nbytes: int) -> None:
+        """Expect a header with *head_nbytes* bytes."""
         self.extent.move(self.extent.start + head_nbytes)
 
     def segments(self) -> list[Segment]:
         """Return the segments to fetch."""
         extent = self.extent
         self._found = self._checksum = None
-        self._again = False
-        self._sums = []
+        self._must_fetch_again = False
+        self._checksums = []
         if self.is_read_whole:
             found = [self._segment(extent.start, extent.stop - extent.start, _WHOLE)]
         else:
             found = list(self._data())
             nbytes = math.prod(extent.sizes) * extent.dtype.itemsize
-            self._covered = sum(segment.nbytes for segment in found) == nbytes
-            found.append(self._segment(extent.start, extent.head_stop - extent.start, _HEAD))
-            if self._covered and extent.has_tail:
+            self._is_all_fetched = sum(segment.nbytes for segment in found) == nbytes
+            found.append(self._segment(extent.start, extent.head_stop - extent.start, _HEADER))
+            if self._is_all_fetched and extent.has_tail:
                 end = extent.data + nbytes
-                found.append(self._segment(end, extent.stop - end, _TAIL))
-            elif self._covered:
+                found.append(self._segment(end, extent.stop - end, _TRAILER))
+            elif self._is_all_fetched:
                 self._checksum = extent.checksum(b"")
-        self._left_nbytes = sum(segment.nbytes for segment in found)
+        self._missing_nbytes = sum(segment.nbytes for segment in found)
         return found
 
-    def arrived(self, segment: Segment) -> bool:
-        """Take a segment that has arrived; return whether it was the last one.
+    def receive(self, segment: Segment) -> bool:
+        """Use a segment that was fetched; return whether it was the last one.
 
         Raises:
-            Damaged: it is not what was written.
+            Damaged: its checksum or its header is wrong.
         """
         memory = segment.memory
         assert memory is not None
-        if segment.what is _HEAD:
-            self._look(bytes(memory))
-        elif segment.what is _TAIL:
-            self._expect(bytes(memory))
+        if segment.what is _HEADER:
+            self._read_header(bytes(memory))
+        elif segment.what is _TRAILER:
+            self._read_trailer(bytes(memory))
         elif segment.what is _WHOLE:
-            self._take_whole(memory)
+            self._use_item(memory)
         else:
-            if self._covered:
-                self._sums.append((segment.start, segment.nbytes, crc32(memory, 0)))
+            if self._is_all_fetched:
+                self._checksums.append((segment.start, segment.nbytes, crc32(memory, 0)))
             if segment.what is not _RUN:
                 self._copy(segment.what, memory)
-        self._left_nbytes -= segment.nbytes
-        return not self._left_nbytes
+        self._missing_nbytes -= segment.nbytes
+        return not self._missing_nbytes
 
     def finish(self) -> bool:
-        """Finish, once everything has arrived; return False if it has to be fetched again from elsewhere.
+        """Finish once all segments were used; return False if they must be fetched again from another place.
 
         Raises:
-            Damaged: it is not what was written.
+            Damaged: its checksum or its header is wrong.
         """
         if self._found not in (None, self.extent.data):
             assert self._found is not None
             self.extent.move(self._found)
-            self._again = True
-        if self._again:
+            self._must_fetch_again = True
+        if self._must_fetch_again:
             return False
-        if self._covered and self._checksum is not None:
+        if self._is_all_fetched and self._checksum is not None:
             value = 0
-            for _, nbytes, piece in sorted(self._sums):
+            for _, nbytes, piece in sorted(self._checksums):
                 value = joined_crc32(value, piece, nbytes)
             compare(self._checksum, value)
         target = self._resolved()
-        if not target.is_inference():  # its memory was written to: let autograd know
+        if not target.is_inference():  # tell autograd that its memory was written to
             with torch.no_grad():
                 target.reshape(-1)[:0].zero_()
         self.commit(target)
@@ -161,7 +161,7 @@ class Wanted:
 
     def _data(self) -> Iterator[Segment]:
         extent, itemsize = self.extent, self.extent.dtype.itemsize
-        run = None if self.late else run_of(extent.sizes, self.offsets, self.lengths)
+        run = None if self.is_late else run_of(extent.sizes, self.offsets, self.lengths)
         memory = None if run is None else self._memory()
         if run is not None and memory is not None:
             yield self._segment(extent.data + run[0] * itemsize, run[1] * itemsize, _RUN, memory)
@@ -186,7 +186,8 @@ class Wanted:
             self._target = self.resolve().detach()
             if tuple(self._target.shape) != self.lengths:
                 raise ValueError(
-                    f"{self.name!r} has room for {tuple(self._target.shape)}, and {self.lengths} is to go there"
+                    f"cannot load {self.name!r}: the planner returned a tensor of shape "
+                    f"{tuple(self._target.shape)} for a part of shape {self.lengths}"
                 )
         return self._target
 
@@ -208,24 +209,24 @@ class Wanted:
         memory.owner = target  # kept alive for a read that hangs
         return memoryview(memory).cast("B")
 
-    # -- what has arrived
+    # -- what was fetched
 
-    def _look(self, head: bytes) -> None:
+    def _read_header(self, head: bytes) -> None:
         try:
             self._found = self.extent.find_data(head)
         except Unusual:
-            self.unusual = self._again = True
+            self.is_unusual = self._must_fetch_again = True
 
-    def _expect(self, tail: bytes) -> None:
-        if self._again or self._found not in (None, self.extent.data):
-            return  # it is elsewhere
+    def _read_trailer(self, tail: bytes) -> None:
+        if self._must_fetch_again or self._found not in (None, self.extent.data):
+            return  # it will be fetched again from another place
         try:
             self._checksum = self.extent.checksum(tail)
         except Unusual:
-            self.unusual = self._again = True
+            self.is_unusual = self._must_fetch_again = True
         except Damaged:
-            if self._found is None:  # the header has not arrived: the bytes may be elsewhere
-                self.unusual = self._again = True
+            if self._found is None:  # without the header, it is not known whether these are the right bytes
+                self.is_unusual = self._must_fetch_again = True
             else:
                 raise
 
@@ -236,9 +237,9 @@ class Wanted:
         with torch.no_grad():
             place.copy_(rows[cut] if block.shape else rows)
 
-    def _take_whole(self, memory: memoryview) -> None:
-        self._covered = False
-        tensor = whole_tensor(self.extent, memory, unusual=self.unusual)
+    def _use_item(self, memory: memoryview) -> None:
+        self._is_all_fetched = False
+        tensor = whole_tensor(self.extent, memory, is_unusual=self.is_unusual)
         part = tuple(
             slice(offset, offset + length) for offset, length in zip(self.offsets, self.lengths, strict=True)
         )
@@ -246,18 +247,18 @@ class Wanted:
             self._resolved().copy_(tensor[part] if part else tensor)
 
 
-def whole_tensor(extent: Extent, memory: memoryview, *, unusual: bool = False) -> torch.Tensor:
+def whole_tensor(extent: Extent, memory: memoryview, *, is_unusual: bool = False) -> torch.Tensor:
     """Return a tensor, given all of its bytes.
 
     Args:
         extent: its place in a file.
         memory: the bytes from start to stop there.
-        unusual: have ``torch.load`` read it in any case.
+        is_unusual: whether ``torch.load`` must read it.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: its checksum or its header is wrong.
     """
-    tensor = extent.tensor_of(memory) if unusual else _usual_tensor(extent, memory)
+    tensor = extent.tensor_of(memory) if is_unusual else _usual_tensor(extent, memory)
     if tensor.dtype != extent.dtype or tuple(tensor.shape) != extent.sizes:
         raise Damaged(f"it is a tensor of {tuple(tensor.shape)} of {tensor.dtype}")
     return tensor
@@ -270,16 +271,16 @@ def _usual_tensor(extent: Extent, memory: memoryview) -> torch.Tensor:
         end = begin + count * extent.dtype.itemsize
         checksum = extent.checksum(bytes(memory[end:]))
         if end > memory.nbytes:
-            raise Damaged("it is cut short")
+            raise Damaged("it is truncated")
     except Unusual:
         return extent.tensor_of(memory)
-    data = bytearray(memory[begin:end])  # of its own, and with that aligned
+    data = bytearray(memory[begin:end])  # a copy, and so aligned
     if checksum is not None:
         compare(checksum, crc32(data, 0))
     return torch.frombuffer(data, dtype=torch.uint8).view(extent.dtype).view(extent.sizes)
 
 
 def compare(expected: int, found: int) -> None:
-    """Raise Damaged unless one CRC-32 is the other."""
+    """Raise Damaged unless the two CRC-32 are equal."""
     if found != expected:
         raise Damaged(f"it has the checksum {found:#010x} instead of {expected:#010x}")

@@ -63,7 +63,7 @@ class Damaged(Exception):
 def corrupt_item(url: str, name: str, reason: str) -> CorruptCheckpointError:
     """Return the error for the item *name* of the checkpoint at *url*."""
     return CorruptCheckpointError(
-        f"{url!r} is corrupt: of its item {name!r}, {reason}. Load an earlier checkpoint.",
+        f"{url!r} is corrupt: its item {name!r} is damaged: {reason}. Load an earlier checkpoint.",
         location=url,
         stage="read",
     )
@@ -95,7 +95,7 @@ def _find_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
     try:
         header, pickled = 0, data_start(0, head[: LOCAL_HEADER.size])
         if not _name(head, 0).endswith(b"/data.pkl"):
-            raise Unusual("its first record is no pickle")
+            raise Unusual("its first record is not a pickle")
         stream = io.BytesIO(head)
         stream.seek(pickled)
         check_memo(head[pickled:])
@@ -105,7 +105,7 @@ def _find_data(head: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> int:
         while (header := head.find(_MAGIC, at)) >= 0:
             start, name = data_start(header, head[header : header + LOCAL_HEADER.size]), _name(head, header)
             if name.endswith(b"/byteorder") and not head.startswith(sys.byteorder.encode(), start):
-                raise Unusual("its bytes are in another order")
+                raise Unusual("its bytes are in another byte order")
             if name.endswith(b"/data/0"):
                 return start + int(tensor.offset) * dtype.itemsize
             at = start
@@ -160,7 +160,7 @@ def check_archive(data: bytes | memoryview) -> None:
 def _compare(data: bytes | memoryview, entry: Entry) -> None:
     begin = data_start(entry.header, data[entry.header : entry.header + LOCAL_HEADER.size])
     if begin + entry.packed_nbytes > len(data):
-        raise Damaged(f"its record {entry.name!r} is cut short")
+        raise Damaged(f"its record {entry.name!r} is truncated")
     if not entry.method and entry.checksum not in (crc32(data[begin : begin + entry.nbytes], 0), 0):
         raise Damaged(f"the checksum of its record {entry.name!r} is wrong")
 
@@ -177,7 +177,7 @@ def load_tensor(data: bytes | memoryview) -> torch.Tensor:
     except Exception as error:
         raise Damaged(str(error)) from error
     if not isinstance(tensor, torch.Tensor):
-        raise Damaged("it is no tensor")
+        raise Damaged("it is not a tensor")
     return tensor
 
 
@@ -210,13 +210,13 @@ class _Tensor:
 
 
 def _rebuild(storage: Any, offset: Any, sizes: Any, strides: Any, *others: Any) -> _Tensor:
-    # The rest is requires_grad and hooks, then the dtype, in the newer form, and finally what is odd about the tensor.
+    # The rest: requires_grad, hooks, in the newer form the dtype, and finally any special properties of the tensor.
     dtype, count = storage
     marks = others[2:]
     if marks and isinstance(marks[0], torch.dtype):
         dtype, marks = marks[0], marks[1:]
     if any(marks) or not isinstance(dtype, torch.dtype):
-        raise Unusual("it is no plain tensor")
+        raise Unusual("it is not a plain tensor")
     return _Tensor(offset, tuple(sizes), tuple(strides), dtype, count)
 
 
@@ -275,7 +275,7 @@ def _check(tensor: Any, dtype: torch.dtype, sizes: Sequence[int]) -> None:
     expected = 1
     for size, stride in zip(reversed(tensor.sizes), reversed(tensor.strides), strict=True):
         if size > 1 and stride != expected:
-            raise Unusual("its rows do not follow each other")
+            raise Unusual("its rows are not contiguous")
         expected *= size
     if tensor.offset < 0 or (tensor.offset + expected) * dtype.itemsize > tensor.nbytes:
         raise Unusual("it is larger than its storage")

@@ -85,7 +85,7 @@ class Loading:
             except StoreError as error:
                 if attempt == _ATTEMPTS or is_transient(error) or self.manifest(location) == data:
                     raise
-                _log.info("reading %s again, for it was replaced meanwhile: %s", url, error)
+                _log.info("reading %s again, because it was replaced meanwhile: %s", url, error)
 
     def _load_plain(
         self,
@@ -107,8 +107,8 @@ class Loading:
                     skeleton = read_skeleton(file, url=url, unpickling=Unpickling(weights_only=weights_only))
                 if skeleton is None:
                     raise StoreError(
-                        f"cannot read {url!r} into a sharded state: it is not laid out as torch.save does it. "
-                        "Load it by async_ckpt.load.",
+                        f"cannot read {url!r} into a sharded state: its layout is not that of torch.save. "
+                        "Load it with async_ckpt.load.",
                         location=url,
                         stage="read",
                     )

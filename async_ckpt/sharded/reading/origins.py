@@ -1,6 +1,6 @@
-"""Where a state is read from: a directory that DCP wrote, or a plain file of ``torch.save``.
+"""The checkpoint that a state is read from: a directory that DCP wrote, or a plain file of ``torch.save``.
 
-Guarantees: a description that cannot be true is refused before anything is read by it.
+Guarantees: an impossible description is refused before any tensor is read.
 
 What does not belong here: reading the bytes.
 """
@@ -67,7 +67,7 @@ class Directory:
         )
 
     def check_chunks(self, name: str) -> None:
-        """Raise CorruptCheckpointError if the chunks of a tensor do not make it up: what is in gaps is not known."""
+        """Raise CorruptCheckpointError if the chunks of a tensor do not make it up, since gaps would not be filled."""
         if name in self._checked:
             return
         self._checked.add(name)
@@ -85,13 +85,13 @@ class Directory:
     def _info(self, index: MetadataIndex) -> Any:
         info = self.metadata.storage_data.get(index)
         if info is None:
-            raise self._corrupt(index.fqn, "its .metadata does not say where it is")
+            raise self._corrupt(index.fqn, ".metadata does not say where it is")
         transforms = getattr(info, "transform_descriptors", None)  # not before torch 2.7
         if transforms:
             how = ", ".join(transforms)
             raise StoreError(
-                f"cannot read {self._url!r}: its items went through extensions of torch's writer ({how}). "
-                "Load it by torch.distributed.checkpoint, with the same extensions, and save it without.",
+                f"cannot read {self._url!r}: its items were written with extensions of torch's writer ({how}). "
+                "Load it with torch.distributed.checkpoint and the same extensions, and save it without them.",
                 location=self._url,
                 stage="read",
             )
@@ -104,7 +104,7 @@ class Directory:
         for chunk in chunks:
             if chunk.offsets == index.offset:
                 return chunk
-        raise self._corrupt(index.fqn, "its .metadata does not say how large it is")
+        raise self._corrupt(index.fqn, ".metadata does not say how large it is")
 
     def _corrupt(self, name: str, reason: str) -> CorruptCheckpointError:
         return corrupt_item(self._url, name, reason)
@@ -122,7 +122,7 @@ class PlainFile:
         self._skeleton = skeleton
         self._url = url
         if not isinstance(skeleton.state, dict):
-            raise self._refusal(f"it holds a {type(skeleton.state).__name__}, and no mapping")
+            raise self._refusal(f"it contains a {type(skeleton.state).__name__}, not a mapping")
         self._flat, paths = flatten_state_dict(skeleton.state)
         self.metadata = Metadata({name: _described(value) for name, value in self._flat.items()}, paths)
 
@@ -134,7 +134,7 @@ class PlainFile:
         simple = kind in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
         if not simple or tensor.is_quantized:
             raise self._refusal(
-                f"its {name!r} is a tensor of another kind ({kind.__name__}, {tensor.layout})"
+                f"its {name!r} is not a plain dense tensor ({kind.__name__}, {tensor.layout})"
             )
         entry = self._skeleton.records[tensor.untyped_storage()._cdata]
         return Record(
@@ -157,14 +157,14 @@ class PlainFile:
             pickled = io.BytesIO()
             _WithoutTensors(pickled).dump(self._flat[name])
         except _HasTensor:
-            raise self._refusal(f"there are tensors inside of its value {name!r}") from None
+            raise self._refusal(f"its value {name!r} contains tensors") from None
         stream = io.BytesIO()
         torch.save(self._flat[name], stream)
         return stream.getvalue()
 
     def _refusal(self, reason: str) -> StoreError:
         return StoreError(
-            f"cannot read {self._url!r} into a sharded state: {reason}. Load it by async_ckpt.load.",
+            f"cannot read {self._url!r} into a sharded state: {reason}. Load it with async_ckpt.load.",
             location=self._url,
             stage="read",
         )

@@ -4,7 +4,7 @@ Guarantees: no rank waits for another, and no rank fetches rows that it does not
 goes where. Beside the state, a load takes up to 64 MiB and the memory of the checkpoint's description. No code that a
 checkpoint names is run unless the caller asks for it.
 
-What does not belong here: where checkpoints are, and who may read them now.
+What does not belong here: finding the checkpoint, and waiting for its turn (`load`, service).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["Origin", "fill", "read_items"]
 
 _log = logging.getLogger("async_ckpt.sharded")
 
-_MOST_TOLD = 10
-_MOST_GUESSED = 16
+_MOST_LISTED = 10
+_MOST_HEADERS = 16
 _ATTEMPTS = 3
 
 
@@ -67,12 +67,12 @@ def fill(
     planner: LoadPlanner | None,
 ) -> None:
     """Fill *state* from *origin*; the other arguments are those of ``CheckpointService.load_sharded``."""
-    taken = {
+    target = {
         key: state[key].state_dict() if isinstance(state[key], Stateful) else state[key]
         for key in sorted(state, key=str)
     }
-    _Filling(origin, fetcher, url, weights_only, _set_up(planner, taken, origin.metadata, strict)).run()
-    for key, loaded in taken.items():
+    _Filling(origin, fetcher, url, weights_only, _set_up(planner, target, origin.metadata, strict)).run()
+    for key, loaded in target.items():
         if isinstance(state.get(key), Stateful):
             state[key].load_state_dict(loaded)
         else:
@@ -93,10 +93,10 @@ def read_items(
 
 
 def _set_up(
-    planner: LoadPlanner | None, taken: dict[str, Any], metadata: Metadata, strict: bool
+    planner: LoadPlanner | None, target: dict[str, Any], metadata: Metadata, strict: bool
 ) -> LoadPlanner:
     planner = planner or DefaultLoadPlanner(allow_partial_load=not strict)
-    planner.set_up_planner(taken, metadata, _rank() == 0)
+    planner.set_up_planner(target, metadata, _rank() == 0)
     return planner
 
 
@@ -117,7 +117,7 @@ class _Filling:
         self._url = url
         self._weights_only = weights_only
         self._planner = planner
-        self._late = not _has_memory(planner)
+        self._is_late = not _has_memory(planner)
 
     def run(self) -> None:
         """Read everything."""
@@ -126,16 +126,20 @@ class _Filling:
     def read(self, items: Sequence[ReadItem]) -> None:
         """Read *items*."""
         segments, wanted = self._segments(items)
-        self._guess(wanted)
+        self._find_headers(wanted)
         for _ in range(_ATTEMPTS):
             for each in wanted:
                 segments += each.segments()
             wanted = self._fetch(segments)
             if not wanted:
                 return
-            _log.info("reading %d items of %s again, as they are laid out otherwise", len(wanted), self._url)
+            _log.info(
+                "reading %d items of %s again, because their bytes are not where they were expected",
+                len(wanted),
+                self._url,
+            )
             segments = []
-        raise self._corrupt(wanted[0].name, "where its bytes are cannot be told")
+        raise self._corrupt(wanted[0].name, "its bytes are not where its header says")
 
     # -- what to read
 
@@ -148,7 +152,7 @@ class _Filling:
         except RuntimeError as error:
             self._refuse_missing(error)
             raise
-        # As torch does without collectives: for this rank alone.
+        # For this rank alone, as torch does without collectives.
         return planner.finish_plan(planner.create_global_plan([local])[0]).items
 
     def _refuse_missing(self, cause: RuntimeError) -> None:
@@ -157,11 +161,11 @@ class _Filling:
         missing = [name for name in flat or () if name not in known]
         if not missing or not isinstance(self._planner, DefaultLoadPlanner):
             return
-        near = get_close_matches(missing[0], list(islice(known, 20_000)), n=3, cutoff=0.0)
-        advice = "strict=False leaves what the checkpoint does not have as it is"
+        similar = get_close_matches(missing[0], list(islice(known, 20_000)), n=3, cutoff=0.0)
+        advice = "strict=False leaves these values as they are"
         raise KeyError(
-            f"{self._url!r} has no {_listed(missing)}; the nearest to the first of it are "
-            f"{', '.join(map(repr, near))}. {advice}."
+            f"{self._url!r} has no {_listed(missing)}; the most similar names to the first are "
+            f"{', '.join(map(repr, similar))}. {advice}."
         ) from cause
 
     def _refuse_other_sizes(self) -> None:
@@ -174,13 +178,16 @@ class _Filling:
                 and isinstance(value, torch.Tensor)
                 and value.size() != there.size
             ):
-                wrong.append(f"{name}: {tuple(there.size)}, and here {tuple(value.size())}")
+                wrong.append(f"{name}: {tuple(there.size)}, but {tuple(value.size())} in the state")
         if wrong:
-            raise ValueError(f"{self._url!r} has other sizes: {_listed(wrong, quoted=False)}")
+            raise ValueError(
+                f"cannot load {self._url!r}: sizes differ: {_listed(wrong, quoted=False)}. "
+                "Build the model that was saved."
+            )
 
     @collector_held_back()
     def _segments(self, items: Sequence[ReadItem]) -> tuple[list[Segment], list[Wanted]]:
-        """Return what is to be fetched for values, and the parts of tensors that are wanted."""
+        """Return the segments of values, and the wanted parts of tensors."""
         values = [self._value(item) for item in items if item.type is LoadItemType.BYTE_IO]
         wanted = [
             self._wanted(item)
@@ -195,12 +202,12 @@ class _Filling:
         return Wanted(
             name=item.storage_index.fqn,
             extent=extent,
-            unusual=extent.is_scattered,
+            is_unusual=extent.is_scattered,
             offsets=tuple(item.storage_offsets),
             lengths=tuple(item.lengths),
             resolve=partial(planner.resolve_tensor, item),
             commit=partial(planner.commit_tensor, item),
-            late=self._late,
+            is_late=self._is_late,
         )
 
     def _value(self, item: ReadItem) -> Segment | None:
@@ -214,23 +221,23 @@ class _Filling:
 
     # -- reading
 
-    def _guess(self, wanted: Iterable[Wanted]) -> None:
-        """Find out where the bytes begin in one tensor of each kind, and expect the same of the others."""
+    def _find_headers(self, wanted: Iterable[Wanted]) -> None:
+        """Fetch the header of one tensor of each kind, and expect that the others' headers have the same length."""
         by_kind: dict[object, list[Wanted]] = {}
         for each in wanted:
             if not each.is_read_whole and each.extent.data < 0:
-                by_kind.setdefault(each.kind, []).append(each)
+                by_kind.setdefault(each.header_kind, []).append(each)
         kinds = sorted(by_kind.values(), key=len, reverse=True)
-        heads = [kind[0].head() for kind in kinds[:_MOST_GUESSED]]
+        heads = [each[0].header_segment() for each in kinds[:_MOST_HEADERS]]
         found: dict[int, int] = {}
         for request in self._fetcher.fetch(plan_requests(heads, at_a_time=self._fetcher.at_a_time)):
             for segment in request.segments:
-                if (head_nbytes := segment.owner.learn(segment)) is not None:
+                if (head_nbytes := segment.owner.read_header(segment)) is not None:
                     found[id(segment.owner)] = head_nbytes
         usual = next(iter(found.values()), 0)
-        for kind in kinds:
-            for each in kind:
-                each.expect(found.get(id(kind[0]), usual))
+        for same_kind in kinds:
+            for each in same_kind:
+                each.expect_header(found.get(id(same_kind[0]), usual))
 
     def _fetch(self, segments: Sequence[Segment]) -> list[Wanted]:
         """Fetch *segments* and use them; return the tensors that must be read again."""
@@ -243,7 +250,7 @@ class _Filling:
                     self._load_value(owner, segment)
                     continue
                 try:
-                    if owner.arrived(segment) and not owner.finish():
+                    if owner.receive(segment) and not owner.finish():
                         again.append(owner)
                 except Damaged as error:
                     raise self._corrupt(owner.name, f"{error} (in {segment.path!r})") from error
@@ -254,11 +261,11 @@ class _Filling:
         name, data = item.storage_index.fqn, bytes(segment.memory)
         if self._weights_only:
             try:
-                # What torch's restricted unpickler accepts gives the same without restrictions.
+                # If torch's restricted unpickler accepts a value, the planner's unrestricted one loads the same safely.
                 load_value(data)
             except pickle.UnpicklingError as error:
                 raise pickle.UnpicklingError(
-                    f"the value {name!r} of {self._url!r} is not loaded with weights_only=True: {error}"
+                    f"the value {name!r} of {self._url!r} cannot be loaded with weights_only=True: {error}"
                 ) from error
             except Damaged as error:
                 raise self._corrupt(name, f"{error} (in {segment.path!r})") from error
@@ -269,7 +276,7 @@ class _Filling:
 
 
 def _has_memory(planner: LoadPlanner) -> bool:
-    """Return whether the planner gives out the memory of the state itself, at any time."""
+    """Return whether the planner returns the state's own tensors, at any time."""
     kind = type(planner)
     usual = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
     return isinstance(planner, DefaultLoadPlanner) and all(
@@ -278,5 +285,5 @@ def _has_memory(planner: LoadPlanner) -> bool:
 
 
 def _listed(names: Sequence[str], *, quoted: bool = True) -> str:
-    told = ", ".join(repr(name) if quoted else name for name in names[:_MOST_TOLD])
-    return told + (f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else "")
+    text = ", ".join(repr(name) if quoted else name for name in names[:_MOST_LISTED])
+    return text + (f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else "")

@@ -1,10 +1,9 @@
-"""What a checkpoint replaces in its directory, and what failed saves have left there.
+"""Finds and deletes the objects that a new checkpoint replaces in its directory, or that failed saves have left there.
 
 Guarantees: nothing is deleted before the new checkpoint is durable, and a deletion that fails does not make the save
 fail (D5). Only objects in this directory are deleted, whatever a ``.metadata`` says.
 
-What does not belong here: which leftovers belong to no running process (`leftovers`), when to delete (`writer`,
-`objects`).
+What does not belong here: which objects are leftovers (`leftovers`), when to delete (`writer`, `objects`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from async_ckpt.sharded.manifest import read_manifest
 from async_ckpt.sharded.writing.plan import OBJECT_SUFFIX
 from async_ckpt.stores.base import Location, Store, Workers
 
-__all__ = ["delete_replaced", "find_replaced", "read_beside"]
+__all__ = ["delete_replaced", "find_replaced", "read_extra"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,26 +28,30 @@ _LONGEST_KEPT_BYTES = 64 << 20
 
 
 async def find_replaced(store: Store, location: Location, workers: Workers) -> frozenset[str]:
-    """Return the names of the objects of the checkpoint that is at *location* now."""
+    """Return the names of the objects of the checkpoint that is now at *location*."""
     try:
         found = await read_manifest(store, location, workers)
     except FileNotFoundError:
         return frozenset()
     except StoreError as error:
-        logger.warning("what %r held before stays there: %s", location.url, error)
+        logger.warning(
+            "the objects of the checkpoint that is replaced at %r stay there, because its .metadata cannot be read: %s",
+            location.url,
+            error,
+        )
         return frozenset()
     names = {str(stored.relative_path) for stored in found.storage_data.values()}
-    # What a file says is to be deleted is not to lead elsewhere.
+    # A .metadata of somebody else's must not make us delete files outside the directory.
     return frozenset(name for name in names if name.endswith(OBJECT_SUFFIX) and "/" not in name)
 
 
-async def read_beside(store: Store, place: Location) -> bytes | None:
-    """Return what is in a file beside ``.metadata`` that is about to be deleted, to be put back if the save fails.
+async def read_extra(store: Store, location: Location) -> bytes | None:
+    """Return the content of a file beside ``.metadata`` before it is deleted, so that a failed save can restore it.
 
-    Returns ``None`` where there is no such file, and where it cannot be kept, which is not a reason to save nothing.
+    Returns ``None`` if there is no such file, or if it cannot be read; that does not make the save fail.
     """
     try:
-        source = await store.source(place)
+        source = await store.source(location)
         try:
             if source.nbytes > _LONGEST_KEPT_BYTES:
                 return None
@@ -60,7 +63,11 @@ async def read_beside(store: Store, place: Location) -> bytes | None:
     except FileNotFoundError:
         return None
     except StoreError as error:
-        logger.info("%r will not be put back if the save that replaces it fails: %s", place.url, error)
+        logger.info(
+            "%r cannot be read, so it cannot be restored if the save that replaces it fails: %s",
+            location.url,
+            error,
+        )
         return None
     return bytes(data)
 
@@ -74,21 +81,23 @@ async def delete_replaced(
     number: int,
     kept: Collection[str],
 ) -> None:
-    """Delete what the checkpoint at *location* has replaced, and what is nobody's.
+    """Delete the objects that the checkpoint at *location* has replaced, and leftovers.
 
     Args:
-        store: which serves the directory.
+        store: serves the directory.
         location: of the directory.
         replaced: from `find_replaced`.
-        run: the word of this run.
+        run: the name of this run.
         number: of the save that has written the checkpoint.
-        kept: the objects that it is made of.
+        kept: the names of the checkpoint's objects.
     """
     names = set(replaced)
     try:
         names.update(await find_leftovers(store, location, run=run, number=number, kept=kept))
     except StoreError as error:
-        logger.warning("%r cannot be looked through for leftovers: %s", location.url, error)
+        logger.warning(
+            "%r cannot be searched for objects that failed saves have left: %s", location.url, error
+        )
     remaining = iter(sorted(names - set(kept)))
 
     async def delete(names: Iterator[str]) -> None:
@@ -97,7 +106,10 @@ async def delete_replaced(
                 await store.delete(location.below(name))
             except StoreError as error:
                 logger.warning(
-                    "%r is of no checkpoint any more, and stays at %r: %s", name, location.url, error
+                    "%r belongs to no checkpoint any more, but cannot be deleted from %r: %s",
+                    name,
+                    location.url,
+                    error,
                 )
 
     async with anyio.create_task_group() as deleting:

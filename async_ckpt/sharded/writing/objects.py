@@ -1,7 +1,7 @@
-"""Objects of a sharded checkpoint that are written one at a time, for programs in which torch decides who writes what.
+"""Writes the objects of a sharded checkpoint one by one, for programs in which torch's DCP decides who writes what.
 
 Guarantees: the name of an object is unique to its save, and ``.metadata`` is written last (D5), as far as torch's
-protocol allows. Tensors are not copied: their bytes are read when they are sent; those on a device a few at a time.
+protocol allows. Tensors are not copied: their bytes are read when they are sent, those on a device piece by piece.
 
 What does not belong here: torch's protocol (`dcp`).
 """
@@ -30,14 +30,14 @@ from async_ckpt.stores.base import MARKER, Location, Store, Workers
 __all__ = ["ManifestWriter", "ObjectWriter", "Value", "make_object"]
 
 Value = bytes | Callable[[], torch.Tensor]
-"""One item: a value as a file of ``torch.save``, or a function that returns a tensor, the same each time."""
+"""One item: a value as a file of ``torch.save``, or a function that returns the same tensor each time."""
 
 
 def make_object(values: Sequence[tuple[str, Value]]) -> tuple[Shard, list[int]]:
-    """Return an object that consists of *values*, by their names, and the length of each in it.
+    """Return an object with the given pairs of names and values, and the length of each value in it.
 
     Raises:
-        UnpicklableStateError: a tensor is of a kind that is not in the format.
+        UnpicklableStateError: the format of sharded checkpoints does not support a tensor.
     """
     items: list[Item] = []
     sources: list[Callable[[], torch.Tensor]] = []
@@ -46,8 +46,8 @@ def make_object(values: Sequence[tuple[str, Value]]) -> tuple[Shard, list[int]]:
             items.append(value)
             continue
         tensor = _dense(name, value())
-        around = template(tensor.dtype, tensor.shape, tensor.stride())
-        items.append(TensorItem(around, Region(len(sources), 0, tensor.nbytes)))
+        file_template = template(tensor.dtype, tensor.shape, tensor.stride())
+        items.append(TensorItem(file_template, Region(len(sources), 0, tensor.nbytes)))
         sources.append(lambda name=name, value=value: _dense(name, value()))  # type: ignore[misc]
     lengths = [len(item) if isinstance(item, bytes) else item.nbytes for item in items]
     return Shard(items, _Tensors(sources)), lengths
@@ -57,7 +57,7 @@ class ObjectWriter:
     """Writes one object; satisfies ``engine.writers.Writer``."""
 
     group = None
-    only_reads = False  # what it holds is not a snapshot of ours
+    only_reads = False  # it writes the program's own tensors, not a snapshot
 
     def __init__(self, streaming: StreamingWriter, content: Shard) -> None:
         self._streaming = streaming
@@ -78,14 +78,14 @@ class ObjectWriter:
 
 
 class ManifestWriter(ObjectWriter):
-    """Makes a directory a checkpoint, and then deletes what it has replaced.
+    """Writes ``.metadata``, which completes a checkpoint, and then deletes the objects that it has replaced.
 
     Args:
-        streaming: sends objects.
-        metadata: of the checkpoint.
-        store: where to.
-        workers: for what blocks.
-        run: the word of this process.
+        streaming: writes objects.
+        metadata: that of the checkpoint.
+        store: serves the directory.
+        workers: threads for blocking calls.
+        run: the name of this process's run.
         number: of the save.
     """
 
@@ -109,7 +109,7 @@ class ManifestWriter(ObjectWriter):
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Write the ``.metadata`` of the directory *location*."""
         replaced = await find_replaced(self._store, location, self._workers)
-        await self._streaming.stream(self._content, location.below(MARKER), _mute)
+        await self._streaming.stream(self._content, location.below(MARKER), _ignore)
         await delete_replaced(
             self._store, location, replaced, run=self._run, number=self._number, kept=self._kept
         )
@@ -117,7 +117,7 @@ class ManifestWriter(ObjectWriter):
 
 
 class _Tensors:
-    """Satisfies ``shard.Memory``."""
+    """Tensors that are asked for when their bytes are read; satisfies ``shard.Memory``."""
 
     def __init__(self, sources: Sequence[Callable[[], torch.Tensor]]) -> None:
         self._sources = sources
@@ -127,7 +127,7 @@ class _Tensors:
 
 
 class _TensorBytes:
-    """The bytes of a dense tensor, fetched when they are asked for."""
+    """The bytes of a dense tensor, fetched when they are read."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -139,7 +139,7 @@ class _TensorBytes:
         if found.nbytes == 0:
             return memoryview(b"")
         memory = (ctypes.c_ubyte * found.nbytes).from_address(found.data_ptr())
-        memory.owner = found  # type: ignore[attr-defined]  # which lives as long as what refers to its bytes
+        memory.owner = found  # type: ignore[attr-defined]  # keeps it alive as long as its bytes are in use
         return memoryview(memory).cast("B")
 
 
@@ -152,12 +152,12 @@ def _dense(name: str, tensor: torch.Tensor) -> torch.Tensor:
         or plain.is_meta
     ):
         raise UnpicklableStateError(
-            f"cannot save {name}: a {type(plain).__name__} of layout {plain.layout} on {plain.device} is not in the "
-            "format of sharded checkpoints; save what it is made of, each as a dense tensor",
+            f"cannot save {name}: the format of sharded checkpoints does not support a {type(plain).__name__} of "
+            f"layout {plain.layout} on {plain.device}; save its components, each as a dense tensor",
             where=name,
         )
     return as_dense(plain)
 
 
-def _mute(event: type[Event], **values: Any) -> None:
-    """Ignore events: the stages of a save are those of its object."""
+def _ignore(event: type[Event], **values: Any) -> None:
+    """Ignore events: only the objects of the ranks are reported."""

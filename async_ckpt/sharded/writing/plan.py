@@ -1,8 +1,8 @@
-"""Who writes which item of a sharded checkpoint, and where each item is in its file: torch's own planning, as values.
+"""Plans which rank writes which item of a sharded checkpoint, and where each item is in its file, by torch's planner.
 
-Guarantees: nothing here waits or communicates. The plan of a rank is made from the `Form` of its items; torch's
-``DefaultSavePlanner`` makes the global plan from the plans of all ranks. So an item that several ranks have is written
-once, and the work is spread evenly. A plan holds for all later saves of the same forms; only the lengths of pickled
+Guarantees: nothing here waits or communicates. The plan of a rank is made from the `ItemSpec` of its items. torch's
+``DefaultSavePlanner`` makes the global plan from the plans of all ranks, so an item that several ranks have is written
+once, and the work is spread evenly. A plan holds for all later saves of the same items; only the lengths of pickled
 values change.
 
 Only this module and `manifest` know torch's format.
@@ -29,40 +29,40 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from async_ckpt.sharded.manifest import known_to
 from async_ckpt.sharded.writing.archive import template
-from async_ckpt.sharded.writing.flatten import Form
+from async_ckpt.sharded.writing.flatten import ItemSpec
 from async_ckpt.system.garbage import collector_held_back
 
 __all__ = ["OBJECT_SUFFIX", "VERSION", "GlobalPlan", "LocalPlan", "make_global_plan", "object_name"]
 
 OBJECT_SUFFIX = ".distcp"
-"""Of the names of the objects that hold the items."""
+"""The suffix of the names of the objects that contain the items."""
 
 VERSION = "1.0.0"
-"""Of torch's format."""
+"""The version of torch's format."""
 
 _PICKLED = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPlan:
-    """What one rank could write.
+    """The items that one rank could write.
 
     Attributes:
-        plan: in torch's words.
-        lengths: of its items' files, in order; -1 for values that are pickled anew in each save.
+        plan: the items in torch's form.
+        lengths: the lengths of the items' files, in order; -1 for values, which are pickled anew in each save.
     """
 
     plan: SavePlan
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, forms: Sequence[Form], mappings: Mapping[str, tuple[str | int, ...]]) -> LocalPlan:
-        """Make the plan of a rank's items. Has torch make a template for each kind of tensor that is new."""
+    def of(cls, specs: Sequence[ItemSpec], mappings: Mapping[str, tuple[str | int, ...]]) -> LocalPlan:
+        """Make the plan of a rank's items, and a template for each new kind of tensor."""
         return cls(
-            plan=SavePlan([_write_item(form) for form in forms], planner_data=dict(mappings)),
+            plan=SavePlan([_write_item(spec) for spec in specs], planner_data=dict(mappings)),
             lengths=tuple(
-                _PICKLED if form.dtype is None else template(form.dtype, form.sizes, form.stride).nbytes
-                for form in forms
+                _PICKLED if spec.dtype is None else template(spec.dtype, spec.sizes, spec.stride).nbytes
+                for spec in specs
             ),
         )
 
@@ -80,10 +80,10 @@ class LocalPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalPlan:
-    """Who writes what.
+    """Which rank writes which items.
 
     Attributes:
-        work: for each rank, the numbers of its items that it writes, in the order of its object.
+        work: for each rank, the numbers of the items that it writes, in the order in which its object has them.
     """
 
     work: tuple[array[int], ...]
@@ -94,11 +94,11 @@ class GlobalPlan:
 
     @collector_held_back()
     def metadata(self, save_id: str, location: str, sizes: Sequence[Sequence[int]]) -> Metadata:
-        """Return the description of one checkpoint, to be written last.
+        """Return the content of the ``.metadata`` of one checkpoint.
 
         Args:
             save_id: of the save.
-            location: where it is, for people to read.
+            location: of the checkpoint, as information for people.
             sizes: for each rank, the lengths of its pickled values in this save.
         """
         stored: dict[MetadataIndex, _StorageInfo] = {}
@@ -116,10 +116,10 @@ class GlobalPlan:
 
 
 def make_global_plan(plans: Sequence[LocalPlan]) -> GlobalPlan:
-    """Decide who writes what; takes tens of microseconds for each item of each rank.
+    """Decide which rank writes which items; takes tens of microseconds for each item of each rank.
 
     Args:
-        plans: of all ranks, in their order.
+        plans: of all ranks, in the order of the ranks.
 
     Raises:
         ValueError: the parts of a tensor overlap, or do not make up the whole.
@@ -144,21 +144,21 @@ def object_name(rank: int, save_id: str) -> str:
 
 
 def _pickled_numbers(lengths: Sequence[int]) -> dict[int, int]:
-    """Return the index among the pickled values, by item."""
+    """Return, by the number of an item, its index among the pickled values."""
     pickled = [number for number, length in enumerate(lengths) if length == _PICKLED]
-    return {number: place for place, number in enumerate(pickled)}
+    return {number: position for position, number in enumerate(pickled)}
 
 
-def _write_item(form: Form) -> WriteItem:
-    if form.whole is None or form.dtype is None:
-        return WriteItem(index=MetadataIndex(form.name), type=WriteItemType.BYTE_IO)
-    offsets, sizes = torch.Size(form.offsets), torch.Size(form.sizes)
+def _write_item(spec: ItemSpec) -> WriteItem:
+    if spec.global_shape is None or spec.dtype is None:
+        return WriteItem(index=MetadataIndex(spec.name), type=WriteItemType.BYTE_IO)
+    offsets, sizes = torch.Size(spec.offsets), torch.Size(spec.sizes)
     return WriteItem(
-        index=MetadataIndex(form.name, offsets),
-        type=WriteItemType.SHARD if form.is_part else WriteItemType.TENSOR,
+        index=MetadataIndex(spec.name, offsets),
+        type=WriteItemType.SHARD if spec.is_part else WriteItemType.TENSOR,
         tensor_data=TensorWriteData(
             chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
-            properties=TensorProperties(dtype=form.dtype, requires_grad=form.requires_grad),
-            size=torch.Size(form.whole),
+            properties=TensorProperties(dtype=spec.dtype, requires_grad=spec.requires_grad),
+            size=torch.Size(spec.global_shape),
         ),
     )

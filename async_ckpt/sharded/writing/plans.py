@@ -1,9 +1,9 @@
-"""What a rank remembers of plans from save to save, so that a plan is sent only once.
+"""Keeps plans from save to save, so that each plan is sent only once.
 
-Guarantees: a plan is identified by a number, never as "the last one", so overlapping saves may learn of theirs in any
+Guarantees: a plan is identified by a number, never as "the last one", so overlapping saves may receive theirs in any
 order. The number of plans that are kept is bounded (B3).
 
-What does not belong here: how a plan is made (`plan`), who is told (`agreement`).
+What does not belong here: how a plan is made (`plan`), how it is sent (`agreement`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from async_ckpt.errors import AsyncCheckpointError
-from async_ckpt.sharded.writing.flatten import Flattened, Form
+from async_ckpt.sharded.writing.flatten import Flattened, ItemSpec
 from async_ckpt.sharded.writing.plan import GlobalPlan, LocalPlan, make_global_plan
 from async_ckpt.system.garbage import collector_held_back
 
@@ -30,25 +30,26 @@ _NUMBER_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """The forms of a rank's items, and what follows from them.
+    """The items of a rank, without their bytes.
 
     Attributes:
-        number: told to the coordinator; the same as long as nothing changes.
-        forms: of the items.
+        number: identifies the structure to the coordinator; it stays the same until the structure changes.
+        specs: of the items.
+        mappings: by name, the path to the item in the nested state.
         local: the rank's plan.
-        places: for each item, where it is among the tensors, or among the values that are pickled.
+        positions: for each item, its index among the tensors, or among the pickled values.
     """
 
     number: bytes
-    forms: Sequence[Form]
+    specs: Sequence[ItemSpec]
     mappings: Mapping[str, tuple[str | int, ...]]
     local: LocalPlan
-    places: Sequence[int]
+    positions: Sequence[int]
 
 
 @dataclass(slots=True)
 class _Known:
-    """A plan of the coordinator; *is_known* once it was sent to every rank."""
+    """A plan of the coordinator; *is_known* says whether it was sent to every rank."""
 
     number: bytes
     plan: GlobalPlan
@@ -57,7 +58,7 @@ class _Known:
 
 @dataclass(slots=True)
 class Plans:
-    """The plans that one rank knows. Its methods are called in workers, by several saves at a time."""
+    """The plans that one rank knows. Several saves may call its methods at the same time, in workers."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _count: int = 0
@@ -70,30 +71,35 @@ class Plans:
         """Return the structure of a state; that of an earlier save if nothing has changed."""
         with self._lock:
             for known in self._structures.values():
-                if known.forms == flattened.forms and known.mappings == flattened.mappings:
+                if known.specs == flattened.specs and known.mappings == flattened.mappings:
                     return known
             number = self._next()
             return _keep(self._structures, number, _structure(number, flattened))
 
-    def work(self, told: bytes) -> array[int]:
-        """Return the numbers of the items to be written, as the coordinator has told them now or before.
+    def work(self, message: bytes) -> array[int]:
+        """Return the numbers of the items to write.
+
+        Args:
+            message: of the coordinator: the number of a plan, and the items unless they were sent before.
 
         Raises:
-            AsyncCheckpointError: it takes for known what was never told here.
+            AsyncCheckpointError: they were not sent before.
         """
-        number, items = told[:_NUMBER_BYTES], told[_NUMBER_BYTES:]
+        number, items = message[:_NUMBER_BYTES], message[_NUMBER_BYTES:]
         with self._lock:
-            if len(told) > _NUMBER_BYTES:
+            if len(message) > _NUMBER_BYTES:
                 _keep(self._work, number, array("I", items[1:]))
             if number not in self._work:
-                raise AsyncCheckpointError("the first rank refers to a plan that this rank was not told")
+                raise AsyncCheckpointError(
+                    "the first rank refers to a plan that this rank has not received; please report it"
+                )
             return self._work[number]
 
-    # -- of the coordinator alone
+    # -- only on the coordinator
 
     @collector_held_back()
     def decide(self, plans: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
-        """Return what each rank is told, from the number of its structure and its plan.
+        """Return the message for each rank, given the number of its structure and its plan.
 
         Raises:
             ValueError: the parts of a tensor overlap, or do not make up the whole.
@@ -106,7 +112,7 @@ class Plans:
                 known = _keep(self._global, key, _Known(self._next(), made))
             if known.is_known:
                 return [known.number] * len(plans)
-            # With a byte between: a rank may have nothing to write.
+            # With a byte in between, because a rank may have nothing to write.
             return [known.number + b"\0" + items.tobytes() for items in known.plan.work]
 
     def decided(self, numbers: Sequence[bytes]) -> GlobalPlan:
@@ -122,21 +128,21 @@ class Plans:
 
 
 def _structure(number: bytes, flattened: Flattened) -> Structure:
-    places, tensors, blobs = [], 0, 0
-    for form in flattened.forms:
-        if form.dtype is None:
-            places.append(blobs)
+    positions, tensors, blobs = [], 0, 0
+    for spec in flattened.specs:
+        if spec.dtype is None:
+            positions.append(blobs)
             blobs += 1
         else:
-            places.append(tensors)
+            positions.append(tensors)
             tensors += 1
-    local = LocalPlan.of(flattened.forms, flattened.mappings)
+    local = LocalPlan.of(flattened.specs, flattened.mappings)
     return Structure(
         number=number,
-        forms=flattened.forms,
+        specs=flattened.specs,
         mappings=flattened.mappings,
         local=local,
-        places=places,
+        positions=positions,
     )
 
 

@@ -1,7 +1,7 @@
-"""The sharded saves of one service: their numbers, and what the other ranks are told if one cannot take place.
+"""Numbers the sharded saves of one service, and tells the other ranks of a save that this rank cannot begin.
 
-Guarantees: the n-th call on each rank is the n-th save of the group (O4). If a call raises before anything was
-accepted, or a save ends in the queue before its turn, the other ranks are told at once (E4, E5).
+Guarantees: the n-th call on each rank is the n-th save of the group (O4). If a call raises, or its save ends while it
+is still queued, the other ranks are told at once (E4, E5).
 
 What does not belong here: the agreement itself (`rendezvous`), what is written (`writer`).
 """
@@ -28,7 +28,7 @@ class ShardedSaves:
     """The saves of one service on one rank.
 
     Args:
-        rendezvous: with the other ranks.
+        rendezvous: connects it with the other ranks.
     """
 
     @classmethod
@@ -39,9 +39,8 @@ class ShardedSaves:
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rendezvous = rendezvous
         self._plans = Plans()
-        self._numbers = count(
-            1
-        )  # in one step, and without a lock: a signal handler may save at any line (L1)
+        # Takes a number in one step and without a lock, because a signal handler may save at any line (L1).
+        self._numbers = count(1)
 
     def save(
         self,
@@ -54,13 +53,13 @@ class ShardedSaves:
         """Queue a save.
 
         Args:
-            location: a directory.
+            location: of the directory.
             resources: of the service.
-            submit: queues what is written by the writer that it is given.
-            extras: values to have files of their own, by name; see `ShardedWriter`.
+            submit: queues a save that uses the given writer.
+            extras: values that get files of their own, by name; see `ShardedWriter`.
 
         Returns:
-            The handle, and the writer, which the handle's end leaves nothing to do.
+            The handle of the save, and its writer.
 
         Raises:
             Exception: nothing was accepted, and the save fails on all ranks.
@@ -80,21 +79,21 @@ class ShardedSaves:
             )
             handle = submit(writer)
         except BaseException as error:
-            self.rendezvous.fail(number, _why(error))
+            self.rendezvous.fail(number, _reason(error))
             raise
 
-        def tell(ended: Handle) -> None:
-            if not writer.has_begun:  # else they know
+        def report(ended: Handle) -> None:
+            if not writer.has_begun:  # otherwise the agreement has told them
                 error = ended._outcome.exception()
-                self.rendezvous.fail(number, f"{ended.state.value}" if error is None else _why(error))
+                self.rendezvous.fail(number, f"{ended.state.value}" if error is None else _reason(error))
 
-        handle.add_done_callback(tell)
+        handle.add_done_callback(report)
         return handle, writer
 
     def refuse(self, error: Exception) -> None:
         """Tell the other ranks of a call that failed before anything was queued; it counts as one of the saves (O4)."""
-        self.rendezvous.fail(next(self._numbers), _why(error))
+        self.rendezvous.fail(next(self._numbers), _reason(error))
 
 
-def _why(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
-"""The one object that a rank writes: its items, each a file of ``torch.save``, one after the other, by reference.
+"""The object that a rank writes, by reference: its items one after the other, each a file of ``torch.save``.
 
-Guarantees: the bytes are determined before the first of them is read, in whatever pieces, in whatever order and by
-however many threads they are read. Tensors are read from the snapshot, and only when they are asked for. With ISA-L,
-each tensor's checksum is computed only once, even if a part needs one of its own.
+Guarantees: any range of bytes may be read at any time, in any order, by any number of threads, and is always the same.
+Tensors are read from the snapshot only when their bytes are needed. With ISA-L, each tensor's checksum is computed only
+once, even if a part needs its own checksum.
 
 What does not belong here: which items a rank writes (`plan`), the bytes around a tensor (`archive`).
 """
@@ -20,15 +20,15 @@ from async_ckpt.snapshot.regions import Region
 
 __all__ = ["Item", "Memory", "Shard", "TensorItem"]
 
-_SUMMED_BYTES = 32 << 20
-"""How many bytes are read at a time for a checksum: they may have to be fetched from a device."""
+_CHECKSUM_BYTES = 32 << 20
+"""How many bytes are read at a time for a checksum; they may have to be copied from a device."""
 
 _SMALL_BYTES = 16 << 10
 """Pieces up to this length are joined, to send fewer of them."""
 
 
 class TensorItem(NamedTuple):
-    """A tensor: the place of its bytes, and the file around them."""
+    """A tensor: where its bytes are, and the file that contains them."""
 
     template: Template
     region: Region
@@ -110,17 +110,17 @@ class Shard:
 
     def _pieces(self, start: int, stop: int) -> Iterator[_Piece]:
         if not 0 <= start <= stop <= self._nbytes:
-            raise ValueError(f"no bytes {start} to {stop} in an object of {self._nbytes}")
+            raise ValueError(f"bytes {start} to {stop} are not in an object of {self._nbytes} bytes")
         number = bisect_right(self._starts, start) - 1
         while start < stop:
             item, at = self._items[number], self._starts[number]
             end = min(stop, at + _length(item))
             if start < end:
-                yield from self._of(number, item, start - at, end - at)
+                yield from self._pieces_of(number, item, start - at, end - at)
             start = end
             number += 1
 
-    def _of(self, number: int, item: Item, start: int, stop: int) -> Iterator[_Piece]:
+    def _pieces_of(self, number: int, item: Item, start: int, stop: int) -> Iterator[_Piece]:
         """Yield the bytes *start* to *stop* of one item."""
         if isinstance(item, bytes):
             yield _Piece(memoryview(item)[start:stop])
@@ -149,13 +149,13 @@ class Shard:
             for begin, end, checksum in sorted(self._sums.get(number, ())):
                 if begin == at:
                     value, at = crc32_combine(value, checksum, end - begin), end
-        for begin in range(at, item.region.nbytes, _SUMMED_BYTES):
-            value = crc32(self._data(item, begin, min(begin + _SUMMED_BYTES, item.region.nbytes)), value)
+        for begin in range(at, item.region.nbytes, _CHECKSUM_BYTES):
+            value = crc32(self._data(item, begin, min(begin + _CHECKSUM_BYTES, item.region.nbytes)), value)
         return value
 
 
 class _Piece(NamedTuple):
-    """Some bytes; of a tensor, with the number of its item, and where in the tensor they begin."""
+    """Some bytes. If they are a tensor's: the number of its item, and where in the tensor they begin."""
 
     view: memoryview
     item: int | None = None

@@ -1,11 +1,11 @@
-"""One sharded save on one rank: the actions that the agreement asks for, carried out with the stores.
+"""Writes one sharded save on one rank: carries out the actions of the agreement with the stores.
 
 Guarantees: the name of a rank's object is unique to the save, so an earlier checkpoint at the location stays whole
-until one rank replaces its ``.metadata``, the last file that is written (D5). What a failed save has written is
-deleted; what the new checkpoint replaces is deleted after it is durable. A file that others expect beside
-``.metadata`` never belongs to another checkpoint than that (D6).
+until one rank replaces its ``.metadata``, the last file that is written (D5). The objects of a failed save are deleted;
+those of a replaced checkpoint are deleted after the new one is durable. A file beside ``.metadata`` always belongs to
+the same checkpoint as ``.metadata`` does (D6).
 
-What does not belong here: who decides when (`agreement`), how a rank learns of it (`rendezvous`), the queue.
+What does not belong here: when an action is due (`agreement`), the queue.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from async_ckpt.sharded.agreement.protocol import COORDINATOR
 from async_ckpt.sharded.manifest import read_manifest, save_id_of, write_manifest
 from async_ckpt.sharded.writing.archive import template
 from async_ckpt.sharded.writing.flatten import Flattened, flatten
-from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced, read_beside
+from async_ckpt.sharded.writing.generations import delete_replaced, find_replaced, read_extra
 from async_ckpt.sharded.writing.plan import object_name
 from async_ckpt.sharded.writing.plans import Plans, Structure
 from async_ckpt.sharded.writing.shard import Item, Shard, TensorItem
@@ -48,19 +48,19 @@ class ShardedWriter:
     """Writes one save; satisfies ``engine.writers.Writer``.
 
     Args:
-        streaming: sends objects.
-        store: where to.
-        workers: for what blocks.
-        rendezvous: of the ranks.
-        plans: what is known from earlier saves.
+        streaming: writes objects.
+        store: serves the location.
+        workers: threads for blocking calls.
+        rendezvous: connects this rank with the others.
+        plans: the plans of earlier saves.
         number: of the save, the same on all ranks.
-        overwrite: whether a checkpoint that is there may be replaced.
-        extras: values, by name, each to be a file of ``torch.save`` beside ``.metadata``; on the first rank. Each is an
-            item of the checkpoint, too, of that name, and exists with it; the file is for those who look for that.
+        overwrite: whether an existing checkpoint may be replaced.
+        extras: values by name, on the first rank only. Each becomes an item of the checkpoint, and also a file of
+            ``torch.save`` beside ``.metadata``, for programs that look for such a file.
 
     Attributes:
-        has_begun: the other ranks learn from the agreement how it ends.
-        metadata: of the checkpoint, once it is durable, on the first rank; ``None`` on the others.
+        has_begun: whether the agreement has begun; from then on, it tells the other ranks how the save ends.
+        metadata: that of the checkpoint, once it is durable, on the first rank; ``None`` on the others.
     """
 
     group = None
@@ -86,7 +86,7 @@ class ShardedWriter:
         self._number = number
         self._overwrite = overwrite
         self._extras = extras
-        self._files: dict[str, bytes] = {}  # of the extras
+        self._files: dict[str, bytes] = {}  # the extras by name, each as a file of torch.save
         self.has_begun = False
         self.metadata: Metadata | None = None
         self._flattened = Flattened()
@@ -97,7 +97,7 @@ class ShardedWriter:
         flattened = flatten(state, self._extras)
         overhead = sum(map(len, flattened.blobs))
         captured, self._regions = capture_regions(flattened.tensors, overhead=overhead)
-        flattened.tensors = []  # the capture holds their memory, and only until it is staged
+        flattened.tensors = []  # the capture keeps their memory alive, and only until it is staged
         if self._extras:
             self._files = dict(zip(self._extras, flattened.blobs[-len(self._extras) :], strict=True))
             self._extras = None
@@ -108,7 +108,7 @@ class ShardedWriter:
         """Write this rank's object, and return when the checkpoint is durable on all ranks; return its length.
 
         Raises:
-            ShardedSaveError: some rank could not; all ranks raise the same.
+            ShardedSaveError: a rank has failed; all ranks raise the same error.
         """
         structure = await self._workers.run(self._plans.structure, self._flattened)
         save = _Save(self, structure, snapshot, location, emit)
@@ -116,13 +116,12 @@ class ShardedWriter:
         await self._rendezvous.agree(self._number, save)
         self.metadata = save.metadata
         try:
-            await save.tidy()
-        except (
-            anyio.get_cancelled_exc_class()
-        ):  # all ranks know that it is durable; so this one ends as they do (E4)
-            logger.info("what is left over at %r was not all deleted: the service is closing", location.url)
-        except Exception:  # of any store
-            logger.warning("what is left over at %r was not all deleted", location.url, exc_info=True)
+            await save.clean_up()
+        except anyio.get_cancelled_exc_class():
+            # The other ranks know that the checkpoint is durable, so this rank ends in the same way (E4).
+            logger.info("%s, because the service is closing", _not_all_deleted(location))
+        except Exception:  # any store may raise any
+            logger.warning("%s", _not_all_deleted(location), exc_info=True)
         return save.nbytes
 
     async def delete(self, location: Location) -> None:
@@ -132,7 +131,7 @@ class ShardedWriter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
-    """What a rank announces to the coordinator; satisfies ``rendezvous.Offer``."""
+    """Describes what this rank saves; satisfies ``rendezvous.Offer``."""
 
     location: str
     fingerprint: bytes
@@ -140,7 +139,7 @@ class _Offer:
     structure: Structure
 
     def plan(self) -> bytes:
-        """Return what this rank could write."""
+        """Return this rank's plan, encoded."""
         return self.structure.local.to_bytes()
 
 
@@ -166,7 +165,7 @@ class _Save:
         self._object: Location | None = None
         self._replaced: frozenset[str] = frozenset()
         self._has_files = not writer._files
-        self._files_before: dict[str, bytes] = {}  # of the checkpoint before
+        self._files_before: dict[str, bytes] = {}  # the files of the earlier checkpoint
 
     @property
     def _save_id(self) -> str:
@@ -174,10 +173,10 @@ class _Save:
 
     async def write(self, work: bytes | None) -> None:
         """Write this rank's object."""
-        assert work is not None, "plan says it to every rank, each time"
+        assert work is not None, "`plan` returns work for every rank"
         writer = self._writer
         shard = await writer._workers.run(self._shard, work)
-        if shard.nbytes == 0:  # other ranks write all that this one has
+        if shard.nbytes == 0:  # other ranks write everything that this one has
             return
         self._object = self._location.below(object_name(writer._rendezvous.rank, self._save_id))
         await writer._streaming.stream(shard, self._object, self._emit)
@@ -188,12 +187,12 @@ class _Save:
         writer, structure = self._writer, self._structure
         items: list[Item] = []
         for number in writer._plans.work(work):
-            form, place = structure.forms[number], structure.places[number]
-            if form.dtype is None:
-                items.append(writer._flattened.blobs[place])
+            spec, position = structure.specs[number], structure.positions[number]
+            if spec.dtype is None:
+                items.append(writer._flattened.blobs[position])
             else:
-                around = template(form.dtype, form.sizes, form.stride)
-                items.append(TensorItem(around, writer._regions[place]))
+                file_template = template(spec.dtype, spec.sizes, spec.stride)
+                items.append(TensorItem(file_template, writer._regions[position]))
         return Shard(items, self._snapshot)
 
     async def undo(self) -> None:
@@ -201,7 +200,7 @@ class _Save:
         if self._object is not None:
             await self._writer._store.delete(self._object)
 
-    # -- of the coordinator alone
+    # -- only on the coordinator
 
     async def plan(self, readies: Mapping[int, Ready]) -> Mapping[int, bytes]:
         """Return what each rank writes."""
@@ -209,8 +208,8 @@ class _Save:
         if not writer._overwrite and await writer._store.exists(self._location.below(MARKER)):
             raise exists_already("begin", self._location)
         sent = [(readies[rank].fingerprint, readies[rank].plan or b"") for rank in sorted(readies)]
-        told = await writer._workers.run(writer._plans.decide, sent)
-        return dict(enumerate(told))
+        works = await writer._workers.run(writer._plans.decide, sent)
+        return dict(enumerate(works))
 
     async def commit(self, readies: Mapping[int, Ready]) -> None:
         """Commit the checkpoint."""
@@ -220,27 +219,29 @@ class _Save:
         self.metadata = await writer._workers.run(plan.metadata, self._save_id, self._location.url, sizes)
         manifest = await writer._workers.run(write_manifest, self.metadata)
         self._replaced = await find_replaced(writer._store, self._location, writer._workers)
-        for name in writer._files:  # of the checkpoint before; who misses them refuses it for a moment (D6)
-            place = self._location.below(name)
-            content = await read_beside(writer._store, place)
+        # Programs that need these files refuse the earlier checkpoint while they are missing, which is a moment (D6).
+        for name in writer._files:
+            position = self._location.below(name)
+            content = await read_extra(writer._store, position)
             if content is not None:
                 self._files_before[name] = content
-            await writer._store.delete(place)
-        await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _mute)
+            await writer._store.delete(position)
+        await writer._streaming.stream(Shard([manifest]), self._location.below(MARKER), _ignore)
         await self._put_files()
 
     async def _put_files(self) -> None:
-        """Write the files beside ``.metadata``. The checkpoint is durable already, and contains the same values."""
+        """Write the extras' files. The checkpoint is already durable, and contains the same values."""
         self._has_files = True
         await self._put(self._writer._files)
 
     async def _put(self, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             try:
-                await self._writer._streaming.stream(Shard([content]), self._location.below(name), _mute)
+                await self._writer._streaming.stream(Shard([content]), self._location.below(name), _ignore)
             except StoreError as error:
                 logger.error(
-                    "%r is complete, but without its file %s, so not for those who need that: %s",
+                    "%r is complete, but its file %s could not be written, so programs that need that file cannot "
+                    "load it; save again, or read it with async_ckpt: %s",
                     self._location.url,
                     name,
                     error,
@@ -254,17 +255,17 @@ class _Save:
             await self._put(self._files_before)
             return False
         except StoreError as error:
-            logger.warning("whether %r was saved cannot be told: %s", self._location.url, error)
+            logger.warning("cannot find out whether %r was saved: %s", self._location.url, error)
             return None
         is_there = save_id_of(found) == save_id
         if is_there and not self._has_files:  # the answer to the commit was lost
             await self._put_files()
-        if not is_there:  # the checkpoint before is as it was
+        if not is_there:  # the earlier checkpoint remains
             await self._put(self._files_before)
         return is_there
 
-    async def tidy(self) -> None:
-        """Delete what the checkpoint replaced, and leftovers; a failure of that does not fail the save."""
+    async def clean_up(self) -> None:
+        """Delete the objects that the checkpoint replaced, and leftovers."""
         if self._writer._rendezvous.rank != COORDINATOR:
             return
         rendezvous, number = self._writer._rendezvous, self._writer._number
@@ -278,5 +279,12 @@ class _Save:
         )
 
 
-def _mute(event: type[Event], **values: Any) -> None:
-    """Ignore events: the stages of a save are those of its object."""
+def _not_all_deleted(location: Location) -> str:
+    return (
+        f"{location.url!r} is saved, but objects that it replaced, or that failed saves left, were not all deleted; "
+        "a later save deletes them"
+    )
+
+
+def _ignore(event: type[Event], **values: Any) -> None:
+    """Ignore events: the events of a save are those of its rank's object."""

@@ -116,7 +116,7 @@ class AzureUpload:
     async def _try_to_commit(self, indices: Sequence[int]) -> None:
         """Make one attempt to commit, after checking whether an earlier one succeeded."""
         if self._in_doubt:
-            with suppress(StoreError):  # who may write need not be allowed to look
+            with suppress(StoreError):  # a user who may write need not be allowed to read
                 if await self._is_there():
                     return
         try:

@@ -188,7 +188,9 @@ class GCSStore:
                 reason = OSError(EXISTS)
                 raise CheckpointExistsError.during("begin", location.url, reason)
         except StoreError as error:
-            if not refused_with(error, {403}):  # who may create an object need not be allowed to look
+            if not refused_with(
+                error, {403}
+            ):  # a user who may create objects need not be allowed to read them
                 raise
             _log.debug("cannot check %s before saving: %s", location.url, error)
 

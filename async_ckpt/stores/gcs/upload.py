@@ -231,7 +231,7 @@ class ResumableUpload:
         try:
             await self._client.call("DELETE", self._target.path, params={"ifGenerationMatch": generation})
         except Refusal as error:
-            if error.status not in (404, 412):  # gone, or replaced by a better one
+            if error.status not in (404, 412):  # deleted or replaced meanwhile
                 raise
 
     # -- errors

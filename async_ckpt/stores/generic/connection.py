@@ -67,7 +67,7 @@ class Connection:
             if file_system is self._file_system:
                 self._watch(function)
             else:
-                function()  # what it raises says nothing of the connection of now
+                function()  # its error says nothing about the present connection
 
     def close(self) -> Any | None:
         """Make no more file systems; return the one that we made, if any, so that its connection can be closed."""

@@ -59,7 +59,7 @@ class Move:
             return ""
         if self._landed:
             return f"{self._aside!r}, which the new file has replaced, may still be there"
-        return f"the earlier file, unless it is under its name, is whole, at {self._aside!r}"
+        return f"the earlier file is whole, either under its own name or at {self._aside!r}"
 
     def go(self, file_system: Any) -> None:
         """Move on *file_system*. After the last call, whether it raised or not, call ``tidy``."""
@@ -99,8 +99,8 @@ class Move:
         else:
             if self._has_landed(told=True):
                 return
-            if not self._earlier_is_in_place():  # some say nothing when they refuse
-                raise OSError(errno.EIO, "the file system moved the file, but it is not there")
+            if not self._earlier_is_in_place():  # some file systems refuse silently
+                raise OSError(errno.EIO, "the file system moved the file, but it does not exist there")
         self._move_with_earlier_aside()
 
     def _move_with_earlier_aside(self) -> None:
@@ -147,6 +147,6 @@ class Move:
     def _check_length(self, path: str) -> None:
         info = info_of(self._fs, path)
         if info is None:
-            raise OSError(errno.EIO, f"{path!r} is not there after it was written")
+            raise OSError(errno.EIO, f"{path!r} does not exist after it was written")
         if (size := info.get("size")) not in (None, self._nbytes):
             raise OSError(errno.EIO, f"{path!r} has {size} bytes after {self._nbytes} were written")

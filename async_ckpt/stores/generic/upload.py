@@ -191,15 +191,13 @@ class GenericUpload:
             if part.start != self._position or self._handle is None:
                 raise OSError(errno.EINVAL, "parts must be put once, and in order")
             try:
-                if self._handle_fs is not self._fs:  # and no ConnectionError: that of now is well
-                    lost = (
-                        f"cannot write {self._location.url!r}: the connection was lost on which it was begun"
-                    )
+                if self._handle_fs is not self._fs:  # not a ConnectionError, as the present connection works
+                    lost = f"cannot write {self._location.url!r}: the connection on which the file was begun was lost"
                     raise TransientStoreError(lost, location=self._location.url, stage="write")
                 for piece in pieces:
                     self._write_piece(piece.cast("B"))
                 if self._position != part.stop:
-                    raise OSError(errno.EIO, f"part {part.index} has not {part.nbytes} bytes")
+                    raise OSError(errno.EIO, f"part {part.index} does not have {part.nbytes} bytes")
                 if self._position == self._nbytes:
                     self._handle.close()
                     self._handle = None

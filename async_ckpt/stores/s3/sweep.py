@@ -75,7 +75,7 @@ class Sweeper:
         swept = []
         for entry in [each for each in self._left if each.bucket == bucket]:
             if not await self._abort(location, entry):
-                break  # S3 is still away, and a save waits
+                break  # S3 still does not answer, and a save waits
             self._left.discard(entry)
             await self._workers.run(self._journal.ended, entry)
             swept.append(entry)

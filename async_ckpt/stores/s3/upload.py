@@ -228,7 +228,7 @@ class S3Upload:
             # aiohttp repeats a PUT if a kept connection has broken, so the first one may have succeeded.
             if not (self._in_doubt or isinstance(error, CheckpointExistsError)):
                 raise
-            with suppress(StoreError):  # who may write need not be allowed to look
+            with suppress(StoreError):  # a user who may write need not be allowed to read
                 if await self._target.is_there():
                     return
             raise

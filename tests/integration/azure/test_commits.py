@@ -70,7 +70,7 @@ def test_a_commit_of_which_nothing_can_be_learned(network: Network) -> None:
         async with network.store(retry=RetryPolicy(attempts=2, initial_seconds=0.001)) as store:
             upload = await store.begin(network.locate(), 3)
             receipt = await upload.put(cut(3, 3)[0], BytesContent(b"abc"))
-            with pytest.raises(StoreError, match=r"500.*is not known.*500") as told:
+            with pytest.raises(StoreError, match=r"500.*is unknown.*500") as told:
                 await upload.commit([receipt])
             await upload.abort()
         assert str(told.value).count(f"cannot commit {network.url()!r}: ") == 1

@@ -322,7 +322,7 @@ def test_a_denial_by_s3_that_the_base_swallows_is_a_failed_save(
     plugin = AsyncCheckpointIO(tree.fabric.plugins.TorchCheckpointIO())
     try:
         plugin.save_checkpoint({"step": 1}, f"{root}/last.ckpt")
-        with pytest.raises(StoreError, match=r"run/last\.ckpt.*could not be looked at"):
+        with pytest.raises(StoreError, match=r"run/last\.ckpt.*could not be checked"):
             plugin.wait()
     finally:
         plugin.teardown()

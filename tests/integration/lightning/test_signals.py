@@ -282,7 +282,7 @@ def test_ctrl_c_twice(start: Any, tmp_path: Path) -> None:
     training.send(signal.SIGINT)
     training.until("; Ctrl-C gives up")
     training.send(signal.SIGINT)
-    training.until(f"interrupted: given up: '{tmp_path / 'step-2.ckpt'}'")
+    training.until(f"interrupted: these checkpoints are given up: '{tmp_path / 'step-2.ckpt'}'")
     training.until("SIGTERM restored: True")
     assert "fit raised SystemExit: 1" in training.output
     training.open_gate()  # for who waits there: the save has gone

@@ -275,7 +275,7 @@ def test_deepspeed_bypasses_the_plugin(tree: Any, tmp_path: Path) -> None:
     checkpoint = tree.checkpoints(tmp_path, save_top_k=-1)
     callback = AsyncCheckpointCallback()
     trainer = tree.trainer(tmp_path, strategy=strategy, callbacks=[callback, checkpoint])
-    with pytest.warns(UserWarning, match="past any CheckpointIO") as warned:
+    with pytest.warns(UserWarning, match="without any CheckpointIO") as warned:
         _fit_twice(trainer, tree.model())
     assert len([each for each in warned if "AsyncCheckpointIO" in str(each.message)]) == 1
     assert [path.name for path in saved] == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]

@@ -57,7 +57,7 @@ def test_a_commit_of_which_nothing_can_be_learned(place: Place) -> None:
         place.proxy(lambda kind, _: response(500) if kind in ("Complete", "Head") else None),
         RetryPolicy(attempts=2, initial_seconds=0.001),
     )
-    with pytest.raises(StoreError, match=r"CompleteMultipartUpload.*is not known.*HeadObject") as told:
+    with pytest.raises(StoreError, match=r"CompleteMultipartUpload.*is unknown.*HeadObject") as told:
         running(store, lambda: save(store, place.locate(), LARGE))
     assert str(told.value).count("cannot") == 1
     place.assert_nothing_left()

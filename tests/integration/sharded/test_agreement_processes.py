@@ -11,7 +11,7 @@ from tests.sharded_ranks import Outcome, Save, World, run_ranks
 pytestmark = [pytest.mark.integration]
 
 FULL = "OSError: [Errno 28] No space left on device"
-SILENT = "nothing was heard of it for 2 s: it has ended, hangs, or is cut off"
+SILENT = "sent nothing for 2 s: it has ended, hangs, or cannot reach the group's store"
 #: On a machine that is busy with other things, beyond the bound of which the test is.
 SLACK_SECONDS = 2.0
 

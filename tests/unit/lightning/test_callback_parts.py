@@ -140,7 +140,7 @@ def test_a_removal_that_fails_holds_up_no_other(caplog: pytest.LogCaptureFixture
         removals.release(everything=True)
     removals.release(everything=True)
     assert asked == list("abcd")
-    assert [record.getMessage() for record in caplog.records] == ["while 'c' was to be removed"]
+    assert [record.getMessage() for record in caplog.records] == ["the removal of 'c' could not be requested"]
 
 
 class _Overtaken(Meter):
@@ -171,9 +171,9 @@ def test_a_save_that_fails_while_it_is_looked_for_is_not_told_of(path: str) -> N
     notifications = Notifications(meter, log_metrics=False)
     trainer = SimpleNamespace(callbacks=[], lightning_module=None)
     notifications.hold_back(trainer, told.append, SimpleNamespace(_last_checkpoint_saved=path))
-    notifications.tell(trainer)
+    notifications.notify(trainer)
     assert told == []
-    assert not notifications.awaits("a")
+    assert not notifications.is_awaited("a")
 
 
 def test_hooks_are_told_the_path_as_it_was_written() -> None:
@@ -185,11 +185,11 @@ def test_hooks_are_told_the_path_as_it_was_written() -> None:
     callback = SimpleNamespace(on_checkpoint_write_end=lambda _, path: told.append(path))
     trainer = SimpleNamespace(callbacks=[callback], lightning_module=None)
     notifications.hold_back(trainer, lambda _: None, SimpleNamespace(_last_checkpoint_saved=written))
-    assert notifications.awaits(written)
+    assert notifications.is_awaited(written)
     meter(Durable(request_id=1, url=shown, nbytes=1, seconds=1.0))
-    notifications.tell(trainer)
+    notifications.notify(trainer)
     assert told == [written]
-    assert not notifications.awaits(written)
+    assert not notifications.is_awaited(written)
 
 
 @pytest.mark.parametrize("path", ["unknown-protocol://a/b", "memory://", ""])

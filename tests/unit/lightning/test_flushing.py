@@ -295,7 +295,7 @@ def test_second_ctrl_c_gives_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     after_the_first(wait)
     assert handle.done()
-    assert f"interrupted: given up: '{tmp_path / 'b'}'" in terminal.getvalue()
+    assert f"interrupted: these checkpoints are given up: '{tmp_path / 'b'}'" in terminal.getvalue()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert number_at(tmp_path / "a") == 1
 

@@ -153,12 +153,12 @@ def test_failure_is_told_each_other_rank_once(ranks: list[GroupPending]) -> None
     """A rank that loads what was not written is told why, once, and not where it knows; nor is it later saves'."""
     one, other = ranks
     one.announce("place").end("StoreError: full")
-    with pytest.raises(RankError, match=r"the rank that was to write 'run/a\.ckpt' failed: StoreError: full"):
+    with pytest.raises(RankError, match=r"the rank that writes 'run/a\.ckpt' failed: StoreError: full"):
         _wait_long(other, "place", "run/a.ckpt")
     _wait_long(other, "place", "run/a.ckpt")
     one.announce("place").end("StoreError: full")
     one.store.finish()
-    other.count_as_told()
+    other.count_as_raised()
     _wait_long(other, "place", "run/a.ckpt")
     one.announce("place").end("StoreError: full")
     one.announce("place").end()
@@ -269,7 +269,7 @@ def test_death_of_the_host_ends_every_wait(host: Host) -> None:
         assert all(each.used.wait(PATIENCE_SECONDS) for each in counted)
         host.signal(signal.SIGKILL)
         for outcome in outcomes:
-            with pytest.raises(RankError, match="has ended: the process group's store is gone"):
+            with pytest.raises(RankError, match="does not answer: the process group's store does not answer"):
                 outcome.result(PATIENCE_SECONDS)
 
 
@@ -286,7 +286,7 @@ def test_nobody_waits_for_a_host_that_has_left(host: Host, caplog: pytest.LogCap
     second.leave(failure=None, waits=True)
     one.announce("place").end("a failure")
     one.announce("place").end()
-    assert caplog.text.count("other ranks do not learn") == 1
+    assert caplog.text.count("the other ranks cannot be told") == 1
     first.training_ended()
     first.leave(failure=None, waits=True)
 

@@ -14,7 +14,7 @@ def test_place_that_cannot_be_located() -> None:
     """The first rank fails at the next save or at the end; the others do not even look."""
     first, other = AsyncCheckpointIO(), AsyncCheckpointIO()
     for plugin in (first, other):
-        plugin.save_once({"a": torch.ones(1)}, PLACE, is_first=plugin is first, told=None)
+        plugin.save_once({"a": torch.ones(1)}, PLACE, is_first=plugin is first, known=None)
     other.teardown()
     with pytest.raises(UnknownProtocolError, match="nowhere-at-all"):
         first.teardown()

@@ -8,7 +8,7 @@ import pytest
 
 from async_ckpt import CheckpointService, RankError, StoreError
 from async_ckpt.handle import Handle
-from async_ckpt.lightning.shared_failures import SharedFailures, Told
+from async_ckpt.lightning.shared_failures import KnownFailures, SharedFailures
 from async_ckpt.stores import locate, open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.testing import Fault, FaultyStore
@@ -35,23 +35,23 @@ def test_the_first_rank_names_the_newest_failure(tmp_path: Path) -> None:
         for handle in handles:
             shared.add(handle)
             _end(handle)
-        told = shared.known("")
-        assert told == Told(3, "")
-        assert shared.up_to(told) == handles[1:3]
+        told = shared.unreported("")
+        assert told == KnownFailures(3, "")
+        assert shared.handles_up_to(told) == handles[1:3]
         for handle in handles[1:3]:
             with pytest.raises(StoreError):
                 handle.wait()
-        assert shared.known("") is None
+        assert shared.unreported("") is None
 
 
 def test_what_the_first_rank_alone_has_failed_with() -> None:
     """The others raise that it has, where no save of all failed, and unless they are raising something already."""
     shared = SharedFailures()
-    told = shared.known("StoreError: no")
-    assert told == Told(0, "StoreError: no")
-    with pytest.raises(RankError, match="rank 0 failed in what no other rank does: StoreError: no"):
+    told = shared.unreported("StoreError: no")
+    assert told == KnownFailures(0, "StoreError: no")
+    with pytest.raises(RankError, match="rank 0 failed in something that only it does: StoreError: no"):
         shared.raise_others(told)
-    shared.raise_others(Told(1, "ShardedSaveError: that"))
+    shared.raise_others(KnownFailures(1, "ShardedSaveError: that"))
     try:
         raise ValueError
     except ValueError:

@@ -137,12 +137,12 @@ def test_its_failure_is_told_once(held: bool, capsys: pytest.CaptureFixture[str]
     dropped(use)
     gate.open()
     threads_end()
-    (untold,) = runtime._unreported
+    (unreported,) = runtime._unreported
     if held:
         with pytest.raises(StoreError):
             handles[0].wait(PATIENCE_SECONDS)
-    assert bool(untold) is not held
-    assert untold.print_at_exit() is not held
+    assert bool(unreported) is not held
+    assert unreported.print_at_exit() is not held
     assert ("no more room" in capsys.readouterr().err) is not held
 
 
@@ -153,8 +153,8 @@ def test_what_has_been_told_is_forgotten() -> None:
         dropped(lambda: Harness(fails, memory=True).service.save(state(1), "memory://a").wait)
         threads_end()
     assert len(runtime._unreported) <= 3
-    for untold in runtime._unreported:
-        untold.print_at_exit()
+    for unreported in runtime._unreported:
+        unreported.print_at_exit()
     runtime.report_at_exit(runtime._unreported[0])
     assert runtime._unreported == []
 

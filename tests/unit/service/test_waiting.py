@@ -54,9 +54,9 @@ def test_a_hard_limit_is_one(hard: str) -> None:
     with slow(**limits) as harness:
         handle = accepted(harness.service, state(1, nbytes=10 * PARTS * 65_000), "memory://a")
         for _ in range(2):
-            with pytest.raises(FlushTimeoutError, match=r"still pending after 0\.3 s, and going on until"):
+            with pytest.raises(FlushTimeoutError, match=r"still pending after 0\.3 s; they go on until"):
                 harness.service.wait(0.3 if hard == "timeout" else None)
-        with pytest.raises(AbandonedError, match=r"given up after 0\.3 s, as its service was closed"):
+        with pytest.raises(AbandonedError, match=r"given up after 0\.3 s, because its service was closed"):
             harness.service.close(0.3 if hard == "timeout" else None)
         assert handle.state is State.FAILED
 
@@ -68,10 +68,12 @@ def test_a_save_that_stands_still_is_given_up() -> None:
         accepted(harness.service, state(1), "memory://a")
         reached(gate)
         with pytest.raises(
-            FlushTimeoutError, match=r"after 0\.2 s without progress, and going on until its service"
+            FlushTimeoutError, match=r"after 0\.2 s without progress; they go on until their service"
         ):
             harness.service.wait()
-        with pytest.raises(AbandonedError, match=r"given up after 0\.2 s without progress, as its service"):
+        with pytest.raises(
+            AbandonedError, match=r"given up after 0\.2 s without progress, because its service"
+        ):
             harness.service.close()
 
 

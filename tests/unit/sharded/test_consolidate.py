@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -40,11 +38,9 @@ from async_ckpt import (
 from async_ckpt.format import checksum
 from async_ckpt.format.central_directory import LOCAL_HEADER, data_start, find_directory, list_entries
 from async_ckpt.sharded.consolidating.consolidation import parts_at_a_time
-from async_ckpt.sharded.consolidating.files import OpenFiles
-from async_ckpt.sharded.consolidating.sums import Sums
 from async_ckpt.sharded.manifest import write_manifest
 from async_ckpt.stores import open_store
-from async_ckpt.stores.base import Location, Source, Workers
+from async_ckpt.stores.base import Location, Workers
 from async_ckpt.testing import Fault, FaultyStore, Gate
 from tests.integration.sharded.load_scenes import CountingStore
 from tests.integration.sharded.states import differences
@@ -312,7 +308,7 @@ def test_metadata_that_cannot_be(sharded: Path) -> None:
         described.size = torch.Size((501, 300))
 
     rewrite(sharded, lose_rows)
-    assert "'large', its chunks have 150000 elements, and it has 150300" in refused(
+    assert "'large' is damaged: its chunks have 150000 elements, but it has 150300" in refused(
         CorruptCheckpointError, sharded
     )
     paths = {"epoch": ("large", "below"), "small": ("nested", 1 << 40), "scalar": ("nested", "list", -1)}
@@ -320,6 +316,28 @@ def test_metadata_that_cannot_be(sharded: Path) -> None:
         changed = dataclasses.replace(whole, planner_data={**whole.planner_data, name: path})
         (sharded / ".metadata").write_bytes(write_manifest(changed))
         assert f"'{name}'" in refused(CorruptCheckpointError, sharded)
+
+
+def test_chunks_that_overlap_and_leave_a_gap(sharded: Path) -> None:
+    """What is in the gap is not known: it is not written as zeros, and no load leaves it out without a word."""
+    torch.manual_seed(0)
+    state = {"rows": torch.randn(40, 3)}
+    with CheckpointService() as service:
+        service.save_sharded(state, sharded).wait(60)
+        whole = FileSystemReader(sharded).read_metadata()
+        (info,) = whole.storage_data.values()
+        parts = [(0, 20), (10, 20)]
+        described = whole.state_dict_metadata["rows"]
+        assert isinstance(described, TensorStorageMetadata)
+        described.chunks = [
+            ChunkStorageMetadata(torch.Size((start, 0)), torch.Size((length, 3))) for start, length in parts
+        ]
+        found = {MetadataIndex("rows", torch.Size((start, 0))): info for start, _ in parts}
+        changed = dataclasses.replace(whole, storage_data=found)
+        (sharded / ".metadata").write_bytes(write_manifest(changed))
+        assert "'rows' is damaged: its chunks overlap" in refused(CorruptCheckpointError, sharded)
+        with pytest.raises(CorruptCheckpointError, match="its chunks overlap"):
+            service.load_sharded({"rows": torch.zeros(40, 3)}, sharded)
 
 
 # -- storage that fails
@@ -414,132 +432,3 @@ def test_ctrl_c(sharded: Path) -> None:
         assert file.read_bytes() == b"earlier"
         assert files_beside(sharded) == before
         interrupted.result(60)
-
-
-# -- open files
-
-
-def test_files_stay_open_while_there_is_room() -> None:
-    """Those that nobody reads are closed, the oldest first; each is opened once, and read by as many as it can be."""
-    opened: list[str] = []
-    closed: list[str] = []
-    reading, most = 0, 0
-
-    class File:
-        nbytes, max_concurrent_reads = 10, 1
-
-        def __init__(self, path: str) -> None:
-            self.path = path
-
-        async def read_into(self, start: int, *targets: memoryview) -> None:
-            nonlocal reading, most
-            reading += 1
-            most = max(most, reading)
-            await anyio.lowlevel.checkpoint()
-            reading -= 1
-
-        async def aclose(self) -> None:
-            closed.append(self.path)
-
-    async def open_file(path: str) -> Source:
-        await anyio.lowlevel.checkpoint()
-        if path == "missing":
-            raise FileNotFoundError(path)
-        opened.append(path)
-        return File(path)
-
-    async def play() -> None:
-        files = OpenFiles(open_file, most=1)
-        first, again, other = await files.open("a"), await files.open("a"), await files.open("b")
-        async with anyio.create_task_group() as group:
-            for each in (first, again):
-                group.start_soon(each.read_into, 0)
-        assert (opened, closed, most) == (["a", "b"], [], 1)
-        await first.aclose()
-        assert closed == []
-        await again.aclose()
-        assert closed == ["a"]
-        await other.aclose()
-        with pytest.raises(FileNotFoundError):
-            await files.open("missing")
-        await (await files.open("b")).aclose()
-        assert (opened, closed) == (["a", "b"], ["a"])
-        await files.aclose()
-        assert closed == ["a", "b"]
-
-    anyio.run(play)
-
-
-def test_files_that_are_given_back_at_the_same_time() -> None:
-    """Of more files than may stay open, each is closed once, and never one that has just been opened again."""
-    closed: list[str] = []
-
-    class File:
-        nbytes, max_concurrent_reads = 10, None
-
-        def __init__(self, path: str) -> None:
-            self.path, self.is_open = path, True
-
-        async def read_into(self, start: int, *targets: memoryview) -> None:
-            await anyio.lowlevel.checkpoint()
-            assert self.is_open
-
-        async def aclose(self) -> None:
-            assert self.is_open
-            self.is_open = False
-            for _ in range(5):
-                await anyio.lowlevel.checkpoint()
-            closed.append(self.path)
-
-    async def open_file(path: str) -> Source:
-        await anyio.lowlevel.checkpoint()
-        return File(path)
-
-    async def read(files: OpenFiles, number: int) -> None:
-        for turn in range(6):
-            file = await files.open(str((number + turn) % 12))
-            await file.read_into(0)
-            await file.aclose()
-
-    async def play() -> None:
-        files = OpenFiles(open_file, most=2)
-        async with anyio.create_task_group() as group:
-            for number in range(12):
-                group.start_soon(read, files, number)
-        await files.aclose()
-        assert len(closed) >= 12
-
-    anyio.run(play)
-
-
-# -- chunks and checksums
-
-
-def test_chunks_that_overlap_and_leave_a_gap(sharded: Path) -> None:
-    """What is in the gap is not known: it is not written as zeros, and no load leaves it out without a word."""
-    torch.manual_seed(0)
-    state = {"rows": torch.randn(40, 3)}
-    with CheckpointService() as service:
-        service.save_sharded(state, sharded).wait(60)
-        whole = FileSystemReader(sharded).read_metadata()
-        (info,) = whole.storage_data.values()
-        parts = [(0, 20), (10, 20)]
-        described = whole.state_dict_metadata["rows"]
-        assert isinstance(described, TensorStorageMetadata)
-        described.chunks = [
-            ChunkStorageMetadata(torch.Size((start, 0)), torch.Size((length, 3))) for start, length in parts
-        ]
-        found = {MetadataIndex("rows", torch.Size((start, 0))): info for start, _ in parts}
-        changed = dataclasses.replace(whole, storage_data=found)
-        (sharded / ".metadata").write_bytes(write_manifest(changed))
-        assert "'rows', its chunks overlap" in refused(CorruptCheckpointError, sharded)
-        with pytest.raises(CorruptCheckpointError, match="its chunks overlap"):
-            service.load_sharded({"rows": torch.zeros(40, 3)}, sharded)
-
-
-def test_sums_of_pieces_that_are_read_again() -> None:
-    """A store that sends a piece of a part again reads less of it; what is known of more stays."""
-    sums = Sums()
-    for start, stop in ((0, 10), (10, 30), (10, 20), (30, 40)):
-        sums.add(start, stop, checksum.crc32(b"x" * (stop - start), 0))
-    assert sums.total(0, 40) == checksum.crc32(b"x" * 40, 0)

@@ -62,7 +62,7 @@ def test_as_by_counting(given_: tuple[tuple[int, ...], list[Box]]) -> None:
     ("size", "boxes", "told"),
     [
         ((10,), [((0,), (5,)), ((4,), (5,))], "overlap"),
-        ((10,), [((0,), (5,)), ((5,), (4,))], "9 elements, and it has 10"),
+        ((10,), [((0,), (5,)), ((5,), (4,))], "9 elements, but it has 10"),
         ((4, 4), [((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((1, 2), (2, 2))], "overlap"),
         ((3,), [], "0 elements"),
     ],

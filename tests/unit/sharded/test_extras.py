@@ -111,7 +111,7 @@ def test_file_that_cannot_be_written_fails_no_save(tmp_path: Path, caplog: pytes
         _save(service, tmp_path / "it", 1)
     assert _item(tmp_path / "it") == (1, {"of": 1})
     (message,) = (record.message for record in caplog.records if record.levelname == "ERROR")
-    assert "complete, but without its file meta.pt" in message
+    assert "complete, but its file meta.pt could not be written" in message
 
 
 @pytest.mark.parametrize("deed_is_done", [True, False])

@@ -137,7 +137,8 @@ def test_other_sizes(place: Path) -> None:
     """All that have another size are named, and nothing is loaded."""
     state = {"small": torch.zeros(4, 3), "large": torch.zeros(500, 300), "line": torch.zeros(7)}
     with pytest.raises(
-        ValueError, match=r"line: \(70000,\), and here \(7,\), small: \(3, 4\), and here \(4, 3\)"
+        ValueError,
+        match=r"line: \(70000,\), but \(7,\) in the state, small: \(3, 4\), but \(4, 3\) in the state",
     ):
         async_ckpt.load_sharded(state, place, strict=False)
     assert not state["large"].any()
@@ -241,7 +242,7 @@ def test_a_file_that_is_short_or_missing(sharded: Path) -> None:
     """Both are a corrupt checkpoint, with the file's name."""
     path = sharded / "__0_0.distcp"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp' has \d+ bytes, and should"):
+    with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp' has \d+ bytes instead of"):
         async_ckpt.load_sharded(a_state(2.0), sharded)
     path.unlink()
     with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp' is missing"):
@@ -309,8 +310,8 @@ def test_rows_of_an_item_that_is_laid_out_otherwise(tmp_path: Path, kind: str) -
         (lambda info: setattr(info, "offset", info.offset + 1), "corrupt"),
         (lambda info: setattr(info, "length", info.length - 1), "corrupt"),
         (lambda info: setattr(info, "length", 10), "too few"),
-        (lambda info: setattr(info, "length", 1 << 50), "and should have"),
-        (lambda info: setattr(info, "offset", 1 << 50), "and should have"),
+        (lambda info: setattr(info, "length", 1 << 50), "instead of at least"),
+        (lambda info: setattr(info, "offset", 1 << 50), "instead of at least"),
     ],
 )
 def test_a_description_that_is_wrong(sharded: Path, act: Callable[[Any], None], told: str) -> None:

@@ -180,15 +180,15 @@ def test_classes_stay_as_they_are() -> None:
         ({"path": "..\\b"}, "leads out"),
         ({"chunk": torch.Size((5, 2))}, "not within its tensor"),
         ({"chunk": torch.Size((8,))}, "not within its tensor"),
-        ({"chunk": torch.Size((-1, 2))}, "should be a size"),
-        ({"state_dict_metadata": {"a": 3}}, "int where"),
-        ({"state_dict_metadata": {3: BytesStorageMetadata()}}, "int where a name"),
-        ({"state_dict_metadata": None}, "NoneType where a dict"),
-        ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", -1, 5)}}, "-1 where a number"),
-        ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", 0, True)}}, "True where a number"),
-        ({"storage_data": {"a": _StorageInfo("x", 0, 5)}}, "str where MetadataIndex"),
-        ({"planner_data": {"a": (b"a",)}}, "no way"),
-        ({"version": 3}, "int where a name"),
+        ({"chunk": torch.Size((-1, 2))}, "a size that is not valid"),
+        ({"state_dict_metadata": {"a": 3}}, "int instead of"),
+        ({"state_dict_metadata": {3: BytesStorageMetadata()}}, "int instead of a name"),
+        ({"state_dict_metadata": None}, "NoneType instead of a dict"),
+        ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", -1, 5)}}, "-1 instead of a"),
+        ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", 0, True)}}, "True instead of a"),
+        ({"storage_data": {"a": _StorageInfo("x", 0, 5)}}, "str instead of a MetadataIndex"),
+        ({"planner_data": {"a": (b"a",)}}, "path to a value"),
+        ({"version": 3}, "int instead of a name"),
     ],
 )
 def test_what_dcp_would_not_say(changes: dict[str, Any], told: str) -> None:
@@ -200,7 +200,7 @@ def test_what_dcp_would_not_say(changes: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize("op", [b"r\xff\xff\xff\x7f", b"q\xff"])
 def test_memory_for_what_is_memorized(op: bytes) -> None:
     """A few bytes do not make Python take gigabytes."""
-    with pytest.raises(CorruptCheckpointError, match="memorizes"):
+    with pytest.raises(CorruptCheckpointError, match="memo number"):
         parse_manifest(b"\x80\x04}" + op + b".", "run")
 
 

@@ -370,7 +370,7 @@ def test_objects_stay_where_nobody_can_tell() -> None:
             tasks[0].steps = {"commit": raising(ConnectionError("reset"))}
             failures = failures_of(await agree(met, 0, tasks))
             assert failures == {
-                0: "ConnectionError: reset; whether the checkpoint was committed cannot be told"
+                0: "ConnectionError: reset; it is unknown whether the checkpoint was committed"
             }
             assert len(storage.objects) == WORLD
 

@@ -12,7 +12,7 @@ from async_ckpt.errors import StoreError, ThrottledError, TransientStoreError
 from async_ckpt.retry import RetryPolicy
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.requests import Pace, Requests, Verdict, stall_timeout
-from stress.scale import virtual_loop
+from stress.virtual_time import virtual_loop
 
 HERE = Location(url="s3://bucket/x.ckpt", path="bucket/x.ckpt", key="x", group="s3")
 AT_ONCE = RetryPolicy(attempts=3, initial_seconds=0.0, stall_seconds=20.0)
@@ -173,7 +173,7 @@ def test_patience_ends() -> None:
         with stall_timeout(0.01):
             await anyio.sleep_forever()
 
-    with pytest.raises(TimeoutError, match="nothing moved"):
+    with pytest.raises(TimeoutError, match="no byte was transferred"):
         anyio.run(run)
 
 
@@ -250,7 +250,7 @@ def test_our_own_errors_stay() -> None:
 def test_a_small_request_may_not_stall() -> None:
     """A small request as a whole has the time in which something must move."""
     requests = Requests(explain, RetryPolicy(attempts=1, stall_seconds=0.01))
-    with pytest.raises(StoreError, match="nothing moved"):
+    with pytest.raises(StoreError, match="no byte was transferred"):
         anyio.run(requests.step, "begin", HERE, anyio.sleep_forever)
 
 
@@ -283,6 +283,6 @@ def test_a_commit_that_cannot_be_looked_at() -> None:
         anyio.run(settle)
     assert str(told.value) == (
         "cannot commit 's3://bucket/x.ckpt': no answer. Wait. "
-        "Whether it took effect is not known, as the look-up failed: not yours"
+        "It is unknown whether it took effect, because the look-up failed: not yours"
     )
     assert told.value.__cause__ is doubt

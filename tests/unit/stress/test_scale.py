@@ -25,7 +25,7 @@ def test_a_death_is_known_to_all_within_the_bound() -> None:
     (failures,) = {tuple(sorted(each.items())) for each in ends.values()}
     ((rank, why),) = failures
     assert rank not in ends
-    assert why.startswith("nothing was heard of it for 60 s")
+    assert why.startswith("sent nothing for 60 s")
     assert 50 < result.verdict_seconds[1] < 75
 
 

@@ -83,7 +83,7 @@ def test_a_commit_of_which_nothing_can_be_learned() -> None:
     """Where the object cannot be looked at after a lost answer, the error says that the outcome is not known."""
 
     async def fail(store: GCSStore, location: Location) -> None:
-        with pytest.raises(StoreError, match=r"is not known.*HTTP 403") as told:
+        with pytest.raises(StoreError, match=r"is unknown whether it took effect.*HTTP 403") as told:
             await save(store, location, NEW)
         assert str(told.value).count("cannot") == 1
 

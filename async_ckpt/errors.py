@@ -5,7 +5,7 @@
     AsyncCheckpointError (Exception)
     ├── OptionError (ValueError)             an option has a value that cannot work
     ├── UnpicklableStateError (TypeError)    the state holds an object that pickle refuses
-    ├── StateChangedError (RuntimeError)     another thread freed memory of the state while it was saved
+    ├── StateChangedError (RuntimeError)     the state was changed while it was being saved
     ├── StoreError (OSError)                 a storage operation failed
     │   ├── UnknownProtocolError (ValueError)    fsspec knows no file system for the URL's protocol
     │   ├── CheckpointExistsError (FileExistsError)  overwrite=False, and the location is taken
@@ -108,7 +108,17 @@ class UnpicklableStateError(AsyncCheckpointError, TypeError):
 
 
 class StateChangedError(AsyncCheckpointError, RuntimeError):
-    """Another thread freed or resized memory of the state while it was being saved; nothing was accepted."""
+    """The state was changed while it was being saved; nothing was saved.
+
+    Raised by ``save`` where another thread freed or resized memory, and by the handle with ``snapshot="lazy"``.
+
+    Attributes:
+        where: the path to what was changed, such as ``state['model']['weight']``; empty if it is not known.
+    """
+
+    def __init__(self, message: str, *, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
 
 
 class StoreError(AsyncCheckpointError, OSError):

@@ -41,7 +41,7 @@ OnError = Literal["raise", "warn"]
 Durability = Literal["fsync", "process"]
 InPlace = Literal["refuse", "allow"]
 DirectSaves = Literal["durable", "async"]
-SnapshotStrategy = Literal["auto", "copy", "cow"]
+SnapshotStrategy = Literal["auto", "copy", "lazy"]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -93,8 +93,12 @@ class ServiceOptions:
         overflow: what ``save`` does when there is no room: ``"block"`` waits, ``"raise"`` raises a
             ``BackPressureError``, ``"supersede"`` replaces a queued save of the same location that has not started, and
             waits if there is none.
-        snapshot: how the snapshot is taken: ``"copy"`` copies into reused host buffers; ``"auto"`` chooses the best
-            method.
+        snapshot: how the snapshot is taken: ``"copy"`` copies into reused host buffers before ``save`` returns.
+            ``"lazy"`` copies what only an optimizer's step changes in the background, before that optimizer's next
+            step, and everything else before ``save`` returns: until that step, weights must not be changed in another
+            way, which fails the save if torch counts the change. ``"auto"`` is ``"copy"``.
+        verify_snapshots: compare checksums of the state at the call with those of the snapshot when it is written, and
+            fail the save if they differ; for finding what changes a state unseen. Reads everything twice more.
         max_concurrent_saves: how many saves are written at the same time.
         priority: of writes to local disks, on Linux: ``"background"`` leaves most of busy CPUs to training until
             somebody waits for a save, or it is late; until then, the save may take seconds more. It needs a right that
@@ -134,6 +138,7 @@ class ServiceOptions:
     memory_limit: int | str | None = None
     overflow: Overflow = "block"
     snapshot: SnapshotStrategy = "auto"
+    verify_snapshots: bool = False
     max_concurrent_saves: int = 1
     priority: Priority = "normal"
     part_size: int | str = "128MiB"
@@ -156,17 +161,14 @@ class ServiceOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionError(f"{name}={value!r}: must be an int of at least 1")
         _one_of(self, "overflow", ("block", "raise", "supersede"))
-        _one_of(self, "snapshot", ("auto", "copy", "cow"))
+        _one_of(self, "snapshot", ("auto", "copy", "lazy"))
         _one_of(self, "priority", ("normal", "background"))
         _one_of(self, "durability", ("fsync", "process"))
         _one_of(self, "in_place", ("refuse", "allow"))
         _one_of(self, "on_error", ("raise", "warn"))
-        if not isinstance(self.overwrite, bool):
-            raise OptionError(f"overwrite={self.overwrite!r}: must be True or False")
-        if self.snapshot == "cow":
-            raise OptionError(
-                "snapshot='cow': copy-on-write snapshots are not available yet; use 'auto' or 'copy'"
-            )
+        for name in ("overwrite", "verify_snapshots"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit, option="memory_limit")
         if self.part_size_bytes < MINIMUM_PART_BYTES:

@@ -169,9 +169,12 @@ class Dispatcher:
     def staged(self, request: Request, snapshot: Snapshot) -> None:
         """Note that the snapshot is complete; from now on, the save does not depend on its caller."""
         if request not in self.registry:  # rejected meanwhile
+            snapshot.close()
             return
         request.snapshot = snapshot
         request.op.phase = QUEUED
+        if snapshot.later is not None:
+            self._executor.copy(request)
         request.emit(Staged, stall_seconds=request.stall_seconds, time_seconds=request.staged_at_seconds)
         self._pump()
 

@@ -10,6 +10,7 @@ written (writers, stores).
 from __future__ import annotations
 
 import asyncio
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from anyio.abc import TaskGroup
 from async_ckpt.engine.queue import REMOVE, SAVE
 from async_ckpt.engine.request import Account, Request
 from async_ckpt.engine.writers import Linker
-from async_ckpt.errors import AbandonedError
+from async_ckpt.errors import AbandonedError, StateChangedError
 from async_ckpt.events import Writing
 from async_ckpt.handle import State
 from async_ckpt.system.priority import background
 from async_ckpt.telemetry.patience import moving
 
 __all__ = ["LATE_BYTES_A_SECOND", "LATE_SECONDS", "MOST_REMOVALS", "Executor"]
+
+logger = logging.getLogger(__name__)
 
 MOST_REMOVALS = 16
 """How many removals and links of one service run at a time: enough to keep the connections of a store busy."""
@@ -58,6 +61,10 @@ class Executor:
         if account.removers < MOST_REMOVALS:
             account.removers += 1
             self._tasks.start_soon(self._run_removals, account)
+
+    def copy(self, request: Request) -> None:
+        """Schedule what the snapshot of *request* has left to be copied: soon, whether or not it may run."""
+        self._tasks.start_soon(_copy, request)
 
     async def _run_save(self, request: Request) -> None:
         with moving(request.account.progress), _giving_way(request), anyio.CancelScope() as scope:
@@ -108,6 +115,17 @@ def _giving_way(request: Request) -> Iterator[None]:
             late.cancel()
 
 
+async def _copy(request: Request) -> None:
+    later = None if request.snapshot is None else request.snapshot.later
+    if later is None:  # it has ended
+        return
+    with _giving_way(request):
+        try:
+            await request.account.copiers.run(later.copy)
+        except Exception:  # no thread, or no memory: the optimizer, or the save, will copy
+            logger.debug("a snapshot is not copied ahead", exc_info=True)
+
+
 async def _carry_out(request: Request) -> int:
     """Carry out *request*; return the length of the file, or 0 if there is none or it is unknown."""
     writer = request.writer
@@ -121,7 +139,13 @@ async def _carry_out(request: Request) -> int:
     assert request.snapshot is not None
     request.handle._state = State.WRITING
     request.emit(Writing)
-    return await writer.write(request.snapshot, request.location, request.emit)
+    try:
+        if request.snapshot.has_to_be_completed:
+            await request.account.copiers.run(request.snapshot.complete)
+        return await writer.write(request.snapshot, request.location, request.emit)
+    except StateChangedError as error:
+        request.account.lazy.turn_off(str(error))
+        raise
 
 
 def _failure_of(request: Request, raised: BaseException) -> Exception:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -31,7 +32,8 @@ from async_ckpt.errors import (
 from async_ckpt.events import Event, Observer
 from async_ckpt.handle import Handle, Outcome, Report
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot
-from async_ckpt.stores.base import Location
+from async_ckpt.snapshot.lazy import Switch
+from async_ckpt.stores.base import Location, Workers
 from async_ckpt.telemetry.patience import Progress
 
 __all__ = ["Account", "Admission", "Request"]
@@ -48,24 +50,28 @@ class Account:
         pool: its host memory.
         observer: receives its events.
         failures: those not reported yet.
+        copiers: the threads that copy snapshots after the call.
         progress: of its requests.
         closed: whether it accepts nothing more.
         newest: the save that was staged last; another save may share its memory.
         removals: removals and links that may run, and wait for a free task.
         removers: the number of tasks that run those.
         gives_way: whether training goes before the bulk work of its saves.
+        lazy: whether its snapshots are copied after the call.
     """
 
     lane: Lane
     pool: HostPool
     observer: Observer | None
     failures: Failures
+    copiers: Workers
     progress: Progress = field(default_factory=Progress)
     closed: bool = False
     newest: tuple[Request, Snapshot] | None = None
     removals: deque[Request] = field(default_factory=deque)
     removers: int = 0
     gives_way: bool = False
+    lazy: Switch = field(default_factory=partial(Switch, is_on=False))
 
 
 class Admission(Outcome[None]):

@@ -33,6 +33,7 @@ from async_ckpt.handle import Handle, Outcome, await_outcome
 from async_ckpt.options import ServiceOptions
 from async_ckpt.snapshot import HostPool
 from async_ckpt.snapshot.budget import Budget
+from async_ckpt.snapshot.lazy import Switch, watch
 from async_ckpt.stores import open_store
 from async_ckpt.stores.base import Location, Store, Workers
 from async_ckpt.stores.local.link import Links
@@ -78,6 +79,7 @@ class Resources:
         is_closed: whether no more requests are accepted.
         loads: those in progress.
         workers: the threads for blocking calls.
+        copiers: the threads that copy snapshots after the call, and wait for nothing but that.
         links: creates links.
         attached: other objects to close with the service, by name; before the stores, and not in ``rest``.
     """
@@ -88,6 +90,7 @@ class Resources:
         self.options = options
         self.is_closed = False
         self.has_own_stores = store_factory is not None
+        self.copiers = PoolWorkers(options.max_concurrent_saves)  # so that no copy waits for storage
         self.account = Account(
             lane=Lane(
                 queue_depth=options.queue_depth,
@@ -97,8 +100,12 @@ class Resources:
             pool=HostPool(Budget(options.memory_limit_bytes)),
             observer=options.observer,
             failures=Failures(warn=options.on_error == "warn"),
+            copiers=self.copiers,
             gives_way=options.priority == "background",
+            lazy=Switch(is_on=options.snapshot == "lazy"),
         )
+        if options.snapshot == "lazy":
+            watch()
         # No thread starts before it is needed. Made here, so that concurrent first requests share them.
         self.loads = Loads(options.max_concurrent_parts)
         self.workers = PoolWorkers(options.max_concurrent_parts + options.max_concurrent_saves)
@@ -118,6 +125,7 @@ class Resources:
         lane = self.account.lane
         successor.account.lane.history = lane.history
         successor.account.failures = self.account.failures
+        successor.account.lazy = self.account.lazy
         successor.attached, self.attached = self.attached, {}
         successor._predecessor = self
         return successor
@@ -322,7 +330,7 @@ class Resources:
                 runtime.call(self.account.pool.close)
         finally:
             left = 0.0 if stuck else max(0.0, until - monotonic())
-            stuck = not self.workers.close(left)
+            stuck = not all([self.copiers.close(left), self.workers.close(left)])
             runtimes.release(runtime, self._runtime_user, seconds=0.0 if stuck else left)
             self._runtime = None
 
@@ -360,6 +368,7 @@ class Resources:
             with suppress(Exception):  # of the program's own log handlers
                 logger.exception("a service that was dropped could not be closed")
         finally:
+            self.copiers.close(0.0)
             self.workers.close(0.0)
             runtimes.report_at_exit(self.account.failures)
             await runtimes.leave(runtime, self._runtime_user)

@@ -26,6 +26,7 @@ from async_ckpt.engine.writers import Linker, Writer
 from async_ckpt.errors import FlushTimeoutError, ServiceClosedError, StoreError
 from async_ckpt.handle import Handle, State
 from async_ckpt.snapshot import Capture
+from async_ckpt.snapshot.lazy import pass_all
 from async_ckpt.stores import check_target, is_local, relocate
 from async_ckpt.stores.base import Location
 from async_ckpt.stores.removed_directories import with_directory_seen
@@ -135,6 +136,7 @@ class Submission:
 
     @contextmanager
     def _turn(self, location: Location) -> Iterator[None]:
+        pass_all()  # what is loaded is most likely written to the weights
         self._failures.raise_all()
         if runtimes.current() is None:  # nothing is in progress in this process
             yield
@@ -187,7 +189,11 @@ class Submission:
         shares, buffer = request.shares_buffer, request.buffer  # in this order: closing takes both away
         if buffer is None:
             raise ServiceClosedError("the service was closed meanwhile")
-        snapshot = captured.share(buffer) if shares else captured.stage(buffer)
+        verify = self.resources.options.verify_snapshots
+        if shares:
+            snapshot = captured.share(buffer, verify=verify)
+        else:
+            snapshot = captured.stage(buffer, lazy=self._account.lazy, verify=verify)
         if only_reads and not request.rejected:
             self._account.newest = request, snapshot
         request.stall_seconds = monotonic() - request.started_seconds

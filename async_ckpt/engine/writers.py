@@ -117,6 +117,7 @@ class StreamingWriter:
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
         layout = await self._workers.run(lay_out, snapshot)
+        snapshot.check()
         upload = await self._stream(layout, location, emit, snapshot.written)
         stored = getattr(upload, "stored", None)
         if stored is not None:
@@ -245,7 +246,10 @@ class DelegatingWriter:
         await self._workers.run(self._delete)
 
     def _write(self, snapshot: Snapshot, location: Location) -> None:
-        self._save(snapshot.state())
+        state = snapshot.state()
+        snapshot.check()
+        self._save(state)
+        del state
         if self._durability == "fsync" and is_local(location):
             sync_path(location.path)
 

@@ -21,6 +21,7 @@ from async_ckpt.lightning.plugin import AsyncCheckpointIO
 from async_ckpt.lightning.registration import inherit_callback
 from async_ckpt.lightning.sharded import take_over
 from async_ckpt.lightning.strategies import bypass, plugin_of
+from async_ckpt.snapshot.lazy import pass_all
 from async_ckpt.timeline import Timeline
 
 __all__ = ["AsyncCheckpointCallback", "FoundCallback"]
@@ -106,6 +107,10 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
         if self._coordinator is not None:
             self._coordinator.step_ended(f"batch {batch_idx}", self._step_began_seconds)
             self._coordinator.report()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have lazy snapshots copied: other callbacks may now put averaged weights in place of the trained ones."""
+        pass_all()
 
     def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Report what has become durable; a validation may be long."""

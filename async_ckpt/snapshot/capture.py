@@ -13,7 +13,7 @@ from __future__ import annotations
 import copyreg
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
 from async_ckpt.snapshot.copying import copy_sources
 from async_ckpt.snapshot.diagnosis import Unpicklable, find_unpicklable
+from async_ckpt.snapshot.digests import digests_of
 from async_ckpt.snapshot.entries import ArrayEntry
 from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.filling import Skeleton
 from async_ckpt.snapshot.host_pool import HostBuffer, aligned
+from async_ckpt.snapshot.lazy import DeferredCopy, Switch, choose
 from async_ckpt.snapshot.pickler import FilePickler, ObjectPickler
 from async_ckpt.snapshot.sharing import are_same, outline, resembles, sizes_of
 from async_ckpt.snapshot.snapshot import Snapshot, Storages
@@ -131,11 +133,13 @@ class Capture:
         """The state's storages, once each."""
         return self._storages
 
-    def stage(self, buffer: HostBuffer) -> Snapshot:
+    def stage(self, buffer: HostBuffer, *, lazy: Switch | None = None, verify: bool = False) -> Snapshot:
         """Copy the bulk data into *buffer*; afterwards the state may be changed.
 
         Args:
             buffer: at least `nbytes` of leased memory.
+            lazy: if it is on, what only steps of optimizers change is copied later, before they do.
+            verify: compare, when the snapshot is complete, the bytes with those that are there now.
 
         Returns:
             The snapshot, which holds no reference to the state.
@@ -153,12 +157,30 @@ class Capture:
             remotes = [(self._storages[index].start, tensor) for index, tensor in extracted.remotes]
             with without_modes():
                 fetch_values(remotes, buffer.as_tensor(), fresh=buffer.is_fresh)
-        copy_sources(extracted.sources, self._starts, buffer)
-        for position, data in extracted.arrays:
-            entry = extracted.others[position]
-            assert isinstance(entry, ArrayEntry)
-            _copy_array(data, entry.region, buffer)
-        return self._finish(extracted, buffer)
+        digests = digests_of(extracted, self._sizes) if verify else []
+        later = self._defer(extracted, buffer, lazy)
+        try:
+            copy_sources(extracted.sources, self._starts, buffer, later)
+            for position, data in extracted.arrays:
+                entry = extracted.others[position]
+                assert isinstance(entry, ArrayEntry)
+                _copy_array(data, entry.region, buffer)
+            return self._finish(extracted, buffer, digests, later)
+        except BaseException:
+            if buffer.later is not None:
+                buffer.later.leave(None)
+            raise
+
+    def _defer(self, extracted: Extracted, buffer: HostBuffer, lazy: Switch | None) -> Collection[int]:
+        """Return the numbers of the storages that are copied later."""
+        if lazy is None or not lazy.is_on:
+            return ()
+        chosen = choose(extracted, self._starts)
+        if not chosen:
+            return ()
+        buffer.later = later = DeferredCopy(chosen, buffer, lazy)
+        later.stand()
+        return {item.number for items in chosen.values() for item in items}
 
     def resembles(self, snapshot: Snapshot) -> bool:
         """Return, within microseconds, whether `equals` is worth calling; *snapshot* may be closed."""
@@ -168,25 +190,40 @@ class Capture:
 
     def equals(self, buffer: HostBuffer) -> bool:
         """Return whether *buffer*, of a snapshot that this `resembles`, holds exactly the bytes of the state."""
-        return are_same(self._unused(), self._sizes, buffer)
+        extracted, later = self._unused(), buffer.later
+        if later is None:
+            return are_same(extracted, self._sizes, buffer)
+        known = later.unchanged(extracted.sources.owners)
+        return later.is_readable(known) and are_same(extracted, self._sizes, buffer, known)
 
-    def share(self, buffer: HostBuffer) -> Snapshot:
+    def share(self, buffer: HostBuffer, *, verify: bool = False) -> Snapshot:
         """Like `stage`, but without a copy, for a state that `equals` the content of *buffer*."""
-        return self._finish(self._unused(), buffer)
+        extracted = self._unused()
+        digests = digests_of(extracted, self._sizes) if verify else []
+        # What the other snapshot has not copied yet is unchanged.
+        later = range(len(extracted.sources.sizes)) if buffer.later is not None else ()
+        return self._finish(extracted, buffer, digests, later)
 
     def _unused(self) -> Extracted:
         if self._extracted is None:
             raise RuntimeError("a capture can be used only once")
         return self._extracted
 
-    def _finish(self, extracted: Extracted, buffer: HostBuffer) -> Snapshot:
+    def _finish(
+        self,
+        extracted: Extracted,
+        buffer: HostBuffer,
+        digests: list[int | None],
+        later: Collection[int],
+    ) -> Snapshot:
         self._extracted = None
         return Snapshot(
             content=self._content,
             storages=self._storages,
             buffer=buffer,
             nbytes=self.nbytes,
-            outline=outline(self._sizes, self._starts, buffer),
+            outline=outline(extracted, self._sizes, self._starts, buffer, later),
+            digests=digests,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 
 import torch
@@ -32,13 +32,16 @@ _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcpy.restype = None
 
 
-def copy_sources(sources: Sources, starts: Sequence[int], buffer: HostBuffer) -> None:
+def copy_sources(
+    sources: Sources, starts: Sequence[int], buffer: HostBuffer, later: Collection[int] = ()
+) -> None:
     """Copy pieces of memory on any device into *buffer*; pieces on the meta device are left out.
 
     Args:
         sources: the pieces.
         starts: where in the buffer each of them begins; others may follow.
         buffer: large enough.
+        later: the numbers of large ones in host memory that are left out, too.
     """
     sizes = sources.sizes
     if not any(sizes):
@@ -55,7 +58,7 @@ def copy_sources(sources: Sources, starts: Sequence[int], buffer: HostBuffer) ->
                         _from_device(
                             sources.view(index), whole[start : start + sizes[index]], buffer, streams
                         )
-            _from_host(sources, starts, on_cpu, whole.data_ptr(), fresh=buffer.is_fresh)
+            _from_host(sources, starts, on_cpu, whole.data_ptr(), later, fresh=buffer.is_fresh)
             buffer.is_fresh = False
         finally:
             for stream in streams.values():
@@ -63,14 +66,22 @@ def copy_sources(sources: Sources, starts: Sequence[int], buffer: HostBuffer) ->
 
 
 def _from_host(
-    sources: Sources, starts: Sequence[int], on_cpu: Sequence[bool], base: int, *, fresh: bool
+    sources: Sources,
+    starts: Sequence[int],
+    on_cpu: Sequence[bool],
+    base: int,
+    later: Collection[int],
+    *,
+    fresh: bool,
 ) -> None:
     regions = [list(map(base.__add__, starts)), sources.addresses(), sources.sizes]
     small = [
         is_here and nbytes <= _SMALL_BYTES for is_here, nbytes in zip(on_cpu, sources.sizes, strict=True)
     ]
     if not all(small):
-        large = map(int.__gt__, on_cpu, small)
+        large = list(map(int.__gt__, on_cpu, small))
+        for index in later:
+            large[index] = False
         copy_memory(list(compress(zip(*regions, strict=True), large)), fresh=fresh, held=sources)
         regions = [list(compress(column, small)) for column in regions]
     for first in range(0, len(regions[0]), _AT_ONCE):

@@ -34,6 +34,7 @@ __all__ = [
     "Extracted",
     "ExtractingPickler",
     "Handler",
+    "is_lazy_clone",
     "share",
 ]
 
@@ -89,7 +90,9 @@ class ExtractingPickler(pickle.Pickler):
     def __init__(self, file: BinaryIO, protocol: int, dtypes: Mapping[torch.dtype, object]) -> None:
         super().__init__(file, protocol=protocol)
         self._extracted = Extracted()
-        self._handlers = _Handlers(self.handlers, self._choose)
+        self._handlers = _Handlers(
+            self.handlers, type(self)._choose
+        )  # else it would be kept, and tensors with it
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # the objects of all entries, by number
         self._reader = Reader()
@@ -136,7 +139,8 @@ class ExtractingPickler(pickle.Pickler):
         self._reader.read(self._unread)
         self._unread.clear()
 
-    def _choose(self, kind: type) -> Handler | None:
+    @classmethod
+    def _choose(cls, kind: type) -> Handler | None:
         if issubclass(kind, torch.TypedStorage):
             return _typed_storage
         return _untyped_storage if kind in torch._storage_classes else None
@@ -171,7 +175,7 @@ class ExtractingPickler(pickle.Pickler):
             if storage.nbytes():
                 storage.data_ptr()  # says it in torch's words
                 raise RuntimeError("a storage without memory has no data to save")
-        elif self._addresses.setdefault(address, dtype) is not dtype and not _is_lazy_clone(view):
+        elif self._addresses.setdefault(address, dtype) is not dtype and not is_lazy_clone(view):
             raise _two_types(self._addresses[address], dtype)
 
     def _remote(self, tensor: torch.Tensor, dtype: torch.dtype) -> int:
@@ -193,7 +197,7 @@ class ExtractingPickler(pickle.Pickler):
         return self._extracted.sources.add(storage, view)
 
 
-def _is_lazy_clone(view: torch.Tensor) -> bool:
+def is_lazy_clone(view: torch.Tensor) -> bool:
     """Return whether the memory is copy-on-write: then each owner has a dtype of its own."""
     return bool(getattr(torch._C, "_is_cow_tensor", lambda _: False)(view))
 

@@ -16,6 +16,7 @@ import mmap
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -46,14 +47,16 @@ class HostBuffer:
         nbytes: its size in bytes.
         is_fresh: whether nothing has been copied into it yet.
         written: what a writer remembers of a file with these bytes; not used here.
+        later: what is copied into it after the call; not used here.
     """
 
-    __slots__ = ("_map", "_pid", "_pinned", "_shown", "is_fresh", "nbytes", "written")
+    __slots__ = ("_map", "_pid", "_pinned", "_shown", "is_fresh", "later", "nbytes", "written")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = capacity_for(nbytes)
         self.is_fresh = True
         self.written: object = None
+        self.later: Any = None
         self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pid = os.getpid()
         self._pinned: bool | None = None
@@ -220,7 +223,7 @@ class HostPool:
         if self._leased[buffer]:
             return
         del self._leased[buffer]
-        buffer.written = None
+        buffer.written = buffer.later = None
         if buffer.is_aliased:  # someone kept a view of it: its bytes must never change under them
             logger.debug("a buffer of %d bytes is not reused, as its holder kept views of it", buffer.nbytes)
             self._drop(buffer)

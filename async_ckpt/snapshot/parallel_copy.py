@@ -76,7 +76,9 @@ def copy_memory(regions: Sequence[_Piece], *, fresh: bool, held: Any) -> None:
     work_together(pieces, copy, nbytes=sum(region[2] for region in regions), held=held)
 
 
-def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: int, held: Any) -> None:
+def work_together(
+    pieces: Iterator[T], work: Callable[[T], object], *, nbytes: int, held: Any, spared: int = 0
+) -> None:
     """Call *work* for every piece, on as many threads as are worthwhile.
 
     Args:
@@ -84,6 +86,7 @@ def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: i
         work: processes one piece; releases the GIL.
         nbytes: the total size of the pieces.
         held: the owners of the memory, which are kept alive.
+        spared: how many fewer threads than that.
     """
     errors: list[BaseException] = []
 
@@ -94,7 +97,7 @@ def work_together(pieces: Iterator[T], work: Callable[[T], object], *, nbytes: i
         except BaseException as error:
             errors.append(error)
 
-    count = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1
+    count = min(torch.get_num_threads(), _MOST_THREADS, nbytes // _ALONE_BYTES) - 1 - spared
     # The threads hold the memory: even if an interruption comes between here and the join, it is not freed, nor the
     # buffer reused, before they have ended.
     helpers = [

@@ -68,7 +68,8 @@ class FilePickler(ExtractingPickler):
             return arrays.reduction(arrays.ArrayBytes(obj))
         return super().reducer_override(obj)
 
-    def _choose(self, kind: type) -> Handler | None:
+    @classmethod
+    def _choose(cls, kind: type) -> Handler | None:
         return _global_name if issubclass(kind, type) else super()._choose(kind)
 
 
@@ -127,7 +128,8 @@ class ObjectPickler(ExtractingPickler):
             return itself, (_Held(obj),)
         return value
 
-    def _choose(self, kind: type) -> Handler | None:
+    @classmethod
+    def _choose(cls, kind: type) -> Handler | None:
         if kind is type or (issubclass(kind, type) and kind not in copyreg.dispatch_table):
             return _by_reference
         numpy: Any = sys.modules.get("numpy")

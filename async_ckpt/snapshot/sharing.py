@@ -1,6 +1,7 @@
 """Decides whether another save can share the memory of a snapshot that is held anyway: if every byte is the same.
 
-Guarantees: all bytes are compared (S1), as version counters miss writes through ``.data`` or a numpy alias; data that
+Guarantees: all bytes are compared (S1), as version counters miss writes through ``.data`` or a numpy alias, but for
+those that the first save, too, takes for unchanged by their versions until a step (`lazy`); data that
 cannot be compared in place, on a device or not contiguous, counts as different. Sources are read through const access
 only.
 
@@ -10,14 +11,14 @@ What does not belong here: holding the memory (`host_pool`, the dispatcher).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from async_ckpt.snapshot.extraction import Extracted
 from async_ckpt.snapshot.host_pool import HostBuffer, aligned
 from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, work_together
 
-__all__ = ["NOTHING", "Outline", "are_same", "outline", "resembles", "sizes_of"]
+__all__ = ["NOTHING", "Outline", "address_of", "are_same", "outline", "resembles", "sizes_of"]
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64
@@ -47,12 +48,23 @@ def sizes_of(extracted: Extracted) -> tuple[int, ...]:
     return (*extracted.sources.sizes, *(data.nbytes for _, data in extracted.arrays))
 
 
-def outline(sizes: tuple[int, ...], starts: Sequence[int], buffer: HostBuffer) -> Outline:
-    """Return the outline of the snapshot in *buffer*, whose regions begin at *starts*."""
+def outline(
+    extracted: Extracted,
+    sizes: tuple[int, ...],
+    starts: Sequence[int],
+    buffer: HostBuffer,
+    later: Collection[int],
+) -> Outline:
+    """Return the outline of the snapshot in *buffer*: its regions begin at *starts*, and are copied but for *later*."""
     samples = []
     for index in _sampled(sizes):
-        middle = starts[index] + sizes[index] // 2
-        samples.append(buffer.memory[middle : min(middle + _SAMPLE_BYTES, starts[index] + sizes[index])])
+        length = min(_SAMPLE_BYTES, sizes[index] - sizes[index] // 2)
+        address = address_of(extracted, index, sizes[index]) if index in later else None
+        if address is not None:
+            samples.append(ctypes.string_at(address + sizes[index] // 2, length))
+        else:
+            middle = starts[index] + sizes[index] // 2
+            samples.append(buffer.memory[middle : middle + length])
     return Outline(sizes, tuple(samples))
 
 
@@ -63,20 +75,29 @@ def resembles(extracted: Extracted, sizes: tuple[int, ...], other: Outline) -> b
     for index, sample in zip(_sampled(sizes), other.samples, strict=True):
         if not sample:
             continue
-        address = _address_of(extracted, index, sizes[index])
+        address = address_of(extracted, index, sizes[index])
         if address is None or ctypes.string_at(address + sizes[index] // 2, len(sample)) != sample:
             return False
     return True
 
 
-def are_same(extracted: Extracted, sizes: tuple[int, ...], buffer: HostBuffer) -> bool:
-    """Return whether *buffer* holds exactly the extracted bytes; called if it `resembles` them."""
+def are_same(
+    extracted: Extracted, sizes: tuple[int, ...], buffer: HostBuffer, but: Collection[int] = ()
+) -> bool:
+    """Return whether *buffer* holds exactly the extracted bytes; called if it `resembles` them.
+
+    Args:
+        extracted: the bytes.
+        sizes: of the regions.
+        buffer: of the other snapshot.
+        but: the numbers of regions that are known to be the same.
+    """
     begin = buffer.as_tensor().data_ptr()
     large: list[tuple[int, int, int]] = []
     start = 0
     for index, nbytes in enumerate(sizes):
-        if nbytes:
-            address = _address_of(extracted, index, nbytes)
+        if nbytes and index not in but:
+            address = address_of(extracted, index, nbytes)
             if address is None:
                 return False
             if nbytes > _SMALL_BYTES:
@@ -110,7 +131,7 @@ def _sampled(sizes: Sequence[int]) -> range:
     return range(0, len(sizes), max(1, len(sizes) // _SAMPLES))
 
 
-def _address_of(extracted: Extracted, index: int, nbytes: int) -> int | None:
+def address_of(extracted: Extracted, index: int, nbytes: int) -> int | None:
     """Return the address of a storage or an array; ``None`` if it is freed, resized or not contiguous."""
     sources = extracted.sources
     if index < len(sources.sizes):

@@ -1,7 +1,8 @@
 """The snapshot: a state as it was at one instant, in host memory that nothing else writes to (S1).
 
 Guarantees: a snapshot holds no reference to the live state; storages are released one by one, and the memory is
-returned once, with the last of them. ``records`` runs no code of the state.
+returned once, with the last of them. ``records`` runs no code of the state. What was left to be copied after the call
+is copied by ``complete``, at the latest, which tells if it was changed before (S1); no bytes are given before that.
 
 What does not belong here: filling the memory (`capture`, `host_pool`), writing it.
 """
@@ -14,14 +15,28 @@ from typing import Any, NamedTuple
 
 import torch
 
+from async_ckpt.errors import StateChangedError
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
+from async_ckpt.snapshot.digests import differing
 from async_ckpt.snapshot.host_pool import HostBuffer
+from async_ckpt.snapshot.lazy import DeferredCopy
 from async_ckpt.snapshot.locations import mark
+from async_ckpt.snapshot.paths import path_of
 from async_ckpt.snapshot.rebuild import Rebuilder
 from async_ckpt.snapshot.sharing import NOTHING, Outline
 from async_ckpt.snapshot.torch_format import Record
 
 __all__ = ["Snapshot", "SnapshotStorage", "Storages"]
+
+
+_WHILE_COPIED = (
+    "was changed between the save and the next step of its optimizer, while it was being copied in the background; "
+    "nothing was saved. Change weights in steps of optimizers only until the save is durable, or use snapshot='copy'"
+)
+_UNSEEN = (
+    "does not have the bytes of the call: something wrote to it unseen by torch, such as by .data or through a numpy "
+    "array; nothing was saved. Find that, or use snapshot='copy'"
+)
 
 
 class SnapshotStorage(NamedTuple):
@@ -71,6 +86,7 @@ class Snapshot:
         buffer: the leased memory.
         nbytes: the host bytes that the snapshot needs.
         outline: finds most differences from another state at once; stays when the snapshot is closed.
+        digests: what the bytes are compared with when all are there; none if empty.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class Snapshot:
         buffer: HostBuffer,
         nbytes: int,
         outline: Outline = NOTHING,
+        digests: Sequence[int | None] = (),
     ) -> None:
         self.nbytes = nbytes
         self.outline = outline
@@ -90,6 +107,46 @@ class Snapshot:
         self._view: memoryview | None = memoryview(buffer.memory).toreadonly()
         self._held = set(range(len(self.storages)))
         self._lock = threading.Lock()
+        self._digests = digests
+        self.later: DeferredCopy | None = buffer.later  # and what was copied since
+        self._user = None if self.later is None else self.later.join()
+
+    @property
+    def has_to_be_completed(self) -> bool:
+        """Whether `complete` has anything to do."""
+        return self.later is not None or bool(self._digests)
+
+    def complete(self) -> None:
+        """Have all bytes copied, and compared with what was there at the call.
+
+        Raises:
+            StateChangedError: they are not the same; the message names the tensor.
+        """
+        if self.later is not None:
+            self._refuse_changes(self.later.complete(), _WHILE_COPIED)
+        if self._digests:
+            sizes = self.outline.sizes
+            wrong = differing(self._digests, sizes, self._open_buffer())
+            self._refuse_changes([(index, "") for index in wrong], _UNSEEN)
+            self._digests = ()
+
+    def check(self) -> None:
+        """Look once more, some time after `complete`, whether something was being changed when the copy ended.
+
+        Raises:
+            StateChangedError: it was.
+        """
+        if self.later is not None:
+            self._refuse_changes(self.later.look_again(), _WHILE_COPIED)
+
+    def _refuse_changes(self, changed: Sequence[tuple[int, str]], how: str) -> None:
+        if not changed:
+            return
+        index, owner = changed[0]
+        where = path_of(self._content, index) or f"storage {index} of the state"
+        whose = f" of {owner}" if owner else ""
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise StateChangedError(f"{where}{whose}{more} {how}", where=where)
 
     @property
     def written(self) -> object:
@@ -116,6 +173,7 @@ class Snapshot:
         view = self._view
         if view is None or index not in self._held:
             raise ValueError(f"storage {index} of the snapshot has been released")
+        self._refuse_unfinished()
         storage = self.storages[index]
         return view[storage.start : storage.start + storage.nbytes]
 
@@ -129,11 +187,21 @@ class Snapshot:
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+        self._give_up_copy()
         with self._lock:
             self._buffer = None
             self._view = None
             self._held.clear()
             self._content = None
+
+    def __del__(self) -> None:
+        # Of a save that was interrupted before it handed this over.
+        self._give_up_copy()
+
+    def _give_up_copy(self) -> None:
+        later = getattr(self, "later", None)
+        if later is not None:
+            later.leave(self._user)
 
     @property
     def file(self) -> bytes | None:
@@ -180,10 +248,15 @@ class Snapshot:
         """
         content = self._open_content()
         assert isinstance(content, Objects), "a snapshot for objects"
+        self._refuse_unfinished()
         self._open_buffer().show_to_children(True)  # the base may fork processes to write it
         memory = self._open_buffer().memory
         with torch.no_grad():
             return Rebuilder(content.skeleton, content.entries.listed(), self._over_memory, memory).load()
+
+    def _refuse_unfinished(self) -> None:
+        if self.later is not None and not self.later.is_complete:
+            raise RuntimeError("the snapshot is not complete")
 
     def _bytes_at(self, start: int, nbytes: int) -> memoryview:
         return memoryview(self._open_buffer().memory)[start : start + nbytes]

@@ -14,6 +14,7 @@ from async_ckpt.engine.dispatch import Dispatcher
 from async_ckpt.engine.failures import Failures
 from async_ckpt.engine.queue import Kind, Op, Phase
 from async_ckpt.engine.request import Account, Request
+from async_ckpt.engine.workers import PoolWorkers
 from async_ckpt.handle import Outcome
 from async_ckpt.snapshot import HostBuffer, HostPool, Snapshot, capture
 from async_ckpt.snapshot.budget import Budget
@@ -42,7 +43,11 @@ class Stage:
     def __init__(self, tasks: TaskGroup, pool: type[HostPool] = HostPool) -> None:
         self.dispatcher = Dispatcher(tasks)
         self.account = Account(
-            lane=lane(), pool=pool(Budget(1 << 20)), observer=None, failures=Failures(warn=False)
+            lane=lane(),
+            pool=pool(Budget(1 << 20)),
+            observer=None,
+            failures=Failures(warn=False),
+            copiers=PoolWorkers(1),
         )
         self._captured = capture(state(1))
 

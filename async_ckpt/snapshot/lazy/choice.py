@@ -1,0 +1,107 @@
+"""Which storages of a state may be copied after the call: those that surely only an optimizer's step changes.
+
+Guarantees: a storage is chosen only if it is the whole memory of exactly one parameter, or one tensor in the state, of
+one optimizer, whose last step called our hooks (`optimizers`); if that tensor's version can be read; and if nobody
+else owns the memory, such as a numpy array, another view, or a ``.data`` that somebody keeps. All else is copied in the
+call.
+
+What does not belong here: the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from async_ckpt.snapshot.extraction import Extracted, is_lazy_clone
+from async_ckpt.snapshot.lazy.deferred import Item
+from async_ckpt.snapshot.lazy.optimizers import Stepper, steppers
+
+__all__ = ["LEAST_BYTES", "choose"]
+
+LEAST_BYTES = 64 << 10
+"""Of a storage that is copied after the call: a smaller one costs more to look after than to copy."""
+
+_OWN = 3  # owners of a storage, without the tensors of the state
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_identity = attrgetter("_cdata")
+
+
+def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]:
+    """Choose among the storages of *extracted*, which are to be copied to the offsets *starts*.
+
+    Returns:
+        What is to be copied, by the optimizer that changes it.
+    """
+    chosen: dict[Stepper, list[Item]] = {}
+    sources = extracted.sources
+    owned = _owned_storages()
+    count_owners = getattr(torch._C, "_storage_Use_Count", None)
+    if not owned or sources.begins or count_owners is None:
+        return chosen
+    captured = _captured_tensors(extracted)
+    for number, nbytes in enumerate(sources.sizes):
+        if nbytes < LEAST_BYTES:
+            continue
+        storage = sources.owners[number]
+        identity = storage._cdata
+        owner = owned.get(identity)
+        if owner is None:
+            continue
+        tensor, stepper = owner
+        # The tensor, the storage's Python object, the capture's alias, and what the state has. In a state, a parameter
+        # is mostly another tensor, detached, and what belongs to the optimizer is the tensor itself.
+        explained = _OWN + captured[number] - (captured[number] > 0 and type(tensor) is torch.Tensor)
+        if count_owners(identity) > explained or is_lazy_clone(tensor):
+            continue
+        try:
+            version = tensor._version
+        except RuntimeError:  # an inference tensor
+            continue
+        alias, skip = sources.aliases[number], sources.skips[number]
+        address = sources.address(number)
+        item = Item(number, tensor, storage, alias, skip, nbytes, starts[number], version, address)
+        chosen.setdefault(stepper, []).append(item)
+    return chosen
+
+
+def _owned_storages() -> dict[int, tuple[torch.Tensor, Stepper] | None]:
+    """Return whose each storage is that an optimizer changes, by the storage's identity; ``None`` where in doubt."""
+    owned: dict[int, tuple[torch.Tensor, Stepper] | None] = {}
+    for stepper in steppers():
+        optimizer = stepper.optimizer()
+        if optimizer is None:
+            continue
+        try:
+            is_steady = stepper.is_between_steps
+            tensors = [
+                each
+                for each in _tensors_of(optimizer)
+                if type(each) in _PLAIN and each.is_cpu and each.layout is torch.strided
+            ]
+            for tensor, key in zip(
+                tensors, map(_identity, map(torch.Tensor.untyped_storage, tensors)), strict=True
+            ):
+                owned[key] = (tensor, stepper) if is_steady and key not in owned else None
+        except Exception:  # it is stepped by another thread just now, or unlike torch's
+            continue
+    return owned
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for values in optimizer.state.values():
+        if isinstance(values, dict):
+            yield from values.values()
+
+
+def _captured_tensors(extracted: Extracted) -> list[int]:
+    """Return for each storage how many tensors of the state view it, without parameters, which are the optimizer's."""
+    captured = [0] * len(extracted.sources.sizes)
+    for storage, kind in zip(extracted.tensors.storages, extracted.tensors.kinds, strict=True):
+        captured[storage] += kind is torch.Tensor
+    return captured

@@ -64,8 +64,8 @@ class CheckpointService:
             that ``init_process_group`` was given or made.
         **options: see ``ServiceOptions``: ``queue_depth``, ``memory_limit``, ``overflow``, ``snapshot``,
             ``max_concurrent_saves``, ``priority``, ``part_size``, ``max_concurrent_parts``, ``retry``,
-            ``durability``, ``overwrite``, ``in_place``, ``on_error``, ``flush_timeout``, ``flush_deadline``,
-            ``storage_options``, ``observer``.
+            ``durability``, ``overwrite``, ``in_place``, ``page_cache``, ``on_error``, ``flush_timeout``,
+            ``flush_deadline``, ``storage_options``, ``observer``.
 
     Attributes:
         known_as: for a plugin's service: what messages call it, and how to close it.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from async_ckpt import CheckpointService
+from async_ckpt.options import PageCache
 from stress.children import Say, child
 from stress.environment import Environment
 
@@ -29,20 +30,23 @@ _LONGEST_LIFE_SECONDS = 0.5
 def kill_once(where: Environment, random: Random) -> list[str]:
     """Let a process save, kill it, and return the violations in what it left."""
     base = where.fresh()
-    with child(_save_for_ever, base, dict(where.storage_options)) as process:
+    page_cache: PageCache = random.choice(
+        ["keep", "drop"]
+    )  # where that is of no disk, it makes no difference
+    with child(_save_for_ever, base, dict(where.storage_options), page_cache) as process:
         said = list(process.words(seconds=random.uniform(0.0, _LONGEST_LIFE_SECONDS)))
         said += process.kill()
     return [*_broken(where, base, said), *_unswept(where, base, said)]
 
 
-def _save_for_ever(say: Say, base: str, storage_options: Mapping[str, Any]) -> None:
+def _save_for_ever(say: Say, base: str, storage_options: Mapping[str, Any], page_cache: PageCache) -> None:
     torch.set_num_threads(1)
 
     def say_durable(step: int) -> Callable[[object], None]:
         return lambda _: say(("durable", step))
 
     with CheckpointService(
-        part_size="256KiB", max_concurrent_saves=2, storage_options=storage_options
+        part_size="256KiB", max_concurrent_saves=2, page_cache=page_cache, storage_options=storage_options
     ) as service:
         step = 0
         while True:

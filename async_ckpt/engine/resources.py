@@ -186,6 +186,7 @@ class Resources:
             retry=options.retry,
             overwrite=options.overwrite,
             in_place=options.in_place,
+            page_cache=options.page_cache,
             part_size=options.part_size_bytes,
             max_concurrent_parts=options.max_concurrent_parts,
         )

@@ -41,6 +41,7 @@ _VOID: dict[str, Callable[[ServiceOptions], Any]] = {
     "max_concurrent_parts": lambda options: options.max_concurrent_parts,
     "retry": lambda options: options.retry,
     "in_place": lambda options: options.in_place,
+    "page_cache": lambda options: options.page_cache,
     "storage_options": lambda options: options.storage_options,
 }
 

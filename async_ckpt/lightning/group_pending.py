@@ -202,7 +202,7 @@ class GroupPending:
             try:
                 found, moves = self.store.ask(lambda store: (look(store), _moves(store)))
             except UnreachableError as error:
-                raise RankError(f"another rank, which has {what}, has ended or cannot be reached: {error}") from error
+                raise RankError(f"another rank, which has {what}, does not answer: {error}") from error
             if found is not None:
                 return found
             if moves != moved:

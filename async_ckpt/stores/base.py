@@ -162,6 +162,12 @@ class Content(Protocol):
     def read(self, start: int, stop: int) -> Sequence[memoryview]:
         """Return the bytes *start* to *stop* as a scatter list. Computes checksums: call it in a worker."""
 
+    def steps(self, start: int, stop: int, step_bytes: int) -> Iterable[Sequence[memoryview]]:
+        """Return these bytes in order, in steps, each of which is read when it is asked for.
+
+        What is of few bytes, as far as it can be, is then still in the CPU's caches because of the checksums.
+        """
+
     def crc32(self, start: int, stop: int) -> int:
         """Return the CRC-32 of these bytes. Call it in a worker, and before ``read``, which then is faster."""
 

@@ -23,14 +23,14 @@ from async_ckpt.stores.base import MARKER
 from async_ckpt.system import permissions
 from async_ckpt.telemetry.patience import moved
 
-__all__ = ["Disk"]
+__all__ = ["Alignment", "Disk"]
 
 _IOV_MAX = min(os.sysconf("SC_IOV_MAX"), 1024)
 _SYNC_FILE_RANGE_WRITE = 2
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 # Errors of file systems on which no file can be open for reading and writing at once.
 _NOT_BOTH = frozenset({errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
-_STATX_INO, _STATX_MNT_ID_UNIQUE = 0x100, 0x4000
+_STATX_INO, _STATX_DIOALIGN, _STATX_MNT_ID_UNIQUE = 0x100, 0x2000, 0x4000
 _STATX_ATTR_MOUNT_ROOT = 0x2000
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
 _A_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -38,6 +38,22 @@ _OF_ONE_HOST = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "t
 # Errors of preallocation that foretell a failure of the save; any other one only means that this file system or sandbox
 # cannot preallocate.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
+class Alignment(NamedTuple):
+    """What direct I/O of one file needs.
+
+    Attributes:
+        place: identifies the mounted file system.
+        is_told: whether the system tells the rest.
+        memory: what addresses are to be multiples of; 0 if the file has no direct I/O.
+        offset: what offsets and lengths are to be multiples of; 0 if the file has no direct I/O.
+    """
+
+    place: tuple[int, int]
+    is_told: bool = False
+    memory: int = 0
+    offset: int = 0
 
 
 class Disk:
@@ -66,6 +82,19 @@ class Disk:
     def open_to_read(self, path: str) -> int:
         """Open the file that *path* leads to for reading, without waiting for the other end of a pipe."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def alignment(self, path: str) -> Alignment | None:
+        """Return what direct I/O of the file at *path* needs; ``None`` where there is none at all."""
+        about = _statx(path, _STATX_DIOALIGN | _STATX_MNT_ID_UNIQUE, follow=False)
+        if about is None or not hasattr(os, "O_DIRECT"):
+            return None
+        is_told = bool(about.answered & _STATX_DIOALIGN)
+        return Alignment((about.device, about.mount), is_told, about.memory, about.offset)
+
+    def open_direct(self, path: str) -> int:
+        """Open an existing file for writing past the page cache."""
+        flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return descriptors.opened(os.open, path, flags)
 
     def duplicate(self, fd: int) -> int:
         """Return a second descriptor of the same open file."""
@@ -192,6 +221,12 @@ class Disk:
         """Sync the file to disk; return False if the file system does not support it."""
         return _is_synced(fd)
 
+    def drop_cache(self, fd: int) -> None:
+        """Take what is on disk of the file out of the page cache, if the system can."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def sync_directory(self, path: str) -> None:
         """Sync the directory's entries to disk, if the file system supports it."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -280,6 +315,9 @@ class _About(NamedTuple):
     inode: int
     device: int
     mount: int
+    answered: int
+    memory: int
+    offset: int
 
 
 def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
@@ -293,7 +331,8 @@ def _statx(path: str, wanted: int, *, follow: bool) -> _About | None:
     flags = 0 if follow else _AT_SYMLINK_NOFOLLOW
     if statx(_AT_FDCWD, os.fsencode(path), flags, wanted, answer) != 0:
         return None
-    return _About(*(struct.unpack_from("=Q", answer, offset)[0] for offset in (8, 56, 32, 136, 144)))
+    numbers = [struct.unpack_from("=Q", answer, offset)[0] for offset in (8, 56, 32, 136, 144)]
+    return _About(*numbers, *(struct.unpack_from("=I", answer, offset)[0] for offset in (0, 152, 156)))
 
 
 def _empty(directory: int) -> None:

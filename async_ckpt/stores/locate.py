@@ -29,7 +29,7 @@ from async_ckpt.stores.redaction import redacted_url, secrets_in
 from async_ckpt.system.trusted_paths import resolve
 
 if TYPE_CHECKING:
-    from async_ckpt.options import Durability, InPlace
+    from async_ckpt.options import Durability, InPlace, PageCache
     from async_ckpt.retry import RetryPolicy
 
 __all__ = [
@@ -229,6 +229,7 @@ def open_store(
     retry: RetryPolicy | None = None,
     overwrite: bool = True,
     in_place: InPlace = "refuse",
+    page_cache: PageCache = "auto",
     part_size: int = 128 << 20,
     max_concurrent_parts: int = 4,
 ) -> Store:
@@ -242,6 +243,7 @@ def open_store(
         retry: how often a request to a remote file system is repeated.
         overwrite: whether a commit may replace an existing file.
         in_place: whether local files may be written in place.
+        page_cache: what is to become of local files in the page cache.
         part_size: the preferred size of a part, within the store's limits.
         max_concurrent_parts: how many requests that carry data run at a time.
 
@@ -257,6 +259,7 @@ def open_store(
             durability=durability,
             overwrite=overwrite,
             in_place=in_place == "allow",
+            page_cache=page_cache,
             part_size=part_size,
         )
     from async_ckpt.retry import RetryPolicy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -39,6 +39,11 @@ class BytesContent:
         """Return the bytes *start* to *stop* as a scatter list."""
         step = self._piece_bytes
         return [self._view[at : min(at + step, stop)] for at in range(start, stop, step)]
+
+    def steps(self, start: int, stop: int, step_bytes: int) -> Iterator[Sequence[memoryview]]:
+        """Yield the bytes *start* to *stop* in steps."""
+        for at in range(start, stop, step_bytes):
+            yield self.read(at, min(at + step_bytes, stop))
 
     def crc32(self, start: int, stop: int) -> int:
         """Return the CRC-32 of these bytes."""

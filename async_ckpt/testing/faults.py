@@ -290,7 +290,7 @@ class _FaultySource:
         await self._inner.aclose()
 
 
-_OPENING = ("create", "open_existing", "open_in_place", "open_to_read", "duplicate")
+_OPENING = ("create", "open_direct", "open_existing", "open_in_place", "open_to_read", "duplicate")
 
 
 class FaultyDisk(Disk):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stress.bench import local_load, loop, report, s3_report, sizes
+from stress.bench import local_load, loop, page_cache, report, s3_report, sizes
 from stress.bench.harness import MIB
 from stress.bench.recording import PACKAGES, SAMPLES, read
 
@@ -24,6 +24,7 @@ _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", f
 def tables() -> dict[str, str]:
     """Return every table of the page, by its name there."""
     local, s3, trainings = (read(SAMPLES / f"{name}.json") for name in ("local", "s3", "loop"))
+    cache = read(SAMPLES / "page_cache.json")
     return {
         "machine": _machine([read(path) for path in sorted(SAMPLES.glob("*.json"))]),
         **report.tables(local["samples"], state_bytes=int(local["parameters"]["size_gib"] * 1024 * MIB)),
@@ -33,6 +34,7 @@ def tables() -> dict[str, str]:
             for training, contestants in trainings["samples"].items()
         },
         "sizes": sizes.report(read(SAMPLES / "sizes.json")["samples"]),
+        "page-cache": page_cache.size_table(cache["samples"], max(cache["parameters"]["mib"])),
         "load": local_load.report(read(SAMPLES / "local_load.json")["samples"]),
     }
 

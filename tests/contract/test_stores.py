@@ -84,6 +84,18 @@ class TestLocalStoreOfTheProcess(OnDisk):
         return LocalStore(workers=workers, overwrite=False, durability="process")
 
 
+class TestLocalStorePastThePageCache(OnDisk):
+    """The local store that writes past the page cache where it can."""
+
+    def make_store(self, workers: Workers) -> Store:
+        """Return the store under test."""
+        return LocalStore(workers=workers, page_cache="drop")
+
+    def make_careful_store(self, workers: Workers) -> Store:
+        """Return one that replaces nothing."""
+        return LocalStore(workers=workers, overwrite=False, page_cache="drop")
+
+
 class TestFaultyStoreWithoutFaults(OnDisk):
     """The store for tests, as long as nothing befalls it."""
 

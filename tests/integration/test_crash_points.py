@@ -42,11 +42,11 @@ WALK = """
 
         with CheckpointService() as service:
             service.save(state(1), directory + "/a.ckpt")
-        options = {"part_size": "64KiB", "max_concurrent_parts": 1}
+        options = {"part_size": "64KiB", "max_concurrent_parts": 1, "page_cache": page_cache}
         with CheckpointService(observer=observer, **options) as service:
             service.save(state(2, nbytes=200_000), directory + "/" + target)
 
-    root, target = sys.argv[1:]
+    root, target, page_cache = sys.argv[1:]
     with CheckpointService() as service:
         service.save(state(0), "memory://warm")  # imports, once for all children
     last, survived = 0, False
@@ -82,16 +82,24 @@ class Wreck:
         return {name for name in os.listdir(self.directory) if is_leftover(name)}
 
 
-@pytest.fixture(scope="module", params=["a.ckpt", "b.ckpt"], ids=["over-the-old", "beside-the-old"])
+PLACES = {"over-the-old": "a.ckpt", "beside-the-old": "b.ckpt"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(target, page_cache) for target in PLACES.values() for page_cache in ("keep", "drop")],
+    ids=[f"{place}-{page_cache}" for place in PLACES for page_cache in ("keep", "drop")],
+)
 def wrecks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[Wreck]]:
     """One wreck for each event of a save, and what a survivor left, last."""
     root = tmp_path_factory.mktemp("wrecks")
-    done = python(WALK, root, request.param)
+    target, page_cache = request.param
+    done = python(WALK, root, target, page_cache)
     assert (done.returncode, done.stderr) == (0, "")
     numbers = sorted(int(path.name) for path in root.iterdir() if path.is_dir())
-    return request.param, [Wreck(root / str(n), (root / f"{n}.log").read_text().split()) for n in numbers]
+    return target, [Wreck(root / str(n), (root / f"{n}.log").read_text().split()) for n in numbers]
 
 
 def test_every_event_is_walked(wrecks: tuple[str, list[Wreck]]) -> None:
@@ -153,7 +161,7 @@ LOOP = """
     from async_ckpt import CheckpointService
     from tests.support import state
 
-    with CheckpointService(part_size="64KiB") as service:
+    with CheckpointService(part_size="64KiB", page_cache=sys.argv[2]) as service:
         number = 0
         while True:
             number += 1
@@ -162,12 +170,13 @@ LOOP = """
 """
 
 
+@pytest.mark.parametrize("page_cache", ["keep", "drop"])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_moments(tmp_path: Path, seed: int) -> None:
+def test_random_moments(tmp_path: Path, seed: int, page_cache: str) -> None:
     """Killed at any moment, a process leaves the last durable checkpoint or a newer one, whole (D1, D2)."""
     path = tmp_path / "a.ckpt"
     chance = random.Random(seed)
-    process = start_python(LOOP, path)
+    process = start_python(LOOP, path, page_cache)
     try:
         assert process.stdout is not None
         for _ in range(chance.randint(1, 8)):

@@ -32,6 +32,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("durability", "none", "'fsync', 'process'"),
     ("on_error", "ignore", "'raise', 'warn'"),
     ("in_place", True, "'refuse', 'allow'"),
+    ("page_cache", False, "'auto', 'keep', 'drop'"),
     ("priority", "low", "'normal', 'background'"),
     ("part_size", "1KiB", "at least 64KiB"),
     ("part_size", None, "such as '8GiB'"),

@@ -88,6 +88,16 @@ class Layout:
         self._seal(start, stop)
         return self._views(start, stop)
 
+    def steps(self, start: int, stop: int, step_bytes: int) -> Iterator[list[memoryview]]:
+        """Yield the bytes *start* to *stop* in order, in steps, each read as it is asked for; for use in a worker.
+
+        All of a step but small records has just been read for checksums, and what has been is not read for one again.
+        """
+        for begin in range(start, stop, step_bytes):
+            end = min(begin + step_bytes, stop)
+            self._sum_cut_records(begin, end)
+            yield self.read(begin, end)
+
     def crc32(self, start: int, stop: int) -> int:
         """Return the CRC-32 of the bytes *start* to *stop*, as `read` returns them.
 
@@ -126,6 +136,17 @@ class Layout:
             begin, end = max(start, records.starts[record]), min(stop, records.stops[record])
             if begin < end and record != self._fingerprint:
                 yield begin, end
+
+    def _sum_cut_records(self, start: int, stop: int) -> None:
+        """Note the sums of the records of which only a piece is in the range; `_seal` sums up the others."""
+        records = self._records
+        first, last = bisect_right(records.starts, start) - 1, bisect_left(records.starts, stop) - 1
+        for record in {first, last} if crc32_combine is not None else ():
+            if record < 0 or record in self._checksums or record == self._fingerprint:
+                continue
+            begin, end = max(start, records.starts[record]), min(stop, records.stops[record])
+            if begin < end and end - begin < records.stops[record] - records.starts[record]:
+                self._sum(begin, end)
 
     def _sum(self, start: int, stop: int) -> int:
         """Return the CRC-32 of a piece of a record."""

@@ -9,7 +9,6 @@ its pages is ever allocated.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from async_ckpt.snapshot import Storages
 from async_ckpt.snapshot.host_pool import aligned
 from async_ckpt.snapshot.torch_format import Record, open_writer
+from async_ckpt.system.addresses import address_of
 
 __all__ = ["INLINE_BYTES", "Pictured", "Reference", "Segment", "record_writing"]
 
@@ -134,7 +134,7 @@ class _Recorder:
         """Note a piece of the file."""
         nbytes = len(piece)
         if nbytes > _LONGEST_PIECE or nbytes in self._sizes:
-            found = self._stand_ins.find(_address_of(piece), nbytes)
+            found = self._stand_ins.find(address_of(piece), nbytes)
             if found is not None and nbytes > INLINE_BYTES:
                 self.segments.append(found)
                 return nbytes
@@ -148,30 +148,3 @@ class _Recorder:
 
     def flush(self) -> None:
         """Do nothing; torch calls it."""
-
-
-class _Buffer(ctypes.Structure):
-    """``Py_buffer``, part of Python's stable ABI."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address_of(piece: memoryview | bytes) -> int:
-    """Return the address of read-only bytes; ctypes itself returns it only for writable ones."""
-    buffer = _Buffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(piece), ctypes.byref(buffer), 0)
-    address = buffer.buf or 0
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
-    return int(address)

@@ -55,6 +55,10 @@ class Consolidated:
         memory = self._made.pop((start, stop), None)
         return [(self._make(start, stop) if memory is None else memory).toreadonly()]
 
+    def steps(self, start: int, stop: int, step_bytes: int) -> Iterator[Sequence[memoryview]]:
+        """Yield the bytes *start* to *stop*, all at once: they are fetched together."""
+        yield self.read(start, stop)
+
     def crc32(self, start: int, stop: int) -> int:
         """Return the CRC-32 of the bytes *start* to *stop*, and keep them for the `read` that follows."""
         memory = self._made[start, stop] = self._make(start, stop)

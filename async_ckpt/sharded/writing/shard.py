@@ -94,6 +94,13 @@ class Shard:
             found.append(piece.view)
         return [*found, memoryview(small).toreadonly()] if small else found
 
+    def steps(self, start: int, stop: int, step_bytes: int) -> Iterator[list[memoryview]]:
+        """Yield the bytes *start* to *stop* in order, in steps, each read as it is asked for. Call it in a worker."""
+        for begin in range(start, stop, step_bytes):
+            end = min(begin + step_bytes, stop)
+            self._sum_cut_items(begin, end)
+            yield self.read(begin, end)
+
     def crc32(self, start: int, stop: int) -> int:
         """Return the CRC-32 of these bytes. Blocks: call it in a worker."""
         value = 0
@@ -107,6 +114,19 @@ class Shard:
             )
             value = crc32_combine(value, checksum, len(piece.view))
         return value
+
+    def _sum_cut_items(self, start: int, stop: int) -> None:
+        """Note the checksums of the tensors of which only a piece is in the range."""
+        first, last = bisect_right(self._starts, start) - 1, bisect_right(self._starts, stop - 1) - 1
+        for number in {first, last} if crc32_combine is not None else ():
+            item, at = self._items[number], self._starts[number]
+            if isinstance(item, bytes):
+                continue
+            data = at + item.template.head_nbytes
+            begin, end = max(start - data, 0), min(stop - data, item.template.data_nbytes)
+            if begin < end and end - begin < item.template.data_nbytes:
+                checksum = crc32(self._data(item, begin, end), 0)
+                self._sums.setdefault(number, []).append((begin, end, checksum))
 
     def _pieces(self, start: int, stop: int) -> Iterator[_Piece]:
         if not 0 <= start <= stop <= self._nbytes:

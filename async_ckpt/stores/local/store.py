@@ -18,6 +18,7 @@ from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Child, Location, Workers, aborted_on_error
 from async_ckpt.stores.disk import Disk
 from async_ckpt.stores.local.capabilities import CapabilityCache
+from async_ckpt.stores.local.direct import REFUSALS, Refusals
 from async_ckpt.stores.local.directories import Directories
 from async_ckpt.stores.local.listing import Listing
 from async_ckpt.stores.local.source import LocalSource
@@ -42,10 +43,13 @@ class LocalStore:
         durability: ``"fsync"`` or ``"process"``.
         overwrite: whether a commit may replace an existing file.
         in_place: whether a file may be written under its final name if the directory has no other way.
+        page_cache: what is to become of a file in it: ``"drop"`` writes past it, and what cannot be is taken out of it;
+            ``"auto"`` writes past it where that is known to be better.
         part_size: the preferred size of a part; at most 32 MiB is used, so that the kernel begins early to write to
             disk. ``None`` leaves it to the caller.
         disk: the system calls themselves.
         capability_cache: the known capabilities of directories; the process's by default.
+        refusals: the file systems without direct I/O; those that the process knows by default.
     """
 
     repeats_parts = True
@@ -57,15 +61,19 @@ class LocalStore:
         durability: Literal["fsync", "process"] = "fsync",
         overwrite: bool = True,
         in_place: bool = False,
+        page_cache: Literal["auto", "keep", "drop"] = "auto",
         part_size: int | None = None,
         disk: Disk | None = None,
         capability_cache: CapabilityCache | None = None,
+        refusals: Refusals = REFUSALS,
     ) -> None:
         self._workers = workers
         self._disk = disk or Disk()
         self._fsync = durability == "fsync"
         self._overwrite = overwrite
         self._in_place = in_place
+        self._page_cache: Literal["auto", "keep", "drop"] = page_cache
+        self._refusals = refusals
         self._part_size = None if part_size is None else min(part_size, _MOST_PART_BYTES)
         self._directories = Directories(self._disk, capability_cache)
 
@@ -80,6 +88,8 @@ class LocalStore:
             fsync=self._fsync,
             overwrite=self._overwrite,
             in_place=self._in_place,
+            page_cache=self._page_cache,
+            refusals=self._refusals,
             directories=self._directories,
         )
         async with aborted_on_error(upload):

@@ -8,6 +8,7 @@ Guarantees, beyond those of every upload:
   the link is replaced.
 * ``durability="fsync"``: when ``commit`` returns, the file, its name and the directories on its path survive the loss
   of power (D1), as far as the file system can sync. ``"process"`` leaves that to the kernel.
+* ``page_cache``: how the bytes get there; they are the same.
 * ``overwrite=False``: the file gets its name by a hard link, which fails if the name is taken. Without hard links, the
   name is checked before the rename: of two writers at that instant, the later one wins.
 
@@ -16,7 +17,7 @@ only the directory could not be synced, the *new* file is in place and whole, bu
 ever torn.
 
 What does not belong here: the system calls (`disk`), the directories (`directories`), the choice of the strategy
-(`strategy`), and the output file (`output`).
+(`strategy`), the output file (`output`), and direct I/O (`direct`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from async_ckpt.errors import StoreError
 from async_ckpt.stores.base import Content, Location, Part, Receipt, Workers, exists_already
 from async_ckpt.stores.disk import Disk
+from async_ckpt.stores.local.direct import Refusals, is_worthwhile
 from async_ckpt.stores.local.directories import Directories
 from async_ckpt.stores.local.file import LocalFile
 from async_ckpt.stores.local.output import InPlaceOutput, Output, TemporaryOutput
@@ -51,6 +54,8 @@ __all__ = ["HALF_OF_THE_CPUS", "LocalUpload"]
 _BEGIN_ATTEMPTS = 10
 _CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 HALF_OF_THE_CPUS = max(1, _CPUS // 2)
+# Past the page cache, parts wait for the disk and not for a CPU: one is filled while another is written.
+_DIRECT_PARTS = min(max(2, HALF_OF_THE_CPUS), 8)
 
 
 class LocalUpload:
@@ -70,6 +75,8 @@ class LocalUpload:
         fsync: bool,
         overwrite: bool,
         in_place: bool,
+        page_cache: Literal["auto", "keep", "drop"],
+        refusals: Refusals,
         directories: Directories,
     ) -> None:
         self.part_size = part_size
@@ -81,10 +88,12 @@ class LocalUpload:
         self._fsync = fsync
         self._overwrite = overwrite
         self._in_place = in_place
+        self._page_cache = page_cache
+        self._refusals = refusals
         self._directories = directories
         self._directory = os.path.dirname(location.path)
         self._made: list[str] = []  # directories, outermost first
-        self._file = LocalFile(disk, nbytes, fsync=fsync)
+        self._file = LocalFile(disk, nbytes, fsync=fsync, drop=page_cache == "drop")
         self._output: Output | None = None
 
     async def put(self, part: Part, content: Content) -> Receipt:
@@ -119,6 +128,7 @@ class LocalUpload:
                 self._made += made
                 self._output = self._choose_output(earlier, made)
                 if self._output.begin(self._nbytes):
+                    self._write_directly(self._output)
                     return
             except FileNotFoundError:  # another upload's abort took a directory away, or somebody else
                 refuse_removed_directory(self._location)
@@ -144,6 +154,18 @@ class LocalUpload:
             overwrite=self._overwrite,
         )
 
+    def _write_directly(self, output: Output) -> None:
+        """Have the file written past the page cache, if that is wanted and possible."""
+        if self._file.in_order or not isinstance(output, TemporaryOutput):
+            return
+        if not is_worthwhile(self._page_cache, self._nbytes, fsync=self._fsync):
+            return
+        untold = self._page_cache == "drop"
+        direct = self._refusals.open(output.path, self._file.descriptor(), self._disk, untold=untold)
+        if direct is not None:
+            self._file.hold_direct(direct)
+            self.max_concurrent_parts = _DIRECT_PARTS
+
     def _found(self, earlier: os.stat_result | None) -> Existing:
         if earlier is None:
             return Existing()
@@ -154,9 +176,8 @@ class LocalUpload:
         return Existing(taken=True, fixed=refusal_to_replace(earlier, self._disk.stat(self._directory)))
 
     def _write(self, part: Part, content: Content) -> Receipt:
-        pieces = content.read(part.start, part.stop)
         with self._translating("write"):
-            self._file.write(part, pieces)
+            self._file.write(part, content)
         return Receipt(index=part.index)
 
     def _commit(self) -> None:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,34 @@ def test_bytes_are_summed_up_once(take: Take) -> None:
     assert snapshot.reads == 3  # one of the two storages lies on both sides of the cut
     layout.read(0, layout.nbytes)
     assert snapshot.reads == 5
+
+
+def test_steps_are_the_bytes(take: Take, saved: Saved) -> None:
+    """In steps of any length, of parts in any order and by several threads at once, the file is the same."""
+    state = {str(index): torch.randn(7 + 100 * index) for index in range(60)}
+    expected = saved(state)
+    snapshot = take(state)
+    for step in (100, 2999, 10_000, 1 << 20):
+        layout = lay_out(snapshot)
+        cuts = sorted({0, layout.nbytes, *range(5_000, layout.nbytes, 70_001)})
+        parts = list(pairwise(cuts))
+
+        def read(part: tuple[int, int], layout: Layout = layout, step: int = step) -> bytes:
+            return b"".join(piece for pieces in layout.steps(*part, step) for piece in pieces)
+
+        with ThreadPoolExecutor(4) as threads:
+            found = dict(zip(reversed(parts), threads.map(read, reversed(parts)), strict=True))
+        assert b"".join(found[part] for part in parts) == expected
+
+
+def test_steps_read_bytes_for_a_checksum_and_for_the_file(take: Take) -> None:
+    """What is longer than a step is summed up by the step, while it is in the cache, and not again at its end."""
+    snapshot = _Watched(take({"a": torch.randn(30_000), "b": torch.randn(100)}))
+    layout = lay_out(snapshot)  # type: ignore[arg-type]
+    snapshot.reads = 0
+    for step in layout.steps(0, layout.nbytes, 16_000):
+        del step
+    assert snapshot.reads == 2 * 8  # which is how many steps a storage of 120,000 bytes lies in
 
 
 def test_a_part_may_be_read_again(take: Take) -> None:

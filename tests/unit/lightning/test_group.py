@@ -269,7 +269,7 @@ def test_death_of_the_host_ends_every_wait(host: Host) -> None:
         assert all(each.used.wait(PATIENCE_SECONDS) for each in counted)
         host.signal(signal.SIGKILL)
         for outcome in outcomes:
-            with pytest.raises(RankError, match="has ended or cannot be reached: the process group's store does not answer"):
+            with pytest.raises(RankError, match="does not answer: the process group's store does not answer"):
                 outcome.result(PATIENCE_SECONDS)
 
 

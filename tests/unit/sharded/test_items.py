@@ -131,6 +131,35 @@ def test_an_object_can_be_read_in_any_pieces_and_order(data: st.DataObject) -> N
         if data.draw(st.booleans()):
             assert shard.crc32(start, stop) == zlib.crc32(expected[start:stop])
         assert read(shard, start, stop) == expected[start:stop]
+        steps = shard.steps(start, stop, data.draw(st.integers(500, 40_000)))
+        assert b"".join(piece for pieces in steps for piece in pieces) == expected[start:stop]
+
+
+class _Watched:
+    """The memory of tensors, with what of it is read."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.nbytes = 0
+        self._snapshot = snapshot
+
+    def view(self, index: int) -> _Watched:
+        self._index = index
+        return self
+
+    def __getitem__(self, which: slice) -> memoryview:
+        piece = self._snapshot.view(self._index)[which]
+        self.nbytes += piece.nbytes
+        return piece
+
+
+def test_steps_read_a_tensor_for_its_checksum_and_for_the_file() -> None:
+    """What is longer than a step is summed up by the step, while it is in the cache, and not again at its end."""
+    snapshot, items = staged([torch.randn(30_000), torch.randn(50_000)])
+    memory = _Watched(snapshot)
+    shard = Shard(items, memory)
+    for step in shard.steps(0, shard.nbytes, 16_000):
+        del step
+    assert memory.nbytes == 2 * 4 * 80_000
 
 
 def test_thousands_of_small_items_are_not_thousands_of_pieces() -> None:

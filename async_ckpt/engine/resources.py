@@ -172,7 +172,7 @@ class Resources:
         writer = self._writers.get(location.group)
         if writer is None:
             writer = self._writers.setdefault(
-                location.group, StreamingWriter(store, self.workers, self.options)
+                location.group, StreamingWriter(store, self.workers, self.options, pool=self.account.pool)
             )
         return writer
 

@@ -19,12 +19,13 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from async_ckpt.errors import StoreError
 from async_ckpt.events import Begun, Committing, Event, LaidOut, PartWritten, Swept
+from async_ckpt.format.writing.kept import Kept
 from async_ckpt.format.writing.layout import Layout, lay_out
 from async_ckpt.format.writing.overlap import Overlap, find_overlap, plan_copies
 from async_ckpt.format.writing.parts import plan_parts
 from async_ckpt.options import Durability, ServiceOptions
 from async_ckpt.retry import Retrying, RetryPolicy, call_with_retry
-from async_ckpt.snapshot import Capture, Snapshot, capture, capture_objects
+from async_ckpt.snapshot import Capture, HostPool, Snapshot, capture, capture_objects
 from async_ckpt.stores import is_local
 from async_ckpt.stores.base import (
     Content,
@@ -94,14 +95,24 @@ class _Plan:
 
 
 class StreamingWriter:
-    """Our own writer: layout, parts, commit."""
+    """Our own writer: layout, parts, commit.
+
+    Args:
+        store: where to.
+        workers: for what blocks.
+        options: of the service.
+        pool: keeps the layout of a file for the next one.
+    """
 
     group = None
     only_reads = True
 
-    def __init__(self, store: Store, workers: Workers, options: ServiceOptions) -> None:
+    def __init__(
+        self, store: Store, workers: Workers, options: ServiceOptions, *, pool: HostPool | None = None
+    ) -> None:
         self._store = store
         self._workers = workers
+        self._pool = pool
         self._part_size = options.part_size_bytes
         self._max_concurrent_parts = options.max_concurrent_parts
         # Retries in one layer only: two would multiply.
@@ -116,7 +127,10 @@ class StreamingWriter:
 
     async def write(self, snapshot: Snapshot, location: Location, emit: Emit) -> int:
         """Stream *snapshot* to the store; a failure at any point leaves nothing behind (D2)."""
-        layout = await self._workers.run(lay_out, snapshot)
+        kept = None if self._pool is None else cast("Kept | None", self._pool.kept)
+        layout = await self._workers.run(lay_out, snapshot, kept)
+        if self._pool is not None and layout.kept is not None and layout.kept is not kept:
+            self._pool.keep(layout.kept, layout.kept.nbytes)
         snapshot.check()
         upload = await self._stream(layout, location, emit, snapshot.written)
         stored = getattr(upload, "stored", None)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import codecs
 import pickle
 import re
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import torch
 from async_ckpt.snapshot.columns import Entries
 from async_ckpt.snapshot.entries import SharedEntry, StorageEntry, TensorEntry
 
-__all__ = ["Reduction", "Skeleton", "fill"]
+__all__ = ["Filled", "Reduction", "Runs", "Skeleton", "fill"]
 
 # As text: `re` compiles it when the first file is made.
 # Every opcode of protocol 2 that pickle writes in binary. A number followed by BINPERSID is a hole.
@@ -81,18 +83,42 @@ class Skeleton(NamedTuple):
     global_names: Mapping[int, bytes]
 
 
-def fill(skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> tuple[bytes, dict[int, str]]:
+class Runs(NamedTuple):
+    """The bytes of a skeleton that are in the filled pickle as they are, memo numbers apart: run after run.
+
+    Attributes:
+        begins: where each begins in the skeleton; always an opcode.
+        ends: where it ends there.
+        places: where it begins in the pickle.
+    """
+
+    begins: Sequence[int]
+    ends: Sequence[int]
+    places: Sequence[int]
+
+
+class Filled(NamedTuple):
+    """A pickle without holes.
+
+    Attributes:
+        pickle: the pickle.
+        keys: the storages' names in the file, by number, in the order of their occurrence.
+        runs: what of it is from the skeleton.
+    """
+
+    pickle: bytes
+    keys: Mapping[int, str]
+    runs: Runs
+
+
+def fill(skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> Filled:
     """Fill the holes of *skeleton*.
 
     Args:
         skeleton: made at the time of the save.
         bytes_at: returns the bytes of an array, given its region and length.
-
-    Returns:
-        The pickle, and the storages' names in the file, by number, in the order of their occurrence.
     """
-    filler = _Filler(skeleton, bytes_at)
-    return filler.fill(), filler.keys
+    return _Filler(skeleton, bytes_at).fill()
 
 
 class _Filler:
@@ -106,13 +132,15 @@ class _Filler:
         self._tensors: dict[int, int] = {}  # the same, by the number of their entry
         self._forms: dict[Any, _Form] = {}
         self._out: list[bytes | memoryview] = []
+        self._runs: list[tuple[int, int]] = []  # the place in that list, and the beginning in the skeleton
 
-    def fill(self) -> bytes:
-        """Return the pickle."""
+    def fill(self) -> Filled:
+        """Return the pickle, and what became of its parts."""
         source = bytearray(self._skeleton.pickle)  # numbers that keep their length are overwritten
-        view, out, match, to_number = (
+        view, out, runs, match, to_number = (
             memoryview(source),
             self._out,
+            self._runs,
             re.compile(_NEXT).match,
             _UINT32.unpack_from,
         )
@@ -151,6 +179,7 @@ class _Filler:
             elif group in _GETS:
                 written = _reference(numbers[number])
             else:
+                runs.append((len(out), kept))
                 out.append(view[kept:begin])
                 self._hole(number)
                 kept = at
@@ -158,10 +187,21 @@ class _Filler:
             if len(written) == at - begin:
                 source[begin:at] = written
             else:
+                runs.append((len(out), kept))
                 out += view[kept:begin], written
                 kept = at
+        runs.append((len(out), kept))
         out.append(view[kept:])
-        return b"".join(out)
+        places = list(accumulate(map(len, out), initial=0))
+        return Filled(
+            b"".join(out),
+            self.keys,
+            Runs(
+                array("Q", [begin for _, begin in runs]),
+                array("Q", [begin + len(out[piece]) for piece, begin in runs]),
+                array("Q", [places[piece] for piece, _ in runs]),
+            ),
+        )
 
     def _put(self) -> bytes:
         """Assign the next memo number to the object just pickled."""

@@ -1,9 +1,9 @@
 """Host buffers that are reused from save to save.
 
 Guarantees: two leases never share memory, nor views that an earlier holder has kept, except by `HostPool.share`: a
-shared buffer counts once, and its lease ends with the last holder. Idle buffers count against the budget (B1). A forked
-child, such as a data loader's, keeps no copy of the memory, which reads as zeros there from Linux 4.14 on, unless a
-base CheckpointIO uses it (L1).
+shared buffer counts once, and its lease ends with the last holder. What is kept for later counts against the budget
+(B1). A forked child, such as a data loader's, keeps no copy of the memory, which reads as zeros there from Linux 4.14
+on, unless a base CheckpointIO uses it (L1).
 
 What does not belong here: the copies (`copying`), waiting for room. The pool is not thread-safe: the loop's thread owns
 it.
@@ -29,6 +29,7 @@ logger = logging.getLogger("async_ckpt.snapshot")
 ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
 _WASTE_FLOOR_BYTES = 1 << 20
+_MOST_KEPT_BYTES = 64 << 20
 _WIPE_ON_FORK, _KEEP_ON_FORK = 18, 19  # of madvise, from Linux 4.14 on
 
 
@@ -146,11 +147,32 @@ class HostPool:
         self._budget = budget
         self._idle: list[HostBuffer] = []  # the longest idle first
         self._leased: dict[HostBuffer, int] = {}  # how many hold it
+        self._kept: object = None
+        self._kept_bytes = 0
 
     @property
     def idle_bytes(self) -> int:
-        """The bytes of the buffers that are kept for reuse."""
-        return sum(buffer.nbytes for buffer in self._idle)
+        """The bytes of what is kept for reuse."""
+        return sum(buffer.nbytes for buffer in self._idle) + self._kept_bytes
+
+    @property
+    def kept(self) -> object:
+        """What was last given to `keep`, if it is still there."""
+        return self._kept
+
+    def keep(self, value: object, nbytes: int) -> None:
+        """Keep *value*, instead of what was kept before, until a lease needs the memory or the pool is closed.
+
+        Args:
+            value: any object; ``None`` for none.
+            nbytes: what it takes. More than 64 MiB, or than is left of the budget, are not kept.
+        """
+        self._budget.release(self._kept_bytes)
+        self._kept, self._kept_bytes = None, 0
+        left = self._budget.limit_bytes - self._budget.held_bytes
+        if value is not None and nbytes <= min(left, _MOST_KEPT_BYTES):
+            self._budget.reserve(nbytes)
+            self._kept, self._kept_bytes = value, nbytes
 
     def lease(self, nbytes: int, *, force: bool = False) -> HostBuffer | None:
         """Lease a buffer of at least *nbytes*.
@@ -181,6 +203,8 @@ class HostPool:
                 self._drop(outgrown)
             while self._idle and not self._budget.fits(capacity):
                 self._drop(self._idle.pop(0))
+            if not self._budget.fits(capacity):
+                self.keep(None, 0)
             self._budget.reserve(capacity)
             try:
                 buffer = HostBuffer(nbytes)
@@ -233,7 +257,8 @@ class HostPool:
             self._idle.append(buffer)
 
     def close(self) -> None:
-        """Free every idle buffer; leased ones are freed when their holders release them. Idempotent."""
+        """Free all that is kept; leased buffers are freed when their holders release them. Idempotent."""
+        self.keep(None, 0)
         while self._idle:
             self._drop(self._idle.pop())
 

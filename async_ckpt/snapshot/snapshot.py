@@ -18,6 +18,7 @@ import torch
 from async_ckpt.errors import StateChangedError
 from async_ckpt.snapshot.contents import Content, Objects, Records, Unfilled, Whole
 from async_ckpt.snapshot.digests import differing
+from async_ckpt.snapshot.filling import Filled, fill
 from async_ckpt.snapshot.host_pool import HostBuffer
 from async_ckpt.snapshot.lazy import DeferredCopy
 from async_ckpt.snapshot.locations import mark
@@ -59,22 +60,22 @@ class Storages:
     Args:
         sizes: their sizes in bytes.
         locations: the originals' devices.
-        starts: their offsets in the host buffer.
+        starts: their offsets in the host buffer; others may follow.
     """
 
     def __init__(self, sizes: Sequence[int], locations: Sequence[str], starts: Sequence[int]) -> None:
-        self._sizes = sizes
-        self._locations = locations
-        self._starts = starts
+        self.sizes = sizes
+        self.locations = locations
+        self.starts = starts
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[SnapshotStorage]:
-        return map(SnapshotStorage, self._sizes, self._locations, self._starts)
+        return map(SnapshotStorage, self.sizes, self.locations, self.starts)
 
     def __getitem__(self, index: int) -> SnapshotStorage:
-        return SnapshotStorage(self._sizes[index], self._locations[index], self._starts[index])
+        return SnapshotStorage(self.sizes[index], self.locations[index], self.starts[index])
 
 
 class Snapshot:
@@ -174,8 +175,16 @@ class Snapshot:
         if view is None or index not in self._held:
             raise ValueError(f"storage {index} of the snapshot has been released")
         self._refuse_unfinished()
-        storage = self.storages[index]
-        return view[storage.start : storage.start + storage.nbytes]
+        start = self.storages.starts[index]
+        return view[start : start + self.storages.sizes[index]]
+
+    def views(self, indices: Sequence[int]) -> list[memoryview]:
+        """Like `view`, for many storages."""
+        view, starts, sizes = self._view, self.storages.starts, self.storages.sizes
+        if view is None or not self._held.issuperset(indices):
+            raise ValueError("a storage of the snapshot has been released")
+        self._refuse_unfinished()
+        return [view[starts[index] : starts[index] + sizes[index]] for index in indices]
 
     def release(self, index: int) -> None:
         """Release one storage's bytes. Idempotent; the last one closes the snapshot."""
@@ -218,8 +227,22 @@ class Snapshot:
         assert isinstance(content, Records), "a snapshot for a file"
         return content.alignment
 
-    def records(self) -> Sequence[Record]:
+    @property
+    def unfilled(self) -> Unfilled | None:
+        """The file's pickle, yet to be filled, if it is in the known format of this torch."""
+        content = self._open_content()
+        return content if isinstance(content, Unfilled) else None
+
+    def filled(self) -> Filled | None:
+        """Return the file's pickle, if it is in the known format of this torch."""
+        content = self.unfilled
+        return None if content is None else fill(content.skeleton, self._bytes_at)
+
+    def records(self, filled: Filled | None = None) -> Sequence[Record]:
         """Return the records that ``torch.save`` would have written; storages are given by their numbers.
+
+        Args:
+            filled: the result of `filled`, if it is there already.
 
         Returns:
             The records, without those that torch's writer adds itself.
@@ -229,7 +252,7 @@ class Snapshot:
         """
         content = self._open_content()
         if isinstance(content, Unfilled):
-            return content.torch_format.records(content.skeleton, self._bytes_at)
+            return content.torch_format.records(filled or fill(content.skeleton, self._bytes_at))
         assert isinstance(content, Records), "a snapshot for a file"
         return content.records
 

@@ -18,14 +18,14 @@ import io
 import logging
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
 from async_ckpt.snapshot.columns import Entries
-from async_ckpt.snapshot.filling import Reduction, Skeleton, fill
+from async_ckpt.snapshot.filling import Filled, Reduction, Skeleton, fill
 from async_ckpt.snapshot.pickler import PROTOCOL, FilePickler
 
 __all__ = ["Record", "TorchFormat", "alignment", "known_format", "open_writer", "torch_records"]
@@ -57,11 +57,10 @@ class TorchFormat:
     reductions: Mapping[torch.dtype, Reduction | None]
     global_names: Mapping[int, bytes]
 
-    def records(self, skeleton: Skeleton, bytes_at: Callable[[int, int], memoryview]) -> list[Record]:
+    def records(self, filled: Filled) -> list[Record]:
         """Return the records of the archive, in order, without those that torch's writer adds itself."""
-        pickled, keys = fill(skeleton, bytes_at)
-        names: list[Record] = [(f"data/{key}", index) for index, key in keys.items()]
-        return [("data.pkl", pickled), *self.others, *(sorted(names) if self.sorts else names)]
+        names: list[Record] = [(f"data/{key}", index) for index, key in filled.keys.items()]
+        return [("data.pkl", filled.pickle), *self.others, *(sorted(names) if self.sorts else names)]
 
 
 def known_format() -> TorchFormat | None:
@@ -243,10 +242,10 @@ def _is_written_so(example: Any, known: TorchFormat) -> bool:
         known.reductions,
         known.global_names,
     )
-    pickled, keys = fill(skeleton, _nothing)
-    ours = {f"data/{key}": extracted.sources.view(index).tolist() for index, key in keys.items()}
+    filled = fill(skeleton, _nothing)
+    ours = {f"data/{key}": extracted.sources.view(index).tolist() for index, key in filled.keys.items()}
     theirs = dict(torch_records(example))
-    return pickled == theirs.pop("data.pkl") and ours == {
+    return filled.pickle == theirs.pop("data.pkl") and ours == {
         name: content.tolist()
         for name, content in theirs.items()
         if isinstance(content, torch.UntypedStorage)

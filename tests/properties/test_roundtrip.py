@@ -186,6 +186,11 @@ class PoolMachine(RuleBasedStateMachine):
         """Give one back."""
         self.pool.release(self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1))))
 
+    @rule(nbytes=st.integers(0, 5 << 20))
+    def keep(self, nbytes: int) -> None:
+        """Keep something, if there is room beside what is leased."""
+        self.pool.keep("kept", nbytes)
+
     @rule()
     def close(self) -> None:
         """Free what is idle."""

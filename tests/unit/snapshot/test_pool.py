@@ -171,3 +171,37 @@ def test_what_does_not_fit_is_not_copied() -> None:
     with pytest.raises(ValueError, match="20 bytes into 10"):
         copy_together([target], [torch.ones(20, dtype=torch.uint8)])
     assert not target.any()
+
+
+# -- what is kept beside buffers
+
+
+def test_what_is_kept_counts_and_gives_way() -> None:
+    """It is in the budget as long as it is there, and a lease that would not fit beside it has the memory (B1)."""
+    budget = Budget(100 * PAGE)
+    pool = HostPool(budget)
+    pool.keep("a layout", 30 * PAGE)
+    pool.keep("a newer one", 40 * PAGE)
+    assert (pool.kept, budget.held_bytes, pool.idle_bytes) == ("a newer one", 40 * PAGE, 40 * PAGE)
+    assert pool.would_fit(90 * PAGE)
+    first = _lease(pool, 50 * PAGE)
+    assert pool.kept == "a newer one"
+    pool.release(first)
+    _lease(pool, 80 * PAGE)
+    assert pool.kept is None
+    assert budget.held_bytes == 80 * PAGE
+
+
+def test_what_does_not_fit_is_not_kept() -> None:
+    """Nothing is kept beyond the budget, beyond 64 MiB, or once the pool is closed; what was before it is dropped."""
+    pool = HostPool(Budget(1 << 40))
+    pool.keep("a layout", 1)
+    pool.keep("a larger one", (64 << 20) + 1)
+    assert pool.kept is None
+    small = HostPool(Budget(10 * PAGE))
+    _lease(small, 8 * PAGE)
+    small.keep("a layout", 3 * PAGE)
+    assert small.kept is None
+    pool.keep("a layout", 1)
+    pool.close()
+    assert (pool.kept, pool.idle_bytes) == (None, 0)

@@ -49,6 +49,19 @@ _has_names: Callable[[torch.Tensor], bool] | None = getattr(torch.Tensor, "has_n
 # Tensors of these dtypes are saved with an UntypedStorage, whose dtype counts as uint8.
 _UNTYPED_DTYPES: frozenset[torch.dtype] = frozenset(torch.storage._new_dtypes())
 _STRIDED = torch.strided
+_REAL = frozenset(
+    (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
+)
+"""The most usual of the dtypes whose tensors are neither quantized nor conjugates."""
 _STORED_AS = dict.fromkeys(_UNTYPED_DTYPES, torch.uint8)
 DTYPES: Mapping[torch.dtype, bool] = dict.fromkeys(
     (*_UNTYPED_DTYPES, *torch.storage._dtype_to_storage_type_map()), True
@@ -230,29 +243,24 @@ class _Handlers(dict[type, "Handler | None"]):
 
 
 def _tensor(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
-    if tensor._backward_hooks and tensor.device.type != "xla":
-        return None  # torch warns of hooks
-    return _parameter(pickler, tensor)
-
-
-def _parameter(pickler: ExtractingPickler, tensor: torch.Tensor) -> int | None:
     """Note a tensor to be read later, if it is plain; a freed storage does not matter: torch saves such a tensor."""
     number = pickler._seen.get(id(tensor))
     if number is not None:
         return number
+    dtype = tensor.dtype
     if (
         tensor.layout is not _STRIDED
         or not (tensor.is_cpu or tensor.is_cuda)
-        or tensor.is_quantized
         or tensor.is_nested
         or tensor.__dict__
-        or tensor.is_conj()
         or tensor.is_neg()
         or tensor._is_zerotensor()  # has no memory; torch refuses it
+        or (dtype not in _REAL and (tensor.is_conj() or tensor.is_quantized))
         or (_has_names is not None and _has_names(tensor))  # torch refuses those, too
+        or (tensor._backward_hooks and type(tensor) is torch.Tensor)  # torch warns of them
     ):
         return _on_xla(pickler, tensor) if tensor.device.type == "xla" else None
-    if not pickler._liftable[tensor.dtype]:
+    if not pickler._liftable[dtype]:
         return None
     kept = pickler._kept
     number = pickler._seen[id(tensor)] = len(kept)
@@ -305,7 +313,7 @@ def _array_bytes(pickler: ExtractingPickler, data: ArrayBytes) -> int:
 
 STORED: dict[type, Handler | None] = {
     torch.Tensor: _tensor,
-    torch.nn.Parameter: _parameter,
+    torch.nn.Parameter: _tensor,
     torch.UntypedStorage: _untyped_storage,
     ArrayBytes: _array_bytes,
 }

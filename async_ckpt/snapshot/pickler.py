@@ -62,6 +62,13 @@ class FilePickler(ExtractingPickler):
             if kind in copyreg.dispatch_table or torch.Tensor in copyreg.dispatch_table:
                 self._handlers[kind] = None
 
+    def persistent_id(self, obj: Any, /) -> int | None:
+        """Return the number of what is extracted out, ``None`` for what is pickled."""
+        if type(obj) is str and len(obj) < LONG_TEXT and obj not in TORCH_STRINGS:
+            return None  # at once, as there is a name for each tensor
+        handler = self._handlers[type(obj)]
+        return None if handler is None else handler(self, obj)
+
     def reducer_override(self, obj: Any, /) -> Any:
         """Let pickle reduce every object, but extract the bytes of large arrays from numpy's reduction."""
         if arrays.is_extractable(obj):

@@ -79,7 +79,7 @@ def copies_held(service: CheckpointService) -> Iterator[threading.Event]:
     resources = service._own.resources
     runtime = resources.running()
     go_on = threading.Event()
-    begun = [threading.Event() for _ in range(resources.options.max_concurrent_saves)]
+    begun = [threading.Event() for _ in range(resources.options.max_concurrent_saves + 1)]
 
     def hold(event: threading.Event) -> None:
         event.set()

@@ -90,7 +90,8 @@ class Resources:
         self.options = options
         self.is_closed = False
         self.has_own_stores = store_factory is not None
-        self.copiers = PoolWorkers(options.max_concurrent_saves)  # so that no copy waits for storage
+        # So that no copy waits for storage; one more, as a save that runs looks after its copy.
+        self.copiers = PoolWorkers(options.max_concurrent_saves + 1)
         self.account = Account(
             lane=Lane(
                 queue_depth=options.queue_depth,

@@ -210,9 +210,8 @@ class ExtractingPickler(pickle.Pickler):
         return self._extracted.sources.add(storage, view)
 
 
-def is_lazy_clone(view: torch.Tensor) -> bool:
-    """Return whether the memory is copy-on-write: then each owner has a dtype of its own."""
-    return bool(getattr(torch._C, "_is_cow_tensor", lambda _: False)(view))
+is_lazy_clone: Callable[[torch.Tensor], bool] = getattr(torch._C, "_is_cow_tensor", lambda _: False)
+"""Returns whether the memory is copy-on-write: then each owner has a dtype of its own."""
 
 
 def _two_types(one: torch.dtype, other: torch.dtype) -> RuntimeError:

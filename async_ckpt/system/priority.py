@@ -30,7 +30,7 @@ from weakref import ref
 
 from async_ckpt.system import threads
 
-__all__ = ["NICE", "Background", "background", "bulk_work", "waiting"]
+__all__ = ["NICE", "Background", "background", "bulk_work", "is_waited_for", "waiting"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Background:
     @property
     def may_wait(self) -> bool:
         """Whether its threads should have a low priority now."""
-        return not self._is_late and all(waiter() is None for waiter in _waiters.copy())
+        return not self._is_late and not is_waited_for()
 
     def hurry(self) -> None:
         """Continue at normal priority from now on; any thread may call this."""
@@ -67,6 +67,11 @@ _work: ContextVar[Background | None] = ContextVar("async_ckpt_background", defau
 _lowered: dict[int, int] = {}  # threads within `bulk_work`, by native id: the nice value to restore
 _waiters: set[ref[_Waiter]] = set()  # weak references, because Ctrl-C may come just before one is removed
 _may_lower: bool | None = None  # None if it is not known yet
+
+
+def is_waited_for() -> bool:
+    """Return whether anybody is within `waiting`."""
+    return any(waiter() is not None for waiter in _waiters.copy())
 
 
 @contextmanager

@@ -68,6 +68,7 @@ NAMES = (
     "dcp.async_save, process",
     "torch_checkpointing",
     "async_ckpt",
+    "async_ckpt, lazy",
 )
 TRAININGS = {
     "every CPU at work": Setting(free_cpus=0, optimizer="fused", table="loop-every-cpu"),

@@ -19,6 +19,7 @@ import torch
 from async_ckpt.snapshot.extraction import Extracted, is_lazy_clone
 from async_ckpt.snapshot.lazy.deferred import Item
 from async_ckpt.snapshot.lazy.optimizers import Stepper, steppers
+from async_ckpt.snapshot.sources import without_modes_if_any
 
 __all__ = ["LEAST_BYTES", "choose"]
 
@@ -42,29 +43,38 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
     count_owners = getattr(torch._C, "_storage_Use_Count", None)
     if not owned or sources.begins or count_owners is None:
         return chosen
+    identities = list(map(_identity, sources.owners))
+    numbers = [
+        number
+        for number, (nbytes, identity) in enumerate(zip(sources.sizes, identities, strict=True))
+        if nbytes >= LEAST_BYTES and owned.get(identity) is not None
+    ]
     captured = _captured_tensors(extracted)
-    for number, nbytes in enumerate(sources.sizes):
-        if nbytes < LEAST_BYTES:
-            continue
-        storage = sources.owners[number]
-        identity = storage._cdata
-        owner = owned.get(identity)
-        if owner is None:
-            continue
-        tensor, stepper = owner
+    for number in numbers:
+        tensor, stepper = owned[identities[number]]  # type: ignore[misc]  # those that are not None
         # The tensor, the storage's Python object, the capture's alias, and what the state has. In a state, a parameter
         # is mostly another tensor, detached, and what belongs to the optimizer is the tensor itself.
-        explained = _OWN + captured[number] - (captured[number] > 0 and type(tensor) is torch.Tensor)
-        if count_owners(identity) > explained or is_lazy_clone(tensor):
+        in_state = captured[number]
+        explained = _OWN + in_state - (in_state > 0 and type(tensor) is torch.Tensor)
+        if count_owners(identities[number]) > explained or is_lazy_clone(tensor):
             continue
         try:
             version = tensor._version
         except RuntimeError:  # an inference tensor
             continue
-        alias, skip = sources.aliases[number], sources.skips[number]
-        address = sources.address(number)
-        item = Item(number, tensor, storage, alias, skip, nbytes, starts[number], version, address)
-        chosen.setdefault(stepper, []).append(item)
+        chosen.setdefault(stepper, []).append(
+            Item(
+                number,
+                tensor,
+                sources.owners[number],
+                sources.aliases[number],
+                sources.skips[number],
+                sources.sizes[number],
+                starts[number],
+                version,
+                sources.address(number),
+            )
+        )
     return chosen
 
 
@@ -82,12 +92,14 @@ def _owned_storages() -> dict[int, tuple[torch.Tensor, Stepper] | None]:
                 for each in _tensors_of(optimizer)
                 if type(each) in _PLAIN and each.is_cpu and each.layout is torch.strided
             ]
-            for tensor, key in zip(
-                tensors, map(_identity, map(torch.Tensor.untyped_storage, tensors)), strict=True
-            ):
+            with without_modes_if_any():
+                keys = list(map(_identity, map(torch.Tensor.untyped_storage, tensors)))
+            for tensor, key in zip(tensors, keys, strict=True):
                 owned[key] = (tensor, stepper) if is_steady and key not in owned else None
-        except Exception:  # it is stepped by another thread just now, or unlike torch's
-            continue
+        except (
+            Exception
+        ):  # it is stepped by another thread just now, or unlike torch's: whose is what it has?
+            return {}
     return owned
 
 

@@ -18,6 +18,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from operator import length_hint
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,8 +29,8 @@ from async_ckpt.snapshot.host_pool import HostBuffer
 from async_ckpt.snapshot.lazy.optimizers import Stepper
 from async_ckpt.snapshot.lazy.switch import Switch
 from async_ckpt.snapshot.parallel_copy import PIECE_BYTES, populate, work_together
-from async_ckpt.snapshot.sources import address_of
-from async_ckpt.system.priority import bulk_work, waiting
+from async_ckpt.snapshot.sources import address_of, without_modes_if_any
+from async_ckpt.system.priority import bulk_work, is_waited_for, waiting
 
 __all__ = ["DeferredCopy", "Item"]
 
@@ -127,9 +128,13 @@ class DeferredCopy:
             share.copy(spared=1)
 
     def complete(self) -> list[tuple[int, str]]:
-        """Copy what is left, or wait for those who do; return what had changed, by its number, and whose it was."""
+        """Wait until everything is copied; return what had changed, by its number, and whose it was.
+
+        While nobody waits for the save, one worker copies, and this one only looks on.
+        """
         for share in self._shares:
-            share.finish(spared=1)
+            share.look_on()
+            share.finish(spared=not is_waited_for())
         return [found for share in self._shares for found in share.changed]
 
     def look_again(self) -> list[tuple[int, str]]:
@@ -199,6 +204,16 @@ class _Share:
         if self._held is not None and not self._is_given_up:
             self._copy_pieces(self._held, self._untaken, spared)
 
+    def look_on(self) -> None:
+        """Wait for who copies, and be the one where there is none, as long as nobody waits for us."""
+        while (held := self._held) is not None and length_hint(self._untaken) and not is_waited_for():
+            others = self._others()
+            if not others:
+                self._copy_pieces(held, islice(self._untaken, 1), 1)
+            for lock in others:
+                with lock:
+                    pass
+
     def finish(self, *, spared: int = 0) -> None:
         """Have everything copied and compared."""
         while not self._verdicts and not self._is_given_up:
@@ -219,13 +234,16 @@ class _Share:
         work_together(numbers, copy, nbytes=left, held=held, spared=spared)
 
     def _await_others(self) -> None:
-        here = threading.get_ident()
-        others = [lock for thread, lock in list(self._busy.values()) if thread != here]
+        others = self._others()
         if others:
             with waiting():
                 for lock in others:
                     with lock:
                         pass
+
+    def _others(self) -> list[Any]:
+        here = threading.get_ident()
+        return [lock for thread, lock in list(self._busy.values()) if thread != here]
 
     def _copy_piece(self, begin: int, number: int) -> None:
         key, lock = object(), threading.Lock()
@@ -251,8 +269,9 @@ class _Share:
         self._done[number] = 1
 
     def _decide(self, items: Sequence[Item]) -> None:
-        changed = [(item.number, self._owner) for item in items if not item.is_as_it_was()]
-        self._traces = list(map(_Trace.of, items))  # first: the others look there when there is a verdict
+        with without_modes_if_any():
+            changed = [(item.number, self._owner) for item in items if not item.is_as_it_was()]
+            self._traces = list(map(_Trace.of, items))  # first: the others look there when there is a verdict
         self._verdicts.append(changed)
         self._held = None
         self._pieces = []

@@ -310,6 +310,30 @@ class TestFence:
         _step(optimizer)
         snapshot.check()
 
+    def test_torch_modes_of_the_program_change_nothing(self) -> None:
+        """A default device, or inference mode, around the save and the step."""
+        param = _param()
+        optimizer = torch.optim.SGD([param])
+        _step(optimizer)
+        state = [param.detach()]
+        expected = _file_of_torch(state)
+        with torch.device("meta"):
+            snapshot = _take(state)
+        assert left_to_copy(snapshot) == 4 * LARGE
+        with torch.device("meta"), torch.inference_mode():
+            optimizer.step()
+        assert _file(snapshot) == expected
+
+    def test_an_optimizer_that_cannot_be_looked_through(self) -> None:
+        """If it is not known what one changes, nothing is left to be copied."""
+        param = _param()
+        optimizer = torch.optim.SGD([param])
+        _step(optimizer)
+        odd = torch.optim.SGD([_param()])
+        _step(odd)
+        del odd.param_groups
+        assert _deferred([param.detach()]) == 0
+
     def test_what_is_copied_is_not_kept(self) -> None:
         """The memory of the weights lives until it is copied, and no longer."""
         param = _param()

@@ -17,7 +17,7 @@ import torch
 from async_ckpt.snapshot.capture import Capture
 from async_ckpt.snapshot.contents import Nothing
 from async_ckpt.snapshot.extraction import Extracted
-from async_ckpt.snapshot.sources import bytes_of
+from async_ckpt.snapshot.sources import bytes_of, without_modes_if_any
 
 __all__ = ["Region", "as_dense", "capture_regions"]
 
@@ -60,11 +60,15 @@ def capture_regions(tensors: Sequence[torch.Tensor], *, overhead: int) -> tuple[
         owners.setdefault(identity, storage)
         start = int(tensor.storage_offset()) * tensor.itemsize
         ranges.append((identity, start, start + tensor.nbytes, number))
-    return _extract(ranges, owners, overhead)
+    with without_modes_if_any():
+        return _extract(tensors, ranges, owners, overhead)
 
 
 def _extract(
-    ranges: list[tuple[int, int, int, int]], owners: dict[int, torch.UntypedStorage], overhead: int
+    tensors: Sequence[torch.Tensor],
+    ranges: list[tuple[int, int, int, int]],
+    owners: dict[int, torch.UntypedStorage],
+    overhead: int,
 ) -> tuple[Capture, list[Region]]:
     order = {
         identity: place for place, identity in enumerate(owners)
@@ -75,7 +79,8 @@ def _extract(
     regions: list[Region | None] = [None] * len(ranges)
     at = 0
     while at < len(ranges):
-        identity, start, stop, _ = ranges[at]
+        identity, start, stop, first = ranges[at]
+        is_empty = start == stop  # then its address is not to be had
         last = at
         while last < len(ranges) and ranges[last][0] == identity and ranges[last][1] <= stop:
             stop = max(stop, ranges[last][2])
@@ -87,8 +92,8 @@ def _extract(
         sources.owner_sizes.append(owner.nbytes())
         sources.begins.append(start)
         sources.sizes.append(stop - start)
-        sources.aliases.append(bytes_of(owner))
-        sources.skips.append(start)
+        sources.aliases.append(bytes_of(owner) if is_empty else tensors[first].data)
+        sources.skips.append(start if is_empty else 0)
         extracted.locations.append("cpu")
         at = last
     found = [region for region in regions if region is not None]

@@ -130,6 +130,32 @@ def test_a_storage_that_moves_to_another_device(
     assert kept is before  # for it was the same place again
 
 
+class _Writer:
+    """torch's writer, as it was when it could not skip bytes."""
+
+    def __init__(self, file: Any, *options: Any) -> None:
+        writer = _WRITER(file, *options)
+        self.write_record, self.write_end_of_file = writer.write_record, writer.write_end_of_file
+
+
+_WRITER: Any = torch._C.PyTorchFileWriter
+
+
+def test_a_torch_that_cannot_skip(
+    take: Take, saved: Saved, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout that older versions of torch make is kept, too."""
+    before, after = _tensors(value=1), _tensors(value=2)
+    expected = [saved(before), saved(after)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "PyTorchFileWriter", _Writer)
+        first = lay_out(take(before))
+    assert first.kept is not None
+    second = lay_out(take(after), first.kept)
+    assert second.kept is first.kept
+    assert [whole(first), whole(second)] == expected
+
+
 def test_another_alignment(take: Take, saved: Saved, whole: Whole) -> None:
     """Once torch is told to align storages otherwise, a file is laid out anew."""
     alignments = pytest.importorskip("torch.utils.serialization").config

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_ckpt import CheckpointService, UnpicklableStateError
@@ -184,6 +184,9 @@ CHANGES: dict[str, Change] = {
 }
 
 
+EXAMPLES = 800
+"""More of them, each of several saves, would take longer than a test may."""
+
 ON_CUDA = 13
 """The length of tensors that are said to be on a GPU."""
 
@@ -205,6 +208,7 @@ def test_every_file_of_a_service_is_the_one_that_torch_save_writes(
         monkeypatch.setattr(torch.serialization, "_package_registry", registered)
     steps = st.lists(st.sampled_from(list(CHANGES)), max_size=2)
 
+    @settings(max_examples=min(EXAMPLES, settings.default.max_examples))
     @given(st.data())
     def run(data: st.DataObject) -> None:
         state = first_state()

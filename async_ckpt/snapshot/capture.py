@@ -108,7 +108,7 @@ class Capture:
         nbytes: the host bytes that staging needs.
     """
 
-    __slots__ = ("_content", "_extracted", "_overhead", "_sizes", "_starts", "_storages", "nbytes")
+    __slots__ = ("_content", "_extracted", "_overhead", "_sizes", "_starts", "_storages", "_user", "nbytes")
 
     def __init__(self, content: Content, extracted: Extracted, overhead: int) -> None:
         start = 0
@@ -120,6 +120,7 @@ class Capture:
             extracted.others[position] = ArrayEntry(start, data.nbytes)
             starts.append(start)
             start += aligned(data.nbytes)
+        self._user: object = None  # of the other snapshot's copy, where this shares it
         self._content = content
         self._overhead = overhead
         self._extracted: Extracted | None = extracted
@@ -193,8 +194,12 @@ class Capture:
         extracted, later = self._unused(), buffer.later
         if later is None:
             return are_same(extracted, self._sizes, buffer)
+        self._user = user = later.join()  # the other save may end before we share its copy
         known = later.unchanged(extracted.sources.owners)
-        return later.is_readable(known) and are_same(extracted, self._sizes, buffer, known)
+        is_same = later.is_readable(known) and are_same(extracted, self._sizes, buffer, known)
+        if not is_same:
+            later.leave(user)
+        return is_same
 
     def share(self, buffer: HostBuffer, *, verify: bool = False) -> Snapshot:
         """Like `stage`, but without a copy, for a state that `equals` the content of *buffer*."""
@@ -202,7 +207,10 @@ class Capture:
         digests = digests_of(extracted, self._sizes) if verify else []
         # What the other snapshot has not copied yet is unchanged.
         later = range(len(extracted.sources.sizes)) if buffer.later is not None else ()
-        return self._finish(extracted, buffer, digests, later)
+        snapshot = self._finish(extracted, buffer, digests, later)
+        if buffer.later is not None:
+            buffer.later.leave(self._user)
+        return snapshot
 
     def _unused(self) -> Extracted:
         if self._extracted is None:

@@ -135,6 +135,8 @@ class DeferredCopy:
         for share in self._shares:
             share.look_on()
             share.finish(spared=not is_waited_for())
+        if not self.is_complete:
+            raise RuntimeError("the copy of a snapshot was given up by another save; please report it")
         return [found for share in self._shares for found in share.changed]
 
     def look_again(self) -> list[tuple[int, str]]:
@@ -178,9 +180,8 @@ class _Share:
         self._pieces = [(item, at) for item in items for at in range(0, item.nbytes, PIECE_BYTES)]
         self._untaken: Iterator[int] = iter(range(len(self._pieces)))
         self._done = bytearray(len(self._pieces))
-        self._busy: dict[
-            object, tuple[int, Any]
-        ] = {}  # who copies: the thread, and a lock that it frees at the end
+        # Who copies: the thread, and a lock that it frees at the end.
+        self._busy: dict[object, tuple[int, Any]] = {}
         self._verdicts: list[list[tuple[int, str]]] = []  # only the first counts
         self._is_passed = False
         self._is_given_up = False

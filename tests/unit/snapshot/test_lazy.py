@@ -310,6 +310,26 @@ class TestFence:
         _step(optimizer)
         snapshot.check()
 
+    def test_a_save_that_shares_the_copy_of_one_that_fails(self) -> None:
+        """What the first save no longer wants is still copied for the second one."""
+        param = _param()
+        optimizer = torch.optim.SGD([param])
+        _step(optimizer)
+        expected = _file_of_torch([param.detach()])
+        first = capture([param.detach()])
+        buffer = HostBuffer(first.nbytes)
+        snapshot = first.stage(buffer, lazy=Switch(is_on=True))
+        second = capture([param.detach()])
+        assert second.resembles(snapshot)
+        assert second.equals(buffer)
+        snapshot.close()
+        shared = second.share(buffer)
+        _step(optimizer)
+        assert _file(shared) == expected
+        third = capture([param.detach()])
+        assert not third.resembles(shared)
+        shared.close()
+
     def test_torch_modes_of_the_program_change_nothing(self) -> None:
         """A default device, or inference mode, around the save and the step."""
         param = _param()

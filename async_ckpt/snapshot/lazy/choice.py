@@ -10,6 +10,7 @@ What does not belong here: the copy.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -37,7 +38,7 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
     Returns:
         What is to be copied, by the optimizer that changes it.
     """
-    chosen: dict[Stepper, list[Item]] = {}
+    chosen: defaultdict[Stepper, list[Item]] = defaultdict(list)
     sources = extracted.sources
     owned = _owned_storages()
     count_owners = getattr(torch._C, "_storage_Use_Count", None)
@@ -49,20 +50,23 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
         for number, (nbytes, identity) in enumerate(zip(sources.sizes, identities, strict=True))
         if nbytes >= LEAST_BYTES and owned.get(identity) is not None
     ]
-    captured = _captured_tensors(extracted)
+    tensors, found = [], []
     for number in numbers:
         tensor, stepper = owned[identities[number]]  # type: ignore[misc]  # those that are not None
+        tensors.append(tensor)
+        found.append(stepper)
+    counts = map(count_owners, map(identities.__getitem__, numbers))
+    addresses, captured = sources.addresses(), _captured_tensors(extracted)
+    for number, tensor, stepper, count, is_clone in zip(
+        numbers, tensors, found, counts, map(is_lazy_clone, tensors), strict=True
+    ):
         # The tensor, the storage's Python object, the capture's alias, and what the state has. In a state, a parameter
         # is mostly another tensor, detached, and what belongs to the optimizer is the tensor itself.
         in_state = captured[number]
         explained = _OWN + in_state - (in_state > 0 and type(tensor) is torch.Tensor)
-        if count_owners(identities[number]) > explained or is_lazy_clone(tensor):
+        if count > explained or is_clone or tensor.is_inference():  # which has no version
             continue
-        try:
-            version = tensor._version
-        except RuntimeError:  # an inference tensor
-            continue
-        chosen.setdefault(stepper, []).append(
+        chosen[stepper].append(
             Item(
                 number,
                 tensor,
@@ -71,8 +75,8 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
                 sources.skips[number],
                 sources.sizes[number],
                 starts[number],
-                version,
-                sources.address(number),
+                tensor._version,
+                addresses[number],
             )
         )
     return chosen

@@ -131,6 +131,7 @@ class StreamingWriter:
         layout = await self._workers.run(lay_out, snapshot, kept)
         if self._pool is not None and layout.kept is not None and layout.kept is not kept:
             self._pool.keep(layout.kept, layout.kept.nbytes)
+        layout.kept = None  # the pool alone decides how long it is kept
         snapshot.check()
         upload = await self._stream(layout, location, emit, snapshot.written)
         stored = getattr(upload, "stored", None)

@@ -22,14 +22,14 @@ import torch
 
 from async_ckpt.snapshot.budget import Budget
 
-__all__ = ["ALIGNMENT", "HostBuffer", "HostPool", "aligned"]
+__all__ = ["ALIGNMENT", "MOST_KEPT_BYTES", "HostBuffer", "HostPool", "aligned"]
 
 logger = logging.getLogger("async_ckpt.snapshot")
 
 ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
 _WASTE_FLOOR_BYTES = 1 << 20
-_MOST_KEPT_BYTES = 64 << 20
+MOST_KEPT_BYTES = 64 << 20
 _WIPE_ON_FORK, _KEEP_ON_FORK = 18, 19  # of madvise, from Linux 4.14 on
 
 
@@ -170,7 +170,7 @@ class HostPool:
         self._budget.release(self._kept_bytes)
         self._kept, self._kept_bytes = None, 0
         left = self._budget.limit_bytes - self._budget.held_bytes
-        if value is not None and nbytes <= min(left, _MOST_KEPT_BYTES):
+        if value is not None and nbytes <= min(left, MOST_KEPT_BYTES):
             self._budget.reserve(nbytes)
             self._kept, self._kept_bytes = value, nbytes
 

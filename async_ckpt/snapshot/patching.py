@@ -18,6 +18,8 @@ from async_ckpt.snapshot.filling import Runs
 __all__ = ["find_patches"]
 
 _BLOCK = 256
+_MOST_BYTES = 4096  # where more differ, or are further apart, filling the other skeleton is as fast
+_MOST_OPCODES = 20_000
 _BOOLS = b"\x88\x89"
 # The next opcode, of those that `filling` knows, with its number; or a group with the length of what follows it.
 _OPCODE = (
@@ -27,7 +29,7 @@ _OPCODE = (
 
 
 def find_patches(old: bytes, new: bytes, runs: Runs) -> list[tuple[int, int]] | None:
-    """Return the bytes in which the filled pickle differs, as places and values; ``None`` if more than values does.
+    """Return the bytes in which the filled pickle differs, as places and values; ``None`` if more than a few values do.
 
     Args:
         old: a skeleton.
@@ -40,12 +42,14 @@ def find_patches(old: bytes, new: bytes, runs: Runs) -> list[tuple[int, int]] | 
     run, value = -1, _NO_VALUE
     values: Iterator[_Value] = iter(())
     for at in _differences(old, new):
+        if len(patches) == _MOST_BYTES:
+            return None
         of_byte = bisect_right(runs.begins, at) - 1
         if of_byte != run:
             run, value = of_byte, _NO_VALUE
             values = _values(old, runs.begins[run], runs.ends[run])
         while value.stop <= at:
-            value = next(values, _Value(len(old), len(old) + 1))  # none is left: it is the number of a hole
+            value = next(values, _Value(len(old), len(old) + 1))  # no more: it is no value, or too far
         if at < value.start or (value.is_bool and new[at] not in _BOOLS):
             return None
         patches.append((runs.places[run] + at - runs.begins[run], new[at]))
@@ -66,7 +70,9 @@ _NO_VALUE = _Value(0, 0)
 def _values(pickle: bytes, at: int, end: int) -> Iterator[_Value]:
     """Yield the values from the opcode at *at* on."""
     match = re.compile(_OPCODE).match
-    while at < end:
+    for _ in range(_MOST_OPCODES):
+        if at == end:
+            return
         found = match(pickle, at)
         assert found is not None, "filling has read it"
         opcode, stop = pickle[at], found.end()

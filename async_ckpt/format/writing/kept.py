@@ -23,6 +23,7 @@ from async_ckpt.snapshot.contents import Unfilled
 from async_ckpt.snapshot.entries import ArrayEntry, Entry, SharedEntry
 from async_ckpt.snapshot.extraction import LONG_TEXT
 from async_ckpt.snapshot.filling import Filled, Runs
+from async_ckpt.snapshot.host_pool import MOST_KEPT_BYTES
 from async_ckpt.snapshot.patching import find_patches
 from async_ckpt.snapshot.torch_format import Record
 
@@ -119,7 +120,8 @@ def keep(
         segments: what torch made of them.
         shape: of the file.
     """
-    if any(map(_is_large, content.skeleton.entries.others.values())):
+    is_long = 2 * len(filled.pickle) > MOST_KEPT_BYTES
+    if is_long or any(map(_is_large, content.skeleton.entries.others.values())):
         return None
     records = shape.records
     by_name = {name.partition("/")[2]: number for number, name in enumerate(records.names)}

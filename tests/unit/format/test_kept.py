@@ -130,6 +130,22 @@ def test_a_storage_that_moves_to_another_device(
     assert kept is before  # for it was the same place again
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (list(range(300, 10_300)), list(range(307, 10_307))),
+        ([*range(256, 40_000), 1], [*range(256, 40_000), 2]),
+        ([[None] * 30_000, 1], [[None] * 30_000, 2]),
+    ],
+    ids=["very many", "after many others", "after many constants"],
+)
+def test_values_that_are_many_or_far_are_not_searched_for(
+    before: Any, after: Any, take: Take, saved: Saved, whole: Whole
+) -> None:
+    """Where it would take longer to find the values than to lay out the file anew, that is done."""
+    assert not _both(_tensors(value=before), _tensors(value=after), take, saved, whole)
+
+
 class _Writer:
     """torch's writer, as it was when it could not skip bytes."""
 

@@ -163,9 +163,9 @@ class Content(Protocol):
         """Return the bytes *start* to *stop* as a scatter list. Computes checksums: call it in a worker."""
 
     def steps(self, start: int, stop: int, step_bytes: int) -> Iterable[Sequence[memoryview]]:
-        """Return these bytes in order, in steps, each of which is read when it is asked for.
+        """Return these bytes in order, in steps, each of which is read when it is asked for. Use it in a worker.
 
-        What is of few bytes, as far as it can be, is then still in the CPU's caches because of the checksums.
+        Where the bytes are in memory, a step has just been summed up: if it is short, it is in the CPU's cache.
         """
 
     def crc32(self, start: int, stop: int) -> int:

@@ -22,6 +22,8 @@ class Rules:
         overwrite: opening a present file for writing.
         change: opening one without emptying it.
         both: opening one for reading and writing.
+        direct: opening one for direct I/O.
+        direct_write: writing to one that was opened so.
         mode: chmod and its kin.
         sync: fsync of a file.
         sync_directory: fsync of a directory.
@@ -41,6 +43,8 @@ class Rules:
     overwrite: int = 0
     change: int = 0
     both: int = 0
+    direct: int = 0
+    direct_write: int = 0
     mode: int = 0
     sync: int = 0
     sync_directory: int = 0

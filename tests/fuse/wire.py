@@ -176,6 +176,10 @@ class Kernel:
         flags = struct.unpack_from("=I", body)[0]
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._doing = f"overwrite {node}"
+        if flags & os.O_DIRECT:
+            self._doing = f"direct {node}"
+            if self._files.rules.direct:
+                raise Refused(self._files.rules.direct)
         return struct.pack("=QII", self._files.open(self._files.node(node), flags), 0, 0)
 
     def _create(self, node: int, body: bytes) -> bytes:
@@ -195,6 +199,10 @@ class Kernel:
     def _write(self, node: int, body: bytes) -> bytes:
         handle, offset, size = struct.unpack_from("=QQI", body)
         self._doing = f"write {offset} {size}"
+        if struct.unpack_from("=I", body, 32)[0] & os.O_DIRECT:
+            self._doing = f"directly {offset} {size}"
+            if self._files.rules.direct_write:
+                raise Refused(self._files.rules.direct_write)
         return struct.pack("=II", self._files.write(handle, offset, body[40 : 40 + size]), 0)
 
     def _release(self, node: int, body: bytes) -> bytes:

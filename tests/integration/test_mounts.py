@@ -110,6 +110,24 @@ def test_in_place_where_it_is_allowed(rules: Rules) -> None:
         assert step_in(mount.path / "x.ckpt") == 1
 
 
+@pytest.mark.parametrize(
+    "rules", [PLAIN, PLAIN.but(direct=errno.EINVAL), PLAIN.but(direct_write=errno.EINVAL)]
+)
+def test_past_the_page_cache(rules: Rules) -> None:
+    """A mount with direct I/O is written to so if asked; one that refuses it is asked once, and no save fails of it."""
+    with mounted(rules) as mount:
+        for step in (1, 2):
+            save(mount.path / "x.ckpt", step, page_cache="drop")
+            assert step_in(mount.path / "x.ckpt") == step
+        directly, refused = mount.asked("directly"), bool(rules.direct or rules.direct_write)
+        assert len(mount.asked("direct")) == (1 if refused else 2)
+        assert (
+            all("EINVAL" in line for line in directly) if refused else len(directly) >= 2 * (3 << 20) // PART
+        )
+        save(mount.path / "y.ckpt")  # what is not told is not tried
+        assert len(mount.asked("direct")) == (1 if refused else 2)
+
+
 def test_in_place_over_an_earlier_file() -> None:
     """Where the place lets a file be overwritten, and the user, an earlier checkpoint is, once the first byte comes."""
     with mounted(MOUNTPOINT.but(overwrite=0)) as mount:

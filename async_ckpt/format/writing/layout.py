@@ -126,9 +126,9 @@ class Layout:
         return self._views(start, stop)
 
     def steps(self, start: int, stop: int, step_bytes: int) -> Iterator[list[memoryview]]:
-        """Yield the bytes *start* to *stop* in order, in steps, each read as it is asked for; for use in a worker.
+        """Yield the bytes *start* to *stop* in order, in steps, each read when it is asked for. Use it in a worker.
 
-        All of a step but small records has just been read for checksums, and what has been is not read for one again.
+        The bytes of a step have just been summed up, so they are in the CPU's cache. None are summed up twice.
         """
         for begin in range(start, stop, step_bytes):
             end = min(begin + step_bytes, stop)

@@ -67,9 +67,11 @@ class Reader:
     Attributes:
         dtypes: of the tensors that were read.
         storages: of these tensors, one for each.
+        tensors: themselves.
     """
 
     def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
         self.dtypes: list[torch.dtype] = []
         self.storages: list[torch.UntypedStorage] = []
         self._aliases: list[torch.Tensor] = []
@@ -83,6 +85,7 @@ class Reader:
         """Read *tensors*."""
         with without_modes_if_any():
             aliases = list(map(_alias, tensors))
+            self.tensors += tensors
             self._aliases += aliases
             self.dtypes += map(_dtype, aliases)
             self.storages += map(_Tensor.untyped_storage, aliases)

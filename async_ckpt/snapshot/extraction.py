@@ -75,6 +75,7 @@ class Extracted:
     Attributes:
         others: the entries that the skeleton refers to and that are not in `tensors`, by number.
         tensors: the plain tensors, which have the other numbers, in order.
+        originals: these tensors themselves.
         sources: the storages, once each.
         locations: the location that ``torch.save`` would write for each.
         arrays: the numpy arrays, each with its number.
@@ -83,6 +84,7 @@ class Extracted:
 
     others: dict[int, Entry] = field(default_factory=dict)
     tensors: Columns = field(default_factory=Columns)
+    originals: list[torch.Tensor] = field(default_factory=list)
     sources: Sources = field(default_factory=Sources)
     locations: list[str] = field(default_factory=list)
     arrays: list[tuple[int, ArrayBytes]] = field(default_factory=list)
@@ -145,7 +147,7 @@ class ExtractingPickler(pickle.Pickler):
         else:
             extracted.sources, indices = quick
             extracted.locations = ["cpu"] * len(extracted.sources.owners)
-        extracted.tensors = self._reader.columns(indices)
+        extracted.tensors, extracted.originals = self._reader.columns(indices), self._reader.tensors
         return extracted
 
     def _read(self) -> None:

@@ -1,9 +1,9 @@
 """Which storages of a state may be copied after the call: those that surely only an optimizer's step changes.
 
 Guarantees: a storage is chosen only if it is the whole memory of exactly one parameter, or one tensor in the state, of
-one optimizer, whose last step called our hooks (`optimizers`); if that tensor's version can be read; and if nobody
-else owns the memory, such as a numpy array, another view, or a ``.data`` that somebody keeps. All else is copied in the
-call.
+one optimizer, whose last step called our hooks (`optimizers`); if that tensor's version can be read; if the memory is
+torch's own and this process's, so not that of an array or a file that became a tensor, nor shared; and if nobody else
+owns it, such as a numpy array, another view, or a ``.data`` that somebody keeps. All else is copied in the call.
 
 What does not belong here: the copy.
 """
@@ -62,9 +62,11 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
     ):
         # The tensor, the storage's Python object, the capture's alias, and what the state has. In a state, a parameter
         # is mostly another tensor, detached, and what belongs to the optimizer is the tensor itself.
-        in_state = captured[number]
-        explained = _OWN + in_state - (in_state > 0 and type(tensor) is torch.Tensor)
-        if count > explained or is_clone or tensor.is_inference():  # which has no version
+        views = captured.get(number, ())
+        explained = _OWN + len(views) - (len(views) > 0 and type(tensor) is torch.Tensor)
+        if count > explained or is_clone or not _is_of_torch(sources.owners[number]):
+            continue
+        if tensor.is_inference() or any(view.is_inference() for view in views):  # which has no version
             continue
         chosen[stepper].append(
             Item(
@@ -77,6 +79,7 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
                 starts[number],
                 tensor._version,
                 addresses[number],
+                [(view, view._version) for view in views],
             )
         )
     return chosen
@@ -115,9 +118,16 @@ def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
             yield from values.values()
 
 
-def _captured_tensors(extracted: Extracted) -> list[int]:
-    """Return for each storage how many tensors of the state view it, without parameters, which are the optimizer's."""
-    captured = [0] * len(extracted.sources.sizes)
-    for storage, kind in zip(extracted.tensors.storages, extracted.tensors.kinds, strict=True):
-        captured[storage] += kind is torch.Tensor
+def _is_of_torch(storage: torch.UntypedStorage) -> bool:
+    """Return whether no array, file or other process has the memory, too: none of them is an owner that is counted."""
+    return storage.resizable() and not storage.is_shared()
+
+
+def _captured_tensors(extracted: Extracted) -> dict[int, list[torch.Tensor]]:
+    """Return the tensors of the state that view each storage, without parameters, which are the optimizer's."""
+    captured: dict[int, list[torch.Tensor]] = {}
+    columns = extracted.tensors
+    for storage, kind, tensor in zip(columns.storages, columns.kinds, extracted.originals, strict=True):
+        if kind is torch.Tensor:
+            captured.setdefault(storage, []).append(tensor)
     return captured

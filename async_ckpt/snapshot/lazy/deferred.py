@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from operator import length_hint
@@ -52,6 +52,7 @@ class Item(NamedTuple):
         start: where its copy begins in the buffer.
         version: of the tensor.
         address: of its memory.
+        shown: the state's tensors over it, and their versions: a ``.data`` among them counts on its own.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Item(NamedTuple):
     start: int
     version: int
     address: int
+    shown: Sequence[tuple[torch.Tensor, int]]
 
     def is_there(self) -> bool:
         """Return whether the memory is where it was."""
@@ -72,6 +74,7 @@ class Item(NamedTuple):
         """Return whether torch knows of no change since the call."""
         return (
             self.tensor._version == self.version
+            and all(tensor._version == version for tensor, version in self.shown)
             and self.is_there()
             and self.tensor.untyped_storage()._cdata == self.storage._cdata
         )
@@ -186,9 +189,14 @@ class _Share:
         self._is_passed = False
         self._is_given_up = False
         self._indices = [item.number for item in items]
+        self._tensors = frozenset(id(item.tensor) for item in items)  # which are kept until all is copied
         self._traces: list[_Trace] = []
 
     # -- on any thread
+
+    def guards(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Return whether any of *tensors* is yet to be copied."""
+        return not self.is_decided and any(id(tensor) in self._tensors for tensor in tensors)
 
     @property
     def is_decided(self) -> bool:
@@ -254,8 +262,10 @@ class _Share:
             if not self._done[number]:
                 self._move(begin, number, *self._pieces[number])
         finally:
-            self._busy.pop(key, None)
-            lock.release()
+            try:
+                lock.release()
+            finally:  # even if this is interrupted, nobody waits for ever
+                self._busy.pop(key, None)
 
     def _move(self, begin: int, number: int, item: Item, at: int) -> None:
         nbytes = min(PIECE_BYTES, item.nbytes - at)

@@ -6,7 +6,8 @@ step changes nothing before each fence that stands for it has been passed; this 
 No exception of ours comes out of a step. In a forked child, no fence stands.
 
 A step that is compiled or replayed calls no hook. It is known by what it leaves: a tensor changed since the last step
-that did call it.
+that did call it. torch's fused steps leave nothing: they are trusted until torch is seen to compile any step, at which
+all fences are passed.
 
 What does not belong here: what a fence does (`deferred`), which memory is an optimizer's (`choice`).
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -37,6 +38,9 @@ _MOST_LOOKED_AT = 64  # parameters, for one that has a gradient
 
 class Fence(Protocol):
     """Something that has to be done before an optimizer's next step."""
+
+    def guards(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Return whether it stands for any of *tensors*, too."""
 
     def pass_by(self) -> None:
         """Do it, on the thread that is about to step."""
@@ -66,7 +70,7 @@ class Stepper:
     def is_between_steps(self) -> bool:
         """Whether its last step has ended, called the hooks, and was the last to change its parameters."""
         sample, optimizer = self._sample, self.optimizer()
-        if sample is None or optimizer is None:
+        if sample is None or optimizer is None or any(map(_may_be_unseen, optimizer.param_groups)):
             return False
         group, position, identity, version = sample
         parameter = optimizer.param_groups[group]["params"][position]
@@ -103,6 +107,7 @@ class Stepper:
 _steppers: dict[int, Stepper] = {}  # by the id of the optimizer
 _standing: dict[Fence, None] = {}  # all fences
 _hooks: list[Any] = []
+_are_any_compiled = False
 
 
 def watch() -> None:
@@ -125,6 +130,7 @@ def steppers() -> list[Stepper]:
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():  # nothing of this is to be in the compiled step
+        _note_compiling()
         return None
     stepper = _steppers.get(id(optimizer))
     is_new = stepper is None
@@ -133,8 +139,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     stepper.begin()
     if not _standing:
         return None
-    # One that is new may have been given what was another's.
-    fences = list(_standing if is_new else stepper.fences)
+    # It may have been given what was another's: one that is new, most of all. A fused step leaves no versions to see.
+    fences = [
+        fence
+        for fence in list(_standing)
+        if is_new or fence in stepper.fences or fence.guards(_parameters(optimizer))
+    ]
     if not fences:
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -154,6 +164,19 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if stepper is not None:
         with suppress(Exception):  # an optimizer that is unlike torch's
             stepper.end(optimizer.param_groups)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiling() -> bool:
+    """Called when a step is being compiled, not when it runs: from now on, there may be steps that call no hook."""
+    global _are_any_compiled
+    _are_any_compiled = True
+    pass_all()
+    return True
 
 
 def _meet(optimizer: Optimizer) -> Stepper:
@@ -195,6 +218,11 @@ def _then_pass(closure: Callable[[], Any], fences: Iterable[Fence]) -> Callable[
 def _calls_closure_first(optimizer: Optimizer) -> bool:
     """Return whether its step changes nothing before the closure's first call, as those of torch's own."""
     return str(getattr(type(optimizer).step, "__module__", "")).startswith("torch.optim.")
+
+
+def _may_be_unseen(group: Mapping[str, Any]) -> bool:
+    """Return whether there may be steps of the parameters that neither call a hook nor leave a count."""
+    return _are_any_compiled and bool(group.get("fused"))
 
 
 def _is_captured(parameter: torch.Tensor, group: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from async_ckpt.errors import StateChangedError
 from async_ckpt.format import lay_out
 from async_ckpt.snapshot import HostBuffer, Snapshot, capture
-from async_ckpt.snapshot.lazy import Switch, watch
+from async_ckpt.snapshot.lazy import Switch, optimizers, watch
 from tests.lazy_training import left_to_copy
 
 LARGE = 1 << 14  # of floats: just what is copied after the call
@@ -103,7 +103,10 @@ class TestChoice:
         ids=["numpy", "data", "view", "dlpack", "parameter"],
     )
     def test_memory_that_somebody_else_has(self, alias: Callable[[torch.Tensor], Any]) -> None:
-        """An alias that exists at the call may be written to without a count: that is copied at once."""
+        """An alias that exists at the call may be written to without a count: that is copied at once.
+
+        Of an array torch notes for good that it was made.
+        """
         param, other = _param(), _param()
         optimizer = torch.optim.SGD([param, other], momentum=0.9)
         _step(optimizer)
@@ -114,9 +117,26 @@ class TestChoice:
         kept = alias(buffer)
         nbytes = _deferred([buffer, other.detach()])
         assert nbytes == 4 * LARGE
+        is_for_good = isinstance(kept, numpy.ndarray)
         del kept
         nbytes = _deferred([param.detach(), buffer, other.detach()])
-        assert nbytes == 3 * 4 * LARGE
+        assert nbytes == (1 if is_for_good else 3) * 4 * LARGE
+
+    @pytest.mark.parametrize(
+        "foreign",
+        [
+            lambda: torch.from_numpy(numpy.ones(LARGE, numpy.float32)),
+            lambda: torch.frombuffer(bytearray(4 * LARGE), dtype=torch.float32),
+            lambda: torch.ones(LARGE).share_memory_(),
+        ],
+        ids=["numpy", "buffer", "shared"],
+    )
+    def test_memory_that_is_not_torchs_own(self, foreign: Callable[[], torch.Tensor]) -> None:
+        """Who had it before, or another process, may write to it without a count, and is no owner that is counted."""
+        param, other = torch.nn.Parameter(foreign()), _param()
+        optimizer = torch.optim.SGD([param, other])
+        _step(optimizer)
+        assert _deferred([param.detach(), other.detach()]) == 4 * LARGE
 
     def test_two_optimizers(self) -> None:
         """What two of them change is copied at once."""
@@ -170,19 +190,27 @@ class TestChoice:
         assert _take([param.detach()], Switch(is_on=False)).later is None
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_a_compiled_step(self) -> None:
-        """A step that torch compiles has no trace of the hooks, and is found out by the weights that it changed."""
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_compiled_step(self, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A step that torch compiles has no trace of the hooks. It is found out.
+
+        By the weights that it changed or, as a fused one leaves no count, by the compiling. What was to be copied is
+        copied before the first one runs.
+        """
+        monkeypatch.setattr(optimizers, "_are_any_compiled", False)
+        torch._dynamo.reset()
         param = _param()
-        optimizer = torch.optim.SGD([param])
+        optimizer = torch.optim.SGD([param], fused=fused)
         _step(optimizer)
         step = torch.compile(optimizer.step, backend="eager")
-        step()
-        assert _deferred([param.detach()]) == 0
-        state = [param.detach()]
-        expected = _file_of_torch(state)
-        snapshot = _take(state)
-        step()
-        assert _file(snapshot) == expected
+        for nbytes in (4 * LARGE, 0, 0):
+            state = [param.detach()]
+            expected = _file_of_torch(state)
+            snapshot = _take(state)
+            assert left_to_copy(snapshot) == nbytes
+            step()
+            assert _file(snapshot) == expected
+            assert _file_of_torch(state) != expected
 
 
 class TestFence:
@@ -256,6 +284,54 @@ class TestFence:
         snapshot = _take([param.detach()])
         optimizer.step(lambda: torch.zeros(()))
         assert _file(snapshot) == expected
+
+    def test_another_optimizer_that_is_given_the_parameter(self) -> None:
+        """It waits, though it had other ones at the save; its fused step would leave no version to see."""
+        param = _param()
+        one, two = torch.optim.SGD([param], fused=True), torch.optim.SGD([_param()], fused=True)
+        _step(one)
+        _step(two)
+        expected = _file_of_torch([param.detach()])
+        snapshot = _take([param.detach()])
+        _step(two)
+        assert left_to_copy(snapshot) == 4 * LARGE
+        two.add_param_group({"params": [param]})
+        _step(two)
+        assert _file(snapshot) == expected
+
+    def test_a_write_through_the_state_itself(self) -> None:
+        """A ``.data`` in the state counts its writes on its own: they are seen, too."""
+        param = _param()
+        optimizer = torch.optim.SGD([param])
+        _step(optimizer)
+        state = {"w": param.data}
+        snapshot = _take(state)
+        state["w"].zero_()
+        with pytest.raises(StateChangedError, match=r"state\['w'\]"):
+            snapshot.complete()
+
+    def test_an_interruption_keeps_nobody_waiting(self) -> None:
+        """Wherever Ctrl-C comes to who copies: others who wait for it go on."""
+        param = _param()
+        optimizer = torch.optim.SGD([param])
+        _step(optimizer)
+        snapshot = _take([param.detach()])
+        assert snapshot.later is not None
+        (share,) = snapshot.later._shares
+        busy: list[Any] = []
+
+        class Interrupted(dict[Any, Any]):
+            def pop(self, key: Any, default: Any = None) -> Any:
+                busy.append(self[key][1])
+                super().pop(key, default)
+                raise KeyboardInterrupt
+
+        share._busy = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            share.finish()
+        assert [lock.locked() for lock in busy] == [False]
+        share._busy = {}
+        snapshot.complete()
 
     def test_an_optimizer_for_each_parameter_in_the_backward_pass(self) -> None:
         """Each step copies what its optimizer changes, and no more."""

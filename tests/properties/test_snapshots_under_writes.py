@@ -64,6 +64,7 @@ class Program:
             self.step()
         self.alias: torch.Tensor | None = None
         self.numpy: Any = None
+        self.is_lent = False  # to somebody who does not notice if the memory is freed
         param = random.choice(self.params)
         match random.randrange(6):  # made before the call
             case 0:
@@ -74,6 +75,7 @@ class Program:
                 self.numpy = param.detach().numpy()
             case 3:
                 self.alias = torch.from_dlpack(param.detach())
+                self.is_lent = True
 
     def state(self) -> dict[str, Any]:
         """Return what is saved."""
@@ -189,25 +191,27 @@ class Program:
                     param.set_(torch.zeros_like(param))  # type: ignore[call-overload]
 
     def free_memory(self) -> None:
-        """Free the memory of a parameter, and allocate it again, as FSDP does."""
+        """Free the memory of a parameter."""
         storage = self.random.choice(self.params).untyped_storage()
-        nbytes = storage.nbytes()
-        if not storage.resizable():  # numpy has it
-            return
-        storage.resize_(0)
-        if self.random.random() < 0.5:
-            storage.resize_(nbytes)
+        if storage.resizable():  # else numpy has it
+            storage.resize_(0)
 
     # -- what torch does not count
 
     def write_unseen(self) -> None:
-        """Write behind torch's back, to an alias that did not exist at the call."""
+        """Write behind torch's back, to an alias that did not exist at the call, or to memory at the same address."""
         param = self.random.choice(self.params)
-        if param.numel() and param.untyped_storage().nbytes():
-            if self.random.random() < 0.5:
+        storage = param.untyped_storage()
+        match self.random.randrange(3):
+            case 0:
                 param.data.add_(1)
-            else:
+            case 1:
                 param.detach().numpy()[...] = 3
+            case 2 if storage.resizable() and not self.is_lent:
+                nbytes = storage.nbytes()
+                storage.resize_(0)
+                storage.resize_(nbytes)  # it often gets the memory that it had
+                param.data.zero_()
 
 
 USUAL = (

@@ -187,6 +187,7 @@ class _Share:
         self._busy: dict[object, tuple[int, Any]] = {}
         self._verdicts: list[list[tuple[int, str]]] = []  # only the first counts
         self._is_passed = False
+        self._is_breached = False  # what is not copied may have been changed, counted or not
         self._is_given_up = False
         self._indices = [item.number for item in items]
         self._tensors = frozenset(id(item.tensor) for item in items)  # which are kept until all is copied
@@ -281,7 +282,7 @@ class _Share:
 
     def _decide(self, items: Sequence[Item]) -> None:
         with without_modes_if_any():
-            changed = [(item.number, self._owner) for item in items if not item.is_as_it_was()]
+            changed = [(item.number, self._owner) for item in items if self._is_breached or not item.is_as_it_was()]
             self._traces = list(map(_Trace.of, items))  # first: the others look there when there is a verdict
         self._verdicts.append(changed)
         self._held = None
@@ -303,6 +304,7 @@ class _Share:
             self.finish()
             since = self.changed_since() if self.is_decided and not self.changed else []
         except Exception:
+            self._is_breached = True
             self._open()
             raise
         self._open()
@@ -313,7 +315,11 @@ class _Share:
 
     def let_by(self) -> None:
         """Let anybody change the weights, when all is copied."""
-        self.finish()
+        try:
+            self.finish()
+        except Exception:
+            self._is_breached = True
+            raise
         self._open()
 
     def _open(self) -> None:

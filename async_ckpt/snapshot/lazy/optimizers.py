@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -143,7 +143,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     fences = [
         fence
         for fence in list(_standing)
-        if is_new or fence in stepper.fences or fence.guards(_parameters(optimizer))
+        if is_new or fence in stepper.fences or _is_of_concern(fence, optimizer)
     ]
     if not fences:
         return None
@@ -166,8 +166,11 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             stepper.end(optimizer.param_groups)
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+def _is_of_concern(fence: Fence, optimizer: Optimizer) -> bool:
+    try:
+        return fence.guards(parameter for group in optimizer.param_groups for parameter in group["params"])
+    except Exception:  # an optimizer that is unlike torch's
+        return True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

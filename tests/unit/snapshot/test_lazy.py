@@ -299,6 +299,23 @@ class TestFence:
         _step(two)
         assert _file(snapshot) == expected
 
+    def test_an_optimizer_unlike_torchs(self) -> None:
+        """One without parameters steps as ever, while a fence of another stands."""
+
+        class Unlike(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                self.__dict__.pop("param_groups", None)
+                return 7
+
+        param = _param()
+        unlike, optimizer = Unlike([_param()]), torch.optim.SGD([param])
+        unlike.step()
+        _step(optimizer)
+        expected = _file_of_torch([param.detach()])
+        snapshot = _take([param.detach()])
+        assert unlike.step() == 7
+        assert _file(snapshot) == expected
+
     def test_a_write_through_the_state_itself(self) -> None:
         """A ``.data`` in the state counts its writes on its own: they are seen, too."""
         param = _param()
@@ -486,10 +503,11 @@ class TestFence:
             captured.stage(HostBuffer(captured.nbytes), lazy=Switch(is_on=True))
         assert not stepper.fences
 
-    def test_a_failure_of_ours_breaks_no_step(self, caplog: Any) -> None:
-        """The step goes on, and the save fails."""
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_failure_of_ours_breaks_no_step(self, caplog: Any, fused: bool) -> None:
+        """The step goes on, and the save fails, even if the step leaves no version to see."""
         param = _param()
-        optimizer = torch.optim.SGD([param])
+        optimizer = torch.optim.SGD([param], fused=fused)
         _step(optimizer)
         snapshot = _take([param.detach()])
         assert snapshot.later is not None

@@ -75,10 +75,14 @@ class Inbox:
             sender.wake()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make the calls on the running loop, until the end of the body; also those that were sent before."""
+    def open(self, receiver: socket.socket, sender: socket.socket) -> Iterator[None]:
+        """Make the calls on the running loop, until the end of the body; also those that were sent before.
+
+        Args:
+            receiver: one end of a ``socketpair``; closed at the end.
+            sender: the other end; likewise.
+        """
         loop = asyncio.get_running_loop()
-        receiver, sender = socket.socketpair()
         try:
             receiver.setblocking(False)
             sender.setblocking(False)

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import weakref
@@ -125,13 +127,15 @@ class Runtime:
 
     def start(self) -> None:
         """Start the loop thread; leave none behind if that fails or is interrupted."""
-        # Not on the loop thread: a child that is forked during this import could never import the module.
-        import_module("anyio._backends._asyncio")
         try:
+            # Not on the loop thread: a child that is forked during this import could never import the module.
+            import_module("anyio._backends._asyncio")
             threads.start(self._thread)
             self._ready.result()
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise _without_descriptors(error) from error
             raise
 
     def _main(self) -> None:
@@ -147,10 +151,11 @@ class Runtime:
             self._over.set_result(None)
 
     async def _run(self) -> None:
+        sockets = socket.socketpair()  # not in the task group, which would wrap an error in a group
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self.dispatcher = Dispatcher(tasks)
-            with self._inbox.open():
+            with self._inbox.open(*sockets):
                 self._ready.set_result(None)
                 await self._stop_requested.wait()
 
@@ -239,7 +244,8 @@ class Runtime:
 
 _here = threading.local()
 _lock = threading.RLock()
-_current: Runtime | None = None
+_active: dict[None, Runtime] = {}
+"""This process's runtime, if one is running. A dict, because no signal handler interrupts its ``setdefault`` (L1)."""
 _exit_hooked = False
 _exiting = False
 _inherited: list[tuple[Runtime, list[Drainable | None]]] = []
@@ -249,7 +255,7 @@ _unreported: list[Reportable] = []
 
 def current() -> Runtime | None:
     """Return this process's runtime, if one is running."""
-    return _current
+    return _active.get(None)
 
 
 def acquire(user: RuntimeUser) -> Runtime:
@@ -259,29 +265,32 @@ def acquire(user: RuntimeUser) -> Runtime:
         ServiceClosedError: the interpreter is ending, and nobody would wait for what *user* starts (D4).
         RuntimeError: called on a loop thread, as by an observer.
     """
-    global _current
     _refuse_loop_threads()  # first: a refused call must acquire nothing
     with _lock:
         _hook_exit()
-        if _current is None:
-            _begin(user)
-        assert _current is not None
-        _current.users.add(user)
-        return _current
+        runtime = _active.get(None) or _begin(user)
+        runtime.users.add(user)
+        return runtime
 
 
-def _begin(user: RuntimeUser) -> None:
-    """Start the process's runtime; leave no second one behind, even if interrupted."""
-    global _current
+def _begin(user: RuntimeUser) -> Runtime:
+    """Start and return the process's runtime; leave no second one behind, even if interrupted."""
     runtime = Runtime()
     runtime.users.add(user)  # first: nothing else would stop it
     try:
         runtime.start()
-        if _current is None:
-            _current = runtime
+        return _active.setdefault(None, runtime)  # in one step, see there
     finally:
-        if _current is not runtime:  # interrupted, or a signal handler made another one meanwhile
+        if _active.get(None) is not runtime:  # interrupted, or a signal handler made another one meanwhile
             runtime.stop()
+
+
+def _without_descriptors(error: OSError) -> OSError:
+    message = (
+        f"nothing can be saved, because the event loop cannot be started: {error.strerror}. Raise the limit on open "
+        "files (ulimit -n), or close files that are not needed"
+    )
+    return OSError(error.errno, message)
 
 
 def _refuse_loop_threads() -> None:
@@ -291,7 +300,7 @@ def _refuse_loop_threads() -> None:
 
 def held_by(user: RuntimeUser) -> Runtime | None:
     """Return what ``acquire`` has returned, or was about to return when it was interrupted."""
-    runtime = _current
+    runtime = _active.get(None)
     return runtime if runtime is not None and user in runtime.users else None
 
 
@@ -303,15 +312,14 @@ def release(runtime: Runtime, user: RuntimeUser, *, seconds: float = STOP_SECOND
         user: what ``acquire`` was called with.
         seconds: how long the last user waits for the end of the runtime.
     """
-    global _current
     with _lock:
         if user not in runtime.users:
             return
         runtime.stop_seconds = min(runtime.stop_seconds, seconds)
-        if _current is runtime and len(runtime.users) == 1:
-            _current = None
+        if _active.get(None) is runtime and len(runtime.users) == 1:
+            del _active[None]
         if len(runtime.users) > 1:  # maybe only just now, by a signal handler (L1)
-            _current = _current or runtime
+            _active.setdefault(None, runtime)
             runtime.users.discard(user)
             return
     runtime.stop(runtime.stop_seconds)
@@ -320,7 +328,6 @@ def release(runtime: Runtime, user: RuntimeUser, *, seconds: float = STOP_SECOND
 
 async def leave(runtime: Runtime, user: RuntimeUser) -> None:
     """Like `release`, on the loop thread, which cannot join itself: it ends when it has no more tasks."""
-    global _current
     # The thread that holds the lock may be waiting for this one (L1).
     while not _lock.acquire(blocking=False):  # noqa: ASYNC110  # a thread's lock cannot be awaited
         await anyio.sleep(_PAUSE_SECONDS)
@@ -330,8 +337,8 @@ async def leave(runtime: Runtime, user: RuntimeUser) -> None:
         runtime.users.discard(user)
         if runtime.users:
             return
-        if _current is runtime:
-            _current = None
+        if _active.get(None) is runtime:
+            del _active[None]
     finally:
         _lock.release()
     runtime.end()
@@ -348,13 +355,13 @@ def _forget_in_child() -> None:
     Its connections do exist. If their owners were garbage collected here, they would be removed from the epoll object
     that the parent's loop still uses, and the parent would miss answers.
     """
-    global _lock, _current
+    global _lock
     _lock = threading.RLock()
-    if _current is not None:
+    runtime = _active.pop(None, None)
+    if runtime is not None:
         # And its users, with their stores.
-        _inherited.append((_current, [user.owner for user in _current.users]))
+        _inherited.append((runtime, [user.owner for user in runtime.users]))
     _unreported.clear()
-    _current = None
     _here.is_loop = False  # whoever forked is the child's only thread
 
 
@@ -378,7 +385,7 @@ def _hook_exit() -> None:
 def _drain_at_exit() -> None:
     global _exiting
     _exiting = True
-    runtime = _current
+    runtime = _active.get(None)
     clean = True
     for user in list(runtime.users) if runtime is not None else ():
         owner = user.owner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from contextvars import ContextVar
 
@@ -31,7 +32,7 @@ async def test_calls_are_made_in_order_also_those_sent_before_the_loop_began() -
             inbox.send(lambda number=number: seen.append((number, threading.get_ident())))
 
     send(range(100))
-    with inbox.open():
+    with inbox.open(*socket.socketpair()):
         sender = threading.Thread(
             target=lambda: (send(range(100, 200)), inbox.send(lambda: done.set_result(None)))
         )
@@ -44,7 +45,7 @@ async def test_calls_are_made_in_order_also_those_sent_before_the_loop_began() -
 async def test_more_calls_than_the_socket_has_room_for() -> None:
     """The loop may be busy for as long as it likes: what is sent meanwhile neither waits nor is lost."""
     inbox, seen = Inbox(), list[int]()
-    with inbox.open():
+    with inbox.open(*socket.socketpair()):
         for number in range(50_000):  # the loop cannot read before this has ended
             inbox.send(lambda number=number: seen.append(number))
         await anyio.wait_all_tasks_blocked()
@@ -62,7 +63,7 @@ async def test_a_call_does_not_run_in_the_context_of_its_sender() -> None:
         variable.set("the sender's")
         inbox.send(lambda: seen.set_result(variable.get()))
 
-    with inbox.open():
+    with inbox.open(*socket.socketpair()):
         sender = threading.Thread(target=send)
         sender.start()
         await await_outcome(seen)
@@ -73,7 +74,7 @@ async def test_a_call_does_not_run_in_the_context_of_its_sender() -> None:
 async def test_refused_once_the_loop_has_ended() -> None:
     """What was sent before the end is made; later calls are refused, and not made."""
     inbox, seen = Inbox(), list[str]()
-    with inbox.open():
+    with inbox.open(*socket.socketpair()):
         inbox.send(lambda: seen.append("before"))
     with pytest.raises(ServiceClosedError):
         inbox.send(lambda: seen.append("after"))

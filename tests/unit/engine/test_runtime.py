@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 
@@ -154,3 +156,37 @@ def test_workers_are_bounded_and_contained(running: Runtime) -> None:
     with pytest.raises(AbandonedError, match="SystemExit"):
         running.call_async(leave).result(PATIENCE_SECONDS)
     assert workers.close(PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("line", range(12))
+def test_one_runtime_whatever_line_a_handler_interrupts(line: int) -> None:
+    """A handler that needs the runtime while it is being started shares the one that is started, or starts it (L1)."""
+    one, two = runtime.RuntimeUser(Holder()), runtime.RuntimeUser(Holder())
+    held: list[Runtime] = []
+    remaining = line
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal remaining
+        if frame.f_code is not runtime._begin.__code__:
+            return None
+        if event == "line":
+            remaining -= 1
+            if remaining < 0 and not held:
+                sys.settrace(None)  # as in a handler, which is not interrupted itself
+                held.append(runtime.acquire(two))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        first = runtime.acquire(one)
+    finally:
+        sys.settrace(before)
+    held = held or [runtime.acquire(two)]
+    try:
+        assert held == [first]
+        loops = [thread for thread in threading.enumerate() if thread.name == "async_ckpt-loop"]
+        assert len(loops) == 1
+    finally:
+        runtime.release(first, one)
+        runtime.release(held[0], two)

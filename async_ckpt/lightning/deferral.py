@@ -63,10 +63,9 @@ def defer(trainer: Any, overrides: Overrides) -> list[Any]:
         method = getattr(type(owner), "save_checkpoint", None)
         own = vars(owner).get("save_checkpoint")
         if not (own is None or isinstance(own, Replacement)) or not is_from_lightning(method):
-            kind = type(owner).__name__
-            logger.info("every save in fit returns when it is durable, as %s overrides save_checkpoint", kind)
+            _warn_once(trainer, type(owner), "save_checkpoint", "every save of this fit")
             return []
-    deferred = [callback for callback in trainer.callbacks if _is_deferrable(callback)]
+    deferred = [callback for callback in trainer.callbacks if _is_deferrable(trainer, callback)]
     for callback in deferred:
         _, method, path_of = _kind_of(callback)
         overrides.replace(callback, method, _Deferring(callback, method, path_of))
@@ -127,7 +126,7 @@ def _kind_of(callback: Any) -> tuple[Any, str, Any]:
     return None, "", None
 
 
-def _is_deferrable(callback: Any) -> bool:
+def _is_deferrable(trainer: Any, callback: Any) -> bool:
     base, _, _ = _kind_of(callback)
     for name in () if base is None else dir(base):
         if name in _OVERRIDABLE or name.startswith("__"):
@@ -135,14 +134,26 @@ def _is_deferrable(callback: Any) -> bool:
         own = getattr(base, name)
         is_patched = name in vars(base) and isfunction(own) and not is_from_lightning(own)
         if is_patched or _is_replaced(callback, base, name):
-            logger.info(
-                "saves of %s return when they are durable, as it overrides %s of Lightning's %s and may use the file",
-                type(callback).__name__,
-                name,
-                base.__name__,
-            )
+            _warn_once(trainer, type(callback), name, f"every save of {type(callback).__name__}")
             return False
     return base is not None
+
+
+_warned: set[tuple[type, str]] = set()
+
+
+def _warn_once(trainer: Any, kind: type, method: str, what: str) -> None:
+    """Warn that saves are synchronous because *kind* overrides *method*; once in a process, on the first rank."""
+    if (kind, method) in _warned or not trainer.is_global_zero:
+        return
+    _warned.add((kind, method))
+    logger.warning(
+        "training waits for %s until it is durable, because %s overrides %s and may use the file right away. If it "
+        'does not, pass AsyncCheckpointIO(direct_saves="async").',
+        what,
+        kind.__name__,
+        method,
+    )
 
 
 def _is_replaced(callback: Any, base: Any, name: str) -> bool:

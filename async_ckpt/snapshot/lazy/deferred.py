@@ -282,7 +282,9 @@ class _Share:
 
     def _decide(self, items: Sequence[Item]) -> None:
         with without_modes_if_any():
-            changed = [(item.number, self._owner) for item in items if self._is_breached or not item.is_as_it_was()]
+            changed = [
+                (item.number, self._owner) for item in items if self._is_breached or not item.is_as_it_was()
+            ]
             self._traces = list(map(_Trace.of, items))  # first: the others look there when there is a verdict
         self._verdicts.append(changed)
         self._held = None

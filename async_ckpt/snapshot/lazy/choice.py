@@ -66,7 +66,9 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
         explained = _OWN + len(views) - (len(views) > 0 and type(tensor) is torch.Tensor)
         if count > explained or is_clone or not _is_of_torch(sources.owners[number]):
             continue
-        if tensor.is_inference() or any(view.is_inference() for view in views):  # which has no version
+        try:
+            version, shown = tensor._version, [(view, view._version) for view in views]
+        except RuntimeError:  # of inference mode: they have none
             continue
         chosen[stepper].append(
             Item(
@@ -77,9 +79,9 @@ def choose(extracted: Extracted, starts: list[int]) -> dict[Stepper, list[Item]]
                 sources.skips[number],
                 sources.sizes[number],
                 starts[number],
-                tensor._version,
+                version,
                 addresses[number],
-                [(view, view._version) for view in views],
+                shown,
             )
         )
     return chosen

@@ -77,10 +77,11 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
             self._coordinator.end()
         self._coordinator = None
         self._plugin = plugin = self.take_charge(trainer)
+        if plugin_of(trainer) is not None:
+            self._take_position(trainer)
         if plugin is None:
             return
         self._warn_of_bypass(trainer)
-        self._take_position(trainer)
         _hook_into_teardown(trainer, plugin, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -118,11 +119,12 @@ class AsyncCheckpointCallback(Callback):  # type: ignore[misc]  # see above
             self._coordinator.report()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Wait for all saves before ``fit`` ends.
+        """Wait for all saves before ``fit`` ends; at least for their copies, if another one of us does that.
 
         Raises:
             Exception: a save failed.
         """
+        pass_all()  # other callbacks may now put averaged weights in for good
         if self._coordinator is not None:
             self._coordinator.flush()
 
@@ -205,6 +207,7 @@ class FoundCallback(AsyncCheckpointCallback):
     def _take_position(self, trainer: Any) -> None:
         """Move before the user's callbacks, so that their ``on_train_end`` and ``on_exception`` find every file.
 
+        Even if the user's own is the active one: what changes weights must not come before the copy of lazy snapshots.
         The list is replaced, as Lightning is iterating over the old one. Tuners, which Lightning puts first, stay
         first.
         """

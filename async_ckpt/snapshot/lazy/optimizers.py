@@ -19,15 +19,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import torch
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import Optimizer
 
 __all__ = ["Fence", "Stepper", "pass_all", "steppers", "watch"]
 
@@ -112,7 +110,11 @@ _are_any_compiled = False
 
 def watch() -> None:
     """Get to know each optimizer at its next step. Idempotent."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
     if not _hooks:
+        # Not a decorator: it imports the compiler, which takes a second. A program that makes an optimizer has done so.
+        torch.compiler.assume_constant_result(_note_compiling)
         _hooks.append(None)  # first: a signal handler may call this, too
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
@@ -173,7 +175,6 @@ def _is_of_concern(fence: Fence, optimizer: Optimizer) -> bool:
         return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_compiling() -> bool:
     """Called when a step is being compiled, not when it runs: from now on, there may be steps that call no hook."""
     global _are_any_compiled

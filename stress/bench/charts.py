@@ -87,21 +87,37 @@ def _bars(
         axes.barh(row, middle, height=0.62, color=theme.of(name))
         if spread:
             axes.plot([min(runs), max(runs)], [row, row], color=theme.ink, linewidth=0.9)
-        axes.annotate(
-            form.format(middle) if middle > 0.005 else "none",
-            (max(runs) if spread else middle, row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            color=theme.ink,
-            weight="bold" if name == OURS else "normal",
-            size=9.5,
-        )
+        figure = form.format(middle) if middle > 0.005 else "none"
+        _figure_beside(axes, theme, name, figure, (max(runs) if spread else middle, row), gap=4)
     axes.set_xlim(0, max(middles) * 1.3)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
+
+
+def _figure_beside(
+    axes: Axes,
+    theme: Theme,
+    name: str,
+    figure: str,
+    point: tuple[float, float],
+    *,
+    gap: float,
+    **options: Any,
+) -> None:
+    """Write a figure of a contestant to the right of a point."""
+    axes.annotate(
+        figure,
+        point,
+        xytext=(gap, 0),
+        textcoords="offset points",
+        va="center_baseline",
+        color=theme.ink,
+        weight="bold" if name == OURS else "normal",
+        size=9.5,
+        **options,
+    )
 
 
 def _row_names(axes: Axes, theme: Theme, names: Sequence[str]) -> None:
@@ -262,17 +278,8 @@ def _steps(theme: Theme) -> Chart:
             colour = theme.of(name)
             axes.plot(steps, [row] * len(steps), "|", color=colour, markersize=7, alpha=0.35)
             axes.plot([median(steps)], [row], "o", color=colour, markersize=5)
-            axes.annotate(
-                f"{steps[-1]:.1f}",
-                (1, row),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center_baseline",
-                color=theme.ink,
-                weight="bold" if name == OURS else "normal",
-                size=9.5,
-            )
+            longest, edge = f"{steps[-1]:.1f}", ("axes fraction", "data")
+            _figure_beside(axes, theme, name, longest, (1, row), gap=6, xycoords=edge)
         axes.set_ylim(len(contestants) - 0.4, -0.6)
         axes.grid(axis="x", color=theme.grid, linewidth=0.7)
         axes.spines["left"].set_visible(False)

@@ -90,6 +90,8 @@ class Coordinator:
         self._heartbeat_seconds = -bounds.heartbeat_seconds
         self._lost: set[int] = set()  # ranks from which no message is expected any more
         self._connected_seconds = 0.0  # when the group's store last answered
+        self._is_reachable = True
+        self._reachable_seconds = 0.0  # since when other ranks can reach this one
         self._since_seconds = 0.0  # when the current phase began, if that phase has a time limit
         self._commit_failure = ""
 
@@ -119,14 +121,18 @@ class Coordinator:
         self._heartbeat_seconds = self._clock.seconds
         return [Broadcast(CoordinatorHeartbeat())]
 
-    def tick(self, now: float, *, is_connected: bool = True) -> list[Action]:
+    def tick(self, now: float, *, is_connected: bool = True, is_reachable: bool = True) -> list[Action]:
         """Return the actions that are due. Call it after `receive` was called with all messages that have arrived.
 
         Args:
             now: the time in seconds.
             is_connected: whether the group's store answers, so that the other ranks receive heartbeats.
+            is_reachable: whether this rank has ever been connected to it; before that, no other rank can be late.
         """
         self._clock.advance(now)
+        self._is_reachable = is_reachable
+        if not is_reachable:
+            self._reachable_seconds = self._clock.seconds
         if is_connected:
             self._connected_seconds = self._clock.seconds
         return self._act()
@@ -230,6 +236,8 @@ class Coordinator:
 
     def _found_failures(self) -> dict[int, str]:
         found = dict(self._failures)
+        if not self._is_reachable and self._clock.seconds >= self._bounds.lateness_seconds:
+            found = {COORDINATOR: late(self._bounds), **found}  # what the others find, too
         locations = {ready.location for ready in self._readies.values()}
         if len(locations) > 1:
             found = {**_other_locations(self._readies), **found}
@@ -237,11 +245,13 @@ class Coordinator:
             if rank in found:
                 continue
             last = self._last_seconds.get(rank)
+            if last is None and not self._is_reachable:
+                continue
             if last is None:
                 # A rank that fell silent in an earlier save has probably ended, so it is given less time.
                 is_silent = rank in self._plans.silent
                 seconds = self._bounds.silence_seconds if is_silent else self._bounds.lateness_seconds
-                if self._clock.seconds >= seconds:
+                if self._clock.seconds - self._reachable_seconds >= seconds:
                     found[rank] = silent(self._bounds) if is_silent else late(self._bounds)
                     self._lost.add(rank)
             elif self._clock.seconds - last >= self._bounds.silence_seconds:

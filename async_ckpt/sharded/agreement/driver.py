@@ -231,10 +231,12 @@ class Driver:
         is_connected = self._store_thread is None or self._store_thread.is_connected(
             now, self._bounds.longest_poll_seconds
         )
+        is_reachable = self._wire is None or self._wire.has_connected
         for number, coordinator in list(self._coordinators.items()):
             if number not in self._parts:
                 self._carry_out(number, coordinator.beat())
-            self._carry_out(number, coordinator.tick(now, is_connected=is_connected))
+            due = coordinator.tick(now, is_connected=is_connected, is_reachable=is_reachable)
+            self._carry_out(number, due)
             if coordinator.phase is Phase.OVER:
                 del self._coordinators[number]
                 self._ended_numbers.append(number)

@@ -198,7 +198,7 @@ def test_what_is_not_attached(tree: Any) -> None:
         return str(refused.value)
 
     base = tree.fabric.plugins.TorchCheckpointIO()
-    assert "give it none" in refusal(strategies.FSDPStrategy(), AsyncCheckpointIO(base))
+    assert "give it no base" in refusal(strategies.FSDPStrategy(), AsyncCheckpointIO(base))
     assert "use 'block'" in refusal(strategies.FSDPStrategy(), AsyncCheckpointIO(overflow="supersede"))
     assert "overrides save_checkpoint" in refusal(Own(), AsyncCheckpointIO())
     assert "from every process" in refusal(DeepSpeedStrategy(), AsyncCheckpointIO())

@@ -11,7 +11,7 @@ from docs import package_map
 from stress.bench import page
 
 DOCS = Path(__file__).parents[2] / "docs"
-CHARTS = ("overview", "stall", "loop", "memory", "load")
+CHARTS = ("overview", "stall", "loop", "steps", "memory", "load")
 
 
 @pytest.mark.parametrize("theme", package_map.THEMES)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -107,10 +108,11 @@ def load_model(
         set_model_state_dict,
     )
 
+    found = get_model_state_dict(model)
     in_model = _names_in(model)
-    in_file = in_model if kind == "FSDPStrategy" else _torch_name  # ModelParallel saves by torch's names
-    weights = {in_file(name): value for name, value in get_model_state_dict(model).items()}
-    service.load_sharded({key: weights}, path)
+    weights = _load_by_name(
+        service, path, key, in_model, kind, lambda rename: {rename(name): found[name] for name in found}
+    )
     if kind == "ModelParallelStrategy":
         model.load_state_dict({in_model(name): value for name, value in weights.items()}, strict=strict)
     else:
@@ -124,10 +126,28 @@ def load_optimizer(
     """Load the item *key* of the checkpoint into *optimizer*, which belongs to *model*."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    in_file = _names_in(model) if kind == "FSDPStrategy" else _torch_name
-    states = _renamed(get_optimizer_state_dict(model, optimizer), in_file)
-    service.load_sharded({key: states}, path)
+    found = get_optimizer_state_dict(model, optimizer)
+    states = _load_by_name(service, path, key, _names_in(model), kind, lambda rename: _renamed(found, rename))
     set_optimizer_state_dict(model, optimizer, _renamed(states, _torch_name))
+
+
+def _load_by_name(
+    service: CheckpointService,
+    path: str,
+    key: str,
+    in_model: Callable[[str], str],
+    kind: str | None,
+    values_by: Callable[[Callable[[str], str]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Load by the names that the strategy saves under; FSDP's are the model's own, which may not have been compiled."""
+    if kind == "FSDPStrategy":
+        values = values_by(in_model)
+        with suppress(KeyError):  # raised before anything is filled
+            service.load_sharded({key: values}, path)
+            return values
+    values = values_by(_torch_name)
+    service.load_sharded({key: values}, path)
+    return values
 
 
 def _renamed(states: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
